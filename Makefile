@@ -1,0 +1,35 @@
+# make demo   pretrain and probe a small backbone on embedded real images, no download
+# make test   the tests         make test-slow   the long ones too         make check   lint, format, types
+# All build a virtual environment in .venv first; VENV=/path uses or builds another.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.synco-ready
+
+.PHONY: demo test test-slow check format clean
+
+$(READY): requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf output .pytest_cache .mypy_cache .ruff_cache

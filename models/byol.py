@@ -1,0 +1,45 @@
+"""BYOL: bootstrap your own latent (Grill et al. 2020, arXiv:2006.07733)."""
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.heads import Encoder, mlp
+from models.parts.losses import cosine_regression, unit
+from models.parts.momentum import MomentumFramework
+from utils.schedules import Progress, momentum_at
+
+
+class BYOL(MomentumFramework):
+    """Predict the target's embedding of the other view; no negatives. The loss is half the paper's (spec B1)."""
+
+    sync_batch_norm = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        target_backbone: nn.Module | None = None,
+        *,
+        hidden_dim: int = 4096,
+        out_dim: int = 256,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+        base_momentum: float = 0.996,
+        momentum_schedule: str = "cosine",
+    ) -> None:
+        projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)
+        super().__init__(Encoder(backbone, projector), target_backbone)
+        self.predictor = mlp(out_dim, hidden_dim, out_dim, pred_num_layers)
+        self.base_momentum = base_momentum
+        self.momentum_schedule = momentum_schedule
+
+    def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
+        """Regress each view's prediction on the other view's target."""
+        predictions = [self.predictor(self.online(view)) for view in views]
+        with torch.no_grad():
+            targets = [unit(self.target(view)) for view in views]
+        loss = cosine_regression(predictions[0], targets[1]) + cosine_regression(predictions[1], targets[0])
+        return {"loss": loss, "embedding": targets[0]}
+
+    def after_step(self, progress: Progress) -> None:
+        """Average the target with the next step's momentum, which rises to 1."""
+        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))

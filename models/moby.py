@@ -1,0 +1,61 @@
+"""MoBY: MoCo v2 and BYOL joined for transformers (Xie et al. 2021, arXiv:2105.04553)."""
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.heads import Encoder, mlp
+from models.parts.losses import contrast_metrics, queue_contrast, unit
+from models.parts.momentum import KeyQueue, MomentumFramework
+from models.parts.negatives import SyntheticConfig
+from utils.schedules import Progress, momentum_at
+
+
+class MoBY(MomentumFramework):
+    """Contrast in both directions against two queues, with a predictor and a momentum that rises to 1."""
+
+    sync_batch_norm = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        target_backbone: nn.Module | None = None,
+        *,
+        hidden_dim: int = 4096,
+        out_dim: int = 256,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+        queue_size: int = 4096,
+        temperature: float = 0.2,
+        base_momentum: float = 0.99,
+        momentum_schedule: str = "cosine",
+    ) -> None:
+        projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)
+        super().__init__(Encoder(backbone, projector), target_backbone)
+        self.predictor = mlp(out_dim, hidden_dim, out_dim, pred_num_layers)
+        self.queue1 = KeyQueue(queue_size, out_dim)  # keys of view 1
+        self.queue2 = KeyQueue(queue_size, out_dim)  # keys of view 2
+        self.temperature = temperature
+        self.base_momentum = base_momentum
+        self.momentum_schedule = momentum_schedule
+
+    def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
+        """Contrast each view's queries with the other view's keys; the two losses are summed, not averaged."""
+        queries = [unit(self.predictor(self.online(view))) for view in views]
+        with torch.no_grad():
+            keys = [unit(self.target(view)) for view in views]
+        synthetics = self.synthetics(progress)
+        first = queue_contrast(queries[0], keys[1], self.queue2.keys, self.temperature, synthetics)
+        second = queue_contrast(queries[1], keys[0], self.queue1.keys, self.temperature, synthetics)
+        self.queue1.hold(keys[0])
+        self.queue2.hold(keys[1])
+        return {"loss": first.loss + second.loss, "embedding": keys[0], **contrast_metrics(first, second)}
+
+    def synthetics(self, progress: Progress) -> SyntheticConfig | None:
+        """Return what to synthesise at this step; nothing in MoBY, see SynCo-v2."""
+        return None
+
+    def after_step(self, progress: Progress) -> None:
+        """Enqueue the step's keys, then average the target with the next step's momentum."""
+        self.queue1.flush()
+        self.queue2.flush()
+        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))

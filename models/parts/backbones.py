@@ -1,0 +1,190 @@
+"""Backbones from timm behind timm's own contract: ``module(x) -> (N, num_features)``.
+
+``module.num_features`` is the width and ``module.forward_features(x)`` the last map or token sequence. The module is
+timm's, not a wrapper, so its state dict carries timm's key names and loads back into timm as it is.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+RESNETS = ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
+_TIMM_NAMES = {
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+}
+# MoCo v3's ViTs (spec 1.4): 12 heads also at width 384, so vit_small is not deit_small.
+_MOCOV3_VITS = {
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+}
+BACKBONES = (*RESNETS, *_TIMM_NAMES, *_MOCOV3_VITS)
+STEMS = ("imagenet", "cifar", "cifar_stride2")
+
+
+def build_backbone(
+    name: str,
+    *,
+    img_size: int = 224,
+    drop_path: float = 0.0,
+    stem: str = "imagenet",
+    patch_size: int = 0,
+    zero_init_residual: bool = False,
+    freeze_patch_embed: bool = False,
+    use_checkpoint: bool = False,
+) -> nn.Module:
+    """Build the backbone ``name`` (one of ``BACKBONES`` or ``timm/<name>``) without a classifier.
+
+    ``stem`` concerns ResNets, ``patch_size`` (0: the model's own) and ``freeze_patch_embed`` transformers. Raises
+    ``ValueError`` naming the key for an unknown name or an option the backbone does not have.
+    """
+    if name in RESNETS:
+        _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
+        backbone = _resnet(name, stem, drop_path, zero_init_residual)
+    else:
+        _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
+        options = {"img_size": img_size, "drop_path_rate": drop_path}
+        if patch_size:
+            options["patch_size"] = patch_size
+        backbone = _transformer(name, options)
+    if freeze_patch_embed:
+        _freeze_patch_embed(backbone, name)
+    if use_checkpoint:
+        _call(backbone, "set_grad_checkpointing", name)
+    return backbone
+
+
+def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Return the last feature map (N, F, h, w) of any backbone; class tokens are dropped."""
+    features = backbone.forward_features(images)
+    if features.ndim == 3:  # (N, prefix + h*w, F), a plain ViT
+        tokens = features[:, getattr(backbone, "num_prefix_tokens", 1) :]
+        side = math.isqrt(tokens.shape[1])
+        if side * side != tokens.shape[1]:
+            raise ValueError(f"feature_map: {tokens.shape[1]} tokens are no square grid; use square images")
+        return tokens.transpose(1, 2).unflatten(2, (side, side))
+    channels_last = features.shape[-1] == backbone.num_features != features.shape[1]
+    return features.permute(0, 3, 1, 2) if channels_last else features
+
+
+def _refuse(name: str, **options: object) -> None:
+    for option, value in options.items():
+        if value:
+            raise ValueError(
+                f"MODEL.BACKBONE.{option.upper()}: {value!r} does not apply to {name}; remove it"
+            )
+
+
+def _call(backbone: nn.Module, method: str, name: str) -> None:
+    if not hasattr(backbone, method):
+        raise ValueError(f"--use-checkpoint: {name} has no activation checkpointing in timm; remove the flag")
+    getattr(backbone, method)()
+
+
+def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) -> nn.Module:
+    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    layers: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+        "resnet8": (BasicBlock, (1, 1, 1, 0)),
+        "resnet18": (BasicBlock, (2, 2, 2, 2)),
+        "resnet34": (BasicBlock, (3, 4, 6, 3)),
+        "resnet50": (Bottleneck, (3, 4, 6, 3)),
+        "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    }
+    block, depths = layers[name]
+    narrow = {"channels": (32, 64, 128, 256)} if name == "resnet8" else {}
+    backbone = ResNet(
+        block,
+        tuple(max(depth, 1) for depth in depths),
+        num_classes=0,
+        drop_path_rate=drop_path,
+        zero_init_last=zero_init_residual,
+        **narrow,
+    )
+    if name == "resnet8":  # He et al. 2016, section 4.2, n = 1: three stages
+        backbone.layer4 = nn.Identity()
+        backbone.num_features = backbone.head_hidden_size = 128
+    if stem not in STEMS:
+        raise ValueError(f"MODEL.BACKBONE.STEM: {stem!r} is not one of {', '.join(STEMS)}")
+    if stem != "imagenet":  # small images: no 4x reduction before the first stage
+        width = backbone.conv1.out_channels
+        backbone.conv1 = nn.Conv2d(
+            3, width, 3, stride=2 if stem == "cifar_stride2" else 1, padding=1, bias=False
+        )
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+def _transformer(name: str, options: dict[str, object]) -> nn.Module:
+    import timm
+
+    if name in _MOCOV3_VITS:
+        return _mocov3_vit(**_MOCOV3_VITS[name], **options)
+    timm_name = _TIMM_NAMES.get(name, name.removeprefix("timm/"))
+    if name not in _TIMM_NAMES and not (name.startswith("timm/") and timm.is_model(timm_name)):
+        known = [*BACKBONES, *(f"timm/{model}" for model in timm.list_models())]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or timm/<name>"
+        )
+    try:
+        return timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+    except TypeError:  # a convolutional network takes any size and knows no img_size
+        options.pop("img_size")
+        return timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+
+
+def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
+    """Freeze the patch projection (MoCo v3, section 4.3: random patch projection stabilises training)."""
+    projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)
+    if projection is None:
+        raise ValueError(f"MODEL.BACKBONE.FREEZE_PATCH_EMBED: {name} has no patch embedding; set it to False")
+    projection.requires_grad_(False)
+
+
+def _mocov3_vit(patch_size: int = 16, **options: object) -> nn.Module:
+    """Build the ViT of MoCo v3: fixed 2-D sin-cos positions, Xavier initialisation (spec 1.4)."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    norm_layer: Callable[[int], nn.Module] = lambda width: nn.LayerNorm(width, eps=1e-6)  # noqa: E731
+    vit = VisionTransformer(
+        patch_size=patch_size, num_classes=0, qkv_bias=True, norm_layer=norm_layer, **options
+    )
+    for path, module in vit.named_modules():
+        if isinstance(module, nn.Linear):
+            if path.endswith("qkv"):  # each of q, k, v as a matrix of its own
+                bound = math.sqrt(6.0 / (module.out_features // 3 + module.in_features))
+                nn.init.uniform_(module.weight, -bound, bound)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
+    nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    nn.init.normal_(vit.cls_token, std=1e-6)
+    rows, cols = vit.patch_embed.grid_size
+    vit.pos_embed = nn.Parameter(sincos_positions(rows, cols, vit.embed_dim), requires_grad=False)
+    return vit
+
+
+def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
+    """Return fixed 2-D positions (1, 1 + rows*cols, width), class row zero.
+
+    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)): the row first (spec
+    1.4, verified against the published weights).
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (row, col)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=table.dtype), table])[None].float()

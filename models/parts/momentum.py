@@ -1,0 +1,79 @@
+"""The online/target pair and the queue of keys: what all methods of this family share."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.heads import Encoder
+from utils.distributed import gather_rows
+
+
+class MomentumFramework(nn.Module):
+    """Base of all methods: an online encoder and a target encoder that follows it by exponential averaging.
+
+    A subclass implements ``forward(views, progress)``, which returns ``{"loss": ..., "embedding": ...}``, and
+    ``after_step(progress)``, called without gradient once after each optimiser step. The published codes average
+    *before* the forward; averaging after the step with the next step's momentum is the same sequence (pinned by the
+    golden values), and it keeps the forward free of side effects on weights.
+    """
+
+    def __init__(self, online: Encoder, target_backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.online = online
+        # A target with a drop-path rate of its own needs a backbone of its own; the weights are the online's.
+        self.target = Encoder(
+            target_backbone or copy.deepcopy(online.backbone), copy.deepcopy(online.projector)
+        )
+        self.target.load_state_dict(online.state_dict())
+        self.target.requires_grad_(False)
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the target's parameters: target <- momentum * target + (1 - momentum) * online; buffers stay its own."""
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum)
+
+
+class KeyQueue(nn.Module):
+    """The K most recent keys of all processes, rows of unit length (He et al. 2020, section 3.2).
+
+    The write position lives on the host, so reading it never waits for a device; it travels in the state dict.
+    """
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
+        self.position = 0
+        self._pending: list[Tensor] = []
+
+    keys: Tensor  # (K, D)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the write position for the state dict."""
+        return torch.tensor(self.position)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the write position."""
+        self.position = int(state)
+
+    def hold(self, keys: Tensor) -> None:
+        """Keep this process's keys (N, D) until ``flush``: all micro-batches of a step see the same queue."""
+        self._pending.append(keys.detach())
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Write the held keys of all processes, in rank order, and advance.
+
+        Raises ``ValueError`` when the queue length is no multiple of the keys of one step (as the published codes
+        require, so that the queue always holds whole batches).
+        """
+        keys = gather_rows(torch.cat(self._pending))
+        self._pending.clear()
+        size, num = self.keys.shape[0], keys.shape[0]
+        if size % num:
+            raise ValueError(
+                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x processes x "
+                f"accumulation); use e.g. {max(size // num, 1) * num} or {(size // num + 1) * num}"
+            )
+        self.keys[self.position : self.position + num] = keys.to(self.keys.dtype)
+        self.position = (self.position + num) % size

@@ -1,0 +1,200 @@
+"""Synthetic hard negatives (SynCo, arXiv:2410.02401): six ways to make a negative from the hardest queue entries.
+
+Every synthetic is ``norm(a q + b n + c n' + d eps + e sign(q))`` with q the query and n, n' hard queue entries, and it
+is a constant: the only gradient of its logit ``q . s`` is s. So neither vectors nor autograd are needed: numerator and
+length follow from the similarities ``u = q . n`` that the contrastive loss has computed already, and the gradient
+returns to the query through the queue (spec 2.2). ``materialise`` is the plain twin that builds the vectors.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_EPS = 1e-12  # of the published normalisation x / max(|x|, eps)
+_LEGACY_STEP = 1e-5  # finite difference of types 5 and 6 before October 2024
+_PAIRS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """What to synthesise: counts of the six types and their strengths (spec 2.2)."""
+
+    num_hard: int = 1024
+    counts: tuple[int, ...] = (256, 256, 256, 64, 64, 64)
+    sigma: float = 0.01
+    delta: float = 0.01
+    eta: float = 0.01
+    legacy_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.counts) != 6 or min(self.counts) < 0:
+            raise ValueError(f"NUM_SYNTHETIC: {list(self.counts)} must be six counts >= 0, one for each type")
+        if self.num_hard < max(self.counts):
+            raise ValueError(
+                f"NUM_HARD: {self.num_hard} is below the largest of NUM_SYNTHETIC {list(self.counts)}; raise it"
+            )
+
+
+class Synthetics(NamedTuple):
+    """One type's draws: ``a q + b n[first] + c n[second] + d noise + e sign(q)``; absent terms are None."""
+
+    first: Tensor  # (B, N) queue rows
+    b: Tensor | float
+    a: Tensor | float | None = None
+    second: Tensor | None = None
+    c: Tensor | None = None
+    noise: Tensor | None = None  # (B, N, D)
+    d: Tensor | float = 0.0
+    e: float | None = None
+
+
+def hardest(similarities: Tensor, num_hard: int) -> Tensor:
+    """Return the queue rows (B, num_hard) with the largest similarity to each query, in no particular order."""
+    return similarities.topk(num_hard, dim=1, sorted=False).indices
+
+
+def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> list[Synthetics]:
+    """Draw the synthetics of all types with a count, in the published order of random numbers.
+
+    ``hard`` (B, num_hard) are queue rows; positions in it are drawn uniformly, with replacement.
+    """
+    n1, n2, n3, n4, n5, n6 = config.counts
+    draws: list[Synthetics] = []
+    if n1:  # interpolation towards the query
+        first, u = _pick(hard, n1), _uniform(queries, n1)
+        draws.append(Synthetics(first, b=1 - 0.5 * u, a=0.5 * u))
+    if n2:  # extrapolation away from the query: n + (beta - 1)(n - q), beta in [1, 1.5)
+        first, u = _pick(hard, n2), _uniform(queries, n2)
+        draws.append(Synthetics(first, b=1 + 0.5 * u, a=-0.5 * u))
+    if n3:  # mixture of two hard negatives
+        first, second = _pick_two(hard, n3)
+        u = _uniform(queries, n3)
+        draws.append(Synthetics(first, b=u, second=second, c=1 - u))
+    if n4:  # Gaussian noise
+        first = _pick(hard, n4)
+        noise = torch.randn(*first.shape, queries.shape[1], dtype=queries.dtype, device=queries.device)
+        draws.append(Synthetics(first, b=1.0, noise=noise, d=config.sigma))
+    if n5:  # along the gradient of q . n with respect to n, which is q
+        first = _pick(hard, n5)
+        legacy = (
+            _legacy_noise(queries, n5, lambda slope: config.delta * slope) if config.legacy_gradients else {}
+        )
+        draws.append(Synthetics(first, b=1.0, **(legacy or {"a": config.delta})))
+    if n6:  # along the sign of that gradient
+        first = _pick(hard, n6)
+        legacy = (
+            _legacy_noise(queries, n6, lambda slope: config.eta * slope.sign())
+            if config.legacy_gradients
+            else {}
+        )
+        draws.append(Synthetics(first, b=1.0, **(legacy or {"e": config.eta})))
+    return draws
+
+
+def materialise(draws: list[Synthetics], queries: Tensor, queue: Tensor) -> Tensor:
+    """Build the unit vectors (B, sum N, D): the plain twin of ``ClosedForm``, for tests, benchmarks and reading."""
+    vectors = []
+    for s in draws:
+        vector = _column(s.b) * queue[s.first]
+        if s.a is not None:
+            vector = vector + _column(s.a) * queries[:, None]
+        if s.second is not None and s.c is not None:
+            vector = vector + _column(s.c) * queue[s.second]
+        if s.noise is not None:
+            vector = vector + _column(s.d) * s.noise
+        if s.e is not None:
+            vector = vector + s.e * queries.sign()[:, None]
+        vectors.append(torch.nn.functional.normalize(vector, dim=2, eps=_EPS))
+    return torch.cat(vectors, dim=1)
+
+
+class ClosedForm:
+    """Logits of one type's synthetics, and the way of their gradient back to the query, without the vectors."""
+
+    def __init__(
+        self, synthetics: Synthetics, queries: Tensor, queue: Tensor, similarities: Tensor, lengths: Tensor
+    ) -> None:
+        """Take queries (B, D), queue (K, D), similarities (B, K) = queries @ queue.T and queue lengths (K,)."""
+        s = self.synthetics = synthetics
+        u = similarities.gather(1, s.first)
+        square = queries.square().sum(1, keepdim=True)
+        top = s.b * u
+        norm2 = (s.b * lengths[s.first]) ** 2
+        if s.a is not None:
+            top = top + s.a * square
+            norm2 = norm2 + s.a * s.a * square + 2 * s.a * s.b * u
+        if s.second is not None and s.c is not None:
+            top = top + s.c * similarities.gather(1, s.second)
+            norm2 = norm2 + (s.c * lengths[s.second]) ** 2
+            norm2 = norm2 + 2 * s.b * s.c * _pair_dots(queue, s.first, queue, s.second)
+        if s.noise is not None:
+            top = top + s.d * torch.einsum("bnd,bd->bn", s.noise, queries)
+            norm2 = norm2 + s.d * s.d * s.noise.square().sum(2)
+            norm2 = norm2 + 2 * s.b * s.d * _noise_dots(queue, s.first, s.noise)
+        if s.e is not None:
+            sign = queries.sign()
+            row = torch.arange(len(queries), device=queries.device)[:, None].expand_as(s.first)
+            top = top + s.e * (queries * sign).sum(1, keepdim=True)
+            norm2 = norm2 + s.e * s.e * sign.square().sum(1, keepdim=True)
+            norm2 = norm2 + 2 * s.b * s.e * _pair_dots(queue, s.first, sign, row)
+        self.norm = norm2.clamp_min(0).sqrt().clamp_min(_EPS)
+        self.logits = top / self.norm  # (B, N), before the temperature
+
+    def accumulate(self, weights: Tensor, queue_weights: Tensor, queries: Tensor) -> Tensor:
+        """Return the part of sum_j weights_j s_j that does not run through the queue, (B, D).
+
+        The rest is added to ``queue_weights`` (B, K) in place, so that one matrix product with the queue serves it
+        together with the ordinary negatives. ``weights`` (B, N) are the derivatives by the logits.
+        """
+        s, w = self.synthetics, weights / self.norm
+        queue_weights.scatter_add_(1, s.first, w * s.b)
+        direct = torch.zeros_like(queries)
+        if s.a is not None:
+            direct = direct + (w * s.a).sum(1, keepdim=True) * queries
+        if s.second is not None and s.c is not None:
+            queue_weights.scatter_add_(1, s.second, w * s.c)
+        if s.noise is not None:
+            direct = direct + torch.einsum("bn,bnd->bd", w * s.d, s.noise)
+        if s.e is not None:
+            direct = direct + s.e * w.sum(1, keepdim=True) * queries.sign()
+        return direct
+
+
+def _pick(hard: Tensor, num: int) -> Tensor:
+    position = torch.randint(0, hard.shape[1], (hard.shape[0], num), device=hard.device)
+    return hard.gather(1, position)
+
+
+def _pick_two(hard: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    position = torch.randint(0, hard.shape[1], (2, hard.shape[0], num), device=hard.device)
+    return hard.gather(1, position[0]), hard.gather(1, position[1])
+
+
+def _uniform(queries: Tensor, num: int) -> Tensor:
+    return torch.rand(queries.shape[0], num, 1, dtype=queries.dtype, device=queries.device).squeeze(2)
+
+
+def _legacy_noise(queries: Tensor, num: int, scale) -> dict[str, Tensor]:  # noqa: ANN001
+    """Types 5 and 6 as published before October 2024: a step of 1e-5 in a random direction (spec 2.3)."""
+    noise = torch.stack([torch.randn_like(queries) for _ in range(num)], dim=1)
+    slope = torch.einsum("bnd,bd->bn", noise, queries)
+    return {"noise": noise, "d": _LEGACY_STEP * scale(slope)}
+
+
+def _column(value: Tensor | float) -> Tensor | float:
+    return value[..., None] if isinstance(value, Tensor) else value
+
+
+def _pair_dots(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor) -> Tensor:
+    """Dot products of chosen row pairs, shaped as the index tensors, in chunks that stay in the cache."""
+    i, j = left_rows.reshape(-1), right_rows.reshape(-1)
+    chunk = _PAIRS_PER_CHUNK if left.device.type == "cpu" else 32 * _PAIRS_PER_CHUNK
+    dots = [(left[a] * right[b]).sum(1) for a, b in zip(i.split(chunk), j.split(chunk), strict=True)]
+    return torch.cat(dots).view(left_rows.shape)
+
+
+def _noise_dots(queue: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+    flat = torch.arange(rows.numel(), device=rows.device).view(rows.shape)
+    return _pair_dots(queue, rows, noise.reshape(-1, noise.shape[2]), flat)

@@ -1,0 +1,117 @@
+"""Batch normalisation whose statistics span more, or less, than one process's batch."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.distributed import world_size
+
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` that also works on a CPU, where torch's own refuses to run."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, ...) by the statistics of every process's batch."""
+        if input.is_cuda or not self.training or world_size() == 1:
+            return super().forward(input)
+        return self._forward_cpu(input)
+
+    def _forward_cpu(self, input: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce  # the collective that carries a gradient
+
+        axes = [0, *range(2, input.dim())]
+        count = input.numel() / input.shape[1]
+        local = torch.cat([input.sum(axes), input.new_tensor([count])])
+        total = all_reduce(local, op=dist.ReduceOp.SUM)
+        mean = total[:-1] / total[-1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        centred = input - mean.view(shape)
+        # The second moment about the common mean: the sum of squares minus the squared mean would cancel.
+        variance = all_reduce(centred.square().sum(axes), op=dist.ReduceOp.SUM) / total[-1]
+        self._track(mean.detach(), variance.detach(), total[-1].detach())
+        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        return out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), momentum)
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BN that normalises ``num_splits`` interleaved groups of the batch apart (sample n in group n mod num_splits).
+
+    It emulates on one process the per-GPU statistics that MoCo's shuffling BN (He et al. 2020, section 3.3) relies on.
+    Running statistics are the mean over the groups.
+    """
+
+    def __init__(
+        self, num_features: int, num_splits: int, eps: float = 1e-5, momentum: float | None = 0.1
+    ) -> None:
+        super().__init__(num_features, eps, momentum)
+        self.num_splits = num_splits
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, H, W); N must be a multiple of the number of groups in training."""
+        splits = self.num_splits
+        if not self.training:
+            return super().forward(input)
+        if input.shape[0] % splits:
+            raise ValueError(
+                f"BN_GROUPS: a batch of {input.shape[0]} does not divide into {splits} groups; "
+                "choose BN_GROUPS as a divisor of TRAIN.BATCH_SIZE"
+            )
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
+        out = nn.functional.batch_norm(
+            input.reshape(-1, self.num_features * splits, *input.shape[2:]),
+            mean,
+            var,
+            self.weight.repeat(splits),
+            self.bias.repeat(splits),
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        self.running_mean.copy_(mean.view(splits, -1).mean(0))
+        self.running_var.copy_(var.view(splits, -1).mean(0))
+        return out.reshape(input.shape)
+
+
+def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace every plain batch norm below ``module`` by ``SyncBatchNorm``, keeping weights and statistics."""
+    return _replace(
+        module, lambda norm: SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
+    )
+
+
+def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
+    """Replace every 2-D batch norm below ``module`` by ``SplitBatchNorm2d``, keeping weights and statistics."""
+
+    def split(norm: nn.Module) -> nn.Module:
+        if not isinstance(norm, nn.BatchNorm2d):
+            return norm
+        return SplitBatchNorm2d(norm.num_features, num_splits, norm.eps, norm.momentum)
+
+    return _replace(module, split)
+
+
+def _replace(module: nn.Module, make) -> nn.Module:  # noqa: ANN001
+    if type(module) in _PLAIN_NORMS:
+        new = make(module)
+        if new is not module:
+            new.load_state_dict(module.state_dict())
+            new.train(module.training)
+        return new
+    for name, child in module.named_children():
+        setattr(module, name, _replace(child, make))
+    return module

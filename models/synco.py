@@ -1,0 +1,42 @@
+"""SynCo on MoCo v2: synthetic hard negatives (Giakoumoglou and Stathaki 2024, arXiv:2410.02401)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from models.moco import MoCoV2
+from models.parts.negatives import SyntheticConfig
+from utils.schedules import Progress
+
+
+class SynCo(MoCoV2):
+    """MoCo v2 whose queue is joined, from epoch ``warmup_epochs`` on, by six types of synthetic negatives.
+
+    ``sigma``: the published code has 0.01; the runs of August 2024 most likely used 0.1 (spec S3).
+    ``legacy_gradients``: types 5 and 6 as before October 2024, which the published checkpoints most likely used.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        target_backbone: nn.Module | None = None,
+        *,
+        num_hard: int = 1024,
+        num_synthetic: Sequence[int] = (256, 256, 256, 64, 64, 64),
+        sigma: float = 0.01,
+        delta: float = 0.01,
+        eta: float = 0.01,
+        warmup_epochs: int = 10,
+        legacy_gradients: bool = False,
+        **moco: Any,
+    ) -> None:
+        super().__init__(backbone, target_backbone, **moco)
+        self.synthetic_config = SyntheticConfig(
+            num_hard, tuple(num_synthetic), sigma, delta, eta, legacy_gradients
+        )
+        self.warmup_epochs = warmup_epochs
+
+    def synthetics(self, progress: Progress) -> SyntheticConfig | None:
+        """Return the configured synthetics once the warm-up is over."""
+        return self.synthetic_config if progress.epoch >= self.warmup_epochs else None

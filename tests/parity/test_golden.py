@@ -1,0 +1,243 @@
+"""The published methods' own numbers: losses, gradients, averaged weights, queues over three steps."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.byol import BYOL
+from models.moby import MoBY
+from models.moco import MoCoV2
+from models.parts.momentum import MomentumFramework
+from models.synco import SynCo
+from models.synco_v2 import SynCoV2
+from utils.schedules import LearningRate, Progress
+
+GOLDEN = Path(__file__).parent / "golden"
+SINGLE_TYPES = [tuple(5 if i == kind else 0 for i in range(6)) for kind in range(6)]
+# Losses of the types 5, 6 and all six in the code before October 2024 (spec section 10).
+LEGACY = {(0, 0, 0, 0, 5, 0): 0.99428189, (0, 0, 0, 0, 0, 5): 0.99428177, (5,) * 6: 1.83517289}
+
+
+class Trunk(nn.Module):
+    """The goldens' backbone: conv 3x3 stride 2, batch norm, ReLU, global mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.num_features = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.bn(self.conv(images)).relu().mean((2, 3))
+
+
+def grad_norm(module: nn.Module) -> float:
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+
+
+# ---- npz files: MoCo v2 and SynCo, float32 ----------------------------------------------------------------------
+
+
+def encoder_state(file: dict[str, np.ndarray], prefix: str) -> dict[str, Tensor]:
+    names = {name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)}
+    rename = lambda name: name.replace("fc.", "projector.") if name.startswith("fc.") else f"backbone.{name}"  # noqa: E731
+    return {rename(name): torch.from_numpy(np.asarray(value)) for name, value in names.items()}
+
+
+def moco_like(cls: type[MoCoV2], file: dict[str, np.ndarray], **options: object) -> MoCoV2:
+    model = cls(Trunk(6), out_dim=16, queue_size=32, **options)
+    model.online.load_state_dict(encoder_state(file, "q_sd/"))
+    model.target.load_state_dict(encoder_state(file, "k_sd/"))
+    queue = torch.from_numpy(file["queue_before"])
+    model.queue.keys.copy_(queue if queue.shape == (32, 16) else queue.T)
+    return model
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / name))
+
+
+def test_moco_v2_three_steps() -> None:
+    file = load("moco_v2.npz")
+    model = moco_like(MoCoV2, file)
+    views = [torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])]
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9, weight_decay=1e-4
+    )
+    torch.manual_seed(123)
+    model.update_target(0.999)  # the originals average before the first forward, and here target = online / 2
+    for step in range(3):
+        out = model(views, Progress(step, 10, 100))
+        assert out["loss"].item() == pytest.approx(float(file["losses"][step]), abs=1e-5)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        if step == 0:
+            assert grad_norm(model) == pytest.approx(float(file["gradnorm0"]), abs=1e-5)
+            for name, value in encoder_state(file, "k_sd_after0/").items():
+                torch.testing.assert_close(model.target.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+        optimizer.step()
+        model.after_step(Progress(step, 10, 100))
+    for name, value in encoder_state(file, "q_sd_after3/").items():
+        torch.testing.assert_close(model.online.state_dict()[name], value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.queue.keys.T, torch.from_numpy(file["queue_after3"]), atol=1e-5, rtol=1e-5
+    )
+    assert model.queue.position == int(file["ptr"].item())
+
+
+def synco_case(counts: tuple[int, ...]) -> str:
+    return {(0,) * 6: "none", (5,) * 6: "all"}.get(counts) or f"type{counts.index(5) + 1}"
+
+
+@pytest.mark.parametrize("counts", [(0,) * 6, *SINGLE_TYPES, (5,) * 6], ids=synco_case)
+def test_synco(counts: tuple[int, ...]) -> None:
+    file, case = load("synco.npz"), synco_case(counts)
+    model = moco_like(SynCo, file, num_hard=8, num_synthetic=counts, warmup_epochs=0)
+    model.update_target(0.999)
+    torch.manual_seed(123)
+    out = model([torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])], Progress(0, 10, 100))
+    out["loss"].backward()
+    assert out["loss"].item() == pytest.approx(float(file[f"{case}/loss"]), abs=1e-5)
+    assert grad_norm(model) == pytest.approx(float(file[f"{case}/gradnorm"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("counts", LEGACY, ids=synco_case)
+def test_synco_legacy_gradients(counts: tuple[int, ...]) -> None:
+    file = load("synco.npz")
+    model = moco_like(SynCo, file, num_hard=8, num_synthetic=counts, warmup_epochs=0, legacy_gradients=True)
+    model.update_target(0.999)
+    torch.manual_seed(123)
+    out = model([torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])], Progress(0, 10, 100))
+    assert out["loss"].item() == pytest.approx(LEGACY[counts], abs=1e-5)
+
+
+# ---- SynCo-v2, analytic weights ----------------------------------------------------------------------------------
+
+
+def wave(shape: torch.Size, ordinal: int, offset: float, amplitude: float) -> Tensor:
+    j = np.arange(shape.numel(), dtype=np.float64)
+    value = offset + amplitude * np.sin(0.5 + 0.7390851332 * j + 1.3 * ordinal + 0.001 * j**2)
+    return torch.from_numpy(value).view(shape)
+
+
+def wave_model(cls: type[MoBY] | type[BYOL], **options: object) -> MomentumFramework:
+    model = cls(Trunk(6), **options)
+    online = [("online", model.online), ("predictor", model.predictor)]
+    parameters = [(name, p) for _, part in online for name, p in part.named_parameters()]
+    for ordinal, (name, parameter) in enumerate(parameters):
+        scale = parameter.ndim == 1 and name.endswith("weight")
+        parameter.data.copy_(wave(parameter.shape, ordinal, 1.0 if scale else 0.0, 0.1 if scale else 0.3))
+    for target, source in zip(model.target.parameters(), model.online.parameters(), strict=True):
+        target.data.copy_(0.5 * source.data)
+    return model
+
+
+@pytest.mark.parametrize("counts", [(0,) * 6, *SINGLE_TYPES, (5,) * 6], ids=synco_case)
+def test_synco_v2(counts: tuple[int, ...]) -> None:
+    file, case = load("synco_v2.npz"), synco_case(counts)
+    model = wave_model(SynCoV2, queue_size=32, num_hard=8, num_synthetic=counts, warmup_epochs=0)
+    torch.manual_seed(123)
+    out = model([torch.from_numpy(file["im_1"]), torch.from_numpy(file["im_2"])], Progress(0, 10, 100))
+    out["loss"].backward()
+    assert out["loss"].item() == pytest.approx(float(file[f"{case}/loss"]), rel=1e-5)
+    assert grad_norm(model) == pytest.approx(float(file[f"{case}/gradnorm"]), rel=1e-5)
+
+
+# ---- json files: MoBY and BYOL, float64 --------------------------------------------------------------------------
+
+
+def det(shape: tuple[int, ...], stream: int) -> Tensor:
+    """The goldens' exact integer hash, in [-1, 1)."""
+    mask = np.uint64(0xFFFFFFFF)
+    h = (
+        np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(stream * 40503 + 12345)
+    ) & mask
+    for shift, factor in ((15, 2246822519), (13, 3266489917)):
+        h ^= h >> np.uint64(shift)
+        h = (h * np.uint64(factor)) & mask
+    h ^= h >> np.uint64(16)
+    return torch.from_numpy(h.astype(np.float64) / 2.0**31 - 1.0).view(shape)
+
+
+def fill(module: nn.Module, first_stream: int) -> None:
+    for index, (name, parameter) in enumerate(module.named_parameters()):
+        value = det(tuple(parameter.shape), first_stream + index)
+        if parameter.ndim > 1:
+            value = value / np.sqrt(np.prod(parameter.shape[1:]))
+        else:
+            value = 1 + 0.1 * value if name.endswith("weight") else 0.1 * value
+        parameter.data.copy_(value)
+
+
+def checksum(module: nn.Module) -> tuple[float, float]:
+    values = [p.detach().double() for p in module.parameters()]
+    return sum(float(v.sum()) for v in values), sum(float(v.square().sum()) for v in values)
+
+
+def filled(model: MomentumFramework) -> MomentumFramework:
+    fill(model.online.backbone, 0)
+    fill(model.online.projector, 100)
+    fill(model.predictor, 200)
+    model.target.load_state_dict(model.online.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["moby", "byol"])
+def test_three_sgd_steps(name: str, dtype: torch.dtype) -> None:
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    exact = dtype == torch.float64
+    near = lambda value: pytest.approx(value, rel=1e-9 if exact else 2e-5, abs=1e-9 if exact else 2e-5)  # noqa: E731
+    torch.set_default_dtype(dtype)
+    try:
+        model = filled(MoBY(Trunk(8), queue_size=8) if name == "moby" else BYOL(Trunk(8)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if name == "moby":
+        for queue, stream in ((model.queue1, 900), (model.queue2, 901)):
+            queue.keys.copy_(nn.functional.normalize(det((256, 8), stream), dim=0).T)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(3):
+        expected = golden[f"step{step}"]
+        views = [det((4, 3, 8, 8), 1000 + 2 * step + i).to(dtype) for i in range(2)]
+        assert checksum(model.target.backbone) == near(tuple(expected["encoder_k"]))
+        assert checksum(model.target.projector) == near(tuple(expected["projector_k"]))
+        out = model(views, Progress(step, 10, golden["K"]))
+        assert out["loss"].item() == near(expected["loss"])
+        optimizer.zero_grad()
+        out["loss"].backward()
+        assert grad_norm(model) == near(expected["grad_norm"])
+        optimizer.step()
+        assert checksum(model.online.backbone) == near(tuple(expected["encoder_after_sgd"]))
+        model.after_step(Progress(step, 10, golden["K"]))
+        if name == "moby":
+            assert model.queue1.position == expected["ptr"]
+            assert model.queue1.keys[:, 0].tolist() == near(expected["queue1_row0"])
+            assert float(model.queue2.keys.double().sum()) == near(expected["queue2"][0])
+            bn = expected["bn_k_running_mean"]
+            assert model.target.backbone.bn.running_mean[: len(bn)].tolist() == near(bn)
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "base", "epochs", "warmup_start", "minimum"),
+    [
+        ("moby(base 1e-3, total batch 512)", 1e-3, 300, 5e-7, 5e-6),
+        ("linear(lr 1.0, 100 epochs)", 1.0, 100, 5e-7, 5e-6),
+    ],
+)
+def test_moby_schedules(table: str, base: float, epochs: int, warmup_start: float, minimum: float) -> None:
+    golden = json.loads((GOLDEN / "schedules.json").read_text())[table]
+    rate = LearningRate("cosine", base, warmup_start, minimum, 50, epochs * 10, 10, lag=True)
+    for step, value in golden.items():
+        assert rate.at(int(step)) == pytest.approx(value, rel=1e-12)
+    # without the published lag the same values come one step earlier
+    exact = rate._replace(lag=False)
+    assert exact.at(1) == pytest.approx(golden["2"], rel=1e-12)

@@ -1,0 +1,269 @@
+"""Logs go where they belong, metrics stay valid JSON, and no full disk stops a training."""
+
+import io
+import json
+import logging
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.logger import Metrics, ProgressLine, close_logger, finite_json, format_duration, setup_logger
+
+
+class Terminal(io.StringIO):
+    """Pretend to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def handlers_removed() -> Iterator[None]:
+    yield
+    close_logger()
+    logging.getLogger("synco").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Let files of this process grow no further than 200 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def read_lines(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def test_main_rank_logs_info_to_terminal_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = setup_logger(tmp_path / "run", is_main=True)
+    logger.info("hello %d", 1)
+    logger.debug("too much")
+    assert logger.name == "synco"
+    assert capsys.readouterr().err.endswith(" hello 1\n")
+    assert (tmp_path / "run" / "log.txt").read_text().endswith("INFO hello 1\n")
+
+
+def test_other_ranks_only_warn_and_write_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = setup_logger(tmp_path, is_main=False)
+    logger.info("hello")
+    logger.warning("careful")
+    error = capsys.readouterr().err
+    assert error.endswith("[rank 0] WARNING careful\n")
+    assert "hello" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repeated_setup_does_not_duplicate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = logging.NullHandler()
+    logging.getLogger("synco").addHandler(foreign)
+    for _ in range(3):
+        logger = setup_logger(tmp_path, is_main=True)
+    logger.info("once")
+    assert foreign in logger.handlers
+    logger.removeHandler(foreign)
+    assert capsys.readouterr().err.count("once") == 1
+    assert (tmp_path / "log.txt").read_text().count("once") == 1
+
+
+def test_log_file_is_continued_on_resume(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        setup_logger(tmp_path, is_main=True).info(word)
+    assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        "first",
+        "second",
+    ]
+
+
+@pytest.mark.parametrize(("variable", "colored"), [("OTHER", True), ("NO_COLOR", False)])
+def test_colours_need_a_terminal_and_no_objection(
+    monkeypatch: pytest.MonkeyPatch, variable: str, colored: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, "1")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    setup_logger(None, is_main=True).warning("red or not")
+    assert ("\x1b[33m" in terminal.getvalue()) == colored
+
+
+def test_no_escapes_in_files_and_pipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logger(tmp_path, is_main=True).warning("plain")
+    assert "\x1b" not in capsys.readouterr().err + (tmp_path / "log.txt").read_text()
+
+
+def test_full_disk_at_the_log_warns_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], full_disk: None
+) -> None:
+    logger = setup_logger(tmp_path, is_main=True)
+    for i in range(20):
+        logger.info("a line of some length, number %d", i)
+    error = capsys.readouterr().err
+    assert error.count("training goes on") == 1
+    assert "Traceback" not in error
+    assert "number 19" in error
+
+
+def test_log_folder_that_cannot_be_made_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    setup_logger(tmp_path / "file" / "run", is_main=True).info("still here")
+    assert "cannot open" in (error := capsys.readouterr().err)
+    assert "still here" in error
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "run", tensorboard=False)
+    metrics.write(1, {"loss": torch.tensor(0.5), "lr": 1e-3, "note": "warm"})
+    metrics.write(2, {"loss": float("nan"), "norm": float("inf")})
+    assert read_lines(tmp_path / "run") == [
+        {"step": 1, "loss": 0.5, "lr": 1e-3, "note": "warm"},
+        {"step": 2, "loss": "nan", "norm": "inf"},
+    ]
+    metrics.close()
+
+
+def test_metrics_without_folder_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    metrics = Metrics(None)
+    metrics.truncate_after(0)
+    metrics.write(1, {"loss": 1.0})
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resumed_metrics_hold_each_step_once(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, tensorboard=False)
+    for step in range(1, 6):
+        metrics.write(step, {"loss": float(step)})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # torn by a kill
+    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics.truncate_after(3)
+    for step in (4, 5):
+        metrics.write(step, {"loss": 10.0 * step})
+    assert [(line["step"], line["loss"]) for line in read_lines(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+        (5, 50.0),
+    ]
+    metrics.truncate_after(4)  # also while the file is open
+    metrics.write(5, {"loss": 5.0})
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 5]
+    metrics.close()
+
+
+def test_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics.write(2, {})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[-1] == '{"step": 2}'
+
+
+def test_full_disk_at_the_metrics_warns_once_and_recovers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, full_disk: None
+) -> None:
+    metrics = Metrics(tmp_path, tensorboard=False)
+    with caplog.at_level(logging.WARNING, logger="synco"):
+        for step in range(1, 30):
+            metrics.write(step, {"loss": 0.123456789})
+    assert len(caplog.messages) == 1
+    assert "metrics.jsonl" in caplog.text
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    metrics.write(30, {"loss": 1.0})
+    metrics.truncate_after(30)
+    steps = [line["step"] for line in read_lines(tmp_path)]
+    assert steps == [*range(1, len(steps)), 30]
+    metrics.close()
+
+
+def test_tensorboard_holds_numbers_and_purges_on_resume(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.write(step, {"loss": float(step), "note": "text"})
+    metrics.close()
+    metrics = Metrics(tmp_path)
+    metrics.truncate_after(1)
+    metrics.write(2, {"loss": 20.0})
+    metrics.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_missing_tensorboard_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    metrics = Metrics(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="synco"):
+        for step in (1, 2):
+            metrics.write(step, {"loss": 1.0})
+    assert len(caplog.messages) == 1
+    assert len(read_lines(tmp_path)) == 2
+    metrics.close()
+
+
+def test_finite_json_reaches_every_depth() -> None:
+    value = {"a": [1.0, float("inf"), {"b": (float("nan"), None, True)}]}
+    assert finite_json(value) == {"a": [1.0, "inf", {"b": ["nan", None, True]}]}
+
+
+def test_progress_line_rewrites_itself_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal = Terminal()
+    line = ProgressLine(100, terminal)
+    line.update(epoch=0, step=10, loss=1.5, lr=0.03, images_per_second=321.4)
+    line.update(epoch=1, step=50, loss=1.25, lr=0.02, images_per_second=300.0)
+    text = terminal.getvalue()
+    assert text.count("\r") == 2
+    assert "\n" not in text
+    for part in ("epoch 1", "50/100", "loss 1.2500", "lr 2.00e-02", "300 images/s", "ETA 0:00:0"):
+        assert part in text.split("\r")[-1]
+    line.close()
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_progress_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "20")
+    terminal = Terminal()
+    ProgressLine(100, terminal).update(epoch=0, step=1, loss=1.5, lr=0.03, images_per_second=1.0)
+    assert len(terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K")) == 19
+
+
+def test_progress_line_is_silent_elsewhere() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(10, stream)
+    line.update(epoch=0, step=1, loss=1.0, lr=0.1, images_per_second=1.0)
+    line.close()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00:00"),
+        (59.6, "0:01:00"),
+        (3_723, "1:02:03"),
+        (183_845, "2d 03:04:05"),
+        (float("nan"), "-:--:--"),
+        (float("inf"), "-:--:--"),
+        (-1, "-:--:--"),
+    ],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

@@ -1,0 +1,1 @@
+"""What would not change if the method changed: config, engine, checkpoints, schedules, evaluation."""

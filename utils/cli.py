@@ -1,0 +1,136 @@
+"""The command line that all mains share, the published flags included, and one way to report an error.
+
+Imports nothing heavy: ``--help`` answers at once.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+# flag -> configuration key; a flag that is not given leaves the configuration alone
+_VALUES: dict[str, tuple[str, type, str]] = {
+    "--batch-size": ("TRAIN.BATCH_SIZE", int, "images per process and micro-batch"),
+    "--data-path": ("DATA.PATH", str, "root folder of the data set"),
+    "--dataset": ("DATA.DATASET", str, "imagefolder, folder, zip, cifar10, cifar100, stl10, digits, mnist5k"),
+    "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
+    "--resume": ("RESUME", str, "checkpoint to go on from, instead of the newest of the run's folder"),
+    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", int, "micro-batches per optimiser step"),
+    "--epochs": ("TRAIN.EPOCHS", int, "epochs of the whole run"),
+    "--output": ("OUTPUT", str, "output root; a run writes to OUTPUT/NAME/TAG"),
+    "--tag": ("TAG", str, "name of this run"),
+    "--seed": ("SEED", int, "seed of everything random"),
+    "--precision": ("TRAIN.PRECISION", str, "fp32, bf16 or fp16"),
+    "--device": ("DEVICE", str, "auto, cpu or cuda"),
+}
+_SWITCHES = {
+    "--use-checkpoint": (
+        "TRAIN.USE_CHECKPOINT",
+        True,
+        "recompute activations of the online network to save memory",
+    ),
+    "--zip": ("DATA.DATASET", "zip", "data set as zip files with maps"),
+    "--download": ("DATA.DOWNLOAD", True, "let torchvision download the data set"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
+
+    def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse, refusing an unknown flag with the nearest known one (the originals drop it silently)."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else ""))
+        return args
+
+
+def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Parser:
+    """Return the parser of the shared flags; ``renamed`` maps a flag to another key, e.g. the probe's batch size."""
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--cfg", metavar="FILE", help="yaml configuration, see configs/")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="override any configuration key"
+    )
+    for flag, (key, kind, text) in _VALUES.items():
+        key = (renamed or {}).get(flag, key)
+        parser.add_argument(flag, dest=key, type=kind, default=argparse.SUPPRESS, help=f"{text} [{key}]")
+    for flag, (key, value, text) in _SWITCHES.items():
+        parser.add_argument(
+            flag,
+            dest=key,
+            action="store_const",
+            const=value,
+            default=argparse.SUPPRESS,
+            help=f"{text} [{key}={value}]",
+        )
+    parser.add_argument(
+        "--amp-opt-level",
+        choices=["O0", "O1", "O2"],
+        default=argparse.SUPPRESS,
+        help="published spelling of --precision: O0 fp32, O1 and O2 mixed (bf16; fp16 on GPUs without bf16)",
+    )
+    parser.add_argument("--eval", action="store_true", help="evaluate the newest checkpoint and stop")
+    parser.add_argument("--throughput", action="store_true", help="measure the backbone's images/s and stop")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def parse(parser: _Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the arguments and the configuration keys that flags set.
+
+    ``--local_rank`` (old launchers) becomes the environment variable that torchrun sets.
+    """
+    args = parser.parse_strictly(argv)
+    values = vars(args)
+    if "local_rank" in values:
+        os.environ.setdefault("LOCAL_RANK", str(values["local_rank"]))
+    flags = {key: value for key, value in values.items() if key.isupper()}
+    if "amp_opt_level" in values and "TRAIN.PRECISION" not in flags:
+        flags["TRAIN.PRECISION"] = "fp32" if values["amp_opt_level"] == "O0" else _mixed_precision()
+    return args, flags
+
+
+def _mixed_precision() -> str:
+    import torch
+
+    no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if no_bf16 else "bf16"
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Run a main and exit: one line for what the user can mend, a traceback for what only we can.
+
+    Exit codes: 0 done, 2 bad input, 3 gradients not finite, 75 preempted (start the same command again). With
+    ``SYNCO_DEBUG=1`` the one line is followed by its traceback.
+    """
+    try:
+        sys.exit(main())
+    except (ValueError, ImportError) as error:
+        _report(error)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "NonFiniteError":
+            raise
+        _report(error)
+        sys.exit(3)
+
+
+def _report(error: Exception) -> None:
+    if os.environ.get("SYNCO_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    rank = os.environ.get("RANK", "0")
+    # All ranks read the same configuration: one of them says what is wrong with it.
+    if rank == "0" or type(error).__name__ not in ("ConfigError", "CheckpointError"):
+        sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}\n")

@@ -1,0 +1,181 @@
+"""One optimiser step after another: what stays the same when the method changes."""
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.distributed import keyed_seed, rank
+from utils.guards import FiniteGuard, StopFlag
+from utils.plan import Plan
+from utils.run import Run
+from utils.schedules import Progress
+
+
+class Framework(Protocol):
+    """What the engine asks of a method: an update that is no gradient step."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Update what follows the optimiser step: target, queue."""
+
+
+class Loader(Protocol):
+    """What the engine asks of a loader."""
+
+    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (optimiser step, its micro-batches) from ``step`` on."""
+
+
+StepFunction = Callable[[Any, Progress], dict[str, Tensor]]
+Evaluation = Callable[[Progress], dict[str, float]]
+
+
+class Outcome(enum.Enum):
+    """How a run ended; the value is the exit code."""
+
+    DONE = 0
+    PREEMPTED = 75  # EX_TEMPFAIL: start me again
+
+
+@dataclass
+class TrainState:
+    """All that a checkpoint restores, and ``model``: the module as it is called, wrapped in DDP or not."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    model: nn.Module
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)  # highest value of each evaluation so far
+    clip_groups: Sequence[Sequence[nn.Parameter]] | None = None  # clipped apart; None: all together
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {
+            "framework": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "step": self.step,
+            "best": dict(self.best),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a checkpoint; every key and shape must match."""
+        self.module.load_state_dict(state["framework"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.best = dict(state["best"])
+
+
+def fit(
+    state: TrainState,
+    loader: Loader,
+    step: StepFunction,
+    plan: Plan,
+    run: Run,
+    evaluate: Evaluation | None = None,
+) -> Outcome:
+    """Train from ``state.step`` to the end of the plan, or until a stop signal.
+
+    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch, before its
+    checkpoint, so that a run killed in between evaluates again.
+    """
+    guard = FiniteGuard()
+    with StopFlag() as stop:
+        for index, micro_batches in loader.from_step(state.step, plan.total_steps):
+            progress = plan.progress(index)
+            seed_step(run.seed, index)
+            set_rates(state.optimizer, plan, index)
+            out = forward_and_backward(state, micro_batches, step, progress)
+            out["grad_norm"] = update(state, plan, guard, micro_batches)
+            state.module.after_step(progress)  # type: ignore[operator]
+            state.step = index + 1
+            run.log(progress, out, plan)
+            if evaluate is not None and state.step % plan.steps_per_epoch == 0:
+                run.record(progress.next, evaluate(progress.next), state.best)
+            stopping = stop.agreed()
+            if stopping or run.due(state.step, plan):
+                guard.flush()
+                run.checkpoint(state, plan)
+            if stopping:
+                run.finish("preempted", state.step, f"asked to stop ({stop.received or 'by another rank'})")
+                return Outcome.PREEMPTED
+    guard.flush()
+    run.finish("done", state.step)
+    return Outcome.DONE
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Key the step's draws (drop path, synthetic negatives) to (seed, step, rank): no generator state is saved."""
+    torch.manual_seed(keyed_seed("step", seed, step, rank()))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
+    """Give each parameter group the learning rate of ``step``; its ``rate`` says which schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rates[group.get("rate", 0)].at(step)
+
+
+def forward_and_backward(
+    state: TrainState, micro_batches: list[Any], step: StepFunction, progress: Progress
+) -> dict[str, Tensor]:
+    """Accumulate the gradient of the mean loss over micro-batches; return the last one's outputs, the loss averaged.
+
+    Gradients travel between processes once, with the last micro-batch.
+    """
+    total: Tensor | None = None
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with nullcontext() if last else _no_sync(state.model):
+            out = step(batch, progress)
+            loss = out["loss"] / len(micro_batches)
+            (state.scaler.scale(loss) if state.scaler else loss).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return {**out, "loss": total}
+
+
+def update(state: TrainState, plan: Plan, guard: FiniteGuard, micro_batches: list[Any]) -> Tensor:
+    """Clip, check and apply the gradient; return its norm before clipping."""
+    if state.scaler:
+        state.scaler.unscale_(state.optimizer)
+    groups = state.clip_groups or [_trainable(state.optimizer)]
+    norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    if state.scaler:  # overflow is the scaler's business: it skips the step and lowers the scale
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        guard.check(norm, state.step, _sample_names(micro_batches))
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global L2 norm of at most ``max_norm`` (0: leave them) and return the norm before."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _sample_names(micro_batches: list[Any]) -> str:
+    indices = torch.cat([batch.indices for batch in micro_batches]).tolist()
+    return ", ".join(map(str, indices[:16])) + (f", ... ({len(indices)} in all)" if len(indices) > 16 else "")
+
+
+def _no_sync(model: nn.Module) -> AbstractContextManager[Any]:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,103 @@
+"""Optimisers and their parameter groups (spec sections 5, A4, C4)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+_TOKENS = ("cls_token", "pos_embed", "dist_token", "relative_position_bias_table")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as MoCo v3 and BYOL use it.
+
+    Matrices: g <- g + wd w; g <- g * trust |w| / |g| (1 if either norm is 0). Groups with ``adapt=False`` (biases and
+    norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters with a handful of multi-tensor operations a group."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            if group["adapt"]:
+                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+                torch._foreach_mul_(grads, self._trust(params, grads, group["trust_coefficient"]))
+            for p in params:
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+    @staticmethod
+    def _trust(params: list[Tensor], grads: list[Tensor], coefficient: float) -> list[Tensor]:
+        weight_norms = torch.stack(torch._foreach_norm(params))
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        ratio = coefficient * weight_norms / grad_norms
+        usable = (weight_norms > 0) & (grad_norms > 0)
+        return list(torch.where(usable, ratio, torch.ones_like(ratio)).unbind())
+
+
+def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that decay and those that do not.
+
+    LARS always exempts one-dimensional parameters; the others only with ``EXCLUDE_1D``. ``EXCLUDE_TOKENS`` adds class
+    tokens, positions and relative position tables, which the published MoBY code decays (spec V7).
+    """
+    exempt_1d = node.EXCLUDE_1D or node.NAME == "lars"
+    decay: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_1d = parameter.ndim <= 1 or name.endswith(".bias")
+        is_token = name.rsplit(".", 1)[-1] in _TOKENS
+        no_decay = (exempt_1d and is_1d) or (node.EXCLUDE_TOKENS and is_token)
+        (exempt if no_decay else decay).append(parameter)
+    groups = [{"params": decay}, {"params": exempt, "weight_decay": 0.0}]
+    if node.NAME == "lars":
+        groups[1]["adapt"] = False
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(node: CfgNode, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build the optimiser of an ``OPTIM`` section; the learning rate is set before each step by the engine."""
+    common = {"lr": 0.0, "weight_decay": node.WEIGHT_DECAY}
+    match node.NAME:
+        case "sgd":
+            return torch.optim.SGD(
+                groups,
+                momentum=node.MOMENTUM,
+                nesterov=node.NESTEROV and node.MOMENTUM > 0,
+                fused=True,
+                **common,
+            )
+        case "adamw":
+            beta1, beta2 = node.BETAS
+            return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=node.EPS, fused=True, **common)
+        case "lars":
+            return LARS(groups, momentum=node.MOMENTUM, trust_coefficient=node.TRUST_COEFFICIENT, **common)
+    raise ValueError(f"OPTIM.NAME: {node.NAME!r} is not one of sgd, adamw, lars")

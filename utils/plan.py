@@ -1,0 +1,83 @@
+"""Numbers derived from the configuration once: batches, steps, scaled learning rates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from yacs.config import CfgNode
+
+from utils.distributed import world_size
+from utils.schedules import LearningRate, Progress
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, in optimiser steps."""
+
+    epochs: int
+    steps_per_epoch: int
+    global_batch: int  # images an optimiser step sees, over processes and micro-batches
+    accumulation: int
+    clip_grad: float
+    rates: tuple[LearningRate, ...]  # one a parameter group's "rate" index; a grid of heads has several
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of optimiser steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def progress(self, step: int) -> Progress:
+        """Return where optimiser step ``step`` stands."""
+        return Progress(step, self.steps_per_epoch, self.total_steps)
+
+    def describe(self) -> str:
+        """Say in one line what will be done."""
+        rates = ", ".join(f"{rate.base:.4g}" for rate in self.rates)
+        return (
+            f"{self.epochs} epochs x {self.steps_per_epoch} steps = {self.total_steps} steps, global batch "
+            f"{self.global_batch} = {world_size()} process(es) x {self.accumulation} micro-batch(es) x "
+            f"{self.global_batch // (self.accumulation * world_size())}, peak lr {rates}"
+        )
+
+
+def global_batch_size(batch_size: int, accumulation: int = 1) -> int:
+    """Return the images of one optimiser step for a batch size per process and micro-batch."""
+    return batch_size * accumulation * world_size()
+
+
+def make_plan(
+    optim: CfgNode,
+    schedule: CfgNode,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    global_batch: int,
+    base_rates: Sequence[float],
+    accumulation: int = 1,
+) -> Plan:
+    """Derive the plan from an ``OPTIM`` and a ``SCHEDULE`` section; rates are scaled if ``LR_BATCH`` says so."""
+    if schedule.WARMUP_EPOCHS >= epochs and schedule.WARMUP_EPOCHS > 0:
+        raise ValueError(
+            f"SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} epochs; lower it"
+        )
+    scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
+    rates = tuple(
+        LearningRate(
+            name=schedule.NAME,
+            base=base * scale,
+            warmup_start=optim.WARMUP_LR * scale,
+            minimum=optim.MIN_LR * scale,
+            warmup_steps=schedule.WARMUP_EPOCHS * steps_per_epoch,
+            total_steps=epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            milestones=tuple(schedule.MILESTONES),
+            gamma=schedule.GAMMA,
+            decay_epochs=schedule.DECAY_EPOCHS,
+            per_epoch=schedule.PER_EPOCH,
+            shifted=schedule.SHIFTED,
+            lag=schedule.LAG,
+        )
+        for base in base_rates
+    )
+    for rate in rates:
+        rate.at(0)  # an unknown schedule is refused here, not after the first batch
+    return Plan(epochs, steps_per_epoch, global_batch, accumulation, optim.CLIP_GRAD, rates)

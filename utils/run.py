@@ -1,0 +1,345 @@
+"""A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from utils import checkpoint, distributed
+from utils.atomic import write_text
+from utils.config import compare_for_resume, to_yaml
+from utils.evaluate import embedding_std
+from utils.logger import Metrics, ProgressLine, format_duration, setup_logger
+from utils.plan import Plan
+from utils.schedules import Progress
+
+if TYPE_CHECKING:
+    from utils.engine import TrainState
+
+logger = logging.getLogger("synco")
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_COLLAPSE_STD = 0.3  # of normalised embeddings x sqrt(D): 1 when spread over the sphere, 0 when collapsed
+_COLLAPSE_CHECKS = 3
+
+
+class Run:
+    """The place and the means of one run; only rank 0 writes."""
+
+    def __init__(self, cfg: CfgNode, folder: Path, device: torch.device) -> None:
+        self.cfg = cfg
+        self.folder = folder
+        self.device = device
+        self.seed: int = cfg.SEED
+        self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
+        self.metrics = Metrics(folder if distributed.is_main() else None, cfg.LOG.TENSORBOARD)
+        self._lock: IO[str] | None = None
+        self._progress_line: ProgressLine | None = None
+        self._window_start = time.perf_counter()
+        self._window: list[dict[str, Tensor]] = []
+        self._collapsed = 0
+        self._resumed_from: Path | None = None
+
+    # ---- precision and processes ---------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward in ``TRAIN.PRECISION``."""
+        dtype = _DTYPES.get(self.cfg.TRAIN.PRECISION)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Return a gradient scaler for fp16, which needs one."""
+        return torch.amp.GradScaler(self.device.type) if self.cfg.TRAIN.PRECISION == "fp16" else None
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, in the memory format of the run, equal on all ranks."""
+        if self.cfg.TRAIN.CHANNELS_LAST:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = module.to(self.device)
+        distributed.broadcast_module(module)
+        return module
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Wrap a prepared module for gradient averaging if there are several processes.
+
+        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be local.
+        """
+        if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def views(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) in the run's memory format."""
+        return (
+            images.contiguous(memory_format=torch.channels_last) if self.cfg.TRAIN.CHANNELS_LAST else images
+        )
+
+    @contextmanager
+    def evaluating(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Put a module into eval mode, under autocast and without gradients, and back."""
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield module
+        finally:
+            module.train(was_training)
+
+    # ---- the folder ----------------------------------------------------------------------------------------------
+
+    def open_folder(self) -> None:
+        """Create the folder, take its lock and write the configuration; one folder, one run."""
+        distributed.on_main(self._open_folder)
+        self.finish("running", 0)
+
+    def _open_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("a+")
+        except OSError as error:
+            raise ValueError(
+                f"--output: {self.folder} cannot be written ({error}); choose another folder"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it with the process
+        except OSError as error:
+            raise ValueError(
+                f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
+            ) from error
+        write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+
+    def finish(self, state: str, step: int, reason: str = "") -> None:
+        """Write ``status.json`` (running, done, preempted), which a requeue script reads, and say so."""
+        if self._progress_line is not None:
+            self._progress_line.close()
+        if distributed.is_main():
+            try:
+                write_text(
+                    self.folder / "status.json", json.dumps({"state": state, "step": step, "reason": reason})
+                )
+            except OSError as error:
+                logger.warning("cannot write %s (%s)", self.folder / "status.json", error)
+        if state == "preempted":
+            logger.warning("%s at step %d: saved; start the same command again to go on", reason, step)
+
+    def close(self) -> None:
+        """Close the logs and release the folder."""
+        self.metrics.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def due(self, step: int, plan: Plan) -> bool:
+        """Tell whether a checkpoint is due after ``step`` steps."""
+        every = self.cfg.CHECKPOINT
+        by_epoch = every.EVERY_EPOCHS and step % (every.EVERY_EPOCHS * plan.steps_per_epoch) == 0
+        by_step = every.EVERY_STEPS and step % every.EVERY_STEPS == 0
+        return bool(by_epoch or by_step or step == plan.total_steps)
+
+    def checkpoint(self, state: "TrainState", plan: Plan) -> None:
+        """Commit the state (rank 0); a disk that fails leaves the older checkpoints and lets the run go on."""
+        keep_every = self.cfg.CHECKPOINT.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
+        payload = {
+            **state.state_dict(),
+            "config": to_yaml(self.cfg),
+            "dataset": self.fingerprint,
+            "global_batch": plan.global_batch,
+        }
+        problem = distributed.on_main(lambda: self._save(state.step, payload, keep_every))
+        if problem:
+            logger.error("%s", problem)
+
+    def _save(self, step: int, payload: dict[str, Any], keep_every: int | None) -> str:
+        meta = {
+            "torch": torch.__version__,
+            "best": payload["best"],
+            "name": f"{self.cfg.NAME}/{self.cfg.TAG}",
+        }
+        protect = [self._resumed_from] if self._resumed_from else []
+        try:
+            path = checkpoint.save(self.folder, step, payload, meta=meta)
+            checkpoint.prune(self.folder, self.cfg.CHECKPOINT.KEEP_LAST, keep_every, protect)
+        except OSError as error:
+            return f"checkpoint of step {step} failed ({error}); the older ones are intact. Free space: the run goes on"
+        logger.info("checkpoint %s", path)
+        return ""
+
+    def resume(self, state: "TrainState", plan: Plan) -> bool:
+        """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was one.
+
+        Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if there are
+        checkpoints and none verifies.
+        """
+        path = distributed.on_main(self._find)
+        if path is None:
+            return False
+        saved = checkpoint.load(path)
+        missing = {"framework", "optimizer", "step", "config", "dataset", "global_batch"} - set(saved)
+        if missing:
+            raise checkpoint.CheckpointError(
+                f"{path} is no checkpoint of such a run (no {', '.join(sorted(missing))}); to start from its weights "
+                "use main_linear.py --pretrained, to resume give a ckpt_*.pt of a run"
+            )
+        for change in compare_for_resume(saved["config"], self.cfg):
+            logger.warning("resuming with a changed %s", change)
+        self._check_identity(path, saved, plan)
+        state.load_state_dict(saved)
+        self._resumed_from = path
+        self.metrics.truncate_after(state.step)
+        logger.info("resumed from %s at step %d", path, state.step)
+        return True
+
+    def _find(self) -> Path | None:
+        checkpoint.sweep(self.folder)
+        newest = checkpoint.newest_valid(self.folder)
+        if not self.cfg.RESUME:
+            return newest.path if newest else None
+        if newest:
+            logger.warning("--resume %s is used, not the folder's own %s", self.cfg.RESUME, newest.path.name)
+        return Path(self.cfg.RESUME)
+
+    def _check_identity(self, path: Path, saved: dict[str, Any], plan: Plan) -> None:
+        if saved["dataset"] != self.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"{path} was trained on other data ({saved['dataset']}, now {self.fingerprint}): files were added, "
+                "removed or renamed; restore them, or start a run of its own with another --tag"
+            )
+        if saved["global_batch"] != plan.global_batch:
+            raise checkpoint.CheckpointError(
+                f"{path} was trained with a global batch of {saved['global_batch']}, this command gives "
+                f"{plan.global_batch} (processes x --batch-size x --accumulation-steps); restore the product"
+            )
+
+    # ---- what a person sees --------------------------------------------------------------------------------------
+
+    def describe(self, module: nn.Module, plan: Plan, num_images: int) -> None:
+        """Say what is about to be trained, on what, for how long."""
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        logger.info(
+            "%s with %.2f M trained parameters, %s",
+            type(module).__name__,
+            trained / 1e6,
+            self.cfg.TRAIN.PRECISION,
+        )
+        logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
+        self._progress_line = ProgressLine(plan.total_steps) if distributed.is_main() else None
+        self._window_start = time.perf_counter()
+
+    def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
+        """Gather a step's metrics on the device; write their means every ``LOG.PRINT_FREQ`` steps."""
+        scalars = {name: value.detach().float() for name, value in out.items() if value.ndim == 0}
+        self._window.append(scalars)
+        every = self.cfg.LOG.PRINT_FREQ
+        if (progress.step + 1) % every and progress.step + 1 != plan.total_steps:
+            return
+        values = self._mean_of_window()
+        if "embedding" in out:
+            values["embedding_std"] = float(embedding_std(out["embedding"]))
+            self._watch_collapse(values["embedding_std"])
+        seconds_per_step = (time.perf_counter() - self._window_start) / len(self._window)
+        values["images_per_second"] = plan.global_batch / seconds_per_step
+        values["lr"] = plan.rates[0].at(progress.step)
+        values["epoch"] = progress.next.epoch_position
+        self._window.clear()
+        self.metrics.write(progress.step + 1, values)
+        self._say(progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step)
+        self._window_start = time.perf_counter()
+
+    def _mean_of_window(self) -> dict[str, float]:
+        names = sorted(self._window[-1])
+        table = torch.stack([torch.stack([row[name] for name in names]) for row in self._window]).mean(0)
+        table = distributed.all_reduce_sum(table) / distributed.world_size()
+        return dict(zip(names, table.tolist(), strict=True))
+
+    def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
+        shown = " ".join(
+            f"{name} {values[name]:.4g}"
+            for name in sorted(values)
+            if name not in ("epoch", "images_per_second")
+        )
+        logger.info(
+            "epoch %d step %d/%d %s | %.0f images/s | %s left",
+            progress.epoch,
+            progress.step + 1,
+            progress.total_steps,
+            shown,
+            values["images_per_second"],
+            format_duration(seconds_left),
+        )
+        if self._progress_line is not None:
+            self._progress_line.update(
+                progress.epoch, progress.step + 1, values["loss"], values["lr"], values["images_per_second"]
+            )
+
+    def _watch_collapse(self, spread: float) -> None:
+        self._collapsed = self._collapsed + 1 if spread < _COLLAPSE_STD else 0
+        if self._collapsed == _COLLAPSE_CHECKS:
+            logger.warning(
+                "the embeddings are collapsing: their spread is %.2f (healthy: near 1); the method, its learning rate "
+                "or its augmentation is broken",
+                spread,
+            )
+
+    def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
+        """Log an evaluation at the end of an epoch, if there was one, and keep the best of each value in ``best``."""
+        if not values:
+            return
+        for name, value in values.items():
+            best[name] = max(best.get(name, value), value)
+        self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
+        shown = ", ".join(f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name)
+        logger.info("epoch %d done: %s", progress.epoch - 1, shown)
+        self._window_start = time.perf_counter()  # the evaluation's time is not training's
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this process for ``auto``, ``cpu`` or ``cuda``; an absent GPU is refused by name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if distributed.local_rank() >= count:
+            raise ValueError(
+                f"--device {name}: this process has local rank {distributed.local_rank()}, the machine {count} GPU(s); "
+                "lower --nproc_per_node, or use --device cpu"
+            )
+        device = torch.device("cuda", distributed.local_rank())
+        torch.cuda.set_device(device)
+    return device
+
+
+def start_run(cfg: CfgNode, subfolder: str = "") -> Run:
+    """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``."""
+    device = choose_device(cfg.DEVICE)
+    distributed.init_processes(device)
+    torch.manual_seed(
+        distributed.keyed_seed("model", cfg.SEED)
+    )  # equal on all ranks: so are the initial weights
+    torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC
+        torch.set_float32_matmul_precision("high" if cfg.TRAIN.PRECISION != "fp32" else "highest")
+    elif distributed.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.world_size()))
+    folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / subfolder
+    run = Run(cfg, folder, device)
+    run.open_folder()
+    setup_logger(folder, distributed.is_main())
+    logger.info("%s on %s, torch %s", folder, device, torch.__version__)
+    return run

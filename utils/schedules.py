@@ -1,0 +1,101 @@
+"""Schedules as pure functions of the step: nothing here, and nothing in a model, counts.
+
+A value at step s is the same in a run that was never stopped and in one that was resumed ten times.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimiser steps done so far, out of how many."""
+
+    step: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch this step belongs to, from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def epoch_position(self) -> float:
+        """Return the position in epochs, e.g. 2.5 in the middle of the third."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def fraction(self) -> float:
+        """Return the share of the run that is done, in [0, 1]."""
+        return self.step / self.total_steps
+
+    @property
+    def next(self) -> "Progress":
+        """Return the progress of the following step."""
+        return Progress(self.step + 1, self.steps_per_epoch, self.total_steps)
+
+
+def cosine(fraction: float, start: float, end: float) -> float:
+    """Go from ``start`` at 0 to ``end`` at 1 along half a cosine.
+
+    With ``end=1`` this is the momentum schedule of BYOL (section 3.3) and MoBY: 1 - (1-m0)(cos(pi f)+1)/2.
+    """
+    return end - (end - start) * (math.cos(math.pi * fraction) + 1.0) / 2.0
+
+
+def momentum_at(fraction: float, base: float, schedule: str) -> float:
+    """Return the target network's momentum: ``constant`` (MoCo) or ``cosine`` to 1 (BYOL, MoBY)."""
+    if schedule == "constant":
+        return base
+    if schedule == "cosine":
+        return cosine(fraction, base, 1.0)
+    raise ValueError(f"MOMENTUM_SCHEDULE: {schedule!r} is not a schedule; use 'constant' or 'cosine'")
+
+
+class LearningRate(NamedTuple):
+    """A learning-rate schedule; rates are already scaled to the global batch, lengths are in steps."""
+
+    name: str
+    base: float
+    warmup_start: float
+    minimum: float
+    warmup_steps: int
+    total_steps: int
+    steps_per_epoch: int
+    milestones: tuple[int, ...] = ()  # epochs
+    gamma: float = 0.1
+    decay_epochs: int = 30
+    per_epoch: bool = False  # hold the rate of the epoch's first step (MoCo)
+    shifted: bool = False  # start the cosine after the warm-up (MoCo v3) and not at step 0 (timm, MoBY)
+    lag: bool = False  # the one-step lag of the published MoBY and SiT code: steps 0 and 1 share a rate
+
+    def at(self, step: int) -> float:
+        """Return the learning rate of optimiser step ``step``."""
+        unit = self.steps_per_epoch if self.per_epoch else 1
+        time = (step // unit - int(self.lag)) * unit if self.lag else step // unit * unit
+        return self._at_time(max(time, 0))
+
+    def _at_time(self, time: int) -> float:
+        if time < self.warmup_steps:
+            return self.warmup_start + time * (self.base - self.warmup_start) / self.warmup_steps
+        start = self.warmup_steps if self.shifted else 0
+        match self.name:
+            case "cosine":
+                fraction = (time - start) / max(self.total_steps - start, 1)
+                return cosine(fraction, self.base, self.minimum)
+            case "linear":  # timm's linear schedule as MoBY uses it: down to 1 % of the base
+                fraction = (time - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+                return self.base * (1.0 - 0.99 * fraction)
+            case "step":
+                return self.base * self.gamma ** (time // (self.decay_epochs * self.steps_per_epoch))
+            case "milestones":
+                epoch = time // self.steps_per_epoch
+                return self.base * self.gamma ** sum(epoch >= m for m in self.milestones)
+            case "constant":
+                return self.base
+        raise ValueError(f"SCHEDULE.NAME: {self.name!r} is not one of {', '.join(SCHEDULES)}")
+
+
+SCHEDULES = ("cosine", "linear", "step", "milestones", "constant")
