@@ -1,7 +1,9 @@
-"""Linear probe of a pretrained backbone: a grid of learning rates in one pass, exact accuracies, k-NN beside them.
+"""Linear probe of a pretrained backbone: a grid of learning rates in one pass, exact accuracies, k-NN beside
+them.
 
-python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the checkpoint of the
-pretraining run with the same cfg, output and tag; --pretrained FILE names another. Writes to O/<name>/T/linear/.
+python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the checkpoint
+of the pretraining run with the same cfg, output and tag; --pretrained FILE names another. Writes to
+O/<name>/T/linear/.
 """
 
 import argparse
@@ -21,10 +23,18 @@ def main() -> int:
     """Probe the pretrained weights, and random ones if asked; print one table; return the exit code."""
     parser = make_parser(__doc__, renamed={"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"})
     absent: Any = argparse.SUPPRESS
-    parser.add_argument("--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest")
-    parser.add_argument("--protocol", choices=["moco", "moby"], help="a published protocol, not the recipe's own")
-    parser.add_argument("--lr", dest="LINEAR.LRS", type=float, nargs="+", default=absent, help="learning-rate grid")
-    parser.add_argument("--drop-path-rate", dest="LINEAR.DROP_PATH", type=float, default=absent, help="MoBY: 0.2")
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
+    )
+    parser.add_argument(
+        "--protocol", choices=["moco", "moby"], help="a published protocol, not the recipe's own"
+    )
+    parser.add_argument(
+        "--lr", dest="LINEAR.LRS", type=float, nargs="+", default=absent, help="learning-rate grid"
+    )
+    parser.add_argument(
+        "--drop-path-rate", dest="LINEAR.DROP_PATH", type=float, default=absent, help="MoBY: 0.2"
+    )
     parser.add_argument("--random-baseline", action="store_true", help="probe the untrained backbone as well")
     args, flags = parse(parser)
 
@@ -46,7 +56,7 @@ def main() -> int:
 
 
 def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
-    """Train the grid of heads on one set of weights (``None``: random); return the results and an exit code."""
+    """Train the grid of heads on weights (``None``: random ones); return the results and an exit code."""
     import torch
 
     from data.datasets import open_split
@@ -66,7 +76,7 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     from utils.schedules import Progress
 
     label = weights.stem if weights else "random"
-    run = start_run(cfg, f"linear/{label}")
+    run = start_run(cfg, f"linear/{label}", task="linear")
     linear = cfg.LINEAR
 
     # the frozen backbone
@@ -89,7 +99,11 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     reading = {"batch_size": linear.BATCH_SIZE, "device": run.device, "num_workers": cfg.DATA.NUM_WORKERS}
     with run.evaluating(backbone):
         queries = extract_features(backbone, evaluation_batches(val, cfg.DATA.IMG_SIZE, **reading))
-        bank = extract_features(backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, **reading)) if cfg.KNN.K else None
+        bank = (
+            extract_features(backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, **reading))
+            if cfg.KNN.K
+            else None
+        )
     knn = knn_accuracy(*bank, *queries, train.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE) if bank else {}
     loader = GlobalLoader(
         train,
@@ -105,7 +119,9 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     )
 
     # one head a learning rate: a parameter group each, clipped each by itself
-    heads = run.prepare(LinearHeads(backbone.num_features, train.num_classes, len(linear.LRS), linear.HEAD_INIT))
+    heads = run.prepare(
+        LinearHeads(backbone.num_features, train.num_classes, len(linear.LRS), linear.HEAD_INIT)
+    )
     plan = make_plan(
         linear.OPTIM,
         linear.SCHEDULE,
@@ -131,7 +147,9 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
         return head_accuracies(heads, *queries, linear.LRS)
 
     if args.eval and not resumed:
-        raise ValueError(f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give --resume")
+        raise ValueError(
+            f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give --resume"
+        )
     if not args.eval:
         outcome = fit(state, loader, step, plan, run, evaluate)
         if outcome.value:

@@ -1,7 +1,8 @@
 """Pretrain a backbone without labels: MoCo v2, SynCo, BYOL, MoBY, SynCo-v2 over ResNet, DeiT, Swin.
 
-python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one process or under
-torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again goes on where it stopped.
+python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one process or
+under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again goes on where it
+stopped.
 """
 
 from utils.cli import make_parser, parse, run_main
@@ -20,7 +21,6 @@ def main() -> int:
     from data.views import build_recipe
     from models import build_framework, framework_defaults
     from utils.config import default_config, load_config, section_options
-    from utils.distributed import is_main
     from utils.engine import TrainState, fit
     from utils.evaluate import extract_features, knn_accuracy, measure_throughput
     from utils.optim import build_optimizer, parameter_groups
@@ -48,13 +48,11 @@ def main() -> int:
     )
 
     # model, plan, optimiser
-    backbone = section_options(cfg.MODEL.BACKBONE)
     framework = build_framework(
         cfg.MODEL.NAME,
         section_options(cfg.MODEL[cfg.MODEL.NAME.upper()]),
-        backbone,
+        section_options(cfg.MODEL.BACKBONE),
         img_size=cfg.DATA.IMG_SIZE,
-        target_drop_path=backbone.pop("target_drop_path"),
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
     )
     framework = run.prepare(framework)
@@ -93,16 +91,18 @@ def main() -> int:
         return {}
 
     if args.throughput:
-        measure_throughput(framework.online.backbone, cfg.DATA.IMG_SIZE, cfg.TRAIN.BATCH_SIZE, run.device)
+        with run.evaluating(framework.online.backbone) as backbone:
+            measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.TRAIN.BATCH_SIZE, run.device)
         return 0
     if args.eval:
         if not resumed:
             raise ValueError(f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE")
         progress = plan.progress(state.step)
         run.record(progress, evaluate(progress), state.best)
+        run.finish("done" if state.step == plan.total_steps else "preempted", state.step, "evaluated")
         return 0
-    if not resumed and is_main():
-        save_preview(run.folder / "views.png", source, recipe, cfg.SEED)
+    if not resumed:
+        run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
     return fit(state, loader, step, plan, run, evaluate).value
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from models.byol import BYOL
 from models.moby import MoBY
@@ -24,13 +24,15 @@ FRAMEWORKS: dict[str, type[MomentumFramework]] = {
 
 
 def framework_defaults() -> dict[str, dict[str, Any]]:
-    """Return each method's options and defaults, read from its signature: ``MODEL.<METHOD>`` is declared once."""
+    """Return each method's options and defaults, read from its signature: ``MODEL.<METHOD>`` is declared
+    once.
+    """
     return {name: _options(framework) for name, framework in FRAMEWORKS.items()}
 
 
 def _options(framework: type) -> dict[str, Any]:
     """Read the keyword-only parameters; ``**rest`` stands for those of the base class."""
-    parameters = inspect.signature(framework.__init__).parameters.values()
+    parameters = inspect.signature(framework).parameters.values()
     inherits = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     options = _options(framework.__mro__[1]) if inherits else {}
     own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -43,19 +45,21 @@ def build_framework(
     backbone: Mapping[str, Any],
     *,
     img_size: int = 224,
-    target_drop_path: float = 0.0,
     use_checkpoint: bool = False,
 ) -> MomentumFramework:
     """Build the method ``name`` with its ``options`` over ``build_backbone(**backbone)``.
 
-    On several processes batch norms are synchronised where the method asks for it. Raises ``ValueError`` for a name
-    that is not in ``FRAMEWORKS``.
+    ``backbone`` may also hold ``target_drop_path``, the target's own drop-path rate (default 0).
+    On several processes batch norms are synchronised where the method asks for it. Raises ``ValueError`` for
+    a name that is not in ``FRAMEWORKS``.
     """
     if name not in FRAMEWORKS:
         raise ValueError(f"MODEL.NAME: {name!r} is not one of {', '.join(FRAMEWORKS)}")
-    online = build_backbone(**backbone, img_size=img_size, use_checkpoint=use_checkpoint)
-    target = build_backbone(**{**backbone, "drop_path": target_drop_path}, img_size=img_size)
-    framework = FRAMEWORKS[name](online, target, **options)
+    shared = {**backbone, "img_size": img_size}
+    target_drop_path = shared.pop("target_drop_path", 0.0)
+    online = build_backbone(**shared, use_checkpoint=use_checkpoint)
+    target = build_backbone(**{**shared, "drop_path": target_drop_path})
+    framework = cast(Any, FRAMEWORKS[name])(online, target, **options)
     if world_size() > 1 and getattr(framework, "sync_batch_norm", False):
         convert_sync_batch_norm(framework)
     return framework

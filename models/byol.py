@@ -1,8 +1,9 @@
 """BYOL: bootstrap your own latent (Grill et al. 2020, arXiv:2006.07733)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import cosine_regression, unit
 from models.parts.momentum import MomentumFramework
@@ -10,14 +11,14 @@ from utils.schedules import Progress, momentum_at
 
 
 class BYOL(MomentumFramework):
-    """Predict the target's embedding of the other view; no negatives. The loss is half the paper's (spec B1)."""
+    """Predict the target's embedding of the other view, without negatives; the loss is half the paper's."""
 
     sync_batch_norm = True
 
     def __init__(
         self,
-        backbone: nn.Module,
-        target_backbone: nn.Module | None = None,
+        backbone: Backbone,
+        target_backbone: Backbone | None = None,
         *,
         hidden_dim: int = 4096,
         out_dim: int = 256,

@@ -6,11 +6,13 @@ be found, and what the file holds beyond it must be a head.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Layout(NamedTuple):
@@ -137,11 +139,11 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
-def freeze(backbone: nn.Module, active_drop_path: bool = False) -> nn.Module:
+def freeze(backbone: M, active_drop_path: bool = False) -> M:
     """Freeze a backbone for a probe: no gradients, eval mode.
 
-    ``active_drop_path`` leaves it in train mode but for its batch norms, whose statistics must not move: the protocol
-    of MoBY (spec V16).
+    ``active_drop_path`` leaves it in train mode but for its batch norms, whose statistics must not move: the
+    protocol of MoBY (spec V16).
     """
     backbone.requires_grad_(False).train(active_drop_path)
     for module in backbone.modules():

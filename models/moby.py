@@ -1,8 +1,9 @@
 """MoBY: MoCo v2 and BYOL joined for transformers (Xie et al. 2021, arXiv:2105.04553)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
@@ -17,8 +18,8 @@ class MoBY(MomentumFramework):
 
     def __init__(
         self,
-        backbone: nn.Module,
-        target_backbone: nn.Module | None = None,
+        backbone: Backbone,
+        target_backbone: Backbone | None = None,
         *,
         hidden_dim: int = 4096,
         out_dim: int = 256,
@@ -39,7 +40,7 @@ class MoBY(MomentumFramework):
         self.momentum_schedule = momentum_schedule
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Contrast each view's queries with the other view's keys; the two losses are summed, not averaged."""
+        """Contrast each view's queries with the other view's keys; the losses are summed, not averaged."""
         queries = [unit(self.predictor(self.online(view))) for view in views]
         with torch.no_grad():
             keys = [unit(self.target(view)) for view in views]

@@ -1,8 +1,9 @@
 """MoCo v2 (Chen et al. 2020, arXiv:2003.04297; momentum contrast: He et al. 2020, arXiv:1911.05722)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
@@ -13,15 +14,16 @@ from utils.schedules import Progress
 
 
 class MoCoV2(MomentumFramework):
-    """One direction, a queue of keys, batch norm shuffled between processes; ``batch_norm`` local: without shuffling.
+    """One direction, a queue of keys, batch norm shuffled between processes; ``batch_norm`` local: without
+    shuffling.
 
     On one process shuffling changes no statistics; ``bn_groups`` > 1 then emulates that many processes.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
-        target_backbone: nn.Module | None = None,
+        backbone: Backbone,
+        target_backbone: Backbone | None = None,
         *,
         out_dim: int = 128,
         num_mlp_layers: int = 2,
@@ -71,7 +73,7 @@ class MoCoV2(MomentumFramework):
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
-        """Encode keys (N, D), each batch norm seeing a random part of the global batch (paper, section 3.3)."""
+        """Encode keys (N, D); each batch norm sees a random part of the global batch (paper, section 3.3)."""
         if not self.shuffle:
             return unit(self.target(images))
         num = len(images)

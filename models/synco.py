@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from models.moco import MoCoV2
+from models.parts.backbones import Backbone
 from models.parts.negatives import SyntheticConfig
 from utils.schedules import Progress
 
@@ -14,13 +13,14 @@ class SynCo(MoCoV2):
     """MoCo v2 whose queue is joined, from epoch ``warmup_epochs`` on, by six types of synthetic negatives.
 
     ``sigma``: the published code has 0.01; the runs of August 2024 most likely used 0.1 (spec S3).
-    ``legacy_gradients``: types 5 and 6 as before October 2024, which the published checkpoints most likely used.
+    ``legacy_gradients``: types 5 and 6 as before October 2024, which the published checkpoints most likely
+    used.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
-        target_backbone: nn.Module | None = None,
+        backbone: Backbone,
+        target_backbone: Backbone | None = None,
         *,
         num_hard: int = 1024,
         num_synthetic: Sequence[int] = (256, 256, 256, 64, 64, 64),

@@ -3,26 +3,27 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from models.moby import MoBY
+from models.parts.backbones import Backbone
 from models.parts.negatives import SyntheticConfig
 from utils.distributed import world_size
 from utils.schedules import Progress
 
 
 class SynCoV2(MoBY):
-    """MoBY whose queues are joined by synthetic negatives in epochs ``warmup_epochs`` to ``cooldown_epochs``, inclusive.
+    """MoBY whose queues are joined by synthetic negatives in epochs ``warmup_epochs`` to ``cooldown_epochs``,
+    inclusive.
 
-    ``legacy_window`` reproduces the published code, where the window's epochs were counted without the number of
-    processes, so that on 4 GPUs it opened at epoch 120 of 300 and never closed (spec 2.4). The default counts are those
-    that took effect in the published runs; the published yaml files say 128 for all six, which never arrived (spec V2).
+    ``legacy_window`` reproduces the published code, where the window's epochs were counted without the number
+    of processes, so that on 4 GPUs it opened at epoch 120 of 300 and never closed (spec 2.4). The default
+    counts are those that took effect in the published runs; the published yaml files say 128 for all six,
+    which never arrived (spec V2).
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
-        target_backbone: nn.Module | None = None,
+        backbone: Backbone,
+        target_backbone: Backbone | None = None,
         *,
         num_hard: int = 256,
         num_synthetic: Sequence[int] = (128, 128, 128, 64, 64, 64),

@@ -22,7 +22,7 @@ _VALUES: dict[str, tuple[str, type, str]] = {
     "--output": ("OUTPUT", str, "output root; a run writes to OUTPUT/NAME/TAG"),
     "--tag": ("TAG", str, "name of this run"),
     "--seed": ("SEED", int, "seed of everything random"),
-    "--precision": ("TRAIN.PRECISION", str, "fp32, bf16 or fp16"),
+    "--precision": ("TRAIN.PRECISION", str, "auto (what the device is fast at), fp32, bf16 or fp16"),
     "--device": ("DEVICE", str, "auto, cpu or cuda"),
 }
 _SWITCHES = {
@@ -51,13 +51,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Parser:
-    """Return the parser of the shared flags; ``renamed`` maps a flag to another key, e.g. the probe's batch size."""
+    """Return the parser of the shared flags; ``renamed`` maps a flag to another key (the probe's epochs)."""
     parser = _Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--cfg", metavar="FILE", help="yaml configuration, see configs/")
     parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="override any configuration key"
+        "--opts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY VALUE",
+        help="override any configuration key",
     )
     for flag, (key, kind, text) in _VALUES.items():
         key = (renamed or {}).get(flag, key)
@@ -110,27 +115,66 @@ def _mixed_precision() -> str:
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Run a main and exit: one line for what the user can mend, a traceback for what only we can.
 
-    Exit codes: 0 done, 2 bad input, 3 gradients not finite, 75 preempted (start the same command again). With
-    ``SYNCO_DEBUG=1`` the one line is followed by its traceback.
+    Exit codes: 0 done, 1 a fault of ours, 2 bad input, 3 gradients not finite, 4 out of memory, 5 a loader worker
+    or another process failed, 75 preempted (start the same command again), 130 stopped at once. With
+    ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
     """
     try:
-        sys.exit(main())
-    except (ValueError, ImportError) as error:
-        _report(error)
-        sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "NonFiniteError":
+        code = main()
+    except (Exception, KeyboardInterrupt) as error:
+        explained = _explain(error)
+        if explained is None:
             raise
-        _report(error)
-        sys.exit(3)
+        code, message = explained
+        _report(error, message)
+    else:
+        _leave_processes()
+    sys.exit(code)
 
 
-def _report(error: Exception) -> None:
+_CODES = {"NonFiniteError": 3, "LoaderError": 5}
+_MEMORY_REMEDY = "lower --batch-size and raise --accumulation-steps, or add --use-checkpoint"
+
+
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Return exit code and line of an error that a person can mend, None of a fault of ours.
+
+    Types of other modules go by name, since nothing heavy is imported here.
+    """
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, (ValueError, ImportError)):
+        return 2, text
+    if isinstance(error, OSError):
+        return 2, f"{text}; check the path, its permissions and the free space"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, text or "stopped by Ctrl-C"
+    if name in _CODES:
+        return _CODES[name], text
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return 4, f"out of memory; {_MEMORY_REMEDY}: {_first_line(text)}"
+    if name in ("DistBackendError", "DistNetworkError") or "gloo" in text:
+        return 5, f"lost the other processes; one of them says why, or was killed: {_first_line(text)}"
+    return None
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0][:200]
+
+
+def _report(error: BaseException, message: str) -> None:
     if os.environ.get("SYNCO_DEBUG"):
         import traceback
 
         traceback.print_exception(error)
     rank = os.environ.get("RANK", "0")
-    # All ranks read the same configuration: one of them says what is wrong with it.
-    if rank == "0" or type(error).__name__ not in ("ConfigError", "CheckpointError"):
-        sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}\n")
+    # An error that all ranks share has one reporter; and all read the same configuration.
+    reporter = "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
+    if rank == reporter:
+        sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}\n")
+
+
+def _leave_processes() -> None:
+    if "torch" in sys.modules:
+        from utils.distributed import close_processes
+
+        close_processes()

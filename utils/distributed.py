@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-_host_group: dist.ProcessGroup | None = None
+_host_group: Any = None  # a gloo group beside nccl
 
 
 def is_distributed() -> bool:
@@ -67,7 +67,8 @@ def close_processes() -> None:
 def keyed_seed(*parts: int | str) -> int:
     """Hash ``parts`` to a 63-bit seed: the same on every rank, machine and Python version.
 
-    Randomness is keyed and never stored, so a run's draws depend neither on workers nor on where it was resumed.
+    Randomness is keyed and never stored, so a run's draws depend neither on workers nor on where it was
+    resumed.
     """
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
@@ -125,16 +126,35 @@ def on_main(action: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return action()
-    result: tuple[Any, Exception | None] = (None, None)
-    if is_main():
-        try:
-            result = (action(), None)
-        except Exception as error:
-            result = (None, error)
-    value, error = broadcast_object(result)
+    value, error = broadcast_object(_attempt(action) if is_main() else (None, None))
     if error is not None:
         raise error
-    return value
+    return cast(T, value)
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run ``action``, which waits for no other rank, on every rank and return each rank's own result.
+
+    Where it fails on some, the lowest of these ranks' error is raised on all, which that rank reports.
+    """
+    if world_size() == 1:
+        return action()
+    value, error = _attempt(action)
+    errors: list[Any] = [None] * world_size()
+    dist.all_gather_object(errors, error, group=_host_group)
+    for error in errors:
+        if error is not None:
+            raise error
+    return cast(T, value)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return (result, None) or (None, error); the error names this rank as the one to report it."""
+    try:
+        return action(), None
+    except Exception as error:
+        error.reporter = rank()  # type: ignore[attr-defined]  # pickled with the error, read in utils.cli
+        return None, error
 
 
 @torch.no_grad()

@@ -84,11 +84,11 @@ def fit(
 ) -> Outcome:
     """Train from ``state.step`` to the end of the plan, or until a stop signal.
 
-    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch, before its
-    checkpoint, so that a run killed in between evaluates again.
+    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch,
+    before its checkpoint, so that a run killed in between evaluates again.
     """
-    guard = FiniteGuard()
-    with StopFlag() as stop:
+    guard = FiniteGuard(scaler=state.scaler is not None)
+    with run.reporting(state), StopFlag() as stop:
         for index, micro_batches in loader.from_step(state.step, plan.total_steps):
             progress = plan.progress(index)
             seed_step(run.seed, index)
@@ -105,15 +105,17 @@ def fit(
                 guard.flush()
                 run.checkpoint(state, plan)
             if stopping:
-                run.finish("preempted", state.step, f"asked to stop ({stop.received or 'by another rank'})")
+                run.preempted(state.step, stop.received or "a signal to another rank")
                 return Outcome.PREEMPTED
-    guard.flush()
-    run.finish("done", state.step)
+        guard.flush()
+        run.finish("done", state.step)
     return Outcome.DONE
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Key the step's draws (drop path, synthetic negatives) to (seed, step, rank): no generator state is saved."""
+    """Key the step's draws (drop path, synthetic negatives) to (seed, step, rank): no generator state is
+    saved.
+    """
     torch.manual_seed(keyed_seed("step", seed, step, rank()))
 
 
@@ -126,7 +128,8 @@ def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
 def forward_and_backward(
     state: TrainState, micro_batches: list[Any], step: StepFunction, progress: Progress
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of the mean loss over micro-batches; return the last one's outputs, the loss averaged.
+    """Accumulate the gradient of the mean loss over micro-batches; return the last one's outputs, the loss
+    averaged.
 
     Gradients travel between processes once, with the last micro-batch.
     """
@@ -149,18 +152,20 @@ def update(state: TrainState, plan: Plan, guard: FiniteGuard, micro_batches: lis
     groups = state.clip_groups or [_trainable(state.optimizer)]
     norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    if state.scaler:  # overflow is the scaler's business: it skips the step and lowers the scale
+    guard.check(norm, state.step, _sample_names(micro_batches))
+    if state.scaler:  # skips a step that overflowed and lowers the scale
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        guard.check(norm, state.step, _sample_names(micro_batches))
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a global L2 norm of at most ``max_norm`` (0: leave them) and return the norm before."""
+    """Scale the gradients to a global L2 norm of at most ``max_norm`` (0: leave them) and return the norm
+    before.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     if max_norm > 0:

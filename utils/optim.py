@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-_TOKENS = ("cls_token", "pos_embed", "dist_token", "relative_position_bias_table")
+_TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table")
 
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as MoCo v3 and BYOL use it.
 
-    Matrices: g <- g + wd w; g <- g * trust |w| / |g| (1 if either norm is 0). Groups with ``adapt=False`` (biases and
-    norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
+    Matrices: g <- g + wd w; g <- g * trust |w| / |g| (1 if either norm is 0). Groups with ``adapt=False``
+    (biases and norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class LARS(torch.optim.Optimizer):
                 grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
                 torch._foreach_mul_(grads, self._trust(params, grads, group["trust_coefficient"]))
             for p in params:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
@@ -64,8 +65,8 @@ class LARS(torch.optim.Optimizer):
 def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
     """Split the trainable parameters into those that decay and those that do not.
 
-    LARS always exempts one-dimensional parameters; the others only with ``EXCLUDE_1D``. ``EXCLUDE_TOKENS`` adds class
-    tokens, positions and relative position tables, which the published MoBY code decays (spec V7).
+    LARS always exempts one-dimensional parameters; the others only with ``EXCLUDE_1D``. ``EXCLUDE_TOKENS``
+    adds class tokens, positions and relative position tables, which the published MoBY code decays (spec V7).
     """
     exempt_1d = node.EXCLUDE_1D or node.NAME == "lars"
     decay: list[nn.Parameter] = []
@@ -77,14 +78,14 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
         is_token = name.rsplit(".", 1)[-1] in _TOKENS
         no_decay = (exempt_1d and is_1d) or (node.EXCLUDE_TOKENS and is_token)
         (exempt if no_decay else decay).append(parameter)
-    groups = [{"params": decay}, {"params": exempt, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": exempt, "weight_decay": 0.0}]
     if node.NAME == "lars":
         groups[1]["adapt"] = False
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(node: CfgNode, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build the optimiser of an ``OPTIM`` section; the learning rate is set before each step by the engine."""
+    """Build the optimiser of an ``OPTIM`` section; the engine sets the learning rate before each step."""
     common = {"lr": 0.0, "weight_decay": node.WEIGHT_DECAY}
     match node.NAME:
         case "sgd":

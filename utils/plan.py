@@ -54,7 +54,7 @@ def make_plan(
     base_rates: Sequence[float],
     accumulation: int = 1,
 ) -> Plan:
-    """Derive the plan from an ``OPTIM`` and a ``SCHEDULE`` section; rates are scaled if ``LR_BATCH`` says so."""
+    """Derive the plan from an ``OPTIM`` and a ``SCHEDULE`` section; ``LR_BATCH`` may scale the rates."""
     if schedule.WARMUP_EPOCHS >= epochs and schedule.WARMUP_EPOCHS > 0:
         raise ValueError(
             f"SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} epochs; lower it"
@@ -79,5 +79,5 @@ def make_plan(
         for base in base_rates
     )
     for rate in rates:
-        rate.at(0)  # an unknown schedule is refused here, not after the first batch
+        rate.at(rate.warmup_steps)  # an unknown schedule is refused here, not after the warm-up
     return Plan(epochs, steps_per_epoch, global_batch, accumulation, optim.CLIP_GRAD, rates)

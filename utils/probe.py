@@ -20,7 +20,9 @@ logger = logging.getLogger("synco")
 
 
 def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
-    """Return ``pretrained`` (a file, or a run's folder), or the newest valid checkpoint of ``OUTPUT/NAME/TAG``."""
+    """Return ``pretrained`` (a file, or a run's folder), or the newest valid checkpoint of
+    ``OUTPUT/NAME/TAG``.
+    """
     folder = Path(pretrained) if pretrained else Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG
     if pretrained and not folder.is_dir():
         return folder
@@ -34,17 +36,24 @@ def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
 
 
 @torch.no_grad()
-def head_accuracies(heads: nn.Module, features: Tensor, labels: Tensor, rates: Sequence[float]) -> dict[str, float]:
+def head_accuracies(
+    heads: nn.Module, features: Tensor, labels: Tensor, rates: Sequence[float]
+) -> dict[str, float]:
     """Return percent top-1 and top-5 of each head (``lr30/top1``) and of the best one (``top1``, ``top5``).
 
-    ``features`` (M, F) are those of the whole evaluation set, so the counts are exact on any number of processes.
+    ``features`` (M, F) are those of the whole evaluation set, so the counts are exact on any number of
+    processes.
     """
     counts = sum(
         topk_correct(heads(part), target, (1, 5))
         for part, target in zip(features.split(4096), labels.split(4096), strict=True)
     )
     accuracy = (100.0 * counts.double() / len(labels)).tolist()  # type: ignore[union-attr]
-    values = {f"lr{rate:g}/top{k}": row[i] for rate, row in zip(rates, accuracy, strict=True) for i, k in ((0, 1), (1, 5))}
+    values = {
+        f"lr{rate:g}/top{k}": row[i]
+        for rate, row in zip(rates, accuracy, strict=True)
+        for i, k in ((0, 1), (1, 5))
+    }
     best = max(accuracy)
     return {"top1": best[0], "top5": best[1], **values}
 
@@ -57,7 +66,9 @@ def write_result(
     knn: dict[str, float],
     rates: Sequence[float],
 ) -> dict[str, Any]:
-    """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by learning rate."""
+    """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by
+    learning rate.
+    """
     chosen = max(rates, key=lambda rate: best.get(f"lr{rate:g}/top1", final[f"lr{rate:g}/top1"]))
     result = {
         "weights": label,
@@ -67,7 +78,9 @@ def write_result(
         "final_top1": final["top1"],
         "final_top5": final["top5"],
         **knn,
-        "final_by_lr": {f"{rate:g}": [final[f"lr{rate:g}/top1"], final[f"lr{rate:g}/top5"]] for rate in rates},
+        "final_by_lr": {
+            f"{rate:g}": [final[f"lr{rate:g}/top1"], final[f"lr{rate:g}/top5"]] for rate in rates
+        },
     }
     if is_main():
         write_text(run.folder / "result.json", json.dumps(result, indent=1))

@@ -5,10 +5,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from utils.config import compare_for_resume, to_yaml
 from utils.evaluate import embedding_std
 from utils.logger import Metrics, ProgressLine, format_duration, setup_logger
 from utils.plan import Plan
+from utils.precision import DTYPES, resolve_precision
 from utils.schedules import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("synco")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+M = TypeVar("M", bound=nn.Module)
+
 _COLLAPSE_STD = 0.3  # of normalised embeddings x sqrt(D): 1 when spread over the sphere, 0 when collapsed
 _COLLAPSE_CHECKS = 3
 
@@ -36,10 +38,12 @@ _COLLAPSE_CHECKS = 3
 class Run:
     """The place and the means of one run; only rank 0 writes."""
 
-    def __init__(self, cfg: CfgNode, folder: Path, device: torch.device) -> None:
+    def __init__(self, cfg: CfgNode, folder: Path, device: torch.device, task: str = "pretrain") -> None:
         self.cfg = cfg
+        self.task = task  # decides which keys are its identity, see utils.defaults
         self.folder = folder
         self.device = device
+        self.precision = resolve_precision(cfg.TRAIN.PRECISION, device)
         self.seed: int = cfg.SEED
         self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
         self.metrics = Metrics(folder if distributed.is_main() else None, cfg.LOG.TENSORBOARD)
@@ -49,22 +53,23 @@ class Run:
         self._window: list[dict[str, Tensor]] = []
         self._collapsed = 0
         self._resumed_from: Path | None = None
+        self._saved_step: int | None = None
 
-    # ---- precision and processes ---------------------------------------------------------------------------------
+    # ---- precision and processes ---------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of a forward in ``TRAIN.PRECISION``."""
-        dtype = _DTYPES.get(self.cfg.TRAIN.PRECISION)
+        dtype = DTYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler | None:
         """Return a gradient scaler for fp16, which needs one."""
-        return torch.amp.GradScaler(self.device.type) if self.cfg.TRAIN.PRECISION == "fp16" else None
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: M) -> M:
         """Move a module to the device, in the memory format of the run, equal on all ranks."""
         if self.cfg.TRAIN.CHANNELS_LAST:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module = module.to(memory_format=torch.channels_last)
         module = module.to(self.device)
         distributed.broadcast_module(module)
         return module
@@ -88,22 +93,27 @@ class Run:
         )
 
     @contextmanager
-    def evaluating(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Put a module into eval mode, under autocast and without gradients, and back."""
-        was_training = module.training
+    def evaluating(self, module: M) -> Iterator[M]:
+        """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
+
+        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: others may be local.
+        """
+        was_training = [(part, part.training) for part in module.modules()]
+        for buffer in module.buffers():
+            distributed.broadcast(buffer)
         module.eval()
         try:
             with torch.no_grad(), self.autocast():
                 yield module
         finally:
-            module.train(was_training)
+            for part, training in was_training:
+                part.training = training
 
-    # ---- the folder ----------------------------------------------------------------------------------------------
+    # ---- the folder ----------------------------------------------------------------------------------------
 
     def open_folder(self) -> None:
         """Create the folder, take its lock and write the configuration; one folder, one run."""
         distributed.on_main(self._open_folder)
-        self.finish("running", 0)
 
     def _open_folder(self) -> None:
         try:
@@ -114,26 +124,59 @@ class Run:
                 f"--output: {self.folder} cannot be written ({error}); choose another folder"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it with the process
+            # The kernel releases it with the process; unlike flock's, workers that outlive it do not inherit it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
                 f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
             ) from error
-        write_text(self.folder / "config.yaml", to_yaml(self.cfg))
+        self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
+        if self._status().get("state") != "done":  # e.g. preempted: a start that fails must not be requeued
+            self.finish("starting", 0)
 
-    def finish(self, state: str, step: int, reason: str = "") -> None:
-        """Write ``status.json`` (running, done, preempted), which a requeue script reads, and say so."""
-        if self._progress_line is not None:
-            self._progress_line.close()
+    def _status(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def write_extra(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let rank 0 ``write(path)`` a file that the run can do without: a disk that fails is a warning."""
         if distributed.is_main():
             try:
-                write_text(
-                    self.folder / "status.json", json.dumps({"state": state, "step": step, "reason": reason})
-                )
+                write(self.folder / name)
             except OSError as error:
-                logger.warning("cannot write %s (%s)", self.folder / "status.json", error)
-        if state == "preempted":
-            logger.warning("%s at step %d: saved; start the same command again to go on", reason, step)
+                logger.warning("cannot write %s (%s)", self.folder / name, error)
+
+    @contextmanager
+    def reporting(self, state: "TrainState") -> Iterator[None]:
+        """Keep ``status.json`` true while a block trains: running, and failed if it raises."""
+        self.finish("running", state.step)
+        try:
+            yield
+        except BaseException as error:
+            self.finish("failed", state.step, f"{type(error).__name__}: {error}")
+            raise
+
+    def preempted(self, step: int, signal_name: str) -> None:
+        """Say that the run stopped on request, and from where it will go on."""
+        if self._saved_step == step:
+            outcome = "saved"
+        else:
+            outcome = "NOT saved, it will go on from the checkpoint before"
+        self.finish("preempted", step, f"asked to stop ({signal_name}), {outcome}")
+        message = "asked to stop (%s) at step %d: %s; start the same command again to go on"
+        logger.warning(message, signal_name, step, outcome)
+
+    def finish(self, state: str, step: int, reason: str = "") -> None:
+        """Write ``status.json``, which a requeue script reads.
+
+        The state is starting, running, done, preempted (the same command goes on from here) or failed.
+        """
+        if self._progress_line is not None:
+            self._progress_line.close()
+        status = json.dumps({"state": state, "step": step, "reason": reason})
+        self.write_extra("status.json", lambda path: write_text(path, status))
 
     def close(self) -> None:
         """Close the logs and release the folder."""
@@ -142,7 +185,7 @@ class Run:
             self._lock.close()
             self._lock = None
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def due(self, step: int, plan: Plan) -> bool:
         """Tell whether a checkpoint is due after ``step`` steps."""
@@ -163,6 +206,8 @@ class Run:
         problem = distributed.on_main(lambda: self._save(state.step, payload, keep_every))
         if problem:
             logger.error("%s", problem)
+        else:
+            self._saved_step = state.step
 
     def _save(self, step: int, payload: dict[str, Any], keep_every: int | None) -> str:
         meta = {
@@ -175,12 +220,16 @@ class Run:
             path = checkpoint.save(self.folder, step, payload, meta=meta)
             checkpoint.prune(self.folder, self.cfg.CHECKPOINT.KEEP_LAST, keep_every, protect)
         except OSError as error:
-            return f"checkpoint of step {step} failed ({error}); the older ones are intact. Free space: the run goes on"
+            return (
+                f"checkpoint of step {step} failed ({error}); the older ones are intact. Free space: the run goes "
+                "on"
+            )
         logger.info("checkpoint %s", path)
         return ""
 
     def resume(self, state: "TrainState", plan: Plan) -> bool:
-        """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was one.
+        """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was
+        one.
 
         Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if there are
         checkpoints and none verifies.
@@ -188,6 +237,16 @@ class Run:
         path = distributed.on_main(self._find)
         if path is None:
             return False
+        saved = distributed.on_all(lambda: self._load(path, plan))
+        for change in compare_for_resume(saved["config"], self.cfg, self.task):
+            logger.warning("resuming with a changed %s", change)
+        state.load_state_dict(saved)
+        self._resumed_from = path
+        self.metrics.truncate_after(state.step)
+        logger.info("resumed from %s at step %d", path, state.step)
+        return True
+
+    def _load(self, path: Path, plan: Plan) -> dict[str, Any]:
         saved = checkpoint.load(path)
         missing = {"framework", "optimizer", "step", "config", "dataset", "global_batch"} - set(saved)
         if missing:
@@ -195,14 +254,9 @@ class Run:
                 f"{path} is no checkpoint of such a run (no {', '.join(sorted(missing))}); to start from its weights "
                 "use main_linear.py --pretrained, to resume give a ckpt_*.pt of a run"
             )
-        for change in compare_for_resume(saved["config"], self.cfg):
-            logger.warning("resuming with a changed %s", change)
+        compare_for_resume(saved["config"], self.cfg, self.task)
         self._check_identity(path, saved, plan)
-        state.load_state_dict(saved)
-        self._resumed_from = path
-        self.metrics.truncate_after(state.step)
-        logger.info("resumed from %s at step %d", path, state.step)
-        return True
+        return saved
 
     def _find(self) -> Path | None:
         checkpoint.sweep(self.folder)
@@ -225,7 +279,7 @@ class Run:
                 f"{plan.global_batch} (processes x --batch-size x --accumulation-steps); restore the product"
             )
 
-    # ---- what a person sees --------------------------------------------------------------------------------------
+    # ---- what a person sees --------------------------------------------------------------------------------
 
     def describe(self, module: nn.Module, plan: Plan, num_images: int) -> None:
         """Say what is about to be trained, on what, for how long."""
@@ -234,7 +288,7 @@ class Run:
             "%s with %.2f M trained parameters, %s",
             type(module).__name__,
             trained / 1e6,
-            self.cfg.TRAIN.PRECISION,
+            self.precision,
         )
         logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
         self._progress_line = ProgressLine(plan.total_steps) if distributed.is_main() else None
@@ -296,13 +350,17 @@ class Run:
             )
 
     def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
-        """Log an evaluation at the end of an epoch, if there was one, and keep the best of each value in ``best``."""
+        """Log an evaluation at the end of an epoch, if there was one, and keep the best of each value in
+        ``best``.
+        """
         if not values:
             return
         for name, value in values.items():
             best[name] = max(best.get(name, value), value)
         self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
-        shown = ", ".join(f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name)
+        shown = ", ".join(
+            f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name
+        )
         logger.info("epoch %d done: %s", progress.epoch - 1, shown)
         self._window_start = time.perf_counter()  # the evaluation's time is not training's
 
@@ -324,7 +382,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def start_run(cfg: CfgNode, subfolder: str = "") -> Run:
+def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain") -> Run:
     """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``."""
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
@@ -334,11 +392,12 @@ def start_run(cfg: CfgNode, subfolder: str = "") -> Run:
     torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC
-        torch.set_float32_matmul_precision("high" if cfg.TRAIN.PRECISION != "fp32" else "highest")
+        mixed = resolve_precision(cfg.TRAIN.PRECISION, device) != "fp32"
+        torch.set_float32_matmul_precision("high" if mixed else "highest")
     elif distributed.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.world_size()))
     folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / subfolder
-    run = Run(cfg, folder, device)
+    run = Run(cfg, folder, device, task)
     run.open_folder()
     setup_logger(folder, distributed.is_main())
     logger.info("%s on %s, torch %s", folder, device, torch.__version__)

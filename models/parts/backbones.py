@@ -1,12 +1,13 @@
 """Backbones from timm behind timm's own contract: ``module(x) -> (N, num_features)``.
 
-``module.num_features`` is the width and ``module.forward_features(x)`` the last map or token sequence. The module is
-timm's, not a wrapper, so its state dict carries timm's key names and loads back into timm as it is.
+``module.num_features`` is the width and ``module.forward_features(x)`` the last map or token sequence. The
+module is timm's, not a wrapper, so its state dict carries timm's key names and loads back into timm as it is.
 """
 
 import difflib
+import functools
 import math
-from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,16 @@ BACKBONES = (*RESNETS, *_TIMM_NAMES, *_MOCOV3_VITS)
 STEMS = ("imagenet", "cifar", "cifar_stride2")
 
 
+class Backbone(nn.Module):
+    """What ``build_backbone`` returns, for type checkers: a timm module without a classifier."""
+
+    num_features: int
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the last map or token sequence of images (N, 3, H, W)."""
+        raise NotImplementedError
+
+
 def build_backbone(
     name: str,
     *,
@@ -39,18 +50,18 @@ def build_backbone(
     zero_init_residual: bool = False,
     freeze_patch_embed: bool = False,
     use_checkpoint: bool = False,
-) -> nn.Module:
+) -> Backbone:
     """Build the backbone ``name`` (one of ``BACKBONES`` or ``timm/<name>``) without a classifier.
 
-    ``stem`` concerns ResNets, ``patch_size`` (0: the model's own) and ``freeze_patch_embed`` transformers. Raises
-    ``ValueError`` naming the key for an unknown name or an option the backbone does not have.
+    ``stem`` concerns ResNets, ``patch_size`` (0: the model's own) and ``freeze_patch_embed`` transformers.
+    Raises ``ValueError`` naming the key for an unknown name or an option the backbone does not have.
     """
     if name in RESNETS:
         _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
         backbone = _resnet(name, stem, drop_path, zero_init_residual)
     else:
         _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
-        options = {"img_size": img_size, "drop_path_rate": drop_path}
+        options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path}
         if patch_size:
             options["patch_size"] = patch_size
         backbone = _transformer(name, options)
@@ -58,10 +69,10 @@ def build_backbone(
         _freeze_patch_embed(backbone, name)
     if use_checkpoint:
         _call(backbone, "set_grad_checkpointing", name)
-    return backbone
+    return cast(Backbone, backbone)
 
 
-def feature_map(backbone: nn.Module, images: Tensor) -> Tensor:
+def feature_map(backbone: Backbone, images: Tensor) -> Tensor:
     """Return the last feature map (N, F, h, w) of any backbone; class tokens are dropped."""
     features = backbone.forward_features(images)
     if features.ndim == 3:  # (N, prefix + h*w, F), a plain ViT
@@ -91,7 +102,7 @@ def _call(backbone: nn.Module, method: str, name: str) -> None:
 def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) -> nn.Module:
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-    layers: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    layers: dict[str, tuple[Any, tuple[int, ...]]] = {
         "resnet8": (BasicBlock, (1, 1, 1, 0)),
         "resnet18": (BasicBlock, (2, 2, 2, 2)),
         "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -99,8 +110,8 @@ def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) ->
         "resnet101": (Bottleneck, (3, 4, 23, 3)),
     }
     block, depths = layers[name]
-    narrow = {"channels": (32, 64, 128, 256)} if name == "resnet8" else {}
-    backbone = ResNet(
+    narrow: dict[str, Any] = {"channels": (32, 64, 128, 256)} if name == "resnet8" else {}
+    backbone: Any = ResNet(
         block,
         tuple(max(depth, 1) for depth in depths),
         num_classes=0,
@@ -123,7 +134,7 @@ def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) ->
     return backbone
 
 
-def _transformer(name: str, options: dict[str, object]) -> nn.Module:
+def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if name in _MOCOV3_VITS:
@@ -151,12 +162,12 @@ def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
     projection.requires_grad_(False)
 
 
-def _mocov3_vit(patch_size: int = 16, **options: object) -> nn.Module:
+def _mocov3_vit(patch_size: int = 16, **options: Any) -> nn.Module:
     """Build the ViT of MoCo v3: fixed 2-D sin-cos positions, Xavier initialisation (spec 1.4)."""
     from timm.models.vision_transformer import VisionTransformer
 
-    norm_layer: Callable[[int], nn.Module] = lambda width: nn.LayerNorm(width, eps=1e-6)  # noqa: E731
-    vit = VisionTransformer(
+    norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
+    vit: Any = VisionTransformer(
         patch_size=patch_size, num_classes=0, qkv_bias=True, norm_layer=norm_layer, **options
     )
     for path, module in vit.named_modules():
@@ -179,8 +190,8 @@ def _mocov3_vit(patch_size: int = 16, **options: object) -> nn.Module:
 def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
     """Return fixed 2-D positions (1, 1 + rows*cols, width), class row zero.
 
-    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)): the row first (spec
-    1.4, verified against the published weights).
+    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)): the row
+    first (spec 1.4, verified against the published weights).
     """
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

@@ -15,8 +15,9 @@ def mlp(
 ) -> nn.Sequential:
     """Build ``num_layers`` linear layers, (norm and) ReLU between them; 1 is a single layer, 0 the identity.
 
-    MoCo v2: two layers without norm. BYOL and MoBY: hidden BN, biases, none after the last layer. MoCo v3: no biases,
-    an affine-free BN after the last layer of the projector. PyTorch's default initialisation, as in the originals.
+    MoCo v2: two layers without norm. BYOL and MoBY: hidden BN, biases, none after the last layer. MoCo v3: no
+    biases, an affine-free BN after the last layer of the projector. PyTorch's default initialisation, as in
+    the originals.
     """
     if num_layers == 0:
         return nn.Sequential(nn.Identity())

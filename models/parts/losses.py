@@ -1,6 +1,6 @@
 """Losses of the family, in float32 whatever the autocast precision; each fast form has a plain twin."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from models.parts.negatives import ClosedForm, SyntheticConfig, draw_synthetics,
 
 
 class Contrast(NamedTuple):
-    """A contrastive loss (scalar, mean over queries) and the place of the positive among the real negatives."""
+    """A contrastive loss (scalar, mean over queries) and the positive's place among the real negatives."""
 
     loss: Tensor
     positive_rank: Tensor  # (B,) int64: how many queue entries beat the positive; 0 is a hit
@@ -30,7 +30,7 @@ def unit(embeddings: Tensor) -> Tensor:
 
 
 def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
-    """Return top-1 and top-5 accuracy (percent) of telling the positive from the queue, over all directions."""
+    """Return top-1 and top-5 accuracy (percent) of telling the positive from the queue, all directions."""
     ranks = torch.cat([contrast.positive_rank for contrast in contrasts])
     return {f"acc{k}": (ranks < k).float().mean() * 100.0 for k in (1, 5)}
 
@@ -46,10 +46,12 @@ def queue_contrast(
     temperature: float,
     synthetics: SyntheticConfig | None = None,
 ) -> Contrast:
-    """InfoNCE of queries (B, D) with their keys (B, D) against a queue (K, D), all of unit length (He et al. 2020).
+    """InfoNCE of queries (B, D) with their keys (B, D) against a queue (K, D), all of unit length (He et al.
+    2020).
 
-    With ``synthetics`` the SynCo negatives join the queue. One B x K buffer holds similarities, then exponentials,
-    then gradient weights; the gradient by the queries is ready when the forward ends, so nothing of size K is kept.
+    With ``synthetics`` the SynCo negatives join the queue. One B x K buffer holds similarities, then
+    exponentials, then gradient weights; the gradient by the queries is ready when the forward ends, so
+    nothing of size K is kept.
     """
     loss, rank = _QueueContrast.apply(queries, keys.detach(), queue.detach(), temperature, synthetics)
     return Contrast(loss, rank)
@@ -77,8 +79,8 @@ def queue_contrast_plain(
 
 class _QueueContrast(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         queries: Tensor,
         keys: Tensor,
         queue: Tensor,
@@ -94,7 +96,7 @@ class _QueueContrast(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return grad_loss * gradient, None, None, None, None
 
@@ -104,7 +106,7 @@ def _contrast_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     buffer = queries @ queue.T  # (B, K) similarities
     positive = (queries * keys).sum(1, keepdim=True)
-    rank = (buffer > positive).sum(1)
+    rank = _count_larger(buffer, positive)
     forms = [] if config is None else _closed_forms(config, queries, queue, buffer)
 
     # logsumexp over positive, queue and synthetics, shifted by the largest, without concatenating them
@@ -123,6 +125,23 @@ def _contrast_and_gradient(
         gradient = gradient + form.accumulate(weight, buffer, queries)
     gradient = (gradient + buffer @ queue) / total - keys
     return loss, rank, gradient / (temperature * len(queries))
+
+
+def _count_larger(values: Tensor, thresholds: Tensor) -> Tensor:
+    """Return how many of each row's values exceed its threshold (B, 1); on a CPU in chunks that stay in the
+    cache.
+
+    Comparing the whole B x K buffer at once would cost as much as the matrix product that filled it.
+    """
+    if values.device.type != "cpu":
+        return (values > thresholds).sum(1)
+    rows = 8
+    scratch = values.new_empty(min(rows, len(values)), values.shape[1])
+    counts = [
+        torch.gt(part, limit, out=scratch[: len(part)]).sum(1)
+        for part, limit in zip(values.split(rows), thresholds.split(rows), strict=True)
+    ]
+    return torch.cat(counts).long()
 
 
 def _closed_forms(

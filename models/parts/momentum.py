@@ -13,9 +13,9 @@ class MomentumFramework(nn.Module):
     """Base of all methods: an online encoder and a target encoder that follows it by exponential averaging.
 
     A subclass implements ``forward(views, progress)``, which returns ``{"loss": ..., "embedding": ...}``, and
-    ``after_step(progress)``, called without gradient once after each optimiser step. The published codes average
-    *before* the forward; averaging after the step with the next step's momentum is the same sequence (pinned by the
-    golden values), and it keeps the forward free of side effects on weights.
+    ``after_step(progress)``, called without gradient once after each optimiser step. The published codes
+    average *before* the forward; averaging after the step with the next step's momentum is the same sequence
+    (pinned by the golden values), and it keeps the forward free of side effects on weights.
     """
 
     def __init__(self, online: Encoder, target_backbone: nn.Module | None = None) -> None:
@@ -30,14 +30,17 @@ class MomentumFramework(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """Move the target's parameters: target <- momentum * target + (1 - momentum) * online; buffers stay its own."""
+        """Move the target's parameters: target <- momentum * target + (1 - momentum) * online; buffers stay
+        its own.
+        """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum)
 
 
 class KeyQueue(nn.Module):
     """The K most recent keys of all processes, rows of unit length (He et al. 2020, section 3.2).
 
-    The write position lives on the host, so reading it never waits for a device; it travels in the state dict.
+    The write position lives on the host, so reading it never waits for a device; it travels in the state
+    dict.
     """
 
     def __init__(self, size: int, dim: int) -> None:
@@ -64,16 +67,16 @@ class KeyQueue(nn.Module):
     def flush(self) -> None:
         """Write the held keys of all processes, in rank order, and advance.
 
-        Raises ``ValueError`` when the queue length is no multiple of the keys of one step (as the published codes
-        require, so that the queue always holds whole batches).
+        Raises ``ValueError`` when the queue length is no multiple of the keys of one step (as the published
+        codes require, so that the queue always holds whole batches).
         """
         keys = gather_rows(torch.cat(self._pending))
         self._pending.clear()
         size, num = self.keys.shape[0], keys.shape[0]
         if size % num:
             raise ValueError(
-                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x processes x "
-                f"accumulation); use e.g. {max(size // num, 1) * num} or {(size // num + 1) * num}"
+                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x processes "
+                f"x accumulation); use e.g. {max(size // num, 1) * num} or {(size // num + 1) * num}"
             )
         self.keys[self.position : self.position + num] = keys.to(self.keys.dtype)
         self.position = (self.position + num) % size

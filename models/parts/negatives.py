@@ -1,9 +1,11 @@
-"""Synthetic hard negatives (SynCo, arXiv:2410.02401): six ways to make a negative from the hardest queue entries.
+"""Synthetic hard negatives (SynCo, arXiv:2410.02401): six ways to make a negative from the hardest queue
+entries.
 
-Every synthetic is ``norm(a q + b n + c n' + d eps + e sign(q))`` with q the query and n, n' hard queue entries, and it
-is a constant: the only gradient of its logit ``q . s`` is s. So neither vectors nor autograd are needed: numerator and
-length follow from the similarities ``u = q . n`` that the contrastive loss has computed already, and the gradient
-returns to the query through the queue (spec 2.2). ``materialise`` is the plain twin that builds the vectors.
+Every synthetic is ``norm(a q + b n + c n' + d eps + e sign(q))`` with q the query and n, n' hard queue
+entries, and it is a constant: the only gradient of its logit ``q . s`` is s. So neither vectors nor autograd
+are needed: numerator and length follow from the similarities ``u = q . n`` that the contrastive loss has
+computed already, and the gradient returns to the query through the queue (spec 2.2). ``materialise`` is the
+plain twin that builds the vectors.
 """
 
 from dataclasses import dataclass
@@ -29,11 +31,12 @@ class SyntheticConfig:
     legacy_gradients: bool = False
 
     def __post_init__(self) -> None:
+        """Refuse counts that cannot be drawn."""
         if len(self.counts) != 6 or min(self.counts) < 0:
             raise ValueError(f"NUM_SYNTHETIC: {list(self.counts)} must be six counts >= 0, one for each type")
         if self.num_hard < max(self.counts):
             raise ValueError(
-                f"NUM_HARD: {self.num_hard} is below the largest of NUM_SYNTHETIC {list(self.counts)}; raise it"
+                f"NUM_HARD: {self.num_hard} is below the largest of NUM_SYNTHETIC {list(self.counts)}"
             )
 
 
@@ -51,7 +54,7 @@ class Synthetics(NamedTuple):
 
 
 def hardest(similarities: Tensor, num_hard: int) -> Tensor:
-    """Return the queue rows (B, num_hard) with the largest similarity to each query, in no particular order."""
+    """Return the queue rows (B, num_hard) most similar to each query, in no particular order."""
     return similarities.topk(num_hard, dim=1, sorted=False).indices
 
 
@@ -78,23 +81,25 @@ def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> l
         draws.append(Synthetics(first, b=1.0, noise=noise, d=config.sigma))
     if n5:  # along the gradient of q . n with respect to n, which is q
         first = _pick(hard, n5)
-        legacy = (
-            _legacy_noise(queries, n5, lambda slope: config.delta * slope) if config.legacy_gradients else {}
-        )
-        draws.append(Synthetics(first, b=1.0, **(legacy or {"a": config.delta})))
+        if config.legacy_gradients:
+            noise, slope = _legacy_slope(queries, n5)
+            draws.append(Synthetics(first, b=1.0, noise=noise, d=_LEGACY_STEP * config.delta * slope))
+        else:
+            draws.append(Synthetics(first, b=1.0, a=config.delta))
     if n6:  # along the sign of that gradient
         first = _pick(hard, n6)
-        legacy = (
-            _legacy_noise(queries, n6, lambda slope: config.eta * slope.sign())
-            if config.legacy_gradients
-            else {}
-        )
-        draws.append(Synthetics(first, b=1.0, **(legacy or {"e": config.eta})))
+        if config.legacy_gradients:
+            noise, slope = _legacy_slope(queries, n6)
+            draws.append(Synthetics(first, b=1.0, noise=noise, d=_LEGACY_STEP * config.eta * slope.sign()))
+        else:
+            draws.append(Synthetics(first, b=1.0, e=config.eta))
     return draws
 
 
 def materialise(draws: list[Synthetics], queries: Tensor, queue: Tensor) -> Tensor:
-    """Build the unit vectors (B, sum N, D): the plain twin of ``ClosedForm``, for tests, benchmarks and reading."""
+    """Build the unit vectors (B, sum N, D): the plain twin of ``ClosedForm``, for tests, benchmarks and
+    reading.
+    """
     vectors = []
     for s in draws:
         vector = _column(s.b) * queue[s.first]
@@ -111,12 +116,12 @@ def materialise(draws: list[Synthetics], queries: Tensor, queue: Tensor) -> Tens
 
 
 class ClosedForm:
-    """Logits of one type's synthetics, and the way of their gradient back to the query, without the vectors."""
+    """Logits of one type's synthetics, and the way of their gradient to the query, without the vectors."""
 
     def __init__(
         self, synthetics: Synthetics, queries: Tensor, queue: Tensor, similarities: Tensor, lengths: Tensor
     ) -> None:
-        """Take queries (B, D), queue (K, D), similarities (B, K) = queries @ queue.T and queue lengths (K,)."""
+        """Take queries (B, D), queue (K, D), similarities (B, K) and lengths (K,) of its rows."""
         s = self.synthetics = synthetics
         u = similarities.gather(1, s.first)
         square = queries.square().sum(1, keepdim=True)
@@ -145,8 +150,8 @@ class ClosedForm:
     def accumulate(self, weights: Tensor, queue_weights: Tensor, queries: Tensor) -> Tensor:
         """Return the part of sum_j weights_j s_j that does not run through the queue, (B, D).
 
-        The rest is added to ``queue_weights`` (B, K) in place, so that one matrix product with the queue serves it
-        together with the ordinary negatives. ``weights`` (B, N) are the derivatives by the logits.
+        The rest is added to ``queue_weights`` (B, K) in place, so that one matrix product with the queue
+        serves it together with the ordinary negatives. ``weights`` (B, N) are the derivatives by the logits.
         """
         s, w = self.synthetics, weights / self.norm
         queue_weights.scatter_add_(1, s.first, w * s.b)
@@ -176,11 +181,10 @@ def _uniform(queries: Tensor, num: int) -> Tensor:
     return torch.rand(queries.shape[0], num, 1, dtype=queries.dtype, device=queries.device).squeeze(2)
 
 
-def _legacy_noise(queries: Tensor, num: int, scale) -> dict[str, Tensor]:  # noqa: ANN001
-    """Types 5 and 6 as published before October 2024: a step of 1e-5 in a random direction (spec 2.3)."""
+def _legacy_slope(queries: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Return random directions (B, N, D) and the slope (B, N) of q . n along them (spec 2.3)."""
     noise = torch.stack([torch.randn_like(queries) for _ in range(num)], dim=1)
-    slope = torch.einsum("bnd,bd->bn", noise, queries)
-    return {"noise": noise, "d": _LEGACY_STEP * scale(slope)}
+    return noise, torch.einsum("bnd,bd->bn", noise, queries)
 
 
 def _column(value: Tensor | float) -> Tensor | float:

@@ -1,5 +1,8 @@
 """Batch normalisation whose statistics span more, or less, than one process's batch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
         axes = [0, *range(2, input.dim())]
         count = input.numel() / input.shape[1]
+        dtype, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
         local = torch.cat([input.sum(axes), input.new_tensor([count])])
         total = all_reduce(local, op=dist.ReduceOp.SUM)
         mean = total[:-1] / total[-1]
@@ -32,7 +36,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         variance = all_reduce(centred.square().sum(axes), op=dist.ReduceOp.SUM) / total[-1]
         self._track(mean.detach(), variance.detach(), total[-1].detach())
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
-        return out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+        out = out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -46,10 +51,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BN that normalises ``num_splits`` interleaved groups of the batch apart (sample n in group n mod num_splits).
+    """BN that normalises ``num_splits`` interleaved groups of the batch apart (sample n in group n mod
+    num_splits).
 
-    It emulates on one process the per-GPU statistics that MoCo's shuffling BN (He et al. 2020, section 3.3) relies on.
-    Running statistics are the mean over the groups.
+    It emulates on one process the per-GPU statistics that MoCo's shuffling BN (He et al. 2020, section 3.3)
+    relies on. Running statistics are the mean over the groups.
     """
 
     def __init__(
@@ -68,8 +74,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"BN_GROUPS: a batch of {input.shape[0]} does not divide into {splits} groups; "
                 "choose BN_GROUPS as a divisor of TRAIN.BATCH_SIZE"
             )
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         self.num_batches_tracked.add_(1)
         mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
         out = nn.functional.batch_norm(
@@ -88,14 +96,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every plain batch norm below ``module`` by ``SyncBatchNorm``, keeping weights and statistics."""
+    """Replace every plain batch norm of ``module`` by ``SyncBatchNorm``, keeping weights and statistics."""
     return _replace(
         module, lambda norm: SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
     )
 
 
 def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
-    """Replace every 2-D batch norm below ``module`` by ``SplitBatchNorm2d``, keeping weights and statistics."""
+    """Replace every 2-D batch norm of ``module`` by ``SplitBatchNorm2d``, keeping weights, statistics."""
 
     def split(norm: nn.Module) -> nn.Module:
         if not isinstance(norm, nn.BatchNorm2d):
@@ -105,11 +113,12 @@ def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
     return _replace(module, split)
 
 
-def _replace(module: nn.Module, make) -> nn.Module:  # noqa: ANN001
+def _replace(module: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
     if type(module) in _PLAIN_NORMS:
         new = make(module)
         if new is not module:
             new.load_state_dict(module.state_dict())
+            new.to(next((t for t in module.state_dict().values() if t.is_floating_point()), None))
             new.train(module.training)
         return new
     for name, child in module.named_children():

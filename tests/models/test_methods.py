@@ -1,0 +1,273 @@
+"""Every method over every family: two steps, the right things move, the wrong ones do not."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import FRAMEWORKS, build_framework, framework_defaults
+from models.parts.backbones import build_backbone, feature_map, sincos_positions
+from models.parts.heads import mlp
+from models.parts.momentum import KeyQueue, MomentumFramework
+from utils.schedules import Progress, momentum_at
+
+# smallest settings that keep each family's parts: stages, heads, windows
+FAMILIES = {
+    "resnet": {"name": "resnet18", "stem": "cifar"},
+    "deit": {"name": "deit_tiny", "patch_size": 8, "drop_path": 0.1},
+    "swin": {"name": "swin_tiny", "drop_path": 0.2},
+}
+SMALL = {
+    "moco_v2": {"queue_size": 16, "out_dim": 16},
+    "synco": {"queue_size": 16, "out_dim": 16, "num_hard": 8, "num_synthetic": [4] * 6, "warmup_epochs": 0},
+    "byol": {"hidden_dim": 32, "out_dim": 16},
+    "moby": {"queue_size": 16, "hidden_dim": 32, "out_dim": 16},
+    "synco_v2": {
+        **{"queue_size": 16, "hidden_dim": 32, "out_dim": 16, "warmup_epochs": 0},
+        **{"num_hard": 8, "num_synthetic": [4] * 6},
+    },
+}
+
+
+def views(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 3, 32, 32, generator=generator) for _ in range(2)]
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", FRAMEWORKS)
+def test_two_steps(method: str, family: str) -> None:
+    framework = build_framework(method, SMALL[method], FAMILIES[family], img_size=32)
+    assert [p for p in framework.target.parameters() if p.requires_grad] == []
+    for ours, theirs in zip(framework.online.parameters(), framework.target.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    trained = [p for p in framework.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    before = snapshot(framework)
+    for step in range(2):
+        progress = Progress(step, 2, 8)
+        out = framework(views(step), progress)
+        assert out["loss"].ndim == 0
+        assert torch.isfinite(out["loss"])
+        assert out["embedding"].shape == (4, 16)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
+        assert not any(p.grad is not None for p in framework.target.parameters())
+        optimizer.step()
+        framework.after_step(progress)
+    after = snapshot(framework)
+    assert not torch.equal(before["online.projector.0.weight"], after["online.projector.0.weight"])
+    assert not torch.equal(before["target.projector.0.weight"], after["target.projector.0.weight"])
+    assert ("queue.keys" in after) == (method in ("moco_v2", "synco"))
+    for name in (n for n in after if n.endswith(".keys")):
+        changed = (before[name] != after[name]).any(1)
+        assert changed.tolist() == [True] * 8 + [False] * 8  # two batches of four keys
+    assert all(queue.position == 8 for queue in framework.modules() if isinstance(queue, KeyQueue))
+
+
+@pytest.mark.parametrize("method", ["synco", "synco_v2"])
+def test_synthetics_change_the_loss_only_in_their_window(method: str) -> None:
+    options = {**SMALL[method], "warmup_epochs": 1}
+    torch.manual_seed(0)
+    framework = build_framework(method, options, FAMILIES["resnet"], img_size=32)
+    losses = []
+    for step in (1, 2):  # two steps an epoch: the first is in epoch 0, the second in epoch 1
+        torch.manual_seed(5)
+        losses.append(copy.deepcopy(framework)(views(0), Progress(step, 2, 600))["loss"].item())
+    assert losses[1] > losses[0] + 0.1
+    if method == "synco_v2":  # epochs 1 to 100, both included
+        windows = [framework.synthetics(Progress(e * 2, 2, 600)) is not None for e in (0, 1, 100, 101)]
+        assert windows == [False, True, True, False]
+
+
+def test_legacy_window_divides_by_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 4 GPUs the published window opened at epoch 120 and never closed within 300 epochs (spec 2.4)."""
+    monkeypatch.setattr("models.synco_v2.world_size", lambda: 4)
+    framework = FRAMEWORKS["synco_v2"](Tiny(), hidden_dim=8, legacy_window=True, num_hard=128, queue_size=256)
+    open_epochs = [e for e in range(300) if framework.synthetics(Progress(e * 100 + 99, 100, 30000))]
+    assert open_epochs == list(range(119, 300))
+
+
+class Tiny(nn.Module):
+    """A backbone of one linear layer without norm."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))
+
+
+def test_symmetric_moco_is_the_mean_of_both_directions() -> None:
+    images = [torch.randn(4, 3, 4, 4) for _ in range(2)]
+    options = {"queue_size": 16, "out_dim": 8, "batch_norm": "local"}
+    symmetric = FRAMEWORKS["moco_v2"](Tiny(), symmetric=True, **options)
+    single = FRAMEWORKS["moco_v2"](Tiny(), **options)
+    single.load_state_dict(symmetric.state_dict())
+    progress = Progress(0, 1, 1)
+    both = [single(order, progress)["loss"].item() for order in (images, images[::-1])]
+    assert symmetric(images, progress)["loss"].item() == pytest.approx(sum(both) / 2, rel=1e-6)
+
+
+def test_target_is_an_exponential_average() -> None:
+    model = byol_of_two_layers()
+    online, target = (next(part.parameters()) for part in (model.online, model.target))
+    start = target.clone()
+    with torch.no_grad():
+        online.add_(1.0)
+    model.update_target(0.75)
+    torch.testing.assert_close(target, 0.75 * start + 0.25 * online)
+
+
+def byol_of_two_layers() -> MomentumFramework:
+    return FRAMEWORKS["byol"](Tiny(), hidden_dim=8, out_dim=4)
+
+
+def test_momentum_rises_to_one() -> None:
+    assert momentum_at(0.0, 0.99, "cosine") == pytest.approx(0.99)
+    assert momentum_at(1.0, 0.99, "cosine") == 1.0
+    assert momentum_at(0.5, 0.99, "constant") == 0.99
+    with pytest.raises(ValueError, match="MOMENTUM_SCHEDULE"):
+        momentum_at(0.5, 0.99, "linear")
+
+
+def test_queue_holds_keys_until_the_step_ends_and_wraps() -> None:
+    queue = KeyQueue(8, 3)
+    before = queue.keys.clone()
+    torch.testing.assert_close(before.norm(dim=1), torch.ones(8))  # spec S1: rows, not columns
+    queue.hold(torch.full((2, 3), 1.0))
+    queue.hold(torch.full((2, 3), 2.0))
+    assert torch.equal(queue.keys, before)
+    queue.flush()
+    assert queue.keys[:4, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert queue.position == 4
+    queue.hold(torch.full((4, 3), 3.0))
+    queue.flush()
+    assert queue.position == 0
+    restored = KeyQueue(8, 3)
+    queue.hold(torch.zeros(2, 3))
+    queue.flush()
+    restored.load_state_dict(queue.state_dict())
+    assert restored.position == 2
+
+
+def test_queue_that_does_not_divide_is_refused() -> None:
+    queue = KeyQueue(8, 3)
+    queue.hold(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"QUEUE_SIZE: 8 is not a multiple of the 3 keys.*use e.g. 6 or 9"):
+        queue.flush()
+
+
+def test_drop_path_rates_differ_between_online_and_target() -> None:
+    framework = build_framework(
+        "moby", SMALL["moby"], {"name": "swin_tiny", "drop_path": 0.2, "target_drop_path": 0.0}, img_size=32
+    )
+    rates = lambda module: [m.drop_prob for m in module.modules() if type(m).__name__ == "DropPath"]  # noqa: E731
+    assert max(rates(framework.online)) == pytest.approx(0.2)
+    assert max(rates(framework.target), default=0.0) == 0.0
+
+
+def test_options_are_the_signatures() -> None:
+    defaults = framework_defaults()
+    assert set(defaults) == set(FRAMEWORKS)
+    assert defaults["synco"]["queue_size"] == 65536  # inherited
+    assert defaults["synco"]["num_synthetic"] == (256, 256, 256, 64, 64, 64)
+    assert defaults["synco_v2"]["sigma"] == 0.1
+    assert defaults["moco_v2"]["base_momentum"] == 0.999
+    assert "num_hard" not in defaults["moby"]
+
+
+# ---- backbones ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet50", 23_508_032),
+        ("swin_tiny", 27_519_354),
+        ("vit_small", 21_665_664),
+        ("deit_small", 21_665_664),
+    ],
+)
+def test_parameter_counts(name: str, parameters: int) -> None:
+    backbone = build_backbone(name)
+    assert sum(p.numel() for p in backbone.parameters()) == parameters
+    if name == "vit_small":  # fixed positions (spec 1.4)
+        assert sum(p.numel() for p in backbone.parameters() if p.requires_grad) == 21_590_016
+    heads = {"vit_small": 12, "deit_small": 6}
+    if name in heads:
+        assert backbone.blocks[0].attn.num_heads == heads[name]
+
+
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("name", ["resnet18", "deit_tiny", "swin_tiny", "vit_small"])
+def test_other_image_sizes(name: str, size: int) -> None:
+    backbone = build_backbone(name, img_size=size).eval()
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert backbone(images).shape == (1, backbone.num_features)
+        maps = feature_map(backbone, images)
+    assert maps.shape[:2] == (1, backbone.num_features)
+    assert maps.shape[2] == maps.shape[3]
+
+
+def test_any_timm_model_and_small_resnet() -> None:
+    assert build_backbone("timm/mobilenetv3_small_050", img_size=32).num_features > 0
+    small = build_backbone("resnet8", stem="cifar_stride2")
+    assert small(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+    assert sum(p.numel() for p in small.parameters()) < 320_000
+
+
+def test_mocov3_vit_initialisation() -> None:
+    vit = build_backbone("vit_small", freeze_patch_embed=True)
+    assert not vit.patch_embed.proj.weight.requires_grad
+    assert vit.blocks[0].attn.qkv.weight.abs().max() <= (6 / (384 + 384)) ** 0.5
+    assert vit.blocks[0].mlp.fc1.weight.abs().max() <= (6 / (384 + 1536)) ** 0.5
+    assert vit.patch_embed.proj.weight.abs().max() <= (6 / (3 * 256 + 384)) ** 0.5
+    assert vit.norm.eps == 1e-6
+    position = sincos_positions(2, 3, 8)
+    assert position.shape == (1, 7, 8)
+    assert position[0, 0].tolist() == [0.0] * 8
+    row, column = 1, 2  # token 1 + 1 * 3 + 2
+    w = [1.0, 10000**-0.5]
+    expected = [
+        f(a * w_i) for a in (row, column) for f in (torch.sin, torch.cos) for w_i in map(torch.tensor, w)
+    ]
+    torch.testing.assert_close(position[0, 6], torch.stack([torch.as_tensor(v) for v in expected]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet51"}, "did you mean resnet50"),
+        ({"name": "timm/no_such_model_at_all"}, r"MODEL.BACKBONE.NAME: 'timm/no_such"),
+        ({"name": "resnet18", "patch_size": 4}, "PATCH_SIZE: 4 does not apply to resnet18"),
+        ({"name": "swin_tiny", "stem": "cifar"}, "STEM: 'cifar' does not apply to swin_tiny"),
+        ({"name": "resnet18", "stem": "small"}, "STEM: 'small' is not one of"),
+        ({"name": "timm/mobilenetv3_small_050", "freeze_patch_embed": True}, "FREEZE_PATCH_EMBED"),
+    ],
+)
+def test_bad_backbones(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_backbone(**options)
+
+
+def test_mlp_shapes() -> None:
+    """Names and norms of the published heads: hidden norm with bias, none after the last layer."""
+    head = mlp(6, 8, 4, 2)
+    assert [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert head[0].bias is not None
+    assert [type(layer).__name__ for layer in mlp(6, 8, 4, 1)] == ["Linear"]
+    assert [type(layer).__name__ for layer in mlp(6, 8, 4, 0)] == ["Identity"]
+    v3 = mlp(6, 8, 4, 3, bias=False, last_batch_norm=True)
+    assert v3[0].bias is None
+    assert not v3[-1].affine

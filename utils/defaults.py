@@ -1,0 +1,197 @@
+"""Every configuration key with its default, its range, and what it means for a run that goes on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from yacs.config import CfgNode
+
+
+def _optimizer(**changes: Any) -> CfgNode:
+    node = CfgNode(
+        {
+            "NAME": "sgd",  # sgd | adamw | lars
+            "BASE_LR": 0.03,
+            "WARMUP_LR": 0.0,  # where the warm-up starts
+            "MIN_LR": 0.0,  # where the cosine ends
+            "LR_BATCH": 0,  # multiply the three rates by global batch / this; 0: use them as they are
+            "WEIGHT_DECAY": 1e-4,
+            "EXCLUDE_1D": False,  # no decay (and in LARS no scaling) for biases and norms
+            "EXCLUDE_TOKENS": False,  # nor for class tokens, positions, relative position tables
+            "MOMENTUM": 0.9,
+            "NESTEROV": False,
+            "BETAS": [0.9, 0.999],
+            "EPS": 1e-8,
+            "TRUST_COEFFICIENT": 0.001,  # LARS
+            "CLIP_GRAD": 0.0,  # global L2 norm; 0: no clipping
+        }
+    )
+    for key, value in changes.items():
+        node[key] = value
+    return node
+
+
+def _schedule() -> CfgNode:
+    return CfgNode(
+        {
+            "NAME": "cosine",  # cosine | linear | step | milestones | constant
+            "WARMUP_EPOCHS": 0,
+            "PER_EPOCH": False,  # hold the rate for an epoch (MoCo) or change it at every step
+            "SHIFTED": False,  # start the cosine after the warm-up (MoCo v3) or at step 0 (timm, MoBY)
+            "LAG": False,  # the one-step lag of the published MoBY and SiT code
+            "MILESTONES": [120, 160],  # epochs, for milestones
+            "GAMMA": 0.1,  # factor, for milestones and step
+            "DECAY_EPOCHS": 30,  # for step
+        }
+    )
+
+
+def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
+    """Return the whole tree; ``methods`` (name -> options with defaults) become ``MODEL.<NAME>`` sections."""
+    linear_optimizer = _optimizer(WEIGHT_DECAY=0.0)
+    del linear_optimizer["BASE_LR"]  # LINEAR.LRS stands for it
+    for key in ("EXCLUDE_1D", "EXCLUDE_TOKENS"):  # a head is one matrix and one bias, neither of them exempt
+        del linear_optimizer[key]
+    tree = CfgNode(
+        {
+            "NAME": "",  # of the run's folder OUTPUT/NAME/TAG; empty: the yaml's file name
+            "TAG": "default",
+            "OUTPUT": "output",
+            "SEED": 0,
+            "DEVICE": "auto",  # auto: cuda where there is one; cpu, cuda
+            "RESUME": "",  # a checkpoint to go on from; empty: the newest valid one of the run's folder
+            "DATA": {
+                "DATASET": "imagefolder",
+                "PATH": "",
+                "IMG_SIZE": 224,
+                "NUM_WORKERS": 8,
+                "CACHE_MODE": "part",  # zip only: no | full | part
+                "DOWNLOAD": False,
+                "MAX_BAD_FRACTION": 1e-4,  # of an epoch's images that may be unreadable before the run stops
+                "TIMEOUT": 300.0,  # seconds to wait for a loader worker
+            },
+            "MODEL": {
+                "NAME": "moco_v2",
+                "BACKBONE": {
+                    "NAME": "resnet50",
+                    "DROP_PATH": 0.0,
+                    "TARGET_DROP_PATH": 0.0,
+                    "STEM": "imagenet",  # ResNets: imagenet | cifar | cifar_stride2
+                    "PATCH_SIZE": 0,  # transformers; 0: the model's own
+                    "ZERO_INIT_RESIDUAL": False,
+                    "FREEZE_PATCH_EMBED": False,
+                },
+            },
+            "AUG": {"RECIPE": "moco_v2", "CROP_MIN": 0.0},  # CROP_MIN: smallest crop area; 0: the recipe's
+            "OPTIM": _optimizer(),
+            "SCHEDULE": _schedule(),
+            "TRAIN": {
+                "EPOCHS": 200,
+                "BATCH_SIZE": 64,  # per process and micro-batch
+                "ACCUMULATION_STEPS": 1,
+                "PRECISION": "fp32",  # auto (what the device is fast at) | fp32 | bf16 | fp16
+                "CHANNELS_LAST": True,
+                "USE_CHECKPOINT": False,
+                "DETERMINISTIC": False,  # bit-reproducible kernels, slower on a GPU
+            },
+            "KNN": {
+                "EVERY_EPOCHS": 0,  # k-NN accuracy during pretraining; 0: never
+                "K": [10, 20, 100, 200],
+                "TEMPERATURE": 0.07,
+            },
+            "CHECKPOINT": {
+                "EVERY_EPOCHS": 1,
+                "EVERY_STEPS": 0,  # also every so many optimiser steps; 0: only by epochs
+                "KEEP_LAST": 2,
+                "KEEP_EVERY_EPOCHS": 0,  # keep these for good; 0: none
+            },
+            "LOG": {"PRINT_FREQ": 10, "TENSORBOARD": True},
+            "LINEAR": {
+                "LRS": [30.0],  # a grid, all trained in one pass over the features
+                "EPOCHS": 100,
+                "BATCH_SIZE": 256,
+                "HEAD_INIT": "normal",  # normal (std 0.01) | trunc (std 0.02)
+                "LABEL_SMOOTHING": 0.0,
+                "DROP_PATH": 0.0,  # of the frozen backbone while the heads train (MoBY: 0.2)
+                "OPTIM": linear_optimizer,
+                "SCHEDULE": _schedule(),
+            },
+        }
+    )
+    for name, options in methods.items():
+        tree.MODEL[name.upper()] = CfgNode({key.upper(): plain(value) for key, value in options.items()})
+    return tree
+
+
+def plain(value: Any) -> Any:
+    """Return a sequence as a list, anything else as it is."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+# ---- what a key means for a run that goes on ------------------------------------------------------------
+
+# Where and with what help it runs: may change, nobody needs to know.
+LOCAL_KEYS = (
+    *("NAME", "TAG", "OUTPUT", "DEVICE", "RESUME", "DATA.PATH", "DATA.NUM_WORKERS", "DATA.CACHE_MODE"),
+    *("DATA.DOWNLOAD", "DATA.TIMEOUT", "LOG.*"),
+)
+# What is saved and watched, and how a step is computed: may change, and the log says so. The batch sizes are
+# here because the run itself holds their product with the number of processes fixed.
+TUNABLE_KEYS = (
+    *("DATA.MAX_BAD_FRACTION", "TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
+    *("TRAIN.CHANNELS_LAST", "TRAIN.USE_CHECKPOINT", "TRAIN.DETERMINISTIC", "KNN.*", "CHECKPOINT.*"),
+    "LINEAR.BATCH_SIZE",
+)
+# What the result is a function of: another value would be another run.
+IDENTITY_KEYS = {
+    "pretrain": (
+        *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.*", "AUG.*", "OPTIM.*", "SCHEDULE.*"),
+        "TRAIN.EPOCHS",
+    ),
+    "linear": ("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE.*", "LINEAR.*"),
+}
+
+
+def key_class(key: str, task: str = "pretrain") -> str:
+    """Return ``local``, ``tunable`` or ``identity``: what a dotted key is to a run of ``task``.
+
+    What only another task reads (``LINEAR.LRS`` while pretraining) is tunable; a key in no table is identity.
+    """
+    if _listed(key, LOCAL_KEYS):
+        return "local"
+    if _listed(key, TUNABLE_KEYS):
+        return "tunable"
+    others = [keys for name, keys in IDENTITY_KEYS.items() if name != task]
+    foreign = not _listed(key, IDENTITY_KEYS[task]) and any(_listed(key, keys) for keys in others)
+    return "tunable" if foreign else "identity"
+
+
+def _listed(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(key == p or (p.endswith(".*") and key.startswith(p[:-1])) for p in patterns)
+
+
+# ---- what a value may be --------------------------------------------------------------------------------
+
+# By name, or by dotted key where the name means several things; every other number must be at least 0.
+MINIMUM = {
+    **{name: 1 for name in ("IMG_SIZE", "EPOCHS", "BATCH_SIZE", "ACCUMULATION_STEPS", "PRINT_FREQ", "K")},
+    **{name: 1 for name in ("QUEUE_SIZE", "OUT_DIM", "HIDDEN_DIM", "DECAY_EPOCHS", "BN_GROUPS", "NUM_HARD")},
+    "KEEP_LAST": 2,  # the newest may be the one that a crash spoilt
+    "TEMPERATURE": 1e-6,
+    "TIMEOUT": 1.0,
+}
+MAXIMUM = {
+    **{name: 1.0 for name in ("DROP_PATH", "TARGET_DROP_PATH", "BASE_MOMENTUM", "MOMENTUM", "CROP_MIN")},
+    **{name: 1.0 for name in ("LABEL_SMOOTHING", "MAX_BAD_FRACTION")},
+    "BETAS": 0.999999,
+}
+_OPTIMIZERS = ("sgd", "adamw", "lars")
+_SCHEDULES = ("cosine", "linear", "step", "milestones", "constant")
+CHOICES = {
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "PRECISION": ("auto", "fp32", "bf16", "fp16"),
+    "CACHE_MODE": ("no", "full", "part"),
+    "HEAD_INIT": ("normal", "trunc"),
+    **{f"{section}OPTIM.NAME": _OPTIMIZERS for section in ("", "LINEAR.")},
+    **{f"{section}SCHEDULE.NAME": _SCHEDULES for section in ("", "LINEAR.")},
+}
+LENGTHS = {"BETAS": (2, 2), "LRS": (1, 1 << 10), "NUM_SYNTHETIC": (6, 6)}  # least and most entries of a list

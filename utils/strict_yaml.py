@@ -1,0 +1,65 @@
+"""YAML as people mean it: 1.2 scalars, no duplicate keys, no aliases, no tags.
+
+PyYAML reads YAML 1.1, where ``2e-4`` is text, ``010`` is 8, ``no`` is False and the last of equal keys wins.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+
+def load(text: str) -> Any:
+    """Parse one document; raises ``ValueError`` with the reason and the place in one line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader, only stricter
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def dump(value: Any) -> str:
+    """Write a document that ``load`` and ``yaml.safe_load`` both read back unchanged."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - yaml's own protocol
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        if getattr(self.peek_event(), "tag", None):
+            raise yaml.YAMLError("tags (!name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(
+                    f"key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})"
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", "tTfF"),
+    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"{_pattern}\Z"), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quote strings that either kind of loader would take for something else, e.g. the tag ``1e5``."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    resolvers = _Loader.yaml_implicit_resolvers.get(text[:1], [])
+    style = "'" if any(pattern.match(text) for _, pattern in resolvers) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
