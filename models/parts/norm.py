@@ -12,13 +12,22 @@ from utils.distributed import world_size
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` that also works on a CPU, where torch's own refuses to run."""
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """``nn.SyncBatchNorm`` that also works on a CPU, where torch's own refuses to run.
+
+    It is no subclass of torch's, since ``DistributedDataParallel`` refuses those on a CPU.
+    """
+
+    process_group = None  # all processes; read by torch's forward, as are the two checks
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, ...) by the statistics of every process's batch."""
-        if input.is_cuda or not self.training or world_size() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(input)
+        if input.is_cuda:
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         return self._forward_cpu(input)
 
     def _forward_cpu(self, input: Tensor) -> Tensor:
@@ -117,8 +126,8 @@ def _replace(module: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
     if type(module) in _PLAIN_NORMS:
         new = make(module)
         if new is not module:
-            new.load_state_dict(module.state_dict())
-            new.to(next((t for t in module.state_dict().values() if t.is_floating_point()), None))
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(new, name, getattr(module, name))  # the same: what is frozen stays so
             new.train(module.training)
         return new
     for name, child in module.named_children():

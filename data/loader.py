@@ -1,0 +1,253 @@
+"""Loaders: the global batches of a run as augmented views on the device, and evaluation batches in order."""
+
+import atexit
+import contextlib
+import functools
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.augment import photometric, spatial
+from data.fetch import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
+from data.parameters import draw_photometric, sample_keys
+from data.sampler import BatchPlan, Request, RequestSampler
+from data.source import Source
+from data.views import Recipe, build_recipe, check_view, is_random
+from utils import distributed
+
+logger = logging.getLogger("synco")
+
+_PATIENCE = 6.0  # seconds for workers to end by themselves
+
+__all__ = ["BadImagesError", "Batch", "GlobalLoader", "LoaderError", "evaluation_batches"]
+
+
+class LoaderError(RuntimeError):
+    """A loader worker died or hung."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: `views`, each normalised float32 (N,3,S,S), `labels` and `indices` int64 (N,).
+
+    Views and labels are on the device, indices on the host.
+    """
+
+    views: list[Tensor]
+    labels: Tensor
+    indices: Tensor
+
+
+class GlobalLoader:
+    """Endless supply of a run's batches: a pure function of (seed, step), whatever the ranks and workers.
+
+    `recipe` gives the views, `global_batch` is the number of images of a step over all ranks and
+    micro-batches. Images held as one array stay on `device` (`resident`), others are decoded and cropped by
+    `num_workers` processes. With `drop_last=False` an epoch's last batch is filled up from the epoch's start.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        *,
+        global_batch: int,
+        seed: int,
+        device: torch.device,
+        accumulation: int = 1,
+        num_workers: int = 0,
+        drop_last: bool = True,
+        timeout: float = 300,
+        max_bad_fraction: float = 1e-4,
+        resident: bool | None = None,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        for view in recipe:
+            check_view(view)
+        if resident and source.images is None:
+            raise ValueError("resident images need a data set held as one array, not one of files")
+        self.source, self.recipe, self.seed, self.device = (source, recipe, seed, torch.device(device))
+        self.num_workers, self.timeout = num_workers, timeout
+        self.rank = distributed.rank() if rank is None else rank
+        world = distributed.world_size() if world is None else world
+        self.plan = BatchPlan(len(source), global_batch, seed, world, accumulation, drop_last)
+        self.bad = BadImages(max_bad_fraction, self.steps_per_epoch * global_batch // world)
+        self.resident = source.images is not None if resident is None else resident
+        self._images = source.images.to(self.device) if self.resident and source.images is not None else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of steps in an epoch."""
+        return self.plan.steps_per_epoch
+
+    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (step, micro-batches) from `step` up to (not including) `total_steps`; starting is O(1)."""
+        requests = RequestSampler(self.plan, self.rank, step, total_steps)
+        with contextlib.closing(self._batches(requests)) as batches:
+            for current in range(step, total_steps):
+                yield current, [next(batches) for _ in range(self.plan.accumulation)]
+
+    def _batches(self, requests: RequestSampler) -> Generator[Batch, None, None]:
+        if self._images is not None:
+            for request in requests:
+                yield self._resident_batch(request, self._images)
+            return
+        fetcher = Fetcher(self.source, self.recipe, self.seed)
+        with contextlib.closing(
+            _fetch(fetcher, requests, self.num_workers, self.timeout, self.device)
+        ) as fetched:
+            for item in fetched:
+                self.bad.count(item)
+                yield self._finish(item)
+
+    def _resident_batch(self, request: Request, images: Tensor) -> Batch:
+        """Gather, crop and augment rows of the array on the device."""
+        rows = images[_to(torch.from_numpy(request.indices), self.device)]
+        shape = rows.shape[-2:]
+        views = []
+        for number, view in enumerate(self.recipe):
+            keys = sample_keys(self.seed, request.epoch, request.indices, number)
+            crops = spatial(rows, view, draw_boxes(view, keys, shape))
+            views.append(photometric(crops, view, draw_photometric(view, keys)))
+        return self._batch(views, torch.from_numpy(request.indices))
+
+    def _finish(self, item: Fetched) -> Batch:
+        """Augment cropped uint8 views (N,3,S,S) on the device."""
+        wanted = item["wanted"].numpy()
+        views = []
+        for number, (view, crops) in enumerate(zip(self.recipe, item["views"], strict=True)):
+            keys = sample_keys(self.seed, item["epoch"], wanted, number)
+            views.append(photometric(_to(crops, self.device), view, draw_photometric(view, keys)))
+        return self._batch(views, item["indices"])
+
+    def _batch(self, views: list[Tensor], indices: Tensor) -> Batch:
+        return Batch(views, _to(self.source.labels[indices], self.device), indices)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def evaluation_batches(
+    source: Source,
+    img_size: int,
+    *,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int = 0,
+    recipe: str = "eval",
+    timeout: float = 300,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Iterator[Batch]:
+    """Yield this rank's images (rank, rank + world, ...) in order, one unpadded view each.
+
+    Shards may differ by one image between ranks. An unreadable image is a `BadImagesError` naming it: an
+    evaluation never replaces silently.
+    """
+    views = build_recipe(recipe, img_size)
+    if is_random(views):
+        raise ValueError(f"evaluation recipe {recipe!r} is random; use 'eval'")
+    device = torch.device(device)
+    rank = distributed.rank() if rank is None else rank
+    world = distributed.world_size() if world is None else world
+    mine = np.arange(rank, len(source), world)
+    requests = [Request(0, 0, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    workers = 0 if source.images is not None else num_workers
+    return _evaluate(source, views, requests, workers, timeout, device)
+
+
+def _evaluate(
+    source: Source,
+    recipe: Recipe,
+    requests: list[Request],
+    num_workers: int,
+    timeout: float,
+    device: torch.device,
+) -> Iterator[Batch]:
+    with contextlib.closing(
+        _fetch(Fetcher(source, recipe, seed=None), requests, num_workers, timeout, device)
+    ) as fetched:
+        for item in fetched:
+            if item["failures"]:
+                name, reason = item["failures"][0]
+                raise BadImagesError(
+                    f"cannot read {name}: {reason}. Repair or remove it: evaluations replace nothing"
+                )
+            views = [photometric(_to(crops, device), recipe[0], {}) for crops in item["views"]]
+            yield Batch(views, _to(source.labels[item["indices"]], device), item["indices"])
+
+
+def _init_worker(_worker: int) -> None:
+    """One thread per worker, and leave signals to the main process: a scheduler signals the whole group."""
+    torch.set_num_threads(1)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _fetch(
+    dataset: Dataset[Fetched],
+    requests: Iterable[Request],
+    num_workers: int,
+    timeout: float,
+    device: torch.device,
+) -> Generator[Fetched, None, None]:
+    """Run `dataset[request]` for all requests in order, in `num_workers` processes or in this one."""
+    if num_workers == 0:
+        yield from (dataset[request] for request in requests)
+        return
+    loader = DataLoader(
+        dataset,
+        sampler=requests,
+        batch_size=None,
+        num_workers=num_workers,
+        timeout=timeout,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_init_worker,
+    )
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    stop = functools.partial(_stop, iterator, workers)
+    atexit.register(stop)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        raise LoaderError(
+            f"a data loader worker failed: {error}. If it was killed, memory ran out: lower "
+            f"DATA.NUM_WORKERS ({num_workers}); if it timed out, the storage is slow or stuck "
+            f"(DATA.TIMEOUT {timeout:g} s)"
+        ) from error
+    finally:
+        stop()
+        atexit.unregister(stop)
+
+
+def _stop(iterator: object, workers: list[BaseProcess]) -> None:
+    """Ask the workers to end and kill those that hang: they ignore SIGTERM, nothing else ends them."""
+    deadline = threading.Timer(_PATIENCE, _kill, [workers])
+    deadline.start()
+    with contextlib.suppress(RuntimeError):  # the SIGCHLD handler's report of workers that we killed
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
+    deadline.cancel()
+    _kill(workers)
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()

@@ -1,0 +1,124 @@
+"""Keyed random parameters: every draw about a sample is a pure function of (seed, epoch, sample, view).
+
+A counter-based generator: a 64-bit key per sample, one stream number per draw, the splitmix64 finaliser
+(Steele et al. 2014, "Fast splittable pseudorandom number generators") as the hash. Nothing is stored, and one
+sample in a worker draws what a whole batch draws in the main process.
+"""
+
+from itertools import permutations
+from typing import TypeAlias
+
+import numpy as np
+
+from data.views import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    RandomResizedCrop,
+    Solarize,
+    View,
+    photometric_ops,
+)
+from utils.distributed import keyed_seed
+
+Draws: TypeAlias = dict[str, np.ndarray]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ATTEMPTS = 10  # of RandomResizedCrop, as in torchvision
+
+# Stream numbers belong to draws, not to positions in a recipe: moving an operation does not change its draws.
+_AREA, _RATIO, _TOP, _LEFT = 100, 200, 300, 301
+_FLIP, _JITTER, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE = 1, 2, 3, 4, 5, 6, 7
+_FACTORS = {"brightness": 10, "contrast": 11, "saturation": 12, "hue": 13}
+JITTER_OPS = tuple(_FACTORS)  # numbers in `order` count along this
+_ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Hash uint64 values one by one with the splitmix64 finaliser, a bijection."""
+    x = values.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hashed(indices: np.ndarray, *parts: int | str) -> np.ndarray:
+    """Return one uint64 per index (any shape), keyed by `parts`; distinct indices give distinct values."""
+    base = np.array([keyed_seed(*parts)], dtype=np.uint64)
+    return mix((np.asarray(indices).astype(np.uint64) + np.uint64(1)) * _GOLDEN + base)
+
+
+def sample_keys(seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
+    """Return the uint64 keys (N,) of samples `indices` (N,) in `epoch` for view number `view`."""
+    return hashed(indices, "view", seed, epoch, view)
+
+
+def uniform(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
+    """Return float64 uniforms in [0, 1), one per key; `stream` is broadcast against `keys`."""
+    counter = mix(np.atleast_1d(np.asarray(stream, dtype=np.uint64)) * _GOLDEN)
+    return (mix(keys ^ counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw_crop(op: RandomResizedCrop, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Draw boxes (N,4) int64 (top, left, height, width) by the law of torchvision's RandomResizedCrop.
+
+    `heights` and `widths` (N,) are the image sizes; ten attempts, then the central crop.
+    """
+    heights, widths = (np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64))
+    attempts, column = np.arange(_ATTEMPTS), keys[:, None]
+    area = (heights * widths)[:, None] * _between(uniform(column, _AREA + attempts), *op.scale)
+    ratio = np.exp(_between(uniform(column, _RATIO + attempts), *np.log(op.ratio)))
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
+    first = fits.argmax(axis=1)[:, None]
+    h, w = np.take_along_axis(h, first, 1)[:, 0], np.take_along_axis(w, first, 1)[:, 0]
+    top = np.floor(uniform(keys, _TOP) * (heights - h + 1)).astype(np.int64)
+    left = np.floor(uniform(keys, _LEFT) * (widths - w + 1)).astype(np.int64)
+    drawn = np.stack([top, left, h, w], axis=1)
+    return np.where(fits.any(axis=1)[:, None], drawn, _central(op, heights, widths))
+
+
+def _central(op: RandomResizedCrop, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    shape = widths / heights
+    h = np.where(shape < min(op.ratio), np.rint(widths / min(op.ratio)), heights).astype(np.int64)
+    w = np.where(shape > max(op.ratio), np.rint(heights * max(op.ratio)), widths).astype(np.int64)
+    return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
+
+
+def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + u * (high - low)
+
+
+def draw_photometric(view: View, keys: np.ndarray) -> Draws:
+    """Draw all parameters of the photometric operations of `view`: arrays whose first dimension is N.
+
+    Names: flip, jitter, gray, blur, solarize (bool: applied or not), order (N,4) into `JITTER_OPS`,
+    brightness, contrast, saturation (factors), hue (turns), sigma (pixels).
+    """
+    draws: Draws = {}
+    for op in photometric_ops(view):
+        match op:
+            case HorizontalFlip():
+                draws["flip"] = uniform(keys, _FLIP) < op.p
+            case ColorJitter():
+                draws.update(_draw_jitter(op, keys))
+            case Grayscale():
+                draws["gray"] = uniform(keys, _GRAY) < op.p
+            case GaussianBlur():
+                draws["blur"] = uniform(keys, _BLUR) < op.p
+                draws["sigma"] = _between(uniform(keys, _SIGMA), *op.sigma)
+            case Solarize():
+                draws["solarize"] = uniform(keys, _SOLARIZE) < op.p
+    return draws
+
+
+def _draw_jitter(op: ColorJitter, keys: np.ndarray) -> Draws:
+    draws = {"jitter": uniform(keys, _JITTER) < op.p}
+    draws["order"] = _ORDERS[np.floor(uniform(keys, _ORDER) * len(_ORDERS)).astype(np.int64)]
+    for name in ("brightness", "contrast", "saturation"):
+        strength = getattr(op, name)
+        draws[name] = _between(uniform(keys, _FACTORS[name]), max(0.0, 1.0 - strength), 1.0 + strength)
+    draws["hue"] = _between(uniform(keys, _FACTORS["hue"]), -op.hue, op.hue)
+    return draws

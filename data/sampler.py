@@ -1,0 +1,101 @@
+"""The order of samples: epochs are keyed permutations, steps are slices of the global batch.
+
+Nothing is stored and nothing depends on the world size: position p of a global batch goes to rank p % W and,
+within the rank, to micro-batch (p // W) // n where n is the micro-batch size per rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.parameters import hashed
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How `num_samples` are cut into global batches for `world` ranks and `accumulation` micro-batches."""
+
+    num_samples: int
+    global_batch: int
+    seed: int
+    world: int = 1
+    accumulation: int = 1
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be cut evenly, and say which can."""
+        share = self.world * self.accumulation
+        size = "TRAIN.BATCH_SIZE (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
+        per_rank, left = divmod(self.global_batch, share)
+        if left or self.global_batch < 1:
+            works = f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else f"{share}"
+            raise ValueError(
+                f"global batch {self.global_batch} ({size}) cannot be divided over {self.world} processes "
+                f"and {self.accumulation} accumulation steps: use {works}"
+            )
+        if self.num_samples < self.global_batch:
+            largest = self.num_samples // share
+            remedy = (
+                f"set TRAIN.BATCH_SIZE to at most {largest}" if largest else "use fewer of the latter two"
+            )
+            raise ValueError(
+                f"the data set has {self.num_samples} images, fewer than one global batch of "
+                f"{self.global_batch} ({size} = {per_rank} x {self.accumulation} x {self.world}): {remedy}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of global batches in an epoch."""
+        full, left = divmod(self.num_samples, self.global_batch)
+        return full if self.drop_last else full + (left > 0)
+
+    @property
+    def micro_batch(self) -> int:
+        """Return the size of one micro-batch on one rank."""
+        return self.global_batch // (self.world * self.accumulation)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro-batch to fetch: samples `indices` (n,) of `epoch`; `step` counts from the run's start."""
+
+    step: int
+    epoch: int
+    indices: np.ndarray
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the permutation (num_samples,) int64 of an epoch, a pure function of its arguments.
+
+    Sorting hashes that never tie gives the same order with every version of every library.
+    """
+    return np.argsort(hashed(np.arange(num_samples), "order", seed, epoch))
+
+
+def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarray:
+    """Return the indices (G,) of batch number `position` of an epoch; the last wraps around to its start."""
+    places = np.arange(position * plan.global_batch, (position + 1) * plan.global_batch)
+    return order[places % len(order)]
+
+
+def rank_batches(batch: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarray]:
+    """Cut the part of `rank` out of a global batch (G,): one array of indices per micro-batch."""
+    return np.split(batch[rank :: plan.world], plan.accumulation)
+
+
+class RequestSampler:
+    """Yield the requests of one rank from step `start` up to (not including) `stop`, across epochs."""
+
+    def __init__(self, plan: BatchPlan, rank: int, start: int, stop: int) -> None:
+        self.plan, self.rank, self.start, self.stop = plan, rank, start, stop
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield `accumulation` requests a step."""
+        current, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, self.plan.steps_per_epoch)
+            if epoch != current:
+                current, order = (epoch, epoch_order(self.plan.num_samples, self.plan.seed, epoch))
+            for indices in rank_batches(global_batch(order, self.plan, position), self.plan, self.rank):
+                yield Request(step, epoch, indices)

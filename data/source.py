@@ -1,0 +1,108 @@
+"""What a source of images is: labels, a fingerprint, and either one array or a way to load an index."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Source:
+    """A fixed, ordered collection of RGB images.
+
+    `images` is the whole collection as uint8 (N,3,H,W), or None where `load` reads one image at a time.
+    `labels` is int64 (N,), -1 where unlabelled.
+    """
+
+    images: Tensor | None = None
+
+    def __init__(self, labels: Tensor, classes: Sequence[str]) -> None:
+        self.labels = labels
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes, 0 where nothing is labelled."""
+        return len(self.classes)
+
+    def name(self, index: int) -> str:
+        """Return the path or another readable name of an image."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Tensor:
+        """Return one image as uint8 (3,H,W) RGB."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Return the count and a digest that changes when the listing or the pixels change."""
+        raise NotImplementedError
+
+
+class ArraySource(Source):
+    """Images of one size held in memory."""
+
+    images: Tensor
+
+    def __init__(self, title: str, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+        super().__init__(labels, classes)
+        assert images.dtype == torch.uint8
+        assert images.ndim == 4
+        self.title, self.images = title, images
+
+    def name(self, index: int) -> str:
+        """Return the data set's name and the index."""
+        return f"{self.title}[{index}]"
+
+    def load(self, index: int) -> Tensor:
+        """Return one image as uint8 (3,H,W) RGB."""
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        """Digest the pixels and the labels."""
+        return digest(len(self), self.images.numpy(), self.labels.numpy())
+
+
+class Subset(Source):
+    """Chosen images of another source that loads them one by one."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        super().__init__(source.labels[torch.from_numpy(indices)], source.classes)
+        self.source, self.indices = source, indices
+
+    def name(self, index: int) -> str:
+        """Return the name in the full source."""
+        return self.source.name(int(self.indices[index]))
+
+    def load(self, index: int) -> Tensor:
+        """Load from the full source."""
+        return self.source.load(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        """Digest the full source's fingerprint and the choice."""
+        return digest(len(self), self.source.fingerprint().encode(), self.indices)
+
+
+def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Source:
+    """Return the images of `source` at `indices`, in that order, with the classes unchanged."""
+    chosen = np.asarray(indices, dtype=np.int64)
+    if len(chosen) and not (0 <= chosen.min() and chosen.max() < len(source)):
+        raise ValueError(
+            f"subset indices must lie in [0, {len(source)}), got {chosen.min()} to {chosen.max()}"
+        )
+    if isinstance(source, ArraySource):
+        rows = torch.from_numpy(chosen)
+        return ArraySource(source.title, source.images[rows], source.labels[rows], source.classes)
+    return Subset(source, chosen)
+
+
+def digest(count: int, *parts: bytes | np.ndarray) -> str:
+    """Return "count:hash" of the parts' bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return f"{count}:{state.hexdigest()}"

@@ -1,0 +1,53 @@
+"""Images and folders for the data tests."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def draw_photo(height: int, width: int, seed: int) -> np.ndarray:
+    """Return a photo-like uint8 (H,W,3) image: shapes, soft waves, muted colours, a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    image = np.full((height, width, 3), rng.uniform(0.35, 0.65))
+    for _ in range(6):
+        fx, fy, phase = rng.uniform(-9, 9), rng.uniform(-9, 9), rng.uniform(0, 6)
+        image += 0.06 * rng.normal() * np.sin(6 * (fx * x + fy * y) + phase)[..., None]
+    for _ in range(5):
+        cx, cy, radius = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.05, 0.25)
+        inside = (x - cx) ** 2 + (y - cy) ** 2 < radius**2
+        image[inside] += rng.uniform(-0.25, 0.25) + 0.05 * rng.normal(size=3)
+    image += 0.05 * rng.normal(size=3) * x[..., None] + rng.normal(scale=0.01, size=(height, width, 1))
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def photos() -> np.ndarray:
+    """Give uint8 (6,96,128,3) photo-like images."""
+    return np.stack([draw_photo(96, 128, seed) for seed in range(6)])
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Give a folder of 12 train JPEGs in 3 classes and 5 val JPEGs in 2 of them, all of different sizes."""
+    for number in range(17):
+        split, name = ("train", f"c{number % 3}") if number < 12 else ("val", f"c{number % 2}")
+        path = tmp_path / split / name / f"image {number:02d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_photo(40 + number, 60 - number, number)).save(path, quality=95)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def real_photos(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Give 64 ImageNet JPEGs, or skip."""
+    pack = shared_data / "imagenet-sample-64.tar"
+    if not pack.is_file():
+        pytest.skip(f"{pack.name} is not in SHARED_DATA")
+    folder = tmp_path_factory.mktemp("imagenet")
+    with tarfile.open(pack) as archive:
+        archive.extractall(folder, filter="data")
+    return sorted(folder.rglob("*.JPEG"))

@@ -1,0 +1,175 @@
+"""Unreadable files: replaced by a fixed rule, reported once, and too many stop the run."""
+
+import logging
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data.datasets import Source, build_source, subset
+from data.fetch import BadImages, Fetched
+from data.loader import BadImagesError, Batch, GlobalLoader, LoaderError, evaluation_batches
+from data.views import build_recipe
+
+CPU = torch.device("cpu")
+BAD = {
+    "empty.jpg": b"",
+    "page.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+    "noise.png": bytes(range(256)) * 4,
+}
+
+
+@pytest.fixture
+def broken_folder(image_folder: Path) -> Path:
+    """Give the image folder with four unreadable files in its first class."""
+    target = image_folder / "train" / "c0"
+    for name, content in BAD.items():
+        (target / name).write_bytes(content)
+    whole = next(target.glob("*.JPEG")).read_bytes()
+    (target / "truncated.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    return image_folder
+
+
+def epoch(source: Source, num_workers: int = 0, **options: float) -> list[Batch]:
+    """Return two epochs of batches of all images."""
+    recipe = build_recipe("moco_v2", 16)
+    loader = GlobalLoader(
+        source, recipe, global_batch=len(source), seed=1, device=CPU, num_workers=num_workers, **options
+    )
+    return [batches[0] for _, batches in loader.from_step(0, 2)]
+
+
+def test_bad_images_are_replaced_by_a_fixed_rule(broken_folder: Path) -> None:
+    source = build_source("imagefolder", str(broken_folder), "train")
+    first, again, workers = epoch(source), epoch(source), epoch(source, num_workers=2)
+    bad = {i for i in range(len(source)) if Path(source.name(i)).suffix != ".JPEG"}
+    assert len(bad) == 4
+    for a, b, c in zip(first, again, workers, strict=True):
+        assert not bad & set(a.indices.tolist())
+        assert torch.equal(a.labels, source.labels[a.indices])
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.indices, c.indices)
+        assert torch.equal(a.views[0], b.views[0])
+        assert torch.equal(a.views[1], c.views[1])
+    assert not torch.equal(
+        first[0].indices.sort()[0], first[1].indices.sort()[0]
+    )  # other replacements each epoch
+
+
+def test_each_bad_image_is_reported_once_with_its_path(
+    broken_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="synco"):
+        epoch(build_source("imagefolder", str(broken_folder), "train"), num_workers=1)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 4
+    for name in [*BAD, "truncated.jpg"]:
+        assert sum(name in message for message in messages) == 1
+
+
+def test_a_file_that_vanishes_is_replaced(image_folder: Path) -> None:
+    source = build_source("imagefolder", str(image_folder), "train")
+    Path(source.name(3)).unlink()
+    assert 3 not in epoch(source)[0].indices
+
+
+def test_past_the_budget_the_run_stops(image_folder: Path) -> None:
+    for number in range(11):
+        (image_folder / "train" / "c0" / f"bad{number}.jpg").write_bytes(b"")
+    source = build_source("imagefolder", str(image_folder), "train")
+    with pytest.raises(BadImagesError, match=r"11 unreadable images .* at most 10 .* DATA.MAX_BAD_FRACTION"):
+        epoch(source)
+    assert len(epoch(source, max_bad_fraction=0.5)) == 2
+
+
+def test_budget_is_a_fraction_of_the_epoch_and_starts_anew_each_epoch() -> None:
+    def item(number: int, epoch: int) -> Fetched:
+        empty = torch.empty(0)
+        failures = [(f"file{number}", "reason")]
+        return {"views": [], "epoch": epoch, "wanted": empty, "indices": empty, "failures": failures}
+
+    bad = BadImages(1e-2, seen=2000)
+    for number in range(20):
+        bad.count(item(number, 0))
+        bad.count(item(number, 0))  # the same file again is no further bad image
+    bad.count(item(20, 1))
+    for number in range(19):
+        bad.count(item(number, 1))
+    with pytest.raises(BadImagesError, match="21 unreadable"):
+        bad.count(item(19, 1))
+
+
+def test_nothing_but_bad_images_stops_at_once(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(BadImagesError, match="20 images in a row"):
+        epoch(build_source("folder", str(tmp_path), "train"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_evaluation_never_replaces(broken_folder: Path, num_workers: int) -> None:
+    source = build_source("imagefolder", str(broken_folder), "train")
+    bad = next(i for i in range(len(source)) if source.name(i).endswith("page.jpg"))
+    with pytest.raises(BadImagesError, match=r"page\.jpg"):
+        list(
+            evaluation_batches(
+                subset(source, [len(source) - 1, bad]), 128, batch_size=2, device=CPU, num_workers=num_workers
+            )
+        )
+
+
+class _Faulty(Source):
+    """A source whose first image does something terrible to its worker."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(torch.zeros(8, dtype=torch.int64), ["0"])
+        self.fault = fault
+
+    def load(self, index: int) -> torch.Tensor:
+        """Die or hang."""
+        import os
+        import signal
+        import time
+
+        if index == 0 and self.fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 0 and self.fault == "hung":
+            time.sleep(60)
+        if self.fault == "signalled":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros((3, 8, 8), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("killed", "lower DATA.NUM_WORKERS"), ("hung", "DATA.TIMEOUT")]
+)
+def test_dead_and_hung_workers_give_a_clear_error(
+    fault: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loader._PATIENCE", 0.5)
+    recipe = build_recipe("linear", 8)
+    loader = GlobalLoader(
+        _Faulty(fault), recipe, global_batch=8, seed=0, device=CPU, num_workers=1, timeout=3
+    )
+    with pytest.raises(LoaderError, match=message):
+        list(loader.from_step(0, 1))
+    assert not multiprocessing.active_children()
+
+
+def test_workers_leave_termination_to_the_main_process() -> None:
+    loader = GlobalLoader(
+        _Faulty("signalled"), build_recipe("linear", 8), global_batch=8, seed=0, device=CPU, num_workers=2
+    )
+    assert len(list(loader.from_step(0, 3))) == 3
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.jpg")
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    source = build_source("folder", str(tmp_path), "train")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for index in range(2):
+        with pytest.raises(Image.DecompressionBombError):
+            source.load(index)

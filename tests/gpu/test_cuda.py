@@ -1,0 +1,78 @@
+"""What only a GPU can show; skipped elsewhere. Run by tools/gpu_check.sh."""
+
+import copy
+
+import pytest
+import torch
+
+from data.datasets import ArraySource
+from data.loader import GlobalLoader
+from data.views import build_recipe
+from models import FRAMEWORKS, build_framework
+from models.parts.losses import queue_contrast, queue_contrast_plain
+from models.parts.negatives import SyntheticConfig
+from utils.schedules import Progress
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+OPTIONS = {"queue_size": 64, "num_hard": 16, "num_synthetic": [8] * 6, "warmup_epochs": 0, "hidden_dim": 64}
+
+
+def small_source() -> ArraySource:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return ArraySource("noise", images, torch.arange(64) % 4, list("abcd"))
+
+
+@pytest.mark.parametrize("counts", [None, (7, 6, 5, 4, 3, 2)])
+def test_closed_form_equals_plain(counts: tuple[int, ...] | None) -> None:
+    unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, device="cuda"), dim=1)  # noqa: E731
+    queries, keys, queue = unit(32, 64).requires_grad_(), unit(32, 64), unit(512, 64)
+    config = SyntheticConfig(32, counts) if counts else None
+    results = []
+    for function in (queue_contrast, queue_contrast_plain):
+        torch.manual_seed(0)
+        loss = function(queries, keys, queue, 0.2, config).loss
+        results.append((loss.detach(), torch.autograd.grad(loss, queries)[0]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["moco_v2", "byol"])
+def test_views_equal_those_of_the_cpu(recipe: str) -> None:
+    views = []
+    for device in ("cpu", "cuda"):
+        loader = GlobalLoader(
+            small_source(), build_recipe(recipe, 32), global_batch=32, seed=0, device=torch.device(device)
+        )
+        views.append([view.cpu() for view in next(iter(loader.from_step(0, 1)))[1][0].views])
+    for ours, theirs in zip(*views, strict=True):
+        assert (ours - theirs).abs().mean() < 1e-3  # a crop may round to the neighbouring level
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("method", FRAMEWORKS)
+def test_three_steps_repeat(method: str, precision: torch.dtype | None) -> None:
+    known = {name: value for name, value in OPTIONS.items() if name in _options(method)}
+    start = build_framework(method, known, {"name": "resnet18", "stem": "cifar"}, img_size=32).cuda()
+    states = []
+    for _ in range(2):
+        framework = copy.deepcopy(start)
+        optimizer = torch.optim.SGD([p for p in framework.parameters() if p.requires_grad], 0.05, fused=True)
+        for step in range(3):
+            torch.manual_seed(step)
+            images = [torch.randn(16, 3, 32, 32, device="cuda") for _ in range(2)]
+            with torch.autocast("cuda", precision or torch.float16, enabled=precision is not None):
+                loss = framework(images, Progress(step, 4, 8))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            framework.after_step(Progress(step, 4, 8))
+        states.append([p.detach().clone() for p in framework.parameters()])
+    assert all(torch.isfinite(p).all() for p in states[0])
+    torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-4)
+
+
+def _options(method: str) -> dict[str, object]:
+    from models import framework_defaults
+
+    return framework_defaults()[method]

@@ -1,0 +1,125 @@
+"""The house rules that a reader would otherwise have to trust."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = [
+    path
+    for pattern in ("*.py", "models/**/*.py", "data/**/*.py", "utils/**/*.py", "tools/**/*.py")
+    for path in sorted(ROOT.glob(pattern))
+]
+FORBIDDEN_ROOMS = {
+    "utils": {"models", "data", "tools"},
+    "data": {"models", "tools"},
+    "models": {"data", "tools"},
+}
+ALLOWED_UTILS = {"data": {"utils.distributed"}, "models": {"utils.distributed", "utils.schedules"}}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def wrong_imports(room: str, tree: ast.AST) -> list[str]:
+    wrong = []
+    for name in imports(tree):
+        head = name.split(".")[0]
+        outside_utils = head == "utils" and not any(
+            name.startswith(a) for a in ALLOWED_UTILS.get(room, {"utils"})
+        )
+        if head in FORBIDDEN_ROOMS.get(room, ()) or outside_utils:
+            wrong.append(name)
+    return wrong
+
+
+def unsafe_calls(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        literal = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        if name == "torch.load" and literal.get("weights_only") is not True:
+            found.append("torch.load without weights_only=True")
+        strict = any(ast.unparse(k.value) == "_Loader" for k in node.keywords if k.arg == "Loader")
+        if name == "yaml.load" and not strict:
+            found.append("yaml.load with a loader that may build objects")
+        if name in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load"):
+            found.append(name)
+        if name.endswith(".cuda"):
+            found.append(f"{name}(): the device is a variable")
+        if name == "extractall" or name.endswith(".extractall"):
+            found.append("extractall may write outside its target")
+    return found
+
+
+def prints(tree: ast.AST) -> list[int]:
+    return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_keeps_the_rules(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    room = path.relative_to(ROOT).parts[0]
+    assert wrong_imports(room, tree) == []
+    assert unsafe_calls(tree) == []
+    if room != "tools":  # a tool's output is its result; everything else speaks through the logger
+        assert prints(tree) == []
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, "split it: a file is read in one go"
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "expected"),
+    [
+        ("utils", "from models import build_framework", ["models.build_framework"]),
+        ("data", "from utils.config import x", ["utils.config.x"]),
+        ("data", "from utils import distributed", []),
+        ("models", "from utils.schedules import Progress", []),
+        ("models", "import utils.engine", ["utils.engine"]),
+    ],
+)
+def test_the_import_rule_can_fail(room: str, source: str, expected: list[str]) -> None:
+    assert wrong_imports(room, ast.parse(source)) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "eval(x)",
+        "pickle.loads(b)",
+        "x.cuda()",
+        "yaml.load(t)",
+    ],
+)
+def test_the_safety_rule_can_fail(source: str) -> None:
+    assert len(unsafe_calls(ast.parse(source))) == 1
+
+
+def test_mains_are_not_copies_of_each_other() -> None:
+    """Less than a fifth of the smaller main in runs of four lines shared with another."""
+    texts = {
+        path.name: [line.strip() for line in path.read_text().splitlines() if len(line.strip()) > 3]
+        for path in ROOT.glob("main_*.py")
+    }
+    assert len(texts) >= 2
+    for name, lines in texts.items():
+        for other, theirs in texts.items():
+            if name < other:
+                runs = {tuple(theirs[i : i + 4]) for i in range(len(theirs) - 3)}
+                shared = {
+                    j
+                    for i in range(len(lines) - 3)
+                    if tuple(lines[i : i + 4]) in runs
+                    for j in range(i, i + 4)
+                }
+                assert len(shared) <= 0.2 * min(len(lines), len(theirs)), (name, other)
