@@ -4,6 +4,7 @@ Imports nothing heavy: ``--help`` answers at once.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -115,9 +116,9 @@ def _mixed_precision() -> str:
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Run a main and exit: one line for what the user can mend, a traceback for what only we can.
 
-    Exit codes: 0 done, 1 a fault of ours, 2 bad input, 3 gradients not finite, 4 out of memory, 5 a loader worker
-    or another process failed, 75 preempted (start the same command again), 130 stopped at once. With
-    ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
+    Exit codes: 0 done, 1 a fault of ours, 2 bad input or a full disk, 3 gradients not finite, 4 out of
+    memory, 5 a loader worker or another process failed, 75 preempted (start the same command again), 130
+    stopped at once. With ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
     """
     try:
         code = main()
@@ -150,6 +151,11 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         return 130, text or "stopped by Ctrl-C"
     if name in _CODES:
         return _CODES[name], text
+    if text.startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it anywhere in the main thread
+        return (
+            5,
+            f"a data loader worker failed ({_first_line(text)}); was it out of memory? Lower DATA.NUM_WORKERS",
+        )
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return 4, f"out of memory; {_MEMORY_REMEDY}: {_first_line(text)}"
     if name in ("DistBackendError", "DistNetworkError") or "gloo" in text:
@@ -170,7 +176,8 @@ def _report(error: BaseException, message: str) -> None:
     # An error that all ranks share has one reporter; and all read the same configuration.
     reporter = "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
     if rank == reporter:
-        sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}\n")
+        with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
+            sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}\n")
 
 
 def _leave_processes() -> None:

@@ -12,7 +12,7 @@ import yaml
 def load(text: str) -> Any:
     """Parse one document; raises ``ValueError`` with the reason and the place in one line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader, only stricter
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader, only stricter
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -22,7 +22,7 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - yaml's own protocol
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -49,7 +49,9 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
     ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"{_pattern}\Z"), list(_first))
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"{_pattern}\Z"), list(_first)
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -57,7 +59,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    resolvers = _Loader.yaml_implicit_resolvers.get(text[:1], [])
+    resolvers = _StrictLoader.yaml_implicit_resolvers.get(text[:1], [])
     style = "'" if any(pattern.match(text) for _, pattern in resolvers) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

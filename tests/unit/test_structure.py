@@ -49,7 +49,7 @@ def unsafe_calls(tree: ast.AST) -> list[str]:
         literal = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
         if name == "torch.load" and literal.get("weights_only") is not True:
             found.append("torch.load without weights_only=True")
-        strict = any(ast.unparse(k.value) == "_Loader" for k in node.keywords if k.arg == "Loader")
+        strict = any(ast.unparse(k.value) == "_StrictLoader" for k in node.keywords if k.arg == "Loader")
         if name == "yaml.load" and not strict:
             found.append("yaml.load with a loader that may build objects")
         if name in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load"):

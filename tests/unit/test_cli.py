@@ -1,0 +1,235 @@
+"""The command line: every published flag is understood, nothing is dropped in silence, --help is quick."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils import cli
+
+ROOT = Path(__file__).parents[2]
+PROBE = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
+
+
+def parsed(*argv: str, renamed: dict[str, str] | None = None) -> tuple[Any, dict[str, Any]]:
+    return cli.parse(cli.make_parser("test", renamed), argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [  # the flags of moby_main.py and synco-v2's main_pretrain.py, then ours
+        (["--batch-size", "64"], "TRAIN.BATCH_SIZE", 64),
+        (["--data-path", "/data"], "DATA.PATH", "/data"),
+        (["--zip"], "DATA.DATASET", "zip"),
+        (["--cache-mode", "full"], "DATA.CACHE_MODE", "full"),
+        (["--resume", "x.pt"], "RESUME", "x.pt"),
+        (["--accumulation-steps", "8"], "TRAIN.ACCUMULATION_STEPS", 8),
+        (["--use-checkpoint"], "TRAIN.USE_CHECKPOINT", True),
+        (["--amp-opt-level", "O0"], "TRAIN.PRECISION", "fp32"),
+        (["--output", "out"], "OUTPUT", "out"),
+        (["--tag", "42"], "TAG", "42"),
+        (["--dataset", "cifar10"], "DATA.DATASET", "cifar10"),
+        (["--epochs", "3"], "TRAIN.EPOCHS", 3),
+        (["--seed", "7"], "SEED", 7),
+        (["--precision", "fp16"], "TRAIN.PRECISION", "fp16"),
+        (["--device", "cpu"], "DEVICE", "cpu"),
+        (["--download"], "DATA.DOWNLOAD", True),
+        (["--batch-size=64"], "TRAIN.BATCH_SIZE", 64),
+    ],
+)
+def test_a_flag_reaches_its_key_and_no_other(argv: list[str], key: str, value: object) -> None:
+    assert parsed(*argv)[1] == {key: value}
+
+
+def test_every_flag_names_a_key_of_the_tree() -> None:
+    from models import framework_defaults
+    from utils.config import default_config, leaves
+
+    known = {key for key, _ in leaves(default_config(framework_defaults()))}
+    named = {key for key, *_ in [*cli._VALUES.values(), *cli._SWITCHES.values()]}
+    assert named | set(PROBE.values()) <= known
+
+
+def test_flags_that_are_not_given_leave_the_configuration_alone() -> None:
+    args, flags = parsed("--cfg", "c.yaml")
+    assert flags == {}
+    assert (args.cfg, args.opts, args.eval, args.throughput) == ("c.yaml", [], False, False)
+
+
+def test_the_published_commands_parse_as_they_stand() -> None:
+    args, flags = parsed(
+        *("--cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T --local_rank 0").split(),
+        *("--batch-size 64 --zip --cache-mode part --amp-opt-level O0 --accumulation-steps 1").split(),
+        *("--resume r.pth --use-checkpoint --eval --throughput --opts TRAIN.EPOCHS 3 SEED 1").split(),
+    )
+    assert args.opts == ["TRAIN.EPOCHS", "3", "SEED", "1"]
+    assert args.eval
+    assert args.throughput
+    assert len(flags) == 10
+
+
+def test_opts_may_be_given_twice() -> None:
+    assert parsed("--opts", "SEED", "1", "--tag", "t", "--opts", "TAG", "x")[0].opts == [
+        "SEED",
+        "1",
+        "TAG",
+        "x",
+    ]
+    assert parsed()[0].opts == []
+
+
+def test_a_probe_renames_what_means_its_own_thing() -> None:
+    assert parsed("--batch-size", "64", "--epochs", "2", "--tag", "t", renamed=PROBE)[1] == {
+        "LINEAR.BATCH_SIZE": 64,
+        "LINEAR.EPOCHS": 2,
+        "TAG": "t",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--gradient-accumulation-steps", "8"], ["--gradient-accumulation-steps", "--accumulation-steps"]),
+        (["--batchsize", "8"], ["'--batchsize'", "--batch-size"]),
+        (["--data", "x"], ["'--data'", "did you mean"]),
+        (["--outputs=x"], ["--output"]),
+        (["-x"], ["'-x'"]),
+        (["stray"], ["'stray'"]),
+        (["--batch-size", "many"], ["--batch-size", "'many'"]),
+        (["--amp-opt-level", "O3"], ["--amp-opt-level", "O3"]),
+        (["--tag"], ["--tag"]),
+    ],
+)
+def test_what_is_not_understood_is_refused(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parsed(*argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    for word in [*words, "--help"]:
+        assert word in message
+
+
+@pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
+def test_a_local_rank_becomes_the_environment_variable(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "to be removed")
+    del os.environ["LOCAL_RANK"]
+    assert parsed(f"{flag}=3")[1] == {}
+    assert os.environ["LOCAL_RANK"] == "3"
+    parsed(flag, "5")  # the environment is the launcher's word and wins
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
+def test_no_local_rank_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    parsed()
+    assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "expected"), [(False, False, "bf16"), (True, True, "bf16"), (True, False, "fp16")]
+)
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_mixed_precision_is_bf16_unless_the_gpu_lacks_it(
+    level: str, gpu: bool, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    assert parsed("--amp-opt-level", level)[1] == {"TRAIN.PRECISION": expected}
+
+
+def test_precision_wins_over_its_published_spelling() -> None:
+    for argv in (
+        ["--precision", "fp32", "--amp-opt-level", "O1"],
+        ["--amp-opt-level", "O1", "--precision", "fp32"],
+    ):
+        assert parsed(*argv)[1] == {"TRAIN.PRECISION": "fp32"}
+
+
+@pytest.mark.parametrize("main", ["main_pretrain.py", "main_linear.py"])
+def test_help_and_a_mistyped_flag_answer_without_torch(main: str) -> None:
+    script = (
+        f"import runpy, sys\nsys.argv = [{main!r}, sys.argv[1]]\n"
+        f"try:\n    runpy.run_path({main!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    heavy = {'torch', 'numpy', 'timm', 'torchvision', 'yacs'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy else stop.code)\n"
+    )
+    for flag, code, text in (("--help", 0, "--data-path"), ("--hepl", 2, "did you mean --help")):
+        ran = subprocess.run(
+            [sys.executable, "-c", script, flag], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (ran.returncode, text in ran.stdout + ran.stderr) == (code, True), ran.stderr
+
+
+def test_help_names_every_flag_with_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help", renamed=PROBE)
+    text = capsys.readouterr().out
+    for flag, (key, *_) in {**cli._VALUES, **cli._SWITCHES}.items():
+        assert flag in text
+        assert PROBE.get(flag, key) in text
+    assert "--local" not in text
+
+
+# ---- how a main ends ------------------------------------------------------------------------------------
+
+
+class NonFiniteError(RuntimeError):
+    """Stands for utils.guards.NonFiniteError, which cli knows by name, so as not to import torch."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("bad key"), 2), (ImportError("no timm"), 2), (NonFiniteError("step 3"), 3)],
+)
+def test_an_error_the_user_can_mend_is_one_line(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> int:
+        raise error
+
+    for debug in ("", "1"):
+        monkeypatch.setenv("SYNCO_DEBUG", debug)
+        with pytest.raises(SystemExit) as stop:
+            cli.run_main(main)
+        assert stop.value.code == code
+        message = capsys.readouterr().err
+        assert message.endswith(f"error: {error}\n")
+        assert ("Traceback" in message) == bool(debug)
+
+
+def test_an_error_only_we_can_mend_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run_main(main)
+
+
+def test_one_rank_says_what_all_ranks_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utils.config import ConfigError
+
+    monkeypatch.setenv("RANK", "1")
+    for error, expected in ((ConfigError("common"), ""), (ValueError("own"), "error (rank 1): own\n")):
+
+        def main(error: Exception = error) -> int:
+            raise error
+
+        with pytest.raises(SystemExit):
+            cli.run_main(main)
+        assert capsys.readouterr().err == expected
+
+
+def test_the_exit_code_is_the_mains() -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(lambda: 75)
+    assert stop.value.code == 75

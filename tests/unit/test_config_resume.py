@@ -1,0 +1,153 @@
+"""What a run that goes on may change: every key has one class, and the class is enforced."""
+
+from typing import Any
+
+import pytest
+
+from models import FRAMEWORKS, framework_defaults
+from utils.config import (
+    ConfigError,
+    compare_for_resume,
+    default_config,
+    key_class,
+    leaves,
+    load_config,
+    to_yaml,
+)
+from utils.defaults import IDENTITY_KEYS, LOCAL_KEYS, TUNABLE_KEYS
+
+DEFAULTS = default_config(framework_defaults())
+
+# Written out, so that a new key needs a decision here. Sections are meant with all that is in them.
+LOCAL = (
+    "NAME TAG OUTPUT DEVICE RESUME DATA.PATH DATA.NUM_WORKERS DATA.CACHE_MODE DATA.DOWNLOAD DATA.TIMEOUT LOG"
+).split()
+TUNABLE = (
+    "DATA.MAX_BAD_FRACTION TRAIN.BATCH_SIZE TRAIN.ACCUMULATION_STEPS TRAIN.PRECISION TRAIN.CHANNELS_LAST "
+    "TRAIN.USE_CHECKPOINT TRAIN.DETERMINISTIC KNN CHECKPOINT LINEAR.BATCH_SIZE"
+).split()
+IDENTITY = {
+    "pretrain": "SEED DATA.DATASET DATA.IMG_SIZE MODEL AUG OPTIM SCHEDULE TRAIN.EPOCHS".split(),
+    "linear": (
+        "SEED DATA.DATASET DATA.IMG_SIZE MODEL.BACKBONE LINEAR.LRS LINEAR.EPOCHS LINEAR.HEAD_INIT "
+        "LINEAR.LABEL_SMOOTHING LINEAR.DROP_PATH LINEAR.OPTIM LINEAR.SCHEDULE"
+    ).split(),
+}
+# Read by the other task only: nothing of this run depends on them.
+FOREIGN = {
+    "pretrain": (
+        "LINEAR.LRS LINEAR.EPOCHS LINEAR.HEAD_INIT LINEAR.LABEL_SMOOTHING LINEAR.DROP_PATH LINEAR.OPTIM "
+        "LINEAR.SCHEDULE"
+    ).split(),
+    "linear": "MODEL.NAME AUG OPTIM SCHEDULE TRAIN.EPOCHS".split()
+    + [f"MODEL.{name.upper()}" for name in FRAMEWORKS],
+}
+ALL_KEYS = [key for key, _ in leaves(DEFAULTS)]
+
+
+def inside(key: str, names: list[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "linear"])
+def test_every_key_has_exactly_one_class(task: str) -> None:
+    assert set(IDENTITY_KEYS) == {"pretrain", "linear"}
+    for key in ALL_KEYS:
+        classes = {
+            "local": inside(key, LOCAL),
+            "tunable": inside(key, TUNABLE) or inside(key, FOREIGN[task]),
+            "identity": inside(key, IDENTITY[task]),
+        }
+        assert sum(classes.values()) == 1, f"{key} needs a decision: local, tunable or identity of {task}?"
+        assert key_class(key, task) == next(name for name, holds in classes.items() if holds), key
+
+
+def test_the_class_tables_name_existing_keys_only() -> None:
+    for pattern in {*LOCAL_KEYS, *TUNABLE_KEYS, *IDENTITY_KEYS["pretrain"], *IDENTITY_KEYS["linear"]}:
+        prefix = pattern.removesuffix("*")
+        assert any(key == pattern or (prefix != pattern and key.startswith(prefix)) for key in ALL_KEYS), (
+            pattern
+        )
+
+
+def test_a_key_in_no_table_is_identity() -> None:
+    assert key_class("NEW.KEY") == key_class("NEW.KEY", "linear") == "identity"
+
+
+def other_value(key: str, value: Any) -> Any:
+    choices = {
+        "DEVICE": "cpu",
+        "DATA.CACHE_MODE": "no",
+        "TRAIN.PRECISION": "bf16",
+        "LINEAR.HEAD_INIT": "trunc",
+        "OPTIM.NAME": "adamw",
+        "LINEAR.OPTIM.NAME": "adamw",
+        "SCHEDULE.NAME": "linear",
+        "LINEAR.SCHEDULE.NAME": "linear",
+    }
+    if key in choices:
+        return choices[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [entry / 2 if isinstance(entry, float) else entry + 1 for entry in value]
+    if isinstance(value, int):
+        return value + 1
+    return value / 2 + 0.125 if isinstance(value, float) else f"{value}x"
+
+
+@pytest.mark.parametrize("task", ["pretrain", "linear"])
+@pytest.mark.parametrize("key", [key for key in ALL_KEYS if key != "MODEL.NAME"])
+def test_changing_a_key_on_resume_does_what_its_class_says(key: str, task: str) -> None:
+    parts = key.split(".")
+    method = parts[1].lower() if parts[0] == "MODEL" and parts[1].lower() in FRAMEWORKS else "moco_v2"
+    saved = load_config(DEFAULTS, flags={"NAME": "n", "MODEL.NAME": method})
+    old = dict(leaves(saved))[key]
+    new = other_value(key, old)
+    changed = load_config(DEFAULTS, flags={"NAME": "n", "MODEL.NAME": method, key: new})
+    match key_class(key, task):
+        case "identity":
+            with pytest.raises(ConfigError) as error:
+                compare_for_resume(to_yaml(saved), changed, task)
+            assert f"{key}: {old!r} -> {new!r}" in str(error.value)
+            assert "--tag" in str(error.value)
+        case "tunable":
+            assert compare_for_resume(to_yaml(saved), changed, task) == [f"{key}: {old!r} -> {new!r}"]
+        case "local":
+            assert compare_for_resume(to_yaml(saved), changed, task) == []
+
+
+def test_another_method_is_another_pretraining_but_not_another_probe() -> None:
+    saved = load_config(DEFAULTS, flags={"NAME": "n", "MODEL.NAME": "byol"})
+    changed = load_config(DEFAULTS, flags={"NAME": "n", "MODEL.NAME": "moby"})
+    with pytest.raises(ConfigError, match=r"MODEL\.NAME: 'byol' -> 'moby'"):
+        compare_for_resume(to_yaml(saved), changed)
+    assert compare_for_resume(to_yaml(saved), changed, "linear") == ["MODEL.NAME: 'byol' -> 'moby'"]
+
+
+def test_options_of_methods_that_are_not_selected_are_no_part_of_a_run() -> None:
+    changed = load_config(DEFAULTS, flags={"MODEL.NAME": "byol", "MODEL.MOBY.QUEUE_SIZE": 8})
+    fewer = default_config({"byol": framework_defaults()["byol"]})  # before the other methods were added
+    saved = load_config(fewer, flags={"MODEL.NAME": "byol"})
+    assert compare_for_resume(to_yaml(saved), changed) == []
+    assert compare_for_resume(to_yaml(changed), saved) == []
+
+
+def test_keys_that_only_one_side_knows_are_differences() -> None:
+    cfg = load_config(DEFAULTS)
+    text = to_yaml(cfg)
+    with pytest.raises(ConfigError, match=r"SEED: 'absent' -> 0"):
+        compare_for_resume(text.replace("SEED: 0\n", ""), cfg)
+    with pytest.raises(ConfigError, match=r"EXTRA: 3 -> 'absent'"):
+        compare_for_resume(f"{text}EXTRA: 3\n", cfg)
+    with pytest.raises(ConfigError, match="configuration"):
+        compare_for_resume("not a configuration", cfg)
+
+
+def test_all_identity_changes_are_named_at_once() -> None:
+    changed = load_config(DEFAULTS, flags={"SEED": 1, "TRAIN.EPOCHS": 5, "TRAIN.BATCH_SIZE": 8})
+    with pytest.raises(ConfigError) as error:
+        compare_for_resume(to_yaml(load_config(DEFAULTS)), changed)
+    assert "SEED: 0 -> 1" in str(error.value)
+    assert "TRAIN.EPOCHS: 200 -> 5" in str(error.value)
+    assert "BATCH_SIZE" not in str(error.value)

@@ -1,0 +1,221 @@
+"""Which tensors decay, and each optimiser against a slow loop that follows the paper."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from models import build_framework, framework_defaults
+from models.parts.backbones import build_backbone
+from utils.config import ConfigError, default_config, load_config
+from utils.optim import LARS, build_optimizer, parameter_groups
+
+DEFAULTS = default_config(framework_defaults())
+
+
+def optim(**options: Any) -> CfgNode:
+    return load_config(DEFAULTS, flags={f"OPTIM.{key}": value for key, value in options.items()}).OPTIM
+
+
+def decays(module: nn.Module, node: CfgNode) -> dict[str, bool]:
+    """Return for every parameter in the groups, by name, whether it decays."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = parameter_groups(module, node)
+    listed = [
+        (names[id(p)], group.get("weight_decay", node.WEIGHT_DECAY) > 0)
+        for group in groups
+        for p in group["params"]
+    ]
+    assert len(listed) == len(dict(listed)), "a parameter is in two groups"
+    return dict(listed)
+
+
+def vit(name: str = "deit_tiny", **options: Any) -> nn.Module:
+    return build_backbone(name, img_size=16, patch_size=8, **options)
+
+
+# ---- groups ---------------------------------------------------------------------------------------------
+
+
+def test_moco_decays_everything() -> None:
+    found = decays(build_backbone("resnet8", stem="cifar"), optim(NAME="sgd"))
+    assert found
+    assert all(found.values())
+
+
+def test_moby_decays_tokens_and_positions_but_no_biases_and_norms() -> None:
+    found = decays(vit(), optim(NAME="adamw", EXCLUDE_1D=True))
+    assert found["cls_token"]
+    assert found["pos_embed"]
+    assert found["blocks.0.attn.qkv.weight"]
+    assert found["patch_embed.proj.weight"]
+    assert not found["patch_embed.proj.bias"]
+    assert not found["blocks.0.norm1.weight"]
+    assert not found["norm.bias"]
+    for name, parameter in vit().named_parameters():
+        assert found[name] == (parameter.ndim > 1), name
+
+
+def test_exclude_tokens_exempts_tokens_positions_and_tables() -> None:
+    found = decays(vit(), optim(NAME="adamw", EXCLUDE_1D=True, EXCLUDE_TOKENS=True))
+    assert (found["cls_token"], found["pos_embed"], found["patch_embed.proj.weight"]) == (False, False, True)
+    with torch.device("meta"):
+        swin = build_backbone("swin_tiny", img_size=224)
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert decays(swin, optim(EXCLUDE_1D=True))[table]
+    assert not decays(swin, optim(EXCLUDE_1D=True, EXCLUDE_TOKENS=True))[table]
+
+
+def test_lars_exempts_one_dimensional_tensors_without_being_asked() -> None:
+    backbone = build_backbone("resnet8", stem="cifar")
+    found = decays(backbone, optim(NAME="lars"))
+    assert found == {name: p.ndim > 1 for name, p in backbone.named_parameters()}
+    assert [g.get("adapt", True) for g in parameter_groups(backbone, optim(NAME="lars"))] == [True, False]
+    assert all("adapt" not in g for g in parameter_groups(backbone, optim(NAME="sgd", EXCLUDE_1D=True)))
+
+
+def test_what_does_not_train_is_in_no_group() -> None:
+    options = {"name": "vit_small", "patch_size": 8, "freeze_patch_embed": True}
+    framework = build_framework("byol", {"hidden_dim": 8, "out_dim": 4}, options, img_size=16)
+    found = decays(framework, optim(EXCLUDE_1D=True))
+    assert not any(name.startswith("target.") for name in found)
+    frozen = {"online.backbone.pos_embed", "online.backbone.patch_embed.proj.weight"}
+    assert not frozen & set(found)
+    trained = {name for name, p in framework.named_parameters() if p.requires_grad}
+    assert set(found) == trained
+    assert found["predictor.0.weight"]
+    assert not found["predictor.0.bias"]
+
+
+def test_an_empty_group_is_left_out() -> None:
+    assert len(parameter_groups(nn.Linear(2, 2), optim())) == 1
+    assert len(parameter_groups(nn.LayerNorm(2), optim(EXCLUDE_1D=True))) == 1
+
+
+# ---- updates --------------------------------------------------------------------------------------------
+
+
+def tensors(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 3), (3, 4, 2, 2), (5,), (2, 3), (6, 2)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def run(
+    build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], grads: list[list[Tensor]]
+) -> list[Tensor]:
+    """Apply three steps at changing rates to two groups: the 1-D tensor apart."""
+    params = [nn.Parameter(t) for t in tensors(0)]
+    params[3].data.zero_()  # a weight of norm zero
+    exempt = {"params": [params[2]], "weight_decay": 0.0}
+    optimizer = build([{"params": [p for p in params if p.ndim > 1]}, exempt])
+    for step, grad in enumerate(grads):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 / (step + 1)
+        for parameter, g in zip(params, grad, strict=True):
+            parameter.grad = g.clone()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def gradients() -> list[list[Tensor]]:
+    grads = [tensors(seed) for seed in (1, 2, 3)]
+    grads[1][4].zero_()  # a gradient of norm zero (its weight does not vanish)
+    grads[0][3].zero_()  # both zero
+    return grads
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_equals_a_slow_loop(decay: float) -> None:
+    def lars(groups: list[dict[str, Any]]) -> LARS:
+        return LARS(
+            [groups[0], {**groups[1], "adapt": False}], 0.0, decay, momentum=0.9, trust_coefficient=0.01
+        )
+
+    weights = tensors(0)
+    weights[3].zero_()
+    buffers = [torch.zeros_like(w) for w in weights]
+    for step, grads in enumerate(gradients()):
+        for index, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            if w.ndim > 1:  # You et al. 2017, algorithm 1, as in spec C4
+                g = g + decay * w
+                w_norm, g_norm = float(w.norm()), float(g.norm())
+                g = g * (0.01 * w_norm / g_norm if w_norm > 0 and g_norm > 0 else 1.0)
+            buffers[index] = 0.9 * buffers[index] + g
+            weights[index] = w - 0.5 / (step + 1) * buffers[index]
+    for found, expected in zip(run(lars, gradients()), weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_lars_leaves_gradients_and_unused_parameters_alone_and_resumes() -> None:
+    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    first = LARS([{"params": [used, unused]}], lr=0.1, weight_decay=0.1)
+    used.grad = torch.ones(2, 2)
+    first.step()
+    assert torch.equal(used.grad, torch.ones(2, 2))
+    assert torch.equal(unused, torch.ones(2, 2))
+    twin = nn.Parameter(used.detach().clone())
+    second = LARS([{"params": [twin, unused]}])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for parameter, optimizer in ((used, first), (twin, second)):
+        parameter.grad = torch.full((2, 2), 2.0)
+        optimizer.step()
+    assert torch.equal(used, twin)
+
+
+PLAIN: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, 0.0, 0.9, weight_decay=0.1, foreach=False, fused=False),
+    "nesterov": lambda groups: torch.optim.SGD(
+        groups, 0.0, 0.9, weight_decay=0.1, nesterov=True, foreach=False, fused=False
+    ),
+    "adamw": lambda groups: torch.optim.AdamW(
+        groups, 0.0, (0.8, 0.95), 1e-6, weight_decay=0.1, foreach=False, fused=False
+    ),
+}
+OURS: dict[str, dict[str, Any]] = {
+    "sgd": {"NAME": "sgd", "MOMENTUM": 0.9, "WEIGHT_DECAY": 0.1},
+    "nesterov": {"NAME": "sgd", "MOMENTUM": 0.9, "WEIGHT_DECAY": 0.1, "NESTEROV": True},
+    "adamw": {"NAME": "adamw", "BETAS": [0.8, 0.95], "EPS": 1e-6, "WEIGHT_DECAY": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_fused_optimiser_equals_its_plain_twin(name: str) -> None:
+    ours = run(lambda groups: build_optimizer(optim(**OURS[name]), groups), gradients())
+    for found, expected in zip(ours, run(PLAIN[name], gradients()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("WEIGHT_DECAY", 0.3, "sgd"),
+        ("MOMENTUM", 0.5, "sgd"),
+        ("NESTEROV", True, "sgd"),
+        ("BETAS", [0.5, 0.999], "adamw"),
+        ("EPS", 0.1, "adamw"),
+        ("WEIGHT_DECAY", 0.3, "adamw"),
+        ("TRUST_COEFFICIENT", 0.1, "lars"),
+        ("MOMENTUM", 0.5, "lars"),
+        ("WEIGHT_DECAY", 0.3, "lars"),
+        ("NAME", "adamw", "sgd"),
+    ],
+)
+def test_every_optimiser_key_changes_the_update(key: str, value: Any, name: str) -> None:
+    before = run(lambda groups: build_optimizer(optim(NAME=name), groups), gradients())
+    after = run(lambda groups: build_optimizer(optim(**{"NAME": name, key: value}), groups), gradients())
+    assert not torch.equal(before[0], after[0])
+
+
+def test_an_unknown_optimiser_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"OPTIM\.NAME: 'adam' is not one of sgd, adamw, lars"):
+        optim(NAME="adam")
+    node = optim().clone()
+    node.defrost()
+    node.NAME = "adam"
+    with pytest.raises(ValueError, match=r"OPTIM\.NAME: 'adam'"):
+        build_optimizer(node, [{"params": [nn.Parameter(torch.ones(1))]}])
