@@ -8,7 +8,6 @@ O/<name>/T/linear/.
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def main() -> int:
         if exit_code:
             return exit_code
         results.append(result)
-    show_table(results)
+    if not args.throughput:
+        show_table(results)
     return 0
 
 
@@ -91,12 +91,12 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     backbone = freeze(run.prepare(backbone), active_drop_path=linear.DROP_PATH > 0)
     if args.throughput:
         measure_throughput(backbone, cfg.DATA.IMG_SIZE, linear.BATCH_SIZE, run.device)
-        sys.exit(0)
+        return {}, 0
 
     # data; the features of frozen weights under a fixed transform are computed once
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
     run.fingerprint += f", data {train.fingerprint()}"
-    reading = {"batch_size": linear.BATCH_SIZE, "device": run.device, "num_workers": cfg.DATA.NUM_WORKERS}
+    reading = {"batch_size": linear.BATCH_SIZE, "device": run.device, "num_workers": cfg.DATA.NUM_WORKERS, "timeout": cfg.DATA.TIMEOUT}
     with run.evaluating(backbone):
         queries = extract_features(backbone, evaluation_batches(val, cfg.DATA.IMG_SIZE, **reading))
         bank = (

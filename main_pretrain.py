@@ -5,6 +5,8 @@ under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same comman
 stopped.
 """
 
+import functools
+
 from utils.cli import make_parser, parse, run_main
 
 
@@ -15,7 +17,7 @@ def main() -> int:
     # after the flags are parsed, so that --help and a mistyped flag answer at once
     import torch
 
-    from data.datasets import open_split
+    from data.datasets import Source, open_split
     from data.loader import Batch, GlobalLoader, evaluation_batches
     from data.preview import save_preview
     from data.views import build_recipe
@@ -74,12 +76,15 @@ def main() -> int:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
 
+    @functools.cache  # parsing or scanning a data set once an evaluation can take longer than the evaluation
+    def labelled(split: str) -> Source:
+        return open_split(cfg.DATA, split, labelled=True)
+
     def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        probe = open_split(cfg.DATA, split, labelled=True)
         options = {"batch_size": cfg.LINEAR.BATCH_SIZE, "num_workers": cfg.DATA.NUM_WORKERS}
         with run.evaluating(framework.online.backbone) as backbone:
             return extract_features(
-                backbone, evaluation_batches(probe, cfg.DATA.IMG_SIZE, device=run.device, **options)
+                backbone, evaluation_batches(labelled(split), cfg.DATA.IMG_SIZE, device=run.device, **options)
             )
 
     def evaluate(progress: Progress) -> dict[str, float]:

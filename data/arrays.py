@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.parameters import hashed
 from data.source import ArraySource
-from utils.distributed import barrier, is_main
+from utils.distributed import on_main
 
 
 def stratified_split(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -97,9 +97,8 @@ def _torchvision(title: str, name: str, path: str, download: bool, **options: ob
     from torchvision import datasets  # here: slow to import, and workers never need it
 
     build: Callable[..., Any] = getattr(datasets, name)
-    if download and is_main():
-        build(path, download=True, **options)
-    barrier()
+    if download:  # an error there is everyone's: a rank that fails alone would leave the others waiting
+        on_main(lambda: bool(build(path, download=True, **options)))
     try:
         return build(path, download=False, **options)
     except (RuntimeError, OSError) as error:

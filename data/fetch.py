@@ -130,11 +130,11 @@ def resize_one(image: Tensor, size: tuple[int, int], interpolation: str) -> Tens
 class BadImages:
     """Counts unreadable images by epoch, logs each once, and stops the run past the budget.
 
-    Tolerated per epoch and process: `max_fraction` of the `seen` images, but never fewer than 10.
+    Tolerated per epoch and process: `max_fraction` of the `seen` images, but at least 10; 0 tolerates none.
     """
 
     def __init__(self, max_fraction: float, seen: int) -> None:
-        self.limit = max(_MIN_TOLERATED, int(max_fraction * seen))
+        self.limit = max(_MIN_TOLERATED, int(max_fraction * seen)) if max_fraction > 0 else 0
         self.seen = seen
         self.epoch = -1
         self.names: set[str] = set()

@@ -149,13 +149,15 @@ def evaluation_batches(
     num_workers: int = 0,
     recipe: str = "eval",
     timeout: float = 300,
+    skip_unreadable: bool = False,
     rank: int | None = None,
     world: int | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's images (rank, rank + world, ...) in order, one unpadded view each.
 
     Shards may differ by one image between ranks. An unreadable image is a `BadImagesError` naming it: an
-    evaluation never replaces silently.
+    evaluation never replaces silently. `skip_unreadable` (for a bank of training images, where training has
+    replaced it) leaves it out with a warning.
     """
     views = build_recipe(recipe, img_size)
     if is_random(views):
@@ -166,7 +168,7 @@ def evaluation_batches(
     mine = np.arange(rank, len(source), world)
     requests = [Request(0, 0, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     workers = 0 if source.images is not None else num_workers
-    return _evaluate(source, views, requests, workers, timeout, device)
+    return _evaluate(source, views, requests, workers, timeout, device, skip_unreadable)
 
 
 def _evaluate(
@@ -176,18 +178,23 @@ def _evaluate(
     num_workers: int,
     timeout: float,
     device: torch.device,
+    skip_unreadable: bool,
 ) -> Iterator[Batch]:
     with contextlib.closing(
         _fetch(Fetcher(source, recipe, seed=None), requests, num_workers, timeout, device)
     ) as fetched:
         for item in fetched:
-            if item["failures"]:
-                name, reason = item["failures"][0]
-                raise BadImagesError(
-                    f"cannot read {name}: {reason}. Repair or remove it: evaluations replace nothing"
-                )
-            views = [photometric(_to(crops, device), recipe[0], {}) for crops in item["views"]]
-            yield Batch(views, _to(source.labels[item["indices"]], device), item["indices"])
+            bad = {name for name, _ in item["failures"]}
+            for name, reason in item["failures"]:
+                if not skip_unreadable:
+                    raise BadImagesError(
+                        f"cannot read {name}: {reason}. Repair or remove it: evaluations replace nothing"
+                    )
+                logger.warning("unreadable image left out: %s (%s)", name, reason)
+            keep = torch.tensor([source.name(int(index)) not in bad for index in item["indices"]])
+            indices = item["indices"][keep]
+            views = [photometric(_to(crops[keep], device), recipe[0], {}) for crops in item["views"]]
+            yield Batch(views, _to(source.labels[indices], device), indices)
 
 
 def _init_worker(_worker: int) -> None:

@@ -183,7 +183,7 @@ def _linear(size: int) -> Recipe:
 
 def _eval(size: int) -> Recipe:
     if size <= SMALL_IMAGE:
-        return ((Resize(size, keep_ratio=False),),)
+        return ((Resize(size), CenterCrop(size)),)
     return ((Resize(size + 32), CenterCrop(size)),)
 
 

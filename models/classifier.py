@@ -26,7 +26,6 @@ class Layout(NamedTuple):
 # The first layout that fits is taken, so the specific ones stand first. "module." (DDP) is stripped before.
 LAYOUTS = (
     Layout("synco pretraining", "framework", "online.backbone."),
-    Layout("synco classifier", "framework", "backbone."),
     Layout("moco", "state_dict", "encoder_q."),
     Layout("moco-v3", "state_dict", "base_encoder."),
     Layout("moby / synco-v2", "model", "encoder."),  # not encoder_k.

@@ -5,7 +5,7 @@ from typing import Any
 
 from models.moco import MoCoV2
 from models.parts.backbones import Backbone
-from models.parts.negatives import SyntheticConfig
+from models.parts.negatives import SyntheticConfig, refuse_short_queue
 from utils.schedules import Progress
 
 
@@ -32,6 +32,7 @@ class SynCo(MoCoV2):
         **moco: Any,
     ) -> None:
         super().__init__(backbone, target_backbone, **moco)
+        refuse_short_queue(num_hard, self.queue.keys)
         self.synthetic_config = SyntheticConfig(
             num_hard, tuple(num_synthetic), sigma, delta, eta, legacy_gradients
         )

@@ -5,8 +5,7 @@ from typing import Any
 
 from models.moby import MoBY
 from models.parts.backbones import Backbone
-from models.parts.negatives import SyntheticConfig
-from utils.distributed import world_size
+from models.parts.negatives import SyntheticConfig, refuse_short_queue
 from utils.schedules import Progress
 
 
@@ -14,9 +13,8 @@ class SynCoV2(MoBY):
     """MoBY whose queues are joined by synthetic negatives in epochs ``warmup_epochs`` to ``cooldown_epochs``,
     inclusive.
 
-    ``legacy_window`` reproduces the published code, where the window's epochs were counted without the number
-    of processes, so that on 4 GPUs it opened at epoch 120 of 300 and never closed (spec 2.4). The default
-    counts are those that took effect in the published runs; the published yaml files say 128 for all six,
+    ``legacy_window`` 4 reproduces the published runs, whose code counted the window's epochs without the
+    number of processes, 4: it opened at epoch 120 of 300 and never closed (spec 2.4). The default counts are those that took effect in the published runs; the published yaml files say 128 for all six,
     which never arrived (spec V2).
     """
 
@@ -32,11 +30,12 @@ class SynCoV2(MoBY):
         eta: float = 0.01,
         warmup_epochs: int = 30,
         cooldown_epochs: int = 100,
-        legacy_window: bool = False,
+        legacy_window: int = 0,
         legacy_gradients: bool = False,
         **moby: Any,
     ) -> None:
         super().__init__(backbone, target_backbone, **moby)
+        refuse_short_queue(num_hard, self.queue1.keys)
         self.synthetic_config = SyntheticConfig(
             num_hard, tuple(num_synthetic), sigma, delta, eta, legacy_gradients
         )
@@ -48,5 +47,5 @@ class SynCoV2(MoBY):
         """Return the configured synthetics inside the window."""
         epoch = progress.epoch
         if self.legacy_window:
-            epoch = (progress.step + 1) // (progress.steps_per_epoch * world_size())
+            epoch = (progress.step + 1) // (progress.steps_per_epoch * self.legacy_window)
         return self.synthetic_config if self.warmup_epochs <= epoch <= self.cooldown_epochs else None

@@ -96,6 +96,8 @@ def parse(parser: _Parser, argv: Sequence[str] | None = None) -> tuple[argparse.
 
     ``--local_rank`` (old launchers) becomes the environment variable that torchrun sets.
     """
+    # Read when torch is loaded: idle threads sleep; spinning ones make a busy machine ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parser.parse_strictly(argv)
     values = vars(args)
     if "local_rank" in values:
@@ -152,10 +154,7 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     if name in _CODES:
         return _CODES[name], text
     if text.startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it anywhere in the main thread
-        return (
-            5,
-            f"a data loader worker failed ({_first_line(text)}); was it out of memory? Lower DATA.NUM_WORKERS",
-        )
+        return 5, f"a data loader worker failed ({_first_line(text)}); if memory ran out, lower NUM_WORKERS"
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return 4, f"out of memory; {_MEMORY_REMEDY}: {_first_line(text)}"
     if name in ("DistBackendError", "DistNetworkError") or "gloo" in text:

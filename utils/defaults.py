@@ -138,7 +138,7 @@ LOCAL_KEYS = (
 # here because the run itself holds their product with the number of processes fixed.
 TUNABLE_KEYS = (
     *("DATA.MAX_BAD_FRACTION", "TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
-    *("TRAIN.CHANNELS_LAST", "TRAIN.USE_CHECKPOINT", "TRAIN.DETERMINISTIC", "KNN.*", "CHECKPOINT.*"),
+    *("TRAIN.USE_CHECKPOINT", "TRAIN.DETERMINISTIC", "KNN.*", "CHECKPOINT.*"),
     "LINEAR.BATCH_SIZE",
 )
 # What the result is a function of: another value would be another run.

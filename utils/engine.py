@@ -108,7 +108,7 @@ def fit(
                 run.preempted(state.step, stop.received or "a signal to another rank")
                 return Outcome.PREEMPTED
         guard.flush()
-        run.finish("done", state.step)
+        run.done(state.step)
     return Outcome.DONE
 
 

@@ -90,7 +90,7 @@ class FiniteGuard:
         if self._in_a_row > self._allowed:
             often = f", for the {self._in_a_row}th step in a row" if self._allowed else ""
             raise NonFiniteError(
-                f"step {step}: the gradient norm is {float(norm)}{often}; stopped, and the last checkpoint is "
-                f"intact. Samples of this rank: {samples}. Remedies: a lower OPTIM.BASE_LR, a longer "
+                f"step {step}: the gradient norm is {float(norm)}{often}; stopped, and the last checkpoint "
+                f"is intact. Samples of this rank: {samples}. Remedies: a lower OPTIM.BASE_LR, a longer "
                 "SCHEDULE.WARMUP_EPOCHS, OPTIM.CLIP_GRAD, or --precision fp32"
             )

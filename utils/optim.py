@@ -84,8 +84,14 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(node: CfgNode, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build the optimiser of an ``OPTIM`` section; the engine sets the learning rate before each step."""
+def build_optimizer(
+    node: CfgNode, groups: list[dict[str, Any]], *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """Build the optimiser of an ``OPTIM`` section; the engine sets the learning rate before each step.
+
+    ``fused`` must be False under a gradient scaler, which then skips a step that overflowed itself: fused SGD
+    returns early and leaves a fresh momentum buffer uninitialised.
+    """
     common = {"lr": 0.0, "weight_decay": node.WEIGHT_DECAY}
     match node.NAME:
         case "sgd":
@@ -93,12 +99,12 @@ def build_optimizer(node: CfgNode, groups: list[dict[str, Any]]) -> torch.optim.
                 groups,
                 momentum=node.MOMENTUM,
                 nesterov=node.NESTEROV and node.MOMENTUM > 0,
-                fused=True,
+                fused=fused,
                 **common,
             )
         case "adamw":
             beta1, beta2 = node.BETAS
-            return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=node.EPS, fused=True, **common)
+            return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=node.EPS, fused=fused, **common)
         case "lars":
             return LARS(groups, momentum=node.MOMENTUM, trust_coefficient=node.TRUST_COEFFICIENT, **common)
     raise ValueError(f"OPTIM.NAME: {node.NAME!r} is not one of sgd, adamw, lars")

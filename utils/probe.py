@@ -74,9 +74,8 @@ def write_result(
         "weights": label,
         "lr": chosen,
         "best_top1": best.get("top1", final["top1"]),
-        "best_top5": best.get("top5", final["top5"]),
-        "final_top1": final["top1"],
-        "final_top5": final["top5"],
+        "final_top1": final[f"lr{chosen:g}/top1"],
+        "final_top5": final[f"lr{chosen:g}/top5"],
         **knn,
         "final_by_lr": {
             f"{rate:g}": [final[f"lr{rate:g}/top1"], final[f"lr{rate:g}/top5"]] for rate in rates
@@ -91,7 +90,7 @@ def write_result(
 def show_table(results: Sequence[dict[str, Any]]) -> None:
     """Log one line a set of weights, columns aligned."""
     knn = [key for key in results[0] if key.startswith("knn") and key.endswith("top1")]
-    columns = ["weights", "lr", "best_top1", "best_top5", "final_top1", "final_top5", *knn]
+    columns = ["weights", "lr", "best_top1", "final_top1", "final_top5", *knn]
     rows = [[_cell(result[column]) for column in columns] for result in results]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:

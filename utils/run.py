@@ -1,6 +1,7 @@
 """A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
 
 import fcntl
+import inspect
 import json
 import logging
 import os
@@ -82,9 +83,11 @@ class Run:
         if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # torch 2.15 renames broadcast_buffers
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(module, device_ids=ids, **options)
 
     def views(self, images: Tensor) -> Tensor:
         """Return images (N, 3, H, W) in the run's memory format."""
@@ -96,7 +99,8 @@ class Run:
     def evaluating(self, module: M) -> Iterator[M]:
         """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
 
-        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: others may be local.
+        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the others' may
+        differ.
         """
         was_training = [(part, part.training) for part in module.modules()]
         for buffer in module.buffers():
@@ -124,7 +128,7 @@ class Run:
                 f"--output: {self.folder} cannot be written ({error}); choose another folder"
             ) from error
         try:
-            # The kernel releases it with the process; unlike flock's, workers that outlive it do not inherit it.
+            # The kernel releases it with the process; loader workers do not inherit it, as they do flock's.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
@@ -168,6 +172,14 @@ class Run:
         message = "asked to stop (%s) at step %d: %s; start the same command again to go on"
         logger.warning(message, signal_name, step, outcome)
 
+    def done(self, step: int) -> None:
+        """Say that the run is complete; raise ``OSError`` if its last checkpoint could not be written."""
+        if self._saved_step != step:
+            error = OSError(f"{self.folder}: training is complete, but its last checkpoint was not saved")
+            error.reporter = 0  # type: ignore[attr-defined]  # all ranks know it, one says it
+            raise error
+        self.finish("done", step)
+
     def finish(self, state: str, step: int, reason: str = "") -> None:
         """Write ``status.json``, which a requeue script reads.
 
@@ -195,7 +207,7 @@ class Run:
         return bool(by_epoch or by_step or step == plan.total_steps)
 
     def checkpoint(self, state: "TrainState", plan: Plan) -> None:
-        """Commit the state (rank 0); a disk that fails leaves the older checkpoints and lets the run go on."""
+        """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
         keep_every = self.cfg.CHECKPOINT.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
         payload = {
             **state.state_dict(),
@@ -204,10 +216,10 @@ class Run:
             "global_batch": plan.global_batch,
         }
         problem = distributed.on_main(lambda: self._save(state.step, payload, keep_every))
-        if problem:
-            logger.error("%s", problem)
-        else:
+        if not problem:
             self._saved_step = state.step
+        elif distributed.is_main():
+            logger.error("%s", problem)
 
     def _save(self, step: int, payload: dict[str, Any], keep_every: int | None) -> str:
         meta = {
@@ -221,8 +233,8 @@ class Run:
             checkpoint.prune(self.folder, self.cfg.CHECKPOINT.KEEP_LAST, keep_every, protect)
         except OSError as error:
             return (
-                f"checkpoint of step {step} failed ({error}); the older ones are intact. Free space: the run goes "
-                "on"
+                f"checkpoint of step {step} failed ({error}); the older ones are intact. "
+                "Free space: the run goes on"
             )
         logger.info("checkpoint %s", path)
         return ""
@@ -241,7 +253,7 @@ class Run:
         for change in compare_for_resume(saved["config"], self.cfg, self.task):
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
-        self._resumed_from = path
+        self._resumed_from, self._saved_step = path, state.step
         self.metrics.truncate_after(state.step)
         logger.info("resumed from %s at step %d", path, state.step)
         return True
@@ -251,8 +263,8 @@ class Run:
         missing = {"framework", "optimizer", "step", "config", "dataset", "global_batch"} - set(saved)
         if missing:
             raise checkpoint.CheckpointError(
-                f"{path} is no checkpoint of such a run (no {', '.join(sorted(missing))}); to start from its weights "
-                "use main_linear.py --pretrained, to resume give a ckpt_*.pt of a run"
+                f"{path} is no checkpoint of such a run (no {', '.join(sorted(missing))}); to start from its "
+                "weights use main_linear.py --pretrained, to resume give a ckpt_*.pt of a run"
             )
         compare_for_resume(saved["config"], self.cfg, self.task)
         self._check_identity(path, saved, plan)
@@ -270,8 +282,8 @@ class Run:
     def _check_identity(self, path: Path, saved: dict[str, Any], plan: Plan) -> None:
         if saved["dataset"] != self.fingerprint:
             raise checkpoint.CheckpointError(
-                f"{path} was trained on other data ({saved['dataset']}, now {self.fingerprint}): files were added, "
-                "removed or renamed; restore them, or start a run of its own with another --tag"
+                f"{path} was trained on other data ({saved['dataset']}, now {self.fingerprint}): files were "
+                "added, removed or renamed; restore them, or start a run of its own with another --tag"
             )
         if saved["global_batch"] != plan.global_batch:
             raise checkpoint.CheckpointError(
@@ -344,8 +356,8 @@ class Run:
         self._collapsed = self._collapsed + 1 if spread < _COLLAPSE_STD else 0
         if self._collapsed == _COLLAPSE_CHECKS:
             logger.warning(
-                "the embeddings are collapsing: their spread is %.2f (healthy: near 1); the method, its learning rate "
-                "or its augmentation is broken",
+                "the embeddings are collapsing: their spread is %.2f (healthy: near 1); the method, its "
+                "learning rate or its augmentation is broken",
                 spread,
             )
 
@@ -366,7 +378,7 @@ class Run:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this process for ``auto``, ``cpu`` or ``cuda``; an absent GPU is refused by name."""
+    """Return this process's device for ``auto``, ``cpu`` or ``cuda``; an absent GPU is refused by name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -374,8 +386,8 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if distributed.local_rank() >= count:
             raise ValueError(
-                f"--device {name}: this process has local rank {distributed.local_rank()}, the machine {count} GPU(s); "
-                "lower --nproc_per_node, or use --device cpu"
+                f"--device {name}: this process has local rank {distributed.local_rank()}, the machine "
+                f"{count} GPU(s); lower --nproc_per_node, or use --device cpu"
             )
         device = torch.device("cuda", distributed.local_rank())
         torch.cuda.set_device(device)

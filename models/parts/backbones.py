@@ -60,15 +60,15 @@ def build_backbone(
         _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
         backbone = _resnet(name, stem, drop_path, zero_init_residual)
     else:
-        _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path}
         if patch_size:
             options["patch_size"] = patch_size
-        backbone = _transformer(name, options)
+        backbone = _transformer(name, options)  # first, so that an unknown name is called unknown
+        _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
     if freeze_patch_embed:
         _freeze_patch_embed(backbone, name)
     if use_checkpoint:
-        _call(backbone, "set_grad_checkpointing", name)
+        _checkpoint_activations(backbone, name)
     return cast(Backbone, backbone)
 
 
@@ -93,10 +93,15 @@ def _refuse(name: str, **options: object) -> None:
             )
 
 
-def _call(backbone: nn.Module, method: str, name: str) -> None:
-    if not hasattr(backbone, method):
+def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+        raise ValueError(
+            f"--use-checkpoint: {name} has batch norm, whose statistics a recomputed forward would count twice; "
+            "remove the flag"
+        )
+    if not hasattr(backbone, "set_grad_checkpointing"):
         raise ValueError(f"--use-checkpoint: {name} has no activation checkpointing in timm; remove the flag")
-    getattr(backbone, method)()
+    cast(Any, backbone).set_grad_checkpointing()
 
 
 def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) -> nn.Module:
@@ -120,7 +125,7 @@ def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) ->
         **narrow,
     )
     if name == "resnet8":  # He et al. 2016, section 4.2, n = 1: three stages
-        backbone.layer4 = nn.Identity()
+        backbone.layer4 = nn.Sequential()
         backbone.num_features = backbone.head_hidden_size = 128
     if stem not in STEMS:
         raise ValueError(f"MODEL.BACKBONE.STEM: {stem!r} is not one of {', '.join(STEMS)}")
@@ -147,11 +152,32 @@ def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or timm/<name>"
         )
+    if name in _TIMM_NAMES:
+        return timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+    return _any_timm_model(timm_name, options)
+
+
+def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
+    """Build any timm model with the options it knows; its width is measured, since some report another."""
+    import timm
+
+    size = options["img_size"]
+    wanted = {key: value for key, value in options.items() if value and key != "img_size"}
     try:
-        return timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+        backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
     except TypeError:  # a convolutional network takes any size and knows no img_size
-        options.pop("img_size")
-        return timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+        try:
+            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **wanted)
+        except TypeError as error:
+            raise ValueError(
+                f"MODEL.BACKBONE: timm/{timm_name} does not take {', '.join(wanted)} ({error}); set them to 0"
+            ) from error
+    with torch.no_grad():
+        features = backbone.eval()(torch.zeros(1, 3, size, size))
+    if features.ndim != 2:
+        raise ValueError(f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no feature vector")
+    backbone.num_features = features.shape[1]
+    return backbone.train()
 
 
 def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:

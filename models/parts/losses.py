@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.parts.negatives import ClosedForm, SyntheticConfig, draw_synthetics, hardest, materialise
+from models.parts.negatives import (
+    ClosedForm,
+    SyntheticConfig,
+    draw_synthetics,
+    hardest,
+    materialise,
+    refuse_short_queue,
+)
 
 
 class Contrast(NamedTuple):
@@ -147,8 +154,7 @@ def _count_larger(values: Tensor, thresholds: Tensor) -> Tensor:
 def _closed_forms(
     config: SyntheticConfig, queries: Tensor, queue: Tensor, similarities: Tensor
 ) -> list[ClosedForm]:
-    if config.num_hard > queue.shape[0]:
-        raise ValueError(f"NUM_HARD: {config.num_hard} exceeds the queue's length {queue.shape[0]}; lower it")
+    refuse_short_queue(config.num_hard, queue)
     lengths = torch.linalg.vector_norm(queue, dim=1)
     draws = draw_synthetics(config, hardest(similarities, config.num_hard), queries)
     return [ClosedForm(draw, queries, queue, similarities, lengths) for draw in draws]

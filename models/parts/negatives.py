@@ -40,6 +40,12 @@ class SyntheticConfig:
             )
 
 
+def refuse_short_queue(num_hard: int, queue: Tensor) -> None:
+    """Raise ``ValueError`` if a queue (K, D) has fewer than ``num_hard`` keys to choose from."""
+    if num_hard > len(queue):
+        raise ValueError(f"NUM_HARD: {num_hard} exceeds QUEUE_SIZE {len(queue)}; lower it or lengthen the queue")
+
+
 class Synthetics(NamedTuple):
     """One type's draws: ``a q + b n[first] + c n[second] + d noise + e sign(q)``; absent terms are None."""
 

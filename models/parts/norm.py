@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.distributed import world_size
+from utils.distributed import all_reduce_sum, world_size
 
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -31,18 +30,16 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self._forward_cpu(input)
 
     def _forward_cpu(self, input: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce  # the collective that carries a gradient
-
         axes = [0, *range(2, input.dim())]
         count = input.numel() / input.shape[1]
         dtype, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
         local = torch.cat([input.sum(axes), input.new_tensor([count])])
-        total = all_reduce(local, op=dist.ReduceOp.SUM)
+        total = _SumOverRanks.apply(local)
         mean = total[:-1] / total[-1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         centred = input - mean.view(shape)
         # The second moment about the common mean: the sum of squares minus the squared mean would cancel.
-        variance = all_reduce(centred.square().sum(axes), op=dist.ReduceOp.SUM) / total[-1]
+        variance = _SumOverRanks.apply(centred.square().sum(axes)) / total[-1]
         self._track(mean.detach(), variance.detach(), total[-1].detach())
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         out = out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
@@ -57,6 +54,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), momentum)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over processes; each process's loss depends on every summand, so the gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.clone())
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -106,6 +115,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
     """Replace every plain batch norm of ``module`` by ``SyncBatchNorm``, keeping weights and statistics."""
+    _refuse_fused_norms(module)
     return _replace(
         module, lambda norm: SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
     )
@@ -113,6 +123,7 @@ def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
 
 def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
     """Replace every 2-D batch norm of ``module`` by ``SplitBatchNorm2d``, keeping weights, statistics."""
+    _refuse_fused_norms(module)
 
     def split(norm: nn.Module) -> nn.Module:
         if not isinstance(norm, nn.BatchNorm2d):
@@ -120,6 +131,16 @@ def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
         return SplitBatchNorm2d(norm.num_features, num_splits, norm.eps, norm.momentum)
 
     return _replace(module, split)
+
+
+def _refuse_fused_norms(module: nn.Module) -> None:
+    """Raise for norms that carry an activation (timm's BatchNormAct2d): replacing them would drop it."""
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in _PLAIN_NORMS:
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME: {name} is a {type(child).__name__}, which can neither be synchronised nor "
+                "split; use a ResNet, a transformer, or one process"
+            )
 
 
 def _replace(module: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:

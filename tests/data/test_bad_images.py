@@ -173,3 +173,17 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     for index in range(2):
         with pytest.raises(Image.DecompressionBombError):
             source.load(index)
+
+
+def test_a_bank_leaves_unreadable_images_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(5):
+        Image.new("RGB", (20, 20), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    source = build_source("folder", str(tmp_path), "train")
+    options = {"batch_size": 2, "device": torch.device("cpu")}
+    batches = list(evaluation_batches(source, 16, skip_unreadable=True, **options))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [0, 1, 3, 4]
+    assert [len(batch.views[0]) for batch in batches] == [2, 1, 1]
+    assert "2.png" in caplog.text
+    with pytest.raises(BadImagesError, match=r"2\.png"):
+        list(evaluation_batches(source, 16, **options))

@@ -86,10 +86,9 @@ def test_synthetics_change_the_loss_only_in_their_window(method: str) -> None:
         assert windows == [False, True, True, False]
 
 
-def test_legacy_window_divides_by_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_legacy_window_divides_by_the_published_world() -> None:
     """On 4 GPUs the published window opened at epoch 120 and never closed within 300 epochs (spec 2.4)."""
-    monkeypatch.setattr("models.synco_v2.world_size", lambda: 4)
-    framework = FRAMEWORKS["synco_v2"](Tiny(), hidden_dim=8, legacy_window=True, num_hard=128, queue_size=256)
+    framework = FRAMEWORKS["synco_v2"](Tiny(), hidden_dim=8, legacy_window=4, num_hard=128, queue_size=256)
     open_epochs = [e for e in range(300) if framework.synthetics(Progress(e * 100 + 99, 100, 30000))]
     assert open_epochs == list(range(119, 300))
 

@@ -142,5 +142,5 @@ def test_bad_counts_are_refused() -> None:
         SyntheticConfig(4, (5, 0, 0, 0, 0, 0))
     with pytest.raises(ValueError, match="six counts"):
         SyntheticConfig(4, (1, 1, 1))
-    with pytest.raises(ValueError, match="exceeds the queue"):
+    with pytest.raises(ValueError, match="NUM_HARD: 41 exceeds QUEUE_SIZE 40"):
         queue_contrast(*batch(torch.float64), 0.2, SyntheticConfig(41, (1,) * 6))

@@ -52,7 +52,6 @@ LAYOUTS: dict[str, Callable[[State], dict]] = {
         "optimizer": {},
         "step": 3,
     },
-    "synco classifier": lambda s: {"framework": {**prefixed(s, "backbone."), **prefixed(head(), "head.")}},
     "moco": lambda s: {
         "epoch": 200,
         "state_dict": {

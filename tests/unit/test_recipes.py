@@ -205,7 +205,7 @@ def test_synco_v2_has_the_published_window_and_the_counts_that_took_effect(name:
     assert (options.NUM_HARD, options.NUM_SYNTHETIC) == (256, [128, 128, 128, 64, 64, 64])
     assert (options.SIGMA, options.DELTA, options.ETA) == (0.1, 0.01, 0.01)
     assert (options.WARMUP_EPOCHS, options.COOLDOWN_EPOCHS) == (30, 100)
-    assert (options.LEGACY_WINDOW, options.LEGACY_GRADIENTS) == (False, False)
+    assert (options.LEGACY_WINDOW, options.LEGACY_GRADIENTS) == (0, False)
 
 
 def test_the_resnet_recipes_follow_the_deleted_files() -> None:
