@@ -76,7 +76,7 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     from utils.schedules import Progress
 
     label = weights.stem if weights else "random"
-    run = start_run(cfg, f"linear/{label}", task="linear")
+    run = start_run(cfg, f"linear/{label}", task="linear", training=not (args.eval or args.throughput))
     linear = cfg.LINEAR
 
     # the frozen backbone
@@ -96,7 +96,12 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     # data; the features of frozen weights under a fixed transform are computed once
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
     run.fingerprint += f", data {train.fingerprint()}"
-    reading = {"batch_size": linear.BATCH_SIZE, "device": run.device, "num_workers": cfg.DATA.NUM_WORKERS, "timeout": cfg.DATA.TIMEOUT}
+    reading = {
+        "batch_size": linear.BATCH_SIZE,
+        "device": run.device,
+        "num_workers": cfg.DATA.NUM_WORKERS,
+        "timeout": cfg.DATA.TIMEOUT,
+    }
     with run.evaluating(backbone):
         queries = extract_features(backbone, evaluation_batches(val, cfg.DATA.IMG_SIZE, **reading))
         bank = (

@@ -31,7 +31,7 @@ def main() -> int:
     from utils.schedules import Progress
 
     cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
-    run = start_run(cfg)
+    run = start_run(cfg, training=not (args.eval or args.throughput))
 
     # data
     source = open_split(cfg.DATA, "train")
@@ -67,7 +67,7 @@ def main() -> int:
         base_rates=[cfg.OPTIM.BASE_LR],
         accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
     )
-    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))
+    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM), fused=run.scaler() is None)
     state = TrainState(framework, optimizer, run.wrap(framework), run.scaler())
     resumed = run.resume(state, plan)
     run.describe(framework, plan, len(source))
@@ -103,7 +103,7 @@ def main() -> int:
         if not resumed:
             raise ValueError(f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE")
         progress = plan.progress(state.step)
-        run.record(progress, evaluate(progress), state.best)
+        run.meter.record(progress, evaluate(progress), state.best)
         run.finish("done" if state.step == plan.total_steps else "preempted", state.step, "evaluated")
         return 0
     if not resumed:

@@ -14,8 +14,8 @@ class SynCoV2(MoBY):
     inclusive.
 
     ``legacy_window`` 4 reproduces the published runs, whose code counted the window's epochs without the
-    number of processes, 4: it opened at epoch 120 of 300 and never closed (spec 2.4). The default counts are those that took effect in the published runs; the published yaml files say 128 for all six,
-    which never arrived (spec V2).
+    number of processes, 4: it opened at epoch 120 of 300 and never closed (spec 2.4). The default counts took
+    effect in the published runs; the published yaml files say 128 for all six, which never arrived (spec V2).
     """
 
     def __init__(

@@ -147,6 +147,18 @@ def sweep(folder: Path) -> None:
         _remove(path)
 
 
+def set_aside(folder: Path, after: int) -> None:
+    """Move the checkpoints of later steps than ``after`` into ``folder``/set_aside, each JSON first."""
+    later = [path for path in _committed(folder) if _step(path) > after]
+    if later:
+        aside = folder / "set_aside"
+        aside.mkdir(exist_ok=True)
+        for path in later:
+            for part in (_record_path(path), path):
+                os.replace(part, aside / part.name)
+        logger.warning("%d later checkpoint(s) moved to %s", len(later), aside)
+
+
 def prune(
     folder: Path, keep_last: int, keep_every: int | None = None, protect: Collection[Path] = ()
 ) -> None:

@@ -145,7 +145,7 @@ TUNABLE_KEYS = (
 IDENTITY_KEYS = {
     "pretrain": (
         *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.*", "AUG.*", "OPTIM.*", "SCHEDULE.*"),
-        "TRAIN.EPOCHS",
+        *("TRAIN.EPOCHS", "TRAIN.CHANNELS_LAST"),  # the optimiser's state is laid out as the weights are
     ),
     "linear": ("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE.*", "LINEAR.*"),
 }

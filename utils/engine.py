@@ -97,9 +97,9 @@ def fit(
             out["grad_norm"] = update(state, plan, guard, micro_batches)
             state.module.after_step(progress)  # type: ignore[operator]
             state.step = index + 1
-            run.log(progress, out, plan)
+            run.meter.log(progress, out, plan)
             if evaluate is not None and state.step % plan.steps_per_epoch == 0:
-                run.record(progress.next, evaluate(progress.next), state.best)
+                run.meter.record(progress.next, evaluate(progress.next), state.best)
             stopping = stop.agreed()
             if stopping or run.due(state.step, plan):
                 guard.flush()

@@ -5,7 +5,6 @@ import inspect
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,11 +18,10 @@ from yacs.config import CfgNode
 from utils import checkpoint, distributed
 from utils.atomic import write_text
 from utils.config import compare_for_resume, to_yaml
-from utils.evaluate import embedding_std
-from utils.logger import Metrics, ProgressLine, format_duration, setup_logger
+from utils.device import DTYPES, choose_device, resolve_precision
+from utils.logger import Metrics, setup_logger
+from utils.meter import Meter
 from utils.plan import Plan
-from utils.precision import DTYPES, resolve_precision
-from utils.schedules import Progress
 
 if TYPE_CHECKING:
     from utils.engine import TrainState
@@ -32,14 +30,13 @@ logger = logging.getLogger("synco")
 
 M = TypeVar("M", bound=nn.Module)
 
-_COLLAPSE_STD = 0.3  # of normalised embeddings x sqrt(D): 1 when spread over the sphere, 0 when collapsed
-_COLLAPSE_CHECKS = 3
-
 
 class Run:
     """The place and the means of one run; only rank 0 writes."""
 
-    def __init__(self, cfg: CfgNode, folder: Path, device: torch.device, task: str = "pretrain") -> None:
+    def __init__(
+        self, cfg: CfgNode, folder: Path, device: torch.device, task: str = "pretrain", training: bool = True
+    ) -> None:
         self.cfg = cfg
         self.task = task  # decides which keys are its identity, see utils.defaults
         self.folder = folder
@@ -47,13 +44,12 @@ class Run:
         self.precision = resolve_precision(cfg.TRAIN.PRECISION, device)
         self.seed: int = cfg.SEED
         self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
-        self.metrics = Metrics(folder if distributed.is_main() else None, cfg.LOG.TENSORBOARD)
+        writes = training and distributed.is_main()
+        self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD)
+        self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
-        self._progress_line: ProgressLine | None = None
-        self._window_start = time.perf_counter()
-        self._window: list[dict[str, Tensor]] = []
-        self._collapsed = 0
         self._resumed_from: Path | None = None
+        self._origin: str | None = None  # the --resume file that the folder's checkpoints descend from
         self._saved_step: int | None = None
 
     # ---- precision and processes ---------------------------------------------------------------------------
@@ -116,7 +112,7 @@ class Run:
     # ---- the folder ----------------------------------------------------------------------------------------
 
     def open_folder(self) -> None:
-        """Create the folder, take its lock and write the configuration; one folder, one run."""
+        """Create the folder and take its lock: one folder, one run."""
         distributed.on_main(self._open_folder)
 
     def _open_folder(self) -> None:
@@ -134,7 +130,6 @@ class Run:
             raise ValueError(
                 f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
             ) from error
-        self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
         if self._status().get("state") != "done":  # e.g. preempted: a start that fails must not be requeued
             self.finish("starting", 0)
 
@@ -154,7 +149,8 @@ class Run:
 
     @contextmanager
     def reporting(self, state: "TrainState") -> Iterator[None]:
-        """Keep ``status.json`` true while a block trains: running, and failed if it raises."""
+        """Write the configuration, now accepted, and keep ``status.json`` true while a block trains."""
+        self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
         self.finish("running", state.step)
         try:
             yield
@@ -185,8 +181,7 @@ class Run:
 
         The state is starting, running, done, preempted (the same command goes on from here) or failed.
         """
-        if self._progress_line is not None:
-            self._progress_line.close()
+        self.meter.close_line()
         status = json.dumps({"state": state, "step": step, "reason": reason})
         self.write_extra("status.json", lambda path: write_text(path, status))
 
@@ -226,6 +221,7 @@ class Run:
             "torch": torch.__version__,
             "best": payload["best"],
             "name": f"{self.cfg.NAME}/{self.cfg.TAG}",
+            "origin": self._origin,
         }
         protect = [self._resumed_from] if self._resumed_from else []
         try:
@@ -246,14 +242,18 @@ class Run:
         Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if there are
         checkpoints and none verifies.
         """
-        path = distributed.on_main(self._find)
-        if path is None:
+        found = distributed.on_main(self._find)
+        if found is None:
+            self.metrics.truncate_after(0)  # of a run that was killed before its first checkpoint
             return False
+        path, self._origin = found
         saved = distributed.on_all(lambda: self._load(path, plan))
         for change in compare_for_resume(saved["config"], self.cfg, self.task):
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
         self._resumed_from, self._saved_step = path, state.step
+        if self._origin:  # later ones belong to another course of the run, and would be taken for newer
+            distributed.on_main(lambda: checkpoint.set_aside(self.folder, after=state.step))
         self.metrics.truncate_after(state.step)
         logger.info("resumed from %s at step %d", path, state.step)
         return True
@@ -270,14 +270,25 @@ class Run:
         self._check_identity(path, saved, plan)
         return saved
 
-    def _find(self) -> Path | None:
+    def _find(self) -> tuple[Path, str | None] | None:
+        """Return the checkpoint to go on from and the ``--resume`` file that it descends from, if any.
+
+        ``--resume`` may stand in a command that is started again and again: once the folder has gone on from
+        it, the folder's own newest is taken.
+        """
         checkpoint.sweep(self.folder)
-        newest = checkpoint.newest_valid(self.folder)
-        if not self.cfg.RESUME:
-            return newest.path if newest else None
-        if newest:
-            logger.warning("--resume %s is used, not the folder's own %s", self.cfg.RESUME, newest.path.name)
-        return Path(self.cfg.RESUME)
+        wanted = str(Path(self.cfg.RESUME).resolve()) if self.cfg.RESUME else None
+        try:
+            newest = checkpoint.newest_valid(self.folder)
+        except checkpoint.CheckpointError:
+            if wanted is None:
+                raise
+            return Path(self.cfg.RESUME), wanted  # a copy is the remedy for a folder of damaged ones
+        if newest and (wanted is None or newest.meta.get("origin") == wanted):
+            return newest.path, newest.meta.get("origin")
+        if newest and wanted:
+            logger.warning("--resume %s is used, not the folder's own %s", wanted, newest.path.name)
+        return (Path(self.cfg.RESUME), wanted) if wanted else None
 
     def _check_identity(self, path: Path, saved: dict[str, Any], plan: Plan) -> None:
         if saved["dataset"] != self.fingerprint:
@@ -303,114 +314,26 @@ class Run:
             self.precision,
         )
         logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
-        self._progress_line = ProgressLine(plan.total_steps) if distributed.is_main() else None
-        self._window_start = time.perf_counter()
-
-    def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
-        """Gather a step's metrics on the device; write their means every ``LOG.PRINT_FREQ`` steps."""
-        scalars = {name: value.detach().float() for name, value in out.items() if value.ndim == 0}
-        self._window.append(scalars)
-        every = self.cfg.LOG.PRINT_FREQ
-        if (progress.step + 1) % every and progress.step + 1 != plan.total_steps:
-            return
-        values = self._mean_of_window()
-        if "embedding" in out:
-            values["embedding_std"] = float(embedding_std(out["embedding"]))
-            self._watch_collapse(values["embedding_std"])
-        seconds_per_step = (time.perf_counter() - self._window_start) / len(self._window)
-        values["images_per_second"] = plan.global_batch / seconds_per_step
-        values["lr"] = plan.rates[0].at(progress.step)
-        values["epoch"] = progress.next.epoch_position
-        self._window.clear()
-        self.metrics.write(progress.step + 1, values)
-        self._say(progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step)
-        self._window_start = time.perf_counter()
-
-    def _mean_of_window(self) -> dict[str, float]:
-        names = sorted(self._window[-1])
-        table = torch.stack([torch.stack([row[name] for name in names]) for row in self._window]).mean(0)
-        table = distributed.all_reduce_sum(table) / distributed.world_size()
-        return dict(zip(names, table.tolist(), strict=True))
-
-    def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
-        shown = " ".join(
-            f"{name} {values[name]:.4g}"
-            for name in sorted(values)
-            if name not in ("epoch", "images_per_second")
-        )
-        logger.info(
-            "epoch %d step %d/%d %s | %.0f images/s | %s left",
-            progress.epoch,
-            progress.step + 1,
-            progress.total_steps,
-            shown,
-            values["images_per_second"],
-            format_duration(seconds_left),
-        )
-        if self._progress_line is not None:
-            self._progress_line.update(
-                progress.epoch, progress.step + 1, values["loss"], values["lr"], values["images_per_second"]
-            )
-
-    def _watch_collapse(self, spread: float) -> None:
-        self._collapsed = self._collapsed + 1 if spread < _COLLAPSE_STD else 0
-        if self._collapsed == _COLLAPSE_CHECKS:
-            logger.warning(
-                "the embeddings are collapsing: their spread is %.2f (healthy: near 1); the method, its "
-                "learning rate or its augmentation is broken",
-                spread,
-            )
-
-    def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
-        """Log an evaluation at the end of an epoch, if there was one, and keep the best of each value in
-        ``best``.
-        """
-        if not values:
-            return
-        for name, value in values.items():
-            best[name] = max(best.get(name, value), value)
-        self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
-        shown = ", ".join(
-            f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name
-        )
-        logger.info("epoch %d done: %s", progress.epoch - 1, shown)
-        self._window_start = time.perf_counter()  # the evaluation's time is not training's
+        self.meter.start(plan.total_steps)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return this process's device for ``auto``, ``cpu`` or ``cuda``; an absent GPU is refused by name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if distributed.local_rank() >= count:
-            raise ValueError(
-                f"--device {name}: this process has local rank {distributed.local_rank()}, the machine "
-                f"{count} GPU(s); lower --nproc_per_node, or use --device cpu"
-            )
-        device = torch.device("cuda", distributed.local_rank())
-        torch.cuda.set_device(device)
-    return device
+def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True) -> Run:
+    """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``.
 
-
-def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain") -> Run:
-    """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``."""
+    Without ``training`` (``--eval``, ``--throughput``) nothing is locked or written.
+    """
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
-    torch.manual_seed(
-        distributed.keyed_seed("model", cfg.SEED)
-    )  # equal on all ranks: so are the initial weights
+    torch.manual_seed(distributed.keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
     torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC
-        mixed = resolve_precision(cfg.TRAIN.PRECISION, device) != "fp32"
-        torch.set_float32_matmul_precision("high" if mixed else "highest")
     elif distributed.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.world_size()))
     folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / subfolder
-    run = Run(cfg, folder, device, task)
-    run.open_folder()
-    setup_logger(folder, distributed.is_main())
+    run = Run(cfg, folder, device, task, training)
+    if training:
+        run.open_folder()
+    setup_logger(folder if training else None, distributed.is_main())
     logger.info("%s on %s, torch %s", folder, device, torch.__version__)
     return run

@@ -96,7 +96,7 @@ def _refuse(name: str, **options: object) -> None:
 def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
         raise ValueError(
-            f"--use-checkpoint: {name} has batch norm, whose statistics a recomputed forward would count twice; "
+            f"--use-checkpoint: {name} has batch norm, whose statistics recomputing would count twice; "
             "remove the flag"
         )
     if not hasattr(backbone, "set_grad_checkpointing"):
@@ -175,7 +175,7 @@ def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
     with torch.no_grad():
         features = backbone.eval()(torch.zeros(1, 3, size, size))
     if features.ndim != 2:
-        raise ValueError(f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no feature vector")
+        raise ValueError(f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no vector")
     backbone.num_features = features.shape[1]
     return backbone.train()
 

@@ -43,7 +43,7 @@ class SyntheticConfig:
 def refuse_short_queue(num_hard: int, queue: Tensor) -> None:
     """Raise ``ValueError`` if a queue (K, D) has fewer than ``num_hard`` keys to choose from."""
     if num_hard > len(queue):
-        raise ValueError(f"NUM_HARD: {num_hard} exceeds QUEUE_SIZE {len(queue)}; lower it or lengthen the queue")
+        raise ValueError(f"NUM_HARD: {num_hard} exceeds QUEUE_SIZE {len(queue)}; lower it")
 
 
 class Synthetics(NamedTuple):

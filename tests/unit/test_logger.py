@@ -4,7 +4,9 @@ import io
 import json
 import logging
 import resource
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,13 +29,15 @@ def handlers_removed() -> Iterator[None]:
     logging.getLogger("synco").setLevel(logging.NOTSET)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Let files of this process grow no further than 200 bytes."""
+    """Let files of this process, pytest's own output among them, grow no further than 200 bytes for a block."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -99,12 +103,11 @@ def test_no_escapes_in_files_and_pipes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "\x1b" not in capsys.readouterr().err + (tmp_path / "log.txt").read_text()
 
 
-def test_full_disk_at_the_log_warns_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], full_disk: None
-) -> None:
+def test_full_disk_at_the_log_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = setup_logger(tmp_path, is_main=True)
-    for i in range(20):
-        logger.info("a line of some length, number %d", i)
+    with full_disk():
+        for i in range(20):
+            logger.info("a line of some length, number %d", i)
     error = capsys.readouterr().err
     assert error.count("training goes on") == 1
     assert "Traceback" not in error
@@ -171,15 +174,14 @@ def test_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
 
 
 def test_full_disk_at_the_metrics_warns_once_and_recovers(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, full_disk: None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics(tmp_path, tensorboard=False)
-    with caplog.at_level(logging.WARNING, logger="synco"):
+    with caplog.at_level(logging.WARNING, logger="synco"), full_disk():
         for step in range(1, 30):
             metrics.write(step, {"loss": 0.123456789})
     assert len(caplog.messages) == 1
     assert "metrics.jsonl" in caplog.text
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     metrics.write(30, {"loss": 1.0})
     metrics.truncate_after(30)
     steps = [line["step"] for line in read_lines(tmp_path)]
@@ -193,6 +195,7 @@ def test_tensorboard_holds_numbers_and_purges_on_resume(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         metrics.write(step, {"loss": float(step), "note": "text"})
     metrics.close()
+    time.sleep(1.1)  # event files are ordered by the second in their names, as those of a resumed run are
     metrics = Metrics(tmp_path)
     metrics.truncate_after(1)
     metrics.write(2, {"loss": 20.0})
