@@ -105,11 +105,17 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     with run.evaluating(backbone):
         queries = extract_features(backbone, evaluation_batches(val, cfg.DATA.IMG_SIZE, **reading))
         bank = (
-            extract_features(backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, **reading))
+            extract_features(
+                backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, skip_unreadable=True, **reading)
+            )
             if cfg.KNN.K
             else None
         )
-    knn = knn_accuracy(*bank, *queries, train.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE) if bank else {}
+    knn = (
+        knn_accuracy(*bank, *run.shard(*queries), train.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
+        if bank
+        else {}
+    )
     loader = GlobalLoader(
         train,
         build_recipe("linear", cfg.DATA.IMG_SIZE),

@@ -5,8 +5,6 @@ under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same comman
 stopped.
 """
 
-import functools
-
 from utils.cli import make_parser, parse, run_main
 
 
@@ -17,7 +15,7 @@ def main() -> int:
     # after the flags are parsed, so that --help and a mistyped flag answer at once
     import torch
 
-    from data.datasets import Source, open_split
+    from data.datasets import is_labelled, open_split
     from data.loader import Batch, GlobalLoader, evaluation_batches
     from data.preview import save_preview
     from data.views import build_recipe
@@ -76,23 +74,29 @@ def main() -> int:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
 
-    @functools.cache  # parsing or scanning a data set once an evaluation can take longer than the evaluation
-    def labelled(split: str) -> Source:
-        return open_split(cfg.DATA, split, labelled=True)
+    # k-NN accuracy now and then; a split that is missing is refused now, not after the first epochs
+    knn = {}
+    if cfg.KNN.EVERY_EPOCHS or args.eval:
+        knn["train"] = source if is_labelled(source) else open_split(cfg.DATA, "train", labelled=True)
+        knn["val"] = open_split(cfg.DATA, "val", labelled=True)
 
     def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        options = {"batch_size": cfg.LINEAR.BATCH_SIZE, "num_workers": cfg.DATA.NUM_WORKERS}
+        batches = evaluation_batches(
+            knn[split],
+            cfg.DATA.IMG_SIZE,
+            batch_size=cfg.TRAIN.BATCH_SIZE,
+            device=run.device,
+            num_workers=cfg.DATA.NUM_WORKERS,
+            timeout=cfg.DATA.TIMEOUT,
+            skip_unreadable=split == "train",
+        )
         with run.evaluating(framework.online.backbone) as backbone:
-            return extract_features(
-                backbone, evaluation_batches(labelled(split), cfg.DATA.IMG_SIZE, device=run.device, **options)
-            )
+            return extract_features(backbone, batches)
 
     def evaluate(progress: Progress) -> dict[str, float]:
-        every = cfg.KNN.EVERY_EPOCHS
-        if args.eval or (every and (progress.epoch % every == 0 or progress.epoch == plan.epochs)):
-            bank, queries = features("train"), features("val")
-            num_classes = int(bank[1].max()) + 1
-            return knn_accuracy(*bank, *queries, num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
+        if knn and (args.eval or progress.epoch % cfg.KNN.EVERY_EPOCHS == 0 or progress.epoch == plan.epochs):
+            bank, queries = features("train"), run.shard(*features("val"))
+            return knn_accuracy(*bank, *queries, knn["train"].num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
         return {}
 
     if args.throughput:

@@ -8,7 +8,16 @@ from typing import Any, TypeAlias
 from data import archives, arrays, files
 from data.source import ArraySource, Source, Subset, subset
 
-__all__ = ["SOURCES", "ArraySource", "Source", "Subset", "build_source", "open_split", "subset"]
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "Source",
+    "Subset",
+    "build_source",
+    "is_labelled",
+    "open_split",
+    "subset",
+]
 
 Builder: TypeAlias = Callable[..., Source]
 
@@ -69,8 +78,13 @@ def open_split(node: Any, split: str, labelled: bool = False) -> Source:
     """
     name = _LABELLED.get(node.DATASET, node.DATASET) if labelled else node.DATASET
     source = build_source(name, node.PATH, split, cache_mode=node.CACHE_MODE, download=node.DOWNLOAD)
-    if labelled and (source.num_classes == 0 or bool((source.labels < 0).any())):
+    if labelled and not is_labelled(source):
         raise ValueError(
             f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders"
         )
     return source
+
+
+def is_labelled(source: Source) -> bool:
+    """Tell whether every image of a source has a label."""
+    return source.num_classes > 0 and not bool((source.labels < 0).any())

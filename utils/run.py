@@ -91,6 +91,11 @@ class Run:
             images.contiguous(memory_format=torch.channels_last) if self.cfg.TRAIN.CHANNELS_LAST else images
         )
 
+    def shard(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's share of rows that all ranks hold; the last shares may be shorter."""
+        mine = slice(distributed.rank(), None, distributed.world_size())
+        return features[mine], labels[mine]
+
     @contextmanager
     def evaluating(self, module: M) -> Iterator[M]:
         """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
