@@ -219,3 +219,20 @@ def test_an_unknown_optimiser_is_refused_by_name() -> None:
     node.NAME = "adam"
     with pytest.raises(ValueError, match=r"OPTIM\.NAME: 'adam'"):
         build_optimizer(node, [{"params": [nn.Parameter(torch.ones(1))]}])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_that_overflows_under_a_scaler_touches_nothing(name: str) -> None:
+    """Fused SGD would return early and leave a momentum buffer of whatever the memory held."""
+    layer = nn.Linear(64, 64)
+    node = optim(NAME=name)
+    optimizer = build_optimizer(node, [{"params": list(layer.parameters())}], fused=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = [p.detach().clone() for p in layer.parameters()]
+    scaler.scale(layer(torch.ones(1, 64)).sum() * float("inf")).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+    assert all(not state for state in optimizer.state.values())
+    assert scaler.get_scale() == 1.0

@@ -1,0 +1,174 @@
+"""The published commands as a user types them: every launcher, both mains, the same weights."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import runs
+import torch
+
+LIMIT = 240.0  # seconds for one command on a loaded machine; some 20 where it is quiet
+YAML = """\
+_BASE_: base/small.yaml
+MODEL:
+  NAME: moby
+  MOBY: {QUEUE_SIZE: 64, HIDDEN_DIM: 32, OUT_DIM: 16}
+TRAIN: {EPOCHS: 2}
+"""
+BASE = """\
+MODEL:
+  BACKBONE: {NAME: resnet8}
+DATA: {IMG_SIZE: 16, NUM_WORKERS: 1}
+AUG: {RECIPE: byol}
+OPTIM: {NAME: adamw, BASE_LR: 1e-3}
+TRAIN: {PRECISION: fp32}
+KNN: {K: [5]}
+LOG: {TENSORBOARD: False, PRINT_FREQ: 1}
+LINEAR: {EPOCHS: 2, BATCH_SIZE: 8, LRS: [0.1, 1.0]}
+"""
+
+
+class Place:
+    """A folder with images, a yaml and the outputs; commands run in it, not in the repository."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data = runs.image_folder(root / "images of a test", train=32, val=8, size=20)
+        (root / "base").mkdir()
+        (root / "base" / "small.yaml").write_text(BASE)
+        self.cfg = root / "tiny.yaml"
+        self.cfg.write_text(YAML)
+
+    def flags(self, tag: str, batch_size: int, *more: str) -> list[str]:
+        paths = ["--cfg", str(self.cfg), "--data-path", str(self.data), "--output", str(self.root / "out")]
+        return [*paths, "--device", "cpu", "--batch-size", str(batch_size), "--tag", tag, *more]
+
+    def folder(self, tag: str) -> Path:
+        return self.root / "out" / "tiny" / tag
+
+    def result(self, tag: str) -> dict[str, Any]:
+        """Return what a probe of the last checkpoint wrote."""
+        return json.loads((self.folder(tag) / "linear" / "ckpt_00000008" / "result.json").read_text())
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_"))}
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.root,
+            env={**env, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> str:
+        """Wait for a command and return its output; it and all it started are killed if it is late."""
+        try:
+            text, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            text, _ = process.communicate()
+            raise AssertionError(f"still running after {LIMIT} s:\n{text}") from None
+        assert process.returncode == 0, text
+        assert "Traceback" not in text, text
+        return text
+
+    def run(self, *command: str) -> str:
+        return self.end(self.start(*command))
+
+
+PRETRAIN, LINEAR = str(forked.ROOT / "main_pretrain.py"), str(forked.ROOT / "main_linear.py")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("a place"))
+
+
+def launch(*options: str) -> list[str]:
+    return [
+        "-m",
+        "torch.distributed.launch",
+        "--nproc_per_node=2",
+        f"--master_port={forked.free_port()}",
+        *options,
+    ]
+
+
+def torchrun(*options: str) -> list[str]:
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={forked.free_port()}",
+        *options,
+    ]
+
+
+@pytest.fixture(scope="module")
+def launched(place: Place) -> Place:
+    """Pretrain with the published command."""
+    text = place.run(*launch(PRETRAIN, *place.flags("launch", 4)))
+    assert "global batch 8 = 2 process(es) x 1 micro-batch(es) x 4" in text
+    assert runs.status(place.folder("launch")) == {"state": "done", "step": 8, "reason": ""}
+    return place
+
+
+def test_torchrun_gives_the_weights_of_launch(launched: Place) -> None:
+    launched.run(*torchrun(PRETRAIN, *launched.flags("torchrun", 4)))
+    assert runs.digest(launched.folder("torchrun")) == runs.digest(launched.folder("launch"))
+
+
+@pytest.mark.slow
+def test_two_agents_as_on_two_machines(launched: Place) -> None:
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    options.append(f"--rdzv-endpoint=localhost:{forked.free_port()}")
+    flags = launched.flags("agents", 4)
+    agents = [launched.start("-m", "torch.distributed.run", *options, PRETRAIN, *flags) for _ in range(2)]
+    for agent in agents:
+        launched.end(agent)
+    assert runs.digest(launched.folder("agents")) == runs.digest(launched.folder("launch"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return runs.final_state(folder)["framework"]
+
+
+def test_plain_python_with_the_same_global_batch(launched: Place) -> None:
+    """The same images in the same steps; the sums of another order, so equal only up to rounding."""
+    text = launched.run(PRETRAIN, *launched.flags("plain", 8))
+    assert "global batch 8 = 1 process(es) x 1 micro-batch(es) x 8" in text
+    many, one = weights(launched.folder("launch")), weights(launched.folder("plain"))
+    name = "online.backbone.conv1.weight"
+    torch.testing.assert_close(many[name], one[name], rtol=0, atol=2e-3)
+    assert many["queue1._extra_state"] == one["queue1._extra_state"]
+
+
+def test_the_probe_with_the_same_flags_finds_the_weights(launched: Place) -> None:
+    text = launched.run(*launch(LINEAR, *launched.flags("launch", 4)))
+    assert "loaded" in text
+    assert "best_top1" in launched.result("launch")
+
+
+@pytest.mark.slow
+def test_the_probe_under_torchrun_and_plain_python(launched: Place) -> None:
+    pretrained = ["--pretrained", str(launched.folder("launch") / "ckpt_00000008.pt")]
+    launched.run(*torchrun(LINEAR, *launched.flags("probe", 4, *pretrained)))
+    launched.run(LINEAR, *launched.flags("probe1", 8, *pretrained))
+    assert launched.result("probe1").keys() == launched.result("probe").keys()
+
+
+def test_a_worker_that_fails_ends_the_launcher_and_leaves_no_process(place: Place) -> None:
+    process = place.start(*torchrun(PRETRAIN, *place.flags("bad", 4, "--epochs", "0")))
+    text, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1
+    assert re.search(r"^(\[\S+\]:)?error: .*TRAIN.EPOCHS", text, re.MULTILINE), text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -1,0 +1,278 @@
+"""A run that was killed and started again ends bit-identical to one that never was."""
+
+import shutil
+import signal
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import runs
+import torch
+
+from models import FRAMEWORKS
+from utils import checkpoint
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give one output root; runs differ by tag."""
+    return tmp_path_factory.mktemp("output")
+
+
+@cache
+def uninterrupted(method: str, output: Path, world: int = 1, **keys: Any) -> str:
+    """Run to the end without a fault and return the digest of all state."""
+    tag = f"whole{world}{abs(hash(tuple(keys.items())))}"
+    argv = runs.arguments(method, output, tag, world=world, **keys)
+    assert forked.run("main_pretrain", argv, output / f"{method}.log", ranks=world) == [0] * world
+    folder = output / method / tag
+    assert runs.status(folder)["state"] == "done"
+    return runs.digest(folder)
+
+
+def finish(argv: list[str], folder: Path, log: Path, world: int = 1) -> int:
+    """Start the same command again, to the end; return the step from which it went on."""
+    jobs = forked.start("main_pretrain", argv, log, ranks=world)
+    assert [job.wait() for job in jobs] == [0] * world, jobs[0].text()
+    assert runs.status(folder) == {"state": "done", "step": runs.final_state(folder)["step"], "reason": ""}
+    return runs.resumed_at(jobs[0].text())
+
+
+@pytest.mark.parametrize("method", FRAMEWORKS)
+def test_killed_at_random_and_resumed(method: str, output: Path) -> None:
+    whole = uninterrupted(method, output)
+    argv = runs.arguments(method, output, "killed")
+    folder, resumed = output / method / "killed", []
+    for step, delay in runs.random_kills(method, 2):
+        (job,) = forked.start(
+            "main_pretrain", argv, output / "log", prepare=partial(runs.kill_at, step=step, delay=delay)
+        )
+        assert job.wait() in (-signal.SIGKILL, 0)
+        resumed.append(runs.resumed_at(job.text()))
+    resumed.append(finish(argv, folder, output / "log"))
+    assert resumed[0] == 0
+    assert all(0 < step <= runs.STEPS for step in resumed[1:])
+    assert runs.digest(folder) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", FRAMEWORKS)
+def test_many_random_kills_of_two_ranks(method: str, output: Path) -> None:
+    whole = uninterrupted(method, output, world=2)
+    resumed = []
+    for number in range(10):
+        argv = runs.arguments(method, output, f"many{number}", world=2)
+        for step, delay in runs.random_kills(f"{method} {number}", 3):
+            ranks = ((0, 1), (0,), (1,))[number % 3]
+            fault = partial(runs.kill_at, step=step, delay=delay, ranks=ranks)
+            jobs = forked.start("main_pretrain", argv, output / "log", ranks=2, prepare=fault)
+            [job.wait() for job in jobs]
+            resumed.append(runs.resumed_at(jobs[0].text()))
+        resumed.append(finish(argv, output / method / f"many{number}", output / "log", world=2))
+        assert runs.digest(output / method / f"many{number}") == whole
+    assert sum(step > 0 for step in resumed) >= 20
+
+
+@pytest.mark.parametrize("killed", [(0, 1), (0,), (1,)], ids=["both", "rank0", "rank1"])
+def test_two_ranks_killed_and_resumed(killed: tuple[int, ...], output: Path) -> None:
+    """Two epochs with an evaluation each, whose results are state too; batch norm is local to the ranks."""
+    keys = {"TRAIN__EPOCHS": 2, "KNN__EVERY_EPOCHS": 1, "KNN__K": (5,), "LINEAR__BATCH_SIZE": 512}
+    keys |= {"MODEL__MOCO_V2__BATCH_NORM": "local"}
+    whole = uninterrupted("moco_v2", output, world=2, **keys)
+    tag = "killed" + "".join(map(str, killed))
+    argv = runs.arguments("moco_v2", output, tag, world=2, **keys)
+    fault = partial(runs.kill_at, step=runs.STEPS + 5, ranks=killed)
+    jobs = forked.start("main_pretrain", argv, output / "log", ranks=2, prepare=fault)
+    for rank, job in enumerate(jobs):
+        code = job.wait()
+        assert code == (-signal.SIGKILL if rank in killed else 5)
+        if rank not in killed:
+            assert "error" in job.text()
+            assert "lost the other processes" in job.text()
+            assert "Traceback" not in job.text()
+    assert finish(argv, output / "moco_v2" / tag, output / "log", world=2) == 15
+    assert runs.digest(output / "moco_v2" / tag) == whole
+
+
+def test_world_size_and_accumulation_may_change_on_resume(output: Path) -> None:
+    """The global batch stays: the same images, another split. Not bit-identical, but the run goes on."""
+    argv = runs.arguments("synco", output, "elastic", world=2)
+    fault = partial(runs.kill_at, step=7)
+    forked.run("main_pretrain", argv, output / "log", ranks=2, prepare=fault)
+    argv = runs.arguments("synco", output, "elastic", TRAIN__BATCH_SIZE=32, TRAIN__ACCUMULATION_STEPS=4)
+    assert finish(argv, output / "synco" / "elastic", output / "log") == 6
+
+
+# ---- workers ---------------------------------------------------------------------------------------
+
+
+def test_workers_change_nothing_even_across_a_kill(output: Path, tmp_path: Path) -> None:
+    data = str(runs.image_folder(tmp_path / "images"))
+    keys = {"DATA__DATASET": "imagefolder", "DATA__PATH": data, "AUG__RECIPE": "moco_v2"}
+    keys |= {"TRAIN__BATCH_SIZE": 8, "TRAIN__EPOCHS": 2}  # 6 steps an epoch
+    whole = uninterrupted("byol", output, DATA__NUM_WORKERS=0, **keys)
+    assert uninterrupted("byol", output, DATA__NUM_WORKERS=2, **keys) == whole
+    argv = runs.arguments("byol", output, "workers", DATA__NUM_WORKERS=2, **keys)
+    fault = partial(runs.kill_at, step=8, delay=0.01)
+    forked.run("main_pretrain", argv, output / "log", prepare=fault)
+    argv = runs.arguments("byol", output, "workers", DATA__NUM_WORKERS=1, **keys)
+    assert finish(argv, output / "byol" / "workers", output / "log") >= 6
+    assert runs.digest(output / "byol" / "workers") == whole
+
+
+# ---- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(number: signal.Signals, output: Path) -> None:
+    argv, folder = runs.arguments("moby", output, number.name), output / "moby" / number.name
+    fault = partial(runs.signal_at, step=4, number=number, times=2)  # the second at once: an echo
+    (job,) = forked.start("main_pretrain", argv, output / "log", prepare=fault)
+    assert job.wait() == 75, job.text()
+    assert runs.status(folder)["state"] == "preempted"
+    assert runs.status(folder)["step"] == 5
+    assert number.name in runs.status(folder)["reason"]
+    assert "start the same command again" in job.text()
+    assert finish(argv, folder, output / "log") == 5
+    assert runs.digest(folder) == uninterrupted("moby", output)
+
+
+@pytest.mark.parametrize("where", ["save", "evaluation", "update"])
+def test_a_signal_in_the_middle_of_something_waits_for_its_end(where: str, output: Path) -> None:
+    keys = {"KNN__EVERY_EPOCHS": 1, "KNN__K": (5,), "LINEAR__BATCH_SIZE": 512}
+    argv = runs.arguments("byol", output, where, **keys)
+    fault = partial(runs.signal_during, where=where)
+    assert forked.run("main_pretrain", argv, output / "log", prepare=fault) == [75]
+    expected = {"save": 4, "evaluation": runs.STEPS, "update": 1}[where]
+    assert finish(argv, output / "byol" / where, output / "log") == expected
+    assert runs.digest(output / "byol" / where) == uninterrupted("byol", output, **keys)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_both_ranks_stop_at_the_step_of_the_one_that_was_asked(rank: int, output: Path) -> None:
+    argv, folder = runs.arguments("moby", output, f"one{rank}", world=2), output / "moby" / f"one{rank}"
+    fault = partial(runs.signal_at, step=4, number=signal.SIGTERM, ranks=(rank,))
+    jobs = forked.start("main_pretrain", argv, output / "log", ranks=2, prepare=fault)
+    assert [job.wait() for job in jobs] == [75, 75]
+    assert all("asked to stop" in job.text() and "at step 5: saved" in job.text() for job in jobs)
+    assert runs.status(folder)["step"] == runs.steps_saved(folder)[-1] == 5
+    assert finish(argv, folder, output / "log", world=2) == 5
+    assert runs.digest(folder) == uninterrupted("moby", output, world=2)
+
+
+def test_a_second_signal_stops_at_once(output: Path) -> None:
+    argv, folder = runs.arguments("moby", output, "twice"), output / "moby" / "twice"
+    fault = partial(runs.signal_at, step=4, number=signal.SIGTERM, times=2, pause=0.2, echo=0.1)
+    (job,) = forked.start("main_pretrain", argv, output / "log", prepare=fault)
+    assert job.wait() == 130
+    assert "error: second SIGTERM: stopping at once" in job.text()
+    assert "Traceback" not in job.text()
+    assert runs.status(folder)["state"] == "failed"
+    assert runs.steps_saved(folder) == [3]  # nothing was saved on the way out
+    assert finish(argv, folder, output / "log") == 3
+    assert runs.digest(folder) == uninterrupted("moby", output)
+
+
+# ---- the control: what a checkpoint must hold ------------------------------------------------------
+
+
+def drop_nothing(state: dict[str, Any]) -> None:
+    """Leave the checkpoint as it is."""
+
+
+def drop_position(state: dict[str, Any]) -> None:
+    state["framework"]["queue1._extra_state"] = torch.tensor(0)
+
+
+def drop_keys(state: dict[str, Any]) -> None:
+    keys = state["framework"]["queue2.keys"]
+    state["framework"]["queue2.keys"] = torch.nn.functional.normalize(torch.randn(keys.shape), dim=1)
+
+
+def drop_target(state: dict[str, Any]) -> None:
+    weights = state["framework"]
+    for name in [name for name in weights if name.startswith("target.")]:
+        weights[name] = weights[name.replace("target.", "online.", 1)]
+
+
+def drop_statistics(state: dict[str, Any]) -> None:
+    for name, value in state["framework"].items():
+        if "running_mean" in name:
+            value.zero_()
+
+
+def drop_optimizer(state: dict[str, Any]) -> None:
+    for moments in state["optimizer"]["state"].values():
+        moments["momentum_buffer"].zero_()
+
+
+def drop_step(state: dict[str, Any]) -> None:
+    state["step"] -= 1
+
+
+MUTANTS = [drop_position, drop_keys, drop_target, drop_statistics, drop_optimizer, drop_step]
+
+
+@pytest.fixture(scope="module")
+def halfway(output: Path) -> Path:
+    """Give the folder of a run that was killed after its checkpoint of step 6."""
+    argv = runs.arguments("synco_v2", output, "halfway")
+    fault = partial(runs.kill_at, step=7)
+    assert forked.run("main_pretrain", argv, output / "log", prepare=fault) == [-signal.SIGKILL]
+    return output / "synco_v2" / "halfway"
+
+
+@pytest.mark.parametrize("drop", [drop_nothing, *MUTANTS])
+def test_the_comparison_notices_each_item_that_is_lost(drop: Any, halfway: Path, output: Path) -> None:
+    tag = drop.__name__
+    folder = output / "synco_v2" / tag
+    found = checkpoint.newest_valid(halfway)
+    assert found is not None
+    assert found.step == 6
+    state = checkpoint.load(found.path)
+    drop(state)
+    checkpoint.save(folder, state["step"], state, meta={})
+    assert finish(runs.arguments("synco_v2", output, tag), folder, output / "log") == state["step"]
+    same = runs.digest(folder) == uninterrupted("synco_v2", output)
+    assert same == (drop is drop_nothing)
+    shutil.rmtree(folder)
+
+
+def test_the_best_values_so_far_survive(halfway: Path, output: Path) -> None:
+    found = checkpoint.newest_valid(halfway)
+    assert found is not None
+    state = {**checkpoint.load(found.path), "best": {"knn5_top1": 101.0}}
+    folder = output / "synco_v2" / "best"
+    checkpoint.save(folder, state["step"], state, meta={})
+    finish(runs.arguments("synco_v2", output, "best"), folder, output / "log")
+    assert runs.final_state(folder)["best"] == {"knn5_top1": 101.0}
+
+
+# ---- the probe -------------------------------------------------------------------------------------
+
+
+def probe_arguments(output: Path, tag: str) -> list[str]:
+    whole = next((output / "byol").glob("whole1*"))
+    keys: dict[str, Any] = {"LINEAR__EPOCHS": 2, "LINEAR__BATCH_SIZE": 256, "LINEAR__LRS": [1.0, 10.0]}
+    keys |= {"KNN__K": [5], "CHECKPOINT__EVERY_STEPS": 2}
+    newest = checkpoint.newest_valid(whole)
+    assert newest is not None
+    return runs.arguments("byol", output, tag, "--pretrained", str(newest.path), **keys)
+
+
+def test_a_probe_killed_and_resumed(output: Path) -> None:
+    uninterrupted("byol", output)
+    name = f"linear/ckpt_{runs.STEPS:08d}"
+    whole, killed = (output / "byol" / tag / name for tag in ("probe", "probe-killed"))
+    assert forked.run("main_linear", probe_arguments(output, "probe"), output / "log") == [0]
+    argv = probe_arguments(output, "probe-killed")
+    fault = partial(runs.kill_at, step=7)
+    assert forked.run("main_linear", argv, output / "log", prepare=fault) == [-signal.SIGKILL]
+    (job,) = forked.start("main_linear", argv, output / "log")
+    assert job.wait() == 0
+    assert runs.resumed_at(job.text()) == 6
+    assert runs.digest(killed) == runs.digest(whole)
+    assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
+    assert "top1" in runs.final_state(whole)["best"]

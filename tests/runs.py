@@ -1,0 +1,207 @@
+"""Real runs of the mains on small data, faults on demand, and what a run left behind."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from utils import checkpoint
+
+STEPS = 11  # of an epoch of digits at a global batch of 128
+KEYS = {
+    "moco_v2": {"QUEUE_SIZE": 512, "OUT_DIM": 32},
+    "synco": {
+        **{"QUEUE_SIZE": 512, "OUT_DIM": 32, "NUM_HARD": 32},
+        **{"NUM_SYNTHETIC": [8] * 6, "WARMUP_EPOCHS": 0},
+    },
+    "byol": {"HIDDEN_DIM": 64, "OUT_DIM": 32},
+    "moby": {"QUEUE_SIZE": 512, "HIDDEN_DIM": 64, "OUT_DIM": 32},
+    "synco_v2": {
+        **{"QUEUE_SIZE": 512, "HIDDEN_DIM": 64, "OUT_DIM": 32, "NUM_HARD": 32},
+        **{"NUM_SYNTHETIC": [8] * 6, "WARMUP_EPOCHS": 0},
+    },
+}
+
+
+def arguments(method: str, output: Path, tag: str, *flags: str, world: int = 1, **keys: Any) -> list[str]:
+    """Return the command line of a run on digits; ``keys`` (DOTTED__KEY=value) come last, so they win."""
+    settings: dict[str, Any] = {
+        "DATA.DATASET": "digits",
+        "DATA.IMG_SIZE": 8,
+        "DATA.NUM_WORKERS": 0,
+        "AUG.RECIPE": "digits",
+        "MODEL.NAME": method,
+        "MODEL.BACKBONE.NAME": "resnet8",
+        "TRAIN.BATCH_SIZE": 128 // world,
+        "TRAIN.EPOCHS": 1,
+        "TRAIN.PRECISION": "fp32",
+        "CHECKPOINT.EVERY_STEPS": 3,
+        "LOG.PRINT_FREQ": 2,
+        "LOG.TENSORBOARD": False,
+        **{f"MODEL.{method.upper()}.{key}": value for key, value in KEYS[method].items()},
+        **{key.replace("__", "."): value for key, value in keys.items()},
+    }
+    opts = [str(part) for key, value in settings.items() for part in (key, json.dumps(value))]
+    opts = [part.strip('"') for part in opts]
+    return ["--device", "cpu", "--output", str(output), "--tag", tag, *flags, "--opts", *opts]
+
+
+def image_folder(root: Path, train: int = 48, val: int = 12, size: int = 24) -> Path:
+    """Draw a folder with splits and two classes, told apart by their colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            name = ("blue", "red")[number % 2]
+            pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8)
+            pixels[..., 2 if name == "blue" else 0] += 120
+            path = root / split / name / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+# ---- what a run left -----------------------------------------------------------------------------
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return sorted(int(path.stem[5:]) for path in folder.glob("ckpt_*.json"))
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """Load the newest checkpoint, which has to verify."""
+    found = checkpoint.newest_valid(folder)
+    assert found is not None
+    return checkpoint.load(found.path)
+
+
+def digest(folder: Path) -> str:
+    """Return the sha256 of all state in the newest checkpoint, but for the configuration's local keys."""
+    state = final_state(folder)
+    sha = hashlib.sha256()
+    _update(sha, {key: state[key] for key in ("framework", "optimizer", "scaler", "step", "best")})
+    return sha.hexdigest()
+
+
+def _update(sha: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        sha.update(value.numpy().tobytes())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            sha.update(f"{key}=".encode())
+            _update(sha, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _update(sha, item)
+    else:
+        sha.update(repr(value).encode())
+
+
+def resumed_at(text: str) -> int:
+    """Return the step from which a run said it went on, 0 if it started afresh."""
+    found = re.search(r"resumed from \S+ at step (\d+)", text)
+    return int(found[1]) if found else 0
+
+
+# ---- faults, set up in the run's own process before its main starts --------------------------------
+
+
+def at_step(step: int, action: Callable[[], object]) -> None:
+    """Call ``action`` when optimiser step ``step`` begins."""
+    from utils import engine
+
+    seed_step = engine.seed_step
+
+    def wrapper(seed: int, index: int) -> None:
+        if index == step:
+            action()
+        seed_step(seed, index)
+
+    engine.seed_step = wrapper
+
+
+def send_self(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def kill_soon(delay: float) -> None:
+    """SIGKILL this process ``delay`` seconds from now, wherever it is then."""
+    if delay > 0:
+        threading.Timer(delay, send_self, [signal.SIGKILL]).start()
+    else:
+        send_self(signal.SIGKILL)
+
+
+def kill_at(rank: int, *, step: int, delay: float = 0.0, ranks: tuple[int, ...] = (0, 1)) -> None:
+    """Arrange for a SIGKILL."""
+    if rank in ranks:
+        at_step(step, lambda: kill_soon(delay))
+
+
+def signal_at(
+    rank: int,
+    *,
+    step: int,
+    number: signal.Signals,
+    ranks: tuple[int, ...] = (0, 1),
+    times: int = 1,
+    pause: float = 0.0,
+    echo: float | None = None,
+) -> None:
+    """Arrange for ``times`` signals, ``pause`` seconds apart; within ``echo`` seconds they count as one."""
+    if echo is not None:
+        from utils import guards
+
+        guards._ECHO_SECONDS = echo
+
+    def send() -> None:
+        for _ in range(times):
+            send_self(number)
+            time.sleep(pause)
+
+    if rank in ranks:
+        at_step(step, send)
+
+
+def signal_during(rank: int, *, where: str) -> None:
+    """Arrange for a SIGTERM in the middle of a save or of an evaluation, on rank 0."""
+    from utils import engine
+    from utils import run as run_module
+
+    owner, name = {
+        "save": (run_module.checkpoint, "save"),
+        "evaluation": (run_module.Run, "record"),
+        "update": (engine, "update"),
+    }[where]
+    original = getattr(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if rank == 0:
+            setattr(owner, name, original)
+            send_self(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def random_kills(seed: str, count: int) -> list[tuple[int, float]]:
+    """Draw ``count`` rising steps after the first checkpoint, and delays of a step or so."""
+    rng = random.Random(seed)
+    return [
+        (step, rng.choice([0.0, rng.uniform(0, 0.1)])) for step in sorted(rng.sample(range(4, 11), count))
+    ]

@@ -1,0 +1,303 @@
+"""The report measures what it says: its checkpoint, against raw pixels and the run's untrained network."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from yacs.config import CfgNode
+
+import main_pretrain
+from data.source import ArraySource
+from models import build_framework, framework_defaults
+from tools import demo, pictures, report
+from utils import checkpoint, device
+from utils.cli import make_parser, parse
+from utils.config import ConfigError, default_config, load_config, section_options
+from utils.distributed import keyed_seed
+from utils.run import Run
+
+TINY = """
+NAME: tiny
+MODEL:
+  NAME: moco_v2
+  BACKBONE: {NAME: resnet8, STEM: cifar_stride2}
+  MOCO_V2: {QUEUE_SIZE: 128, OUT_DIM: 16, TEMPERATURE: 0.2, BASE_MOMENTUM: 0.9}
+DATA: {DATASET: digits, IMG_SIZE: 8, NUM_WORKERS: 0}
+AUG: {RECIPE: digits}
+OPTIM: {NAME: adamw, BASE_LR: 2e-3}
+TRAIN: {EPOCHS: 1, BATCH_SIZE: 128, PRECISION: auto}
+KNN: {EVERY_EPOCHS: 1, K: [20]}
+LOG: {TENSORBOARD: false}
+"""
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "DRAWS", 3)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pretrain for an epoch of 11 steps and return the yaml; the run is in output/tiny/default beside it."""
+    root = tmp_path_factory.mktemp("report")
+    (root / "tiny.yaml").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main_pretrain.py", *flags_of(root / "tiny.yaml")])
+        assert main_pretrain.main() == 0
+    return root / "tiny.yaml"
+
+
+def flags_of(cfg: Path) -> list[str]:
+    return ["--cfg", str(cfg), "--output", str(cfg.parent / "output"), "--device", "cpu"]
+
+
+def open_run(cfg: Path, tag: str = "default") -> Run:
+    flags = {"OUTPUT": str(cfg.parent / "output"), "TAG": tag, "DEVICE": "cpu"}
+    tree = load_config(default_config(framework_defaults()), [cfg], (), flags)
+    return Run(tree, Path(tree.OUTPUT) / tree.NAME / tree.TAG, torch.device("cpu"))
+
+
+def rows_of(run: Run) -> dict[str, dict[str, dict[str, float]]]:
+    return json.loads((run.folder / "report.json").read_text())["rows"]
+
+
+def test_report_of_a_run(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", *flags_of(trained)])
+    before = (open_run(trained).folder / "status.json").read_bytes()
+    with caplog.at_level("INFO", logger="synco"):
+        assert report.main() == 0
+    run = open_run(trained)
+    shown = caplog.messages[-1]
+    for name in ("report.md", "views.png", "learning_curve.png", "neighbours.png"):
+        assert str(run.folder / name) in shown
+    for name in ("views.png", "learning_curve.png", "neighbours.png"):
+        with Image.open(run.folder / name) as image:
+            assert min(image.size) > 100
+    assert (run.folder / "status.json").read_bytes() == before  # reading a run is not running it
+    rows = rows_of(run)
+    assert list(rows) == ["raw pixels", "random backbone", "trained backbone"]
+    for row in rows.values():
+        assert list(row) == list(report.COLUMNS)
+        assert all(0 <= cell["mean"] <= 100 for cell in row.values())
+        assert row["labels1"]["std"] > 0
+        assert row["labels1"]["mean"] < row["labels10"]["mean"] < row["linear"]["mean"]
+        assert f"{row['labels10']['mean']:.1f} ± {row['labels10']['std']:.1f}" in shown
+    assert rows["trained backbone"] != rows["random backbone"]
+
+
+def test_the_random_row_is_the_run_before_its_first_step(trained: Path) -> None:
+    cfg = open_run(trained).cfg
+    torch.manual_seed(keyed_seed("model", cfg.SEED))  # start_run
+    options = section_options(cfg.MODEL.BACKBONE)
+    del options["target_drop_path"]
+    framework = build_framework("moco_v2", section_options(cfg.MODEL.MOCO_V2), options, img_size=8)
+    built = report.build_online(cfg).state_dict()
+    for name, tensor in framework.online.backbone.state_dict().items():
+        assert torch.equal(built[name], tensor)
+
+
+def test_the_trained_row_is_the_checkpoint(trained: Path) -> None:
+    run = open_run(trained)
+    path = checkpoint.newest_valid(run.folder).path
+    state = checkpoint.load(path)
+    for name, tensor in state["framework"].items():
+        if name.startswith("online.backbone.layer1") and name.endswith("weight"):
+            tensor.zero_()
+    torch.save(state, trained.parent / "changed.pt")
+    train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
+    found = []
+    for file in (path, trained.parent / "changed.pt"):
+        found.append(report.representations(run, train, val, file))
+    for name in ("raw pixels", "random backbone"):
+        assert torch.equal(found[0][name].bank, found[1][name].bank)
+        assert torch.equal(found[0][name].queries, found[1][name].queries)
+    accuracies = [report.knn_accuracy(*splits["trained backbone"], 10, (20,)) for splits in found]
+    assert accuracies[0] != accuracies[1]
+
+
+def test_the_flags_of_a_main_that_mean_nothing_here_are_refused(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", *flags_of(trained), "--eval"])
+    with pytest.raises(ValueError, match="--eval"):
+        report.main()
+
+
+def test_no_checkpoint_is_one_clear_error(trained: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent holds no checkpoint.*main_pretrain\.py"):
+        report.report(open_run(trained, "absent"))
+
+
+def test_separable_features_score_full_marks() -> None:
+    labels = torch.arange(60) % 3
+    features = torch.eye(3)[labels] + 0.01 * torch.randn(60, 3)
+    split = report.Split(features[:45], labels[:45], features[45:], labels[45:])
+    scores = report.evaluate(split, 3, seed=0)
+    assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(report.COLUMNS, 100.0)
+
+
+def test_too_few_images_for_a_column_leave_it_empty() -> None:
+    labels = torch.arange(12) % 3
+    split = report.Split(torch.randn(12, 4), labels, torch.randn(12, 4), labels)
+    scores = {"raw pixels": report.evaluate(split, 3, seed=0)}
+    assert scores["raw pixels"]["labels10"] is None
+    assert scores["raw pixels"]["labels1"] is not None
+    assert " -" in report.terminal_table(scores)
+
+
+def test_tables_are_aligned_and_mark_the_best() -> None:
+    low = {"knn": (9.0, None), "linear": (50.0, None), "labels10": (40.0, 1.5), "labels1": None}
+    high = {"knn": (100.0, None), "linear": (50.0, None), "labels10": (39.0, 11.5), "labels1": (12.0, 0.5)}
+    scores = {"raw pixels": low, "trained backbone": high}
+    terminal = report.terminal_table(scores).splitlines()
+    assert len({len(line) for line in terminal}) == 1
+    assert "100.0*" in terminal[2]
+    markdown = report.markdown_table(scores).splitlines()
+    assert len({len(line) for line in markdown}) == 1
+    assert markdown[1].replace("-", "") == "|  | : | : | : | : |"
+    assert "**40.0 ± 1.5**" in markdown[2]
+    assert "**12.0 ± 0.5**" in markdown[3]
+    assert "**50.0**" in markdown[2]  # a tie: both
+    assert "**50.0**" in markdown[3]
+
+
+def test_raw_pixels_are_levels_and_small() -> None:
+    levels = torch.rand(2, 3, 48, 48)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    flat = report.raw_pixels((levels - mean) / std)
+    assert flat.shape == (2, 3 * 32 * 32)
+    assert report.raw_pixels((levels - mean) / std, side=16).shape == (2, 3 * 16 * 16)
+    small = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(report.raw_pixels((small - mean) / std), small.flatten(1), atol=1e-6)
+
+
+def test_pixels_of_grey_images_count_once_and_are_centred(trained: Path) -> None:
+    run = open_run(trained)
+    train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
+    split = report.pixel_split(run, train, val)
+    levels = train.images[:, 0].flatten(1) / 255
+    assert split.queries.shape == (len(val), 64)
+    assert torch.allclose(split.bank, levels - levels.mean(0), atol=1e-5)
+
+
+def test_channels_that_differ_are_all_kept() -> None:
+    assert report._is_grey(torch.rand(4, 1, 25).expand(4, 3, 25).flatten(1))
+    assert not report._is_grey(torch.rand(4, 75))
+
+
+def test_neighbours_are_framed_by_class(tmp_path: Path) -> None:
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    source = ArraySource("made up", images, torch.tensor([0, 0, 1, 1]), ["a", "b"])
+    found = pictures.nearest(torch.eye(4), torch.tensor([[1.0, 0.5, 0.2, 0.1]]), 3)
+    assert found.tolist() == [[0, 1, 2]]
+    pictures.save_neighbours(tmp_path / "n.png", source, torch.tensor([1]), source, found)
+    with Image.open(tmp_path / "n.png") as image:
+        row = [image.getpixel((x, image.height // 2)) for x in range(image.width)]
+    frames = [a for a, b in itertools.pairwise(row) if a != b and a not in ((255,) * 3, (0,) * 3)]
+    assert frames == [pictures._QUERY] * 2 + [pictures._RIGHT] * 4 + [pictures._WRONG] * 2
+
+
+def test_queries_cover_the_classes_and_the_seed_decides() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 5 + [2] * 5)
+    chosen = pictures.pick_queries(labels, 4, seed=3)
+    assert sorted(labels[chosen[:3]].tolist()) == [0, 1, 2]
+    assert len(set(chosen.tolist())) == 4
+    assert torch.equal(chosen, pictures.pick_queries(labels, 4, seed=3))
+
+
+def test_metrics_survive_a_torn_line(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "epoch": 0.5, "loss": 2.0}',
+        '{"step": 2, "epoch": 1.0, "knn20_top1": 50.0}',
+        '{"ste',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert pictures.read_metrics(tmp_path, "loss") == ([0.5], [2.0])
+    assert pictures.read_metrics(tmp_path, "knn20_top1") == ([1.0], [50.0])
+
+
+def test_without_matplotlib_there_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not pictures.save_learning_curve(tmp_path / "curve.png", tmp_path, "knn20")
+    assert len(caplog.messages) == 1
+    assert "pip install matplotlib" in caplog.messages[0]
+
+
+def test_a_demo_goes_on_with_the_newest_tag(tmp_path: Path) -> None:
+    assert demo.choose_tag(tmp_path, fresh=False) == "demo1"
+    for name in ("demo1", "demo10", "demo2", "demo-x"):
+        (tmp_path / name).mkdir()
+    assert demo.choose_tag(tmp_path, fresh=False) == "demo10"
+    assert demo.choose_tag(tmp_path, fresh=True) == "demo11"
+
+
+def test_the_user_chooses_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert demo.environment()["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert 1 <= int(demo.environment()["OMP_NUM_THREADS"]) <= demo.THREADS
+
+
+def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if chosen:
+            monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+        parse(make_parser(""), [])
+        assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+@pytest.mark.parametrize(
+    ("native", "amx", "expected"), [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]
+)
+def test_auto_is_bf16_only_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool, amx: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert device.resolve_precision("auto", torch.device("cpu")) == expected
+
+
+def test_auto_on_a_processor_that_torch_cannot_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert device.resolve_precision("auto", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, supported: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+    assert device.resolve_precision("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_a_named_precision_stands(name: str) -> None:
+    assert device.resolve_precision(name, torch.device("cpu")) == name
+
+
+def test_a_run_computes_in_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def dtype_of(cfg: CfgNode) -> torch.dtype:
+        run = Run(cfg, tmp_path, torch.device("cpu"))
+        with run.autocast():
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    cfg = load_config(default_config(framework_defaults()), (), ("TRAIN.PRECISION", "auto"))
+    monkeypatch.setattr("utils.device.cpu_has_bf16", lambda: True)
+    assert dtype_of(cfg) is torch.bfloat16
+    monkeypatch.setattr("utils.device.cpu_has_bf16", lambda: False)
+    assert dtype_of(cfg) is torch.float32
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"PRECISION.*'bf15' is not one of auto, fp32, bf16, fp16"):
+        load_config(default_config(framework_defaults()), (), ("TRAIN.PRECISION", "bf15"))

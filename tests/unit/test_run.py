@@ -1,0 +1,98 @@
+"""Parts of a run that need no training: modes around an evaluation, status.json, flags and guards."""
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from torch import nn
+
+from models import framework_defaults
+from models.classifier import freeze
+from utils import guards
+from utils.config import default_config
+from utils.guards import FiniteGuard, NonFiniteError, StopFlag
+from utils.run import Run
+
+CPU = torch.device("cpu")
+NAN = torch.tensor(float("nan"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(default_config(framework_defaults()), tmp_path / "run", CPU)
+
+
+def test_an_evaluation_leaves_every_part_in_its_mode(run: Run) -> None:
+    """The batch norms of a frozen backbone whose drop path is active are not in its mode."""
+    backbone = freeze(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()), active_drop_path=True
+    )
+    before = [part.training for part in backbone.modules()]
+    assert len(set(before)) == 2
+    with run.evaluating(backbone):
+        assert not any(part.training for part in backbone.modules())
+        assert not torch.is_grad_enabled()
+    assert [part.training for part in backbone.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_the_status_of_a_complete_run_survives_another_start(run: Run) -> None:
+    run.open_folder()
+    assert runs.status(run.folder)["state"] == "starting"
+    run.finish("preempted", 7)
+    run.close()
+    run.open_folder()
+    assert runs.status(run.folder)["state"] == "starting"  # or a script would requeue a start that fails
+    run.finish("done", 9)
+    run.close()
+    run.open_folder()
+    assert runs.status(run.folder) == {"state": "done", "step": 9, "reason": ""}
+    (run.folder / "status.json").write_text("torn")
+    run.close()
+    run.open_folder()
+    assert runs.status(run.folder)["state"] == "starting"
+
+
+def test_a_stop_that_could_not_be_saved_is_not_called_saved(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.open_folder()
+    with caplog.at_level(logging.WARNING, logger="synco"):
+        run.preempted(7, "SIGTERM")
+    assert "NOT saved" in caplog.text
+    assert "NOT saved" in runs.status(run.folder)["reason"]
+    with pytest.raises(OSError, match="last checkpoint was not saved"):
+        run.done(7)
+
+
+def test_a_flag_takes_one_signal_and_its_echo_and_gives_the_handlers_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopFlag() as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+        assert stop.received == "SIGUSR1"
+        monkeypatch.setattr(guards, "_ECHO_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt, match="second SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_guard_allows_a_scaler_its_overflows_but_not_for_ever() -> None:
+    with pytest.raises(NonFiniteError, match="step 3"):
+        FiniteGuard().check(NAN, 3, "1, 2")
+    guard = FiniteGuard(scaler=True)
+    for step in range(20):
+        guard.check(NAN, step, "")
+    guard.check(torch.tensor(1.0), 20, "")  # a finite one starts the count anew
+    for step in range(20):
+        guard.check(NAN, step, "")
+    with pytest.raises(NonFiniteError, match=r"step 40: .* 21th step in a row"):
+        guard.check(NAN, 40, "")

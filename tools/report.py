@@ -1,0 +1,258 @@
+"""Say what a pretraining run has learned: one table against raw pixels and a random backbone, and pictures.
+
+python tools/report.py --cfg configs/demo.yaml --output O --tag T (the flags of the run) writes report.md,
+report.json, learning_curve.png and neighbours.png into the run's folder. The few-label columns are where
+pretraining shows: all rows see the same labels.
+"""
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
+
+from data.datasets import open_split
+from data.loader import evaluation_batches
+from data.source import Source
+from data.views import IMAGENET_MEAN, IMAGENET_STD
+from models import framework_defaults
+from models.classifier import backbone_state, load_backbone
+from models.parts.backbones import build_backbone
+from tools.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
+from utils import checkpoint
+from utils.atomic import write_text
+from utils.cli import make_parser, parse, run_main
+from utils.config import default_config, load_config, section_options
+from utils.device import choose_device
+from utils.distributed import keyed_seed
+from utils.evaluate import extract_features, few_label_accuracy, knn_accuracy, logistic_probe, topk_correct
+from utils.logger import setup_logger
+from utils.run import Run
+
+logger = logging.getLogger("synco")
+
+KNN_K = 20
+FEW_LABELS = (10, 1)  # a class
+DRAWS = 20
+PIXEL_SIDE = 32
+MANY_IMAGES = 20_000  # with more, pixels are halved again: a probe on 3,072 features would take minutes
+COLUMNS = {
+    "knn": f"k-NN (k={KNN_K})",
+    "linear": "linear, all labels",
+    "labels10": "10 labels/class",
+    "labels1": "1 label/class",
+}
+NOTES = (
+    f"Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest training images "
+    "by cosine. Linear: logistic regression on frozen features. Few labels: the same, mean ± standard "
+    f"deviation over {DRAWS} draws of the labelled images, equal for all rows. Raw pixels: the evaluation "
+    f"view, at most {PIXEL_SIDE} pixels a side ({PIXEL_SIDE // 2} for more than {MANY_IMAGES:,} images), "
+    "minus the mean image. Random backbone: the run's network before its first step, batch norms as "
+    "initialised (statistics of the data change its k-NN by about a point and lower its probes)."
+)
+
+Scores = dict[str, tuple[float, float | None] | None]  # column -> (mean, standard deviation over draws)
+
+
+class Split(NamedTuple):
+    """One representation of both splits: features (N, F) and labels (N,), all on the CPU."""
+
+    bank: Tensor
+    bank_labels: Tensor
+    queries: Tensor
+    query_labels: Tensor
+
+
+def main() -> int:
+    """Report on the run that the flags name; return the exit code."""
+    args, flags = parse(make_parser(__doc__ or ""))
+    if args.eval or args.throughput:
+        raise ValueError("--eval and --throughput belong to the mains; a report takes neither")
+    cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
+    setup_logger(None, is_main=True)
+    run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
+    logger.info("%s", report(run))
+    return 0
+
+
+def report(run: Run) -> str:
+    """Probe a run's newest valid checkpoint, write report and pictures into its folder; return what to show.
+
+    Raises ``ValueError`` if the run has no checkpoint or its data no labels.
+    """
+    found = checkpoint.newest_valid(run.folder)
+    if found is None:
+        raise ValueError(
+            f"{run.folder} holds no checkpoint to report on; run main_pretrain.py with the same --cfg, "
+            "--output and --tag first"
+        )
+    train, val = (open_split(run.cfg.DATA, split, labelled=True) for split in ("train", "val"))
+    splits = representations(run, train, val, found.path)
+    scores = {name: evaluate(split, train.num_classes, run.seed) for name, split in splits.items()}
+    title = (
+        f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {len(train)} training and {len(val)} test images"
+    )
+    record = {
+        "checkpoint": found.path.name,
+        "step": found.step,
+        "k": KNN_K,
+        "draws": DRAWS,
+        "rows": _plain(scores),
+    }
+    write_text(run.folder / "report.json", json.dumps(record, indent=1))
+    write_text(run.folder / "report.md", f"# {title}\n\n{markdown_table(scores)}\n\n{NOTES}\n")
+    files = [run.folder / "report.md", *save_pictures(run, train, val, splits["trained backbone"], scores)]
+    return "\n".join([f"{title}\n", terminal_table(scores), "", *map(str, files)])
+
+
+def representations(run: Run, train: Source, val: Source, path: Path) -> dict[str, Split]:
+    """Return raw pixels, features of the random and of the trained backbone, for both splits."""
+    backbone = run.prepare(build_online(run.cfg))
+    random = extract(run, train, val, backbone)
+    state, _ = backbone_state(checkpoint.load(path))
+    load_backbone(backbone, state, str(path))
+    return {
+        "raw pixels": pixel_split(run, train, val),
+        "random backbone": random,
+        "trained backbone": extract(run, train, val, backbone),
+    }
+
+
+def build_online(cfg: CfgNode) -> nn.Module:
+    """Build the run's backbone as pretraining does, with its weights of step 0."""
+    torch.manual_seed(keyed_seed("model", cfg.SEED))  # as start_run does before anything is built
+    options = section_options(cfg.MODEL.BACKBONE)
+    del options["target_drop_path"]
+    return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
+
+
+def raw_pixels(images: Tensor, side: int = PIXEL_SIDE) -> Tensor:
+    """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], at most ``side`` pixels a side."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    if images.shape[-1] > side:
+        images = torch.nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return (images * std + mean).flatten(1)
+
+
+def pixel_split(run: Run, train: Source, val: Source) -> Split:
+    """Return raw pixels minus the mean training image: the cosine of plain levels compares brightness."""
+    side = PIXEL_SIDE if len(train) <= MANY_IMAGES else PIXEL_SIDE // 2
+    split = extract(run, train, val, functools.partial(raw_pixels, side=side))
+    width = split.bank.shape[1] // 3 if _is_grey(split.bank) else split.bank.shape[1]
+    bank, queries = split.bank[:, :width], split.queries[:, :width]
+    mean = bank.mean(0)
+    return split._replace(bank=bank - mean, queries=queries - mean)
+
+
+def _is_grey(levels: Tensor) -> bool:
+    """Tell whether the three channels of (N, 3 * S * S) are equal: one of them says it all."""
+    channels = levels.unflatten(1, (3, -1))
+    return bool((channels - channels[:, :1]).abs().max() < 1e-3)
+
+
+def extract(run: Run, train: Source, val: Source, backbone: Callable[[Tensor], Tensor]) -> Split:
+    """Return the features of both splits under the evaluation view."""
+    options = {
+        "batch_size": run.cfg.LINEAR.BATCH_SIZE,
+        "num_workers": run.cfg.DATA.NUM_WORKERS,
+        "device": run.device,
+    }
+    parts: list[Tensor] = []
+    with run.evaluating(backbone if isinstance(backbone, nn.Module) else nn.Identity()):
+        for source in (train, val):
+            batches = evaluation_batches(source, run.cfg.DATA.IMG_SIZE, **options)
+            parts += (tensor.cpu() for tensor in extract_features(backbone, batches))
+    return Split(*parts)
+
+
+def evaluate(split: Split, num_classes: int, seed: int) -> Scores:
+    """Return the columns of a row; None where a class has too few images to draw from."""
+    bank, labels, queries, answers = split
+    logits = logistic_probe(bank, labels, queries, num_classes)
+    scores: Scores = {
+        "knn": (knn_accuracy(*split, num_classes, (KNN_K,))[f"knn{KNN_K}_top1"], None),
+        "linear": (100.0 * int(topk_correct(logits, answers, (1,))) / len(answers), None),
+    }
+    fewest = int(labels.bincount(minlength=num_classes).min())
+    for count in FEW_LABELS:
+        enough = fewest >= count
+        scores[f"labels{count}"] = (
+            few_label_accuracy(*split, num_classes, count, DRAWS, seed) if enough else None
+        )
+    return scores
+
+
+def terminal_table(scores: dict[str, Scores]) -> str:
+    """Return the table with aligned columns, the best of each marked with a star."""
+    return "\n".join("  ".join(row) for row in _aligned(_cells(scores, "{}*", "{} ")))
+
+
+def markdown_table(scores: dict[str, Scores]) -> str:
+    """Return the table as Markdown, the best of each column in bold."""
+    header, *rows = _aligned(_cells(scores, "**{}**", "{}"))
+    rule = ["-" * len(header[0]), *("-" * (len(cell) - 1) + ":" for cell in header[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def _cells(scores: dict[str, Scores], best: str, other: str) -> list[list[str]]:
+    top = {column: max((row[column] or (-1.0, None))[0] for row in scores.values()) for column in COLUMNS}
+    table = [["", *COLUMNS.values()]]
+    for name, row in scores.items():
+        cells = [(_number(row[column]), row[column]) for column in COLUMNS]
+        marks = [
+            best if value and value[0] == top[c] else other
+            for (_, value), c in zip(cells, COLUMNS, strict=True)
+        ]
+        table.append([name, *(mark.format(text) for mark, (text, _) in zip(marks, cells, strict=True))])
+    return table
+
+
+def _number(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value[0]:.1f}" if value[1] is None else f"{value[0]:.1f} ± {value[1]:.1f}"
+
+
+def _aligned(table: list[list[str]]) -> list[list[str]]:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return [
+        [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        for row in table
+    ]
+
+
+def _plain(scores: dict[str, Scores]) -> dict[str, Any]:
+    return {
+        name: {column: value and {"mean": value[0], "std": value[1]} for column, value in row.items()}
+        for name, row in scores.items()
+    }
+
+
+def save_pictures(
+    run: Run, train: Source, val: Source, trained: Split, scores: dict[str, Scores]
+) -> list[Path]:
+    """Write the learning curve and the neighbours; return the paths of all pictures of the run."""
+    curve, neighbours = run.folder / "learning_curve.png", run.folder / "neighbours.png"
+    shown = KNN_K if KNN_K in run.cfg.KNN.K else next(iter(run.cfg.KNN.K), KNN_K)
+    baselines = {
+        name: row["knn"][0] for name, row in scores.items() if name != "trained backbone" and row["knn"]
+    }
+    save_learning_curve(curve, run.folder, f"knn{shown}", baselines if shown == KNN_K else {})
+    chosen = pick_queries(trained.query_labels, 8, run.seed)
+    save_neighbours(neighbours, val, chosen, train, nearest(trained.bank, trained.queries[chosen], 6))
+    return [path for path in (run.folder / "views.png", curve, neighbours) if path.exists()]
+
+
+if __name__ == "__main__":
+    run_main(main)
