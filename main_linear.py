@@ -9,9 +9,13 @@ O/<name>/T/linear/.
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import make_parser, parse, run_main
+
+if TYPE_CHECKING:
+    from models.parts.backbones import Backbone
+    from utils.run import Run
 
 logger = logging.getLogger("synco")
 
@@ -62,11 +66,7 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     from data.datasets import open_split
     from data.loader import Batch, GlobalLoader, evaluation_batches
     from data.views import build_recipe
-    from models.classifier import LinearHeads, backbone_state, freeze, grid_loss, load_backbone
-    from models.parts.backbones import build_backbone
-    from utils import checkpoint
-    from utils.config import section_options
-    from utils.distributed import on_main
+    from models.classifier import LinearHeads, grid_loss
     from utils.engine import TrainState, fit
     from utils.evaluate import extract_features, knn_accuracy, measure_throughput
     from utils.optim import build_optimizer
@@ -79,16 +79,7 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     run = start_run(cfg, f"linear/{label}", task="linear", training=not (args.eval or args.throughput))
     linear = cfg.LINEAR
 
-    # the frozen backbone
-    options = {**section_options(cfg.MODEL.BACKBONE), "drop_path": linear.DROP_PATH}
-    del options["target_drop_path"]
-    backbone = build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
-    run.fingerprint = "random weights"
-    if weights:
-        state_dict, layout = backbone_state(checkpoint.load(weights))
-        logger.info("%s (layout: %s)", load_backbone(backbone, state_dict, str(weights)), layout)
-        run.fingerprint = f"weights {on_main(lambda: checkpoint.digest(weights))}"
-    backbone = freeze(run.prepare(backbone), active_drop_path=linear.DROP_PATH > 0)
+    backbone = frozen_backbone(cfg, run, weights)
     if args.throughput:
         measure_throughput(backbone, cfg.DATA.IMG_SIZE, linear.BATCH_SIZE, run.device)
         return {}, 0
@@ -96,7 +87,7 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     # data; the features of frozen weights under a fixed transform are computed once
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
     run.fingerprint += f", data {train.fingerprint()}"
-    reading = {
+    reading: dict[str, Any] = {
         "batch_size": linear.BATCH_SIZE,
         "device": run.device,
         "num_workers": cfg.DATA.NUM_WORKERS,
@@ -104,18 +95,12 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
     }
     with run.evaluating(backbone):
         queries = extract_features(backbone, evaluation_batches(val, cfg.DATA.IMG_SIZE, **reading))
-        bank = (
-            extract_features(
-                backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, skip_unreadable=True, **reading)
-            )
-            if cfg.KNN.K
-            else None
-        )
-    knn = (
-        knn_accuracy(*bank, *run.shard(*queries), train.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
-        if bank
-        else {}
-    )
+        knn = {}
+        if cfg.KNN.K:
+            reading["skip_unreadable"] = True  # as in training, where another image stands in
+            bank = extract_features(backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, **reading))
+            mine = run.shard(*queries)
+            knn = knn_accuracy(*bank, *mine, train.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
     loader = GlobalLoader(
         train,
         build_recipe("linear", cfg.DATA.IMG_SIZE),
@@ -167,6 +152,25 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
             return {}, outcome.value
     final = evaluate(plan.progress(state.step))
     return write_result(run, label, state.best, final, knn, linear.LRS), 0
+
+
+def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
+    """Build the backbone, load ``weights`` if any and freeze it; note in the run what it is about."""
+    from models.classifier import backbone_state, freeze, load_backbone
+    from models.parts.backbones import build_backbone
+    from utils import checkpoint
+    from utils.config import section_options
+    from utils.distributed import on_main
+
+    options = {**section_options(cfg.MODEL.BACKBONE), "drop_path": cfg.LINEAR.DROP_PATH}
+    del options["target_drop_path"]
+    backbone = build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
+    run.fingerprint = "random weights"
+    if weights:
+        state_dict, layout = backbone_state(checkpoint.load(weights))
+        logger.info("%s (layout: %s)", load_backbone(backbone, state_dict, str(weights)), layout)
+        run.fingerprint = f"weights {on_main(lambda: checkpoint.digest(weights))}"
+    return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0)
 
 
 if __name__ == "__main__":

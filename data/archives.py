@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import utils.distributed as distributed
 from data.files import PackedStrings, decode_rgb
 from data.source import Source, digest
-from utils import distributed
 
 CACHE_MODES = ("no", "part", "full")
 ZIP_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif")

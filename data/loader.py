@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import utils.distributed as distributed
 from data.augment import photometric, spatial
 from data.fetch import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
 from data.parameters import draw_photometric, sample_keys
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.source import Source
 from data.views import Recipe, build_recipe, check_view, is_random
-from utils import distributed
 
 logger = logging.getLogger("synco")
 

@@ -180,12 +180,11 @@ def signal_at(
 
 def signal_during(rank: int, *, where: str) -> None:
     """Arrange for a SIGTERM in the middle of a save or of an evaluation, on rank 0."""
-    from utils import engine
-    from utils import run as run_module
+    from utils import engine, meter
 
     owner, name = {
-        "save": (run_module.checkpoint, "save"),
-        "evaluation": (run_module.Run, "record"),
+        "save": (checkpoint, "save"),
+        "evaluation": (meter.Meter, "record"),
         "update": (engine, "update"),
     }[where]
     original = getattr(owner, name)

@@ -22,14 +22,19 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def uninterrupted(method: str, output: Path, world: int = 1, **keys: Any) -> str:
-    """Run to the end without a fault and return the digest of all state."""
-    tag = f"whole{world}{abs(hash(tuple(keys.items())))}"
+def whole_run(method: str, output: Path, world: int = 1, **keys: Any) -> Path:
+    """Run to the end without a fault and return the folder."""
+    tag = f"whole{len(list(output.glob('*/whole*')))}"
     argv = runs.arguments(method, output, tag, world=world, **keys)
     assert forked.run("main_pretrain", argv, output / f"{method}.log", ranks=world) == [0] * world
     folder = output / method / tag
     assert runs.status(folder)["state"] == "done"
-    return runs.digest(folder)
+    return folder
+
+
+def uninterrupted(method: str, output: Path, world: int = 1, **keys: Any) -> str:
+    """Return the digest of all state of a run without a fault."""
+    return runs.digest(whole_run(method, output, world, **keys))
 
 
 def finish(argv: list[str], folder: Path, log: Path, world: int = 1) -> int:
@@ -254,16 +259,13 @@ def test_the_best_values_so_far_survive(halfway: Path, output: Path) -> None:
 
 
 def probe_arguments(output: Path, tag: str) -> list[str]:
-    whole = next((output / "byol").glob("whole1*"))
     keys: dict[str, Any] = {"LINEAR__EPOCHS": 2, "LINEAR__BATCH_SIZE": 256, "LINEAR__LRS": [1.0, 10.0]}
     keys |= {"KNN__K": [5], "CHECKPOINT__EVERY_STEPS": 2}
-    newest = checkpoint.newest_valid(whole)
-    assert newest is not None
-    return runs.arguments("byol", output, tag, "--pretrained", str(newest.path), **keys)
+    weights = whole_run("byol", output) / f"ckpt_{runs.STEPS:08d}.pt"
+    return runs.arguments("byol", output, tag, "--pretrained", str(weights), **keys)
 
 
 def test_a_probe_killed_and_resumed(output: Path) -> None:
-    uninterrupted("byol", output)
     name = f"linear/ckpt_{runs.STEPS:08d}"
     whole, killed = (output / "byol" / tag / name for tag in ("probe", "probe-killed"))
     assert forked.run("main_linear", probe_arguments(output, "probe"), output / "log") == [0]
