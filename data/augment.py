@@ -197,8 +197,6 @@ def spatial(images: Tensor, view: View, boxes: np.ndarray | None) -> Tensor:
 
 def resized_shape(height: int, width: int, op: Resize) -> tuple[int, int]:
     """Return the (height, width) that `op` gives an image, rounded down as in torchvision."""
-    if not op.keep_ratio:
-        return op.size, op.size
     if height <= width:
         return op.size, int(op.size * width / height)
     return int(op.size * height / width), op.size

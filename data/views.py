@@ -28,10 +28,9 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class Resize:
-    """Resize the shorter side to `size`, or both sides when `keep_ratio` is false."""
+    """Resize the shorter side to `size`."""
 
     size: int
-    keep_ratio: bool = True
     interpolation: str = "bilinear"
 
 
@@ -244,8 +243,7 @@ def _reference_op(op: SpatialOp | PhotometricOp) -> object:
         case RandomResizedCrop():
             return transforms.RandomResizedCrop(op.size, op.scale, op.ratio, modes(op.interpolation))
         case Resize():
-            size = op.size if op.keep_ratio else (op.size, op.size)
-            return transforms.Resize(size, modes(op.interpolation))
+            return transforms.Resize(op.size, modes(op.interpolation))
         case CenterCrop():
             return transforms.CenterCrop(op.size)
         case HorizontalFlip():

@@ -1,4 +1,4 @@
-"""A new method is one class, one line in the dictionary, one yaml: this adds one through exactly those steps."""
+"""A new method is one class, one line in the dictionary, one yaml: this adds one through those steps."""
 
 from pathlib import Path
 

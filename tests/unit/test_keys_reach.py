@@ -30,7 +30,7 @@ DEFAULTS = default_config(framework_defaults())
 ALL_KEYS = {key for key, _ in leaves(DEFAULTS)}
 
 # What belongs to the other main; together they leave out nothing.
-NOT_PRETRAINING = {key for key in ALL_KEYS if key.startswith("LINEAR.")} - {"LINEAR.BATCH_SIZE"}
+NOT_PRETRAINING = {key for key in ALL_KEYS if key.startswith("LINEAR.")}
 _PRETRAINING_ONLY = ("OPTIM.", "SCHEDULE.", "AUG.", *(f"MODEL.{name.upper()}." for name in FRAMEWORKS))
 NOT_PROBING = {key for key in ALL_KEYS if key.startswith(_PRETRAINING_ONLY)} | {
     *("MODEL.NAME", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "TRAIN.USE_CHECKPOINT", "KNN.EVERY_EPOCHS"),

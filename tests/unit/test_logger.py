@@ -31,7 +31,7 @@ def handlers_removed() -> Iterator[None]:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Let files of this process, pytest's own output among them, grow no further than 200 bytes for a block."""
+    """Let files of this process, pytest's output among them, grow no further than 200 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
