@@ -5,7 +5,6 @@ report.json, learning_curve.png and neighbours.png into the run's folder. The fe
 pretraining shows: all rows see the same labels.
 """
 
-import functools
 import json
 import logging
 import sys
@@ -43,7 +42,8 @@ KNN_K = 20
 FEW_LABELS = (10, 1)  # a class
 DRAWS = 20
 PIXEL_SIDE = 32
-MANY_IMAGES = 20_000  # with more, pixels are halved again: a probe on 3,072 features would take minutes
+MANY_IMAGES = 20_000  # with more, probes on thousands of correlated pixels take minutes
+PIXEL_COMPONENTS = 256
 COLUMNS = {
     "knn": f"k-NN (k={KNN_K})",
     "linear": "linear, all labels",
@@ -54,9 +54,9 @@ NOTES = (
     f"Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest training images "
     "by cosine. Linear: logistic regression on frozen features. Few labels: the same, mean ± standard "
     f"deviation over {DRAWS} draws of the labelled images, equal for all rows. Raw pixels: the evaluation "
-    f"view, at most {PIXEL_SIDE} pixels a side ({PIXEL_SIDE // 2} for more than {MANY_IMAGES:,} images), "
-    "minus the mean image. Random backbone: the run's network before its first step, batch norms as "
-    "initialised (statistics of the data change its k-NN by about a point and lower its probes)."
+    f"view, at most {PIXEL_SIDE} pixels a side, minus the mean image ({PIXEL_COMPONENTS} principal components "
+    f"for more than {MANY_IMAGES:,} images). Random backbone: the run's network before its first step, batch "
+    "norms as initialised (statistics of the data change its k-NN by about a point and lower its probes)."
 )
 
 Scores = dict[str, tuple[float, float | None] | None]  # column -> (mean, standard deviation over draws)
@@ -134,22 +134,29 @@ def build_online(cfg: CfgNode) -> nn.Module:
     return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
 
 
-def raw_pixels(images: Tensor, side: int = PIXEL_SIDE) -> Tensor:
-    """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], at most ``side`` pixels a side."""
+def raw_pixels(images: Tensor) -> Tensor:
+    """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], at most PIXEL_SIDE pixels a side."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    if images.shape[-1] > side:
-        images = torch.nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    if images.shape[-1] > PIXEL_SIDE:
+        size = (PIXEL_SIDE, PIXEL_SIDE)
+        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
     return (images * std + mean).flatten(1)
 
 
 def pixel_split(run: Run, train: Source, val: Source) -> Split:
     """Return raw pixels minus the mean training image: the cosine of plain levels compares brightness."""
-    side = PIXEL_SIDE if len(train) <= MANY_IMAGES else PIXEL_SIDE // 2
-    split = extract(run, train, val, functools.partial(raw_pixels, side=side))
+    split = extract(run, train, val, raw_pixels)
     width = split.bank.shape[1] // 3 if _is_grey(split.bank) else split.bank.shape[1]
     bank, queries = split.bank[:, :width], split.queries[:, :width]
     mean = bank.mean(0)
-    return split._replace(bank=bank - mean, queries=queries - mean)
+    split = split._replace(bank=bank - mean, queries=queries - mean)
+    return split if len(train) <= MANY_IMAGES else principal(split, PIXEL_COMPONENTS)
+
+
+def principal(split: Split, num: int) -> Split:
+    """Project centred features on the ``num`` principal components of the bank."""
+    axes = torch.linalg.eigh(split.bank.T @ split.bank).eigenvectors[:, -num:]
+    return split._replace(bank=split.bank @ axes, queries=split.queries @ axes)
 
 
 def _is_grey(levels: Tensor) -> bool:

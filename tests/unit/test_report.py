@@ -173,7 +173,6 @@ def test_raw_pixels_are_levels_and_small() -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     flat = report.raw_pixels((levels - mean) / std)
     assert flat.shape == (2, 3 * 32 * 32)
-    assert report.raw_pixels((levels - mean) / std, side=16).shape == (2, 3 * 16 * 16)
     small = torch.rand(2, 3, 8, 8)
     assert torch.allclose(report.raw_pixels((small - mean) / std), small.flatten(1), atol=1e-6)
 
@@ -185,6 +184,15 @@ def test_pixels_of_grey_images_count_once_and_are_centred(trained: Path) -> None
     levels = train.images[:, 0].flatten(1) / 255
     assert split.queries.shape == (len(val), 64)
     assert torch.allclose(split.bank, levels - levels.mean(0), atol=1e-5)
+
+
+def test_principal_components_keep_what_varies() -> None:
+    plane = torch.randn(50, 2) @ torch.randn(2, 6)
+    plane -= plane.mean(0)
+    labels = torch.zeros(50, dtype=torch.int64)
+    reduced = report.principal(report.Split(plane, labels, plane[:5], labels[:5]), 2)
+    assert reduced.bank.shape == (50, 2)
+    assert torch.allclose(reduced.bank @ reduced.queries.T, plane @ plane[:5].T, atol=1e-3)
 
 
 def test_channels_that_differ_are_all_kept() -> None:
