@@ -214,9 +214,9 @@ def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Te
     bias = inputs.new_zeros(*x.shape[:-2], 1, num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
-        max_iter=100,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-8,
+        max_iter=300,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
     )
 
