@@ -55,8 +55,9 @@ NOTES = (
     "by cosine. Linear: logistic regression on frozen features. Few labels: the same, mean ± standard "
     f"deviation over {DRAWS} draws of the labelled images, equal for all rows. Raw pixels: the evaluation "
     f"view, at most {PIXEL_SIDE} pixels a side, minus the mean image ({PIXEL_COMPONENTS} principal "
-    f"components for more than {MANY_IMAGES:,} images). Random backbone: the run's network before its first step, batch "
-    "norms as initialised (statistics of the data change its k-NN by about a point and lower its probes)."
+    f"components for more than {MANY_IMAGES:,} images). Random backbone: the run's network before its first "
+    "step, batch norms as initialised (statistics of the data change its k-NN by about a point and lower its "
+    "probes)."
 )
 
 Scores = dict[str, tuple[float, float | None] | None]  # column -> (mean, standard deviation over draws)
