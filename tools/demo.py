@@ -50,7 +50,9 @@ def run(script: str, flags: list[str]) -> int:
     """
     command = [sys.executable, str(ROOT / script), *flags]
     say(" ".join(["python", script, *flags]))
-    child = subprocess.Popen(command, env=environment())
+    # The report fits small problems, where a second thread costs more than it gives.
+    threads = 1 if script.startswith("tools/") else THREADS
+    child = subprocess.Popen(command, env=environment(threads))
     while True:
         try:
             return child.wait()
@@ -58,10 +60,10 @@ def run(script: str, flags: list[str]) -> int:
             continue
 
 
-def environment() -> dict[str, str]:
-    """Return the environment with as many threads as there are cores, unless the user has chosen."""
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment with a thread a core, at most ``threads``, unless the user has chosen."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(min(cores, THREADS)), **os.environ}
+    return {"OMP_NUM_THREADS": str(min(cores, threads)), **os.environ}
 
 
 def say(text: str) -> None:
