@@ -50,14 +50,15 @@ COLUMNS = {
     "labels10": "10 labels/class",
     "labels1": "1 label/class",
 }
-NOTES = f"""
-Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest training images by
-cosine. Linear: logistic regression on frozen features; for more than {MANY_IMAGES:,} images and {COMPONENTS}
-features, on their principal components. Few labels: the same on all features, mean ± standard deviation over
-{DRAWS} draws of the labelled images, equal for all rows. Raw pixels: the evaluation view, at most {PIXEL_SIDE}
-pixels a side, minus the mean image. Random backbone: the run's network before its first step, batch norms as
-initialised (statistics of the data change its k-NN by about a point and lower its probes).
-"""
+NOTES = (
+    f"Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest training images "
+    "by cosine. Linear: logistic regression on frozen features. Few labels: the same, mean ± standard "
+    f"deviation over {DRAWS} draws of the labelled images, equal for all rows. Raw pixels: the evaluation "
+    f"view, at most {PIXEL_SIDE} pixels a side, minus the mean image ({PIXEL_COMPONENTS} principal "
+    f"components for more than {MANY_IMAGES:,} images). Random backbone: the run's network before its first "
+    "step, batch norms as initialised (statistics of the data change its k-NN by about a point and lower its "
+    "probes)."
+)
 
 Scores = dict[str, tuple[float, float | None] | None]  # column -> (mean, standard deviation over draws)
 

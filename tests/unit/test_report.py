@@ -251,9 +251,9 @@ def test_a_demo_goes_on_with_the_newest_tag(tmp_path: Path) -> None:
 
 def test_the_user_chooses_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert demo.environment()["OMP_NUM_THREADS"] == "3"
+    assert demo.environment(demo.THREADS)["OMP_NUM_THREADS"] == "3"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert 1 <= int(demo.environment()["OMP_NUM_THREADS"]) <= demo.THREADS
+    assert 1 <= int(demo.environment(demo.THREADS)["OMP_NUM_THREADS"]) <= demo.THREADS
 
 
 def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
