@@ -8,8 +8,10 @@ import functools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from data.noise import keyed_normal
 from data.parameters import JITTER_OPS, Draws
 from data.resample import chunk_length, crop_resize, gaussian_blur
 from data.views import (
@@ -21,11 +23,13 @@ from data.views import (
     Grayscale,
     HorizontalFlip,
     PhotometricOp,
+    RandomCropPad,
+    RandomErasing,
     RandomResizedCrop,
     Resize,
     Solarize,
     View,
-    photometric_ops,
+    device_ops,
     spatial_ops,
 )
 
@@ -33,9 +37,10 @@ LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
 
 
 def photometric(images: Tensor, view: View, draws: Draws) -> Tensor:
-    """Apply the photometric operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
+    """Apply the batched operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
 
-    `draws` come from `draw_photometric`; values stay in [0,1] between operations.
+    What a view does on the host (`host_ops`) was done where the image was read. `draws` come from
+    `draw_photometric`; values stay in [0,1] between operations.
     """
     length = chunk_length(images.device, *images.shape[1:])
     if len(images) <= length:
@@ -46,9 +51,26 @@ def photometric(images: Tensor, view: View, draws: Draws) -> Tensor:
 
 def _photometric(images: Tensor, view: View, draws: Draws) -> Tensor:
     x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    for op in photometric_ops(view):
-        _apply(op, x, draws)
-    return normalise_(x)
+    ops = device_ops(view)
+    for op in ops:
+        if not isinstance(op, RandomErasing):
+            _apply(op, x, draws)
+    normalise_(x)
+    return erase_(x, draws) if any(isinstance(op, RandomErasing) for op in ops) else x
+
+
+def erase_(x: Tensor, draws: Draws) -> Tensor:
+    """Put normal noise into the drawn rectangles of normalised images `x` (N,3,S,S), in place."""
+    chosen = np.flatnonzero(draws["erase"])
+    if not len(chosen):
+        return x
+    index = _send(chosen, x.device)
+    top, left, height, width = _send(draws["erase_box"][chosen], x.device)[:, :, None].unbind(1)
+    row, col = (torch.arange(side, device=x.device) for side in x.shape[-2:])
+    rows, cols = ((row >= top) & (row < top + height), (col >= left) & (col < left + width))
+    noise = keyed_normal(_send(draws["erase_key"][chosen].view(np.int64), x.device), tuple(x.shape[1:]))
+    inside = (rows[:, :, None] & cols[:, None, :])[:, None]
+    return x.index_copy_(0, index, torch.where(inside, noise, x.index_select(0, index)))
 
 
 def normalise_(x: Tensor) -> Tensor:
@@ -180,19 +202,40 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 def spatial(images: Tensor, view: View, boxes: np.ndarray | None) -> Tensor:
     """Run the crop and resize operations of `view` on equally large images: uint8 (N,3,H,W) -> (N,3,S,S).
 
-    `boxes` (N,4) are the drawn crops of a RandomResizedCrop, None otherwise.
+    `boxes` (N,4) are the drawn windows of a random crop, None where there is none.
     """
-    first, *rest = spatial_ops(view)
-    if isinstance(first, RandomResizedCrop):
-        assert boxes is not None
-        return crop_resize(images, boxes, first.size, first.interpolation)
-    assert isinstance(first, Resize)
+    for op in spatial_ops(view):
+        match op:
+            case RandomResizedCrop():
+                assert boxes is not None
+                images = crop_resize(images, boxes, op.size, op.interpolation)
+            case Resize():
+                images = _resize(images, op)
+            case CenterCrop():
+                images = center_crop(images, op.size)
+            case RandomCropPad():
+                assert boxes is not None
+                images = shift_crop(images, boxes, op)
+    return images
+
+
+def _resize(images: Tensor, op: Resize) -> Tensor:
     height, width = images.shape[-2:]
-    size = resized_shape(height, width, first)
-    if size != (height, width):
-        whole = np.tile(np.array([[0, 0, height, width]]), (len(images), 1))
-        images = crop_resize(images, whole, size, first.interpolation)
-    return center_crop(images, rest[0].size) if rest and isinstance(rest[0], CenterCrop) else images
+    size = resized_shape(height, width, op)
+    if size == (height, width):
+        return images
+    whole = np.tile(np.array([[0, 0, height, width]]), (len(images), 1))
+    return crop_resize(images, whole, size, op.interpolation)
+
+
+def shift_crop(images: Tensor, boxes: np.ndarray, op: RandomCropPad) -> Tensor:
+    """Cut the windows `boxes` (N,4) out of uint8 images (N,3,H,W) with black around them: (N,3,S,S)."""
+    padded = F.pad(images, [op.padding] * 4)
+    corner = _send(np.ascontiguousarray(boxes[:, :2]), images.device)
+    side = torch.arange(op.size, device=images.device)
+    row, col = (corner[:, :1] + side)[:, None, :, None], (corner[:, 1:] + side)[:, None, None, :]
+    sample, channel = (torch.arange(n, device=images.device) for n in padded.shape[:2])
+    return padded[sample[:, None, None, None], channel[None, :, None, None], row, col]
 
 
 def resized_shape(height: int, width: int, op: Resize) -> tuple[int, int]:

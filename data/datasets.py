@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from data import archives, arrays, files
+from data import archives, arrays, files, layouts
 from data.source import ArraySource, Source, Subset, subset
 
 __all__ = [
@@ -26,16 +26,19 @@ SOURCES: dict[str, Builder] = {
     "imagefolder": files.imagefolder,
     "imagenet": files.imagefolder,
     "folder": files.folder,
+    "folder_split": layouts.folder_split,
     "zip": archives.zipped,
     "cifar10": arrays.cifar10,
     "cifar100": arrays.cifar100,
     "stl10": arrays.stl10,
     "stl10_labelled": arrays.stl10_labelled,
+    "tinyimagenet": layouts.tinyimagenet,
+    "pets": layouts.pets,
     "digits": arrays.digits,
     "mnist5k": arrays.mnist5k,
 }
 _BUNDLED = {"digits", "mnist5k"}  # ship with a library: need no path
-_DOWNLOADABLE = {"cifar10", "cifar100", "stl10", "stl10_labelled"}
+_DOWNLOADABLE = {"cifar10", "cifar100", "stl10", "stl10_labelled", "pets"}
 _LABELLED = {"stl10": "stl10_labelled"}  # pretraining adds images without labels
 SPLITS = ("train", "val")
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.augment import center_crop, resized_shape, spatial
-from data.parameters import draw_crop, hashed, sample_keys
+from data.parameters import draw_crop, draw_shift, hashed, sample_keys
+from data.randaugment import host_augment
 from data.sampler import Request
 from data.source import Source
-from data.views import CenterCrop, RandomResizedCrop, Recipe, Resize, View, spatial_ops
+from data.views import CenterCrop, RandomCropPad, RandomResizedCrop, Recipe, Resize, View, spatial_ops
 
 logger = logging.getLogger("synco")
 
@@ -28,19 +29,26 @@ class BadImagesError(ValueError):
 class Fetched(TypedDict):
     """A micro-batch on the host; a dict, because the loader's pinning understands it."""
 
-    views: list[Tensor]  # uint8 (N,3,S,S) each, cropped
+    views: list[Tensor]  # uint8 (N,3,S,S) each, cropped, the host's operations done
     epoch: int
-    wanted: Tensor  # (N,) indices that the sampler asked for: keys of all draws
+    wanted: Tensor  # (N,) indices that the sampler asked for: with the copies the keys of all draws
+    copies: Tensor  # (N,) which repetition of its sample each is
     indices: Tensor  # (N,) indices that were loaded: differs where a bad image was replaced
     failures: list[tuple[str, str]]  # (name, reason) of the images that could not be read
 
 
 def draw_boxes(view: View, keys: np.ndarray, shape: tuple[int, int] | torch.Size) -> np.ndarray | None:
     """Draw the crops (N,4) of `view` for images of one (height, width); None if the crop is not random."""
-    first = spatial_ops(view)[0]
-    if not isinstance(first, RandomResizedCrop):
-        return None
-    return draw_crop(first, keys, np.full(len(keys), shape[0]), np.full(len(keys), shape[1]))
+    height, width = shape
+    for op in spatial_ops(view):
+        match op:
+            case Resize():
+                height, width = resized_shape(height, width, op)
+            case RandomResizedCrop():
+                return draw_crop(op, keys, np.full(len(keys), height), np.full(len(keys), width))
+            case RandomCropPad():
+                return draw_shift(op, keys, height, width)
+    return None
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, count: int) -> int:
@@ -63,13 +71,15 @@ class Fetcher(Dataset[Fetched]):
         if self.source.images is not None and self.seed is None:
             views, loaded = (self._rows(request, self.source.images), list(request.indices))
         else:
-            samples = [self._sample(request.epoch, int(index), failures) for index in request.indices]
+            wanted = zip(request.indices, np.broadcast_to(request.copies, len(request.indices)), strict=True)
+            samples = [self._sample(request.epoch, int(i), int(copy), failures) for i, copy in wanted]
             loaded = [index for index, _ in samples]
             views = [torch.stack(crops) for crops in zip(*(crops for _, crops in samples), strict=True)]
         return {
             "views": views,
             "epoch": request.epoch,
             "wanted": torch.from_numpy(request.indices),
+            "copies": torch.from_numpy(np.broadcast_to(request.copies, len(request.indices)).copy()),
             "indices": torch.tensor(loaded),
             "failures": failures,
         }
@@ -78,7 +88,9 @@ class Fetcher(Dataset[Fetched]):
         rows = images[torch.from_numpy(request.indices)]
         return [spatial(rows, view, None) for view in self.recipe]
 
-    def _sample(self, epoch: int, wanted: int, failures: list[tuple[str, str]]) -> tuple[int, list[Tensor]]:
+    def _sample(
+        self, epoch: int, wanted: int, copy: int, failures: list[tuple[str, str]]
+    ) -> tuple[int, list[Tensor]]:
         """Return the index that was loaded and its views (3,S,S)."""
         index = wanted
         for attempt in range(1, _ATTEMPTS + 1):
@@ -87,7 +99,8 @@ class Fetcher(Dataset[Fetched]):
             except Exception as error:  # whatever a decoder may raise: the file is bad
                 failures.append((self.source.name(index), f"{type(error).__name__}: {error}"))
             else:
-                return index, [self._crop(image, number, epoch, wanted) for number in range(len(self.recipe))]
+                views = range(len(self.recipe))
+                return index, [self._crop(image, number, epoch, wanted, copy) for number in views]
             if self.seed is None:
                 size = self._placeholder_size()
                 return index, [torch.zeros((3, size, size), dtype=torch.uint8)] * len(self.recipe)
@@ -97,27 +110,33 @@ class Fetcher(Dataset[Fetched]):
     def _placeholder_size(self) -> int:
         return spatial_ops(self.recipe[0])[-1].size
 
-    def _crop(self, image: Tensor, number: int, epoch: int, wanted: int) -> Tensor:
+    def _crop(self, image: Tensor, number: int, epoch: int, wanted: int, copy: int) -> Tensor:
         view = self.recipe[number]
-        boxes = None
-        if self.seed is not None:
-            boxes = draw_boxes(
-                view, sample_keys(self.seed, epoch, np.array([wanted]), number), image.shape[-2:]
-            )
-        return crop_one(image, view, None if boxes is None else boxes[0])
+        if self.seed is None:
+            return crop_one(image, view, None)
+        key = sample_keys(self.seed, epoch, np.array([wanted]), number, copy)
+        boxes = draw_boxes(view, key, image.shape[-2:])
+        return host_augment(crop_one(image, view, None if boxes is None else boxes[0]), view, key)
 
 
 def crop_one(image: Tensor, view: View, box: np.ndarray | None) -> Tensor:
     """Run the crop and resize operations of `view` on one uint8 image (3,H,W) -> (3,S,S)."""
-    first, *rest = spatial_ops(view)
-    if isinstance(first, RandomResizedCrop):
-        assert box is not None
-        top, left, height, width = (int(v) for v in box)
-        window = image[:, top : top + height, left : left + width]
-        return resize_one(window, (first.size, first.size), first.interpolation)
-    assert isinstance(first, Resize)
-    image = resize_one(image, resized_shape(image.shape[1], image.shape[2], first), first.interpolation)
-    return center_crop(image, rest[0].size) if rest and isinstance(rest[0], CenterCrop) else image
+    top, left, height, width = (0, 0, 0, 0) if box is None else (int(v) for v in box)
+    for op in spatial_ops(view):
+        match op:
+            case RandomResizedCrop():
+                assert box is not None
+                window = image[:, top : top + height, left : left + width]
+                image = resize_one(window, (op.size, op.size), op.interpolation)
+            case Resize():
+                size = resized_shape(image.shape[1], image.shape[2], op)
+                image = resize_one(image, size, op.interpolation)
+            case CenterCrop():
+                image = center_crop(image, op.size)
+            case RandomCropPad():
+                assert box is not None
+                image = F.pad(image, [op.padding] * 4)[:, top : top + height, left : left + width]
+    return image
 
 
 def resize_one(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

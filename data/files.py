@@ -98,11 +98,11 @@ def imagefolder(path: str, split: str) -> FileSource:
     for label, name in enumerate(classes):
         inside = [os.path.join(name, image) for image in image_paths(folder / name)] if name in found else []
         if not inside and split == "train":
-            _refuse_empty(folder / name, "remove the folder: it would count as a class")
+            refuse_empty(folder / name, "remove the folder: it would count as a class")
         paths += inside
         labels += [label] * len(inside)
     if not paths:
-        _refuse_empty(folder, "expected <class>/<image> below it")
+        refuse_empty(folder, "expected <class>/<image> below it")
     return FileSource(folder, paths, labels, classes)
 
 
@@ -114,11 +114,12 @@ def _class_names(folder: Path) -> list[str]:
         )
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not names:
-        _refuse_empty(folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes")
+        refuse_empty(folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes")
     return names
 
 
-def _refuse_empty(folder: Path, remedy: str) -> None:
+def refuse_empty(folder: Path, remedy: str) -> None:
+    """Raise the ValueError of a folder without images."""
     raise ValueError(
         f"DATA.PATH (--data-path): no images in {folder}: {remedy} (extensions: {' '.join(IMG_EXTENSIONS)})"
     )
@@ -138,5 +139,5 @@ def folder(path: str, split: str) -> FileSource:
         raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")
     paths = list(image_paths(root))
     if not paths:
-        _refuse_empty(root, "expected image files below it")
+        refuse_empty(root, "expected image files below it")
     return FileSource(root, paths, [-1] * len(paths), [])

@@ -22,7 +22,7 @@ from data.fetch import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
 from data.parameters import draw_photometric, sample_keys
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.source import Source
-from data.views import Recipe, build_recipe, check_view, is_random
+from data.views import Recipe, build_recipe, check_view, is_random, needs_pil
 
 logger = logging.getLogger("synco")
 
@@ -52,7 +52,9 @@ class GlobalLoader:
 
     `recipe` gives the views, `global_batch` is the number of images of a step over all ranks and
     micro-batches. Images held as one array stay on `device` (`resident`), others are decoded and cropped by
-    `num_workers` processes. With `drop_last=False` an epoch's last batch is filled up from the epoch's start.
+    `num_workers` processes, and so are arrays where the recipe works on single images (RandAugment). With
+    `drop_last=False` an epoch's last batch is filled up from the epoch's start. `repeated_aug` puts so many
+    differently augmented copies of an image into an epoch of unchanged length.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class GlobalLoader:
         timeout: float = 300,
         max_bad_fraction: float = 1e-4,
         resident: bool | None = None,
+        repeated_aug: int = 1,
         rank: int | None = None,
         world: int | None = None,
     ) -> None:
@@ -76,13 +79,16 @@ class GlobalLoader:
             check_view(view)
         if resident and source.images is None:
             raise ValueError("resident images need a data set held as one array, not one of files")
+        if resident and needs_pil(recipe):
+            raise ValueError("resident images cannot run RandAugment, which works on single PIL images")
         self.source, self.recipe, self.seed, self.device = (source, recipe, seed, torch.device(device))
         self.num_workers, self.timeout = num_workers, timeout
         self.rank = distributed.rank() if rank is None else rank
         world = distributed.world_size() if world is None else world
-        self.plan = BatchPlan(len(source), global_batch, seed, world, accumulation, drop_last)
+        self.plan = BatchPlan(len(source), global_batch, seed, world, accumulation, drop_last, repeated_aug)
         self.bad = BadImages(max_bad_fraction, self.steps_per_epoch * global_batch // world)
-        self.resident = source.images is not None if resident is None else resident
+        can_stay = source.images is not None and not needs_pil(recipe)
+        self.resident = can_stay if resident is None else resident
         self._images = source.images.to(self.device) if self.resident and source.images is not None else None
 
     @property
@@ -116,17 +122,17 @@ class GlobalLoader:
         shape = rows.shape[-2:]
         views = []
         for number, view in enumerate(self.recipe):
-            keys = sample_keys(self.seed, request.epoch, request.indices, number)
+            keys = sample_keys(self.seed, request.epoch, request.indices, number, request.copies)
             crops = spatial(rows, view, draw_boxes(view, keys, shape))
             views.append(photometric(crops, view, draw_photometric(view, keys)))
         return self._batch(views, torch.from_numpy(request.indices))
 
     def _finish(self, item: Fetched) -> Batch:
         """Augment cropped uint8 views (N,3,S,S) on the device."""
-        wanted = item["wanted"].numpy()
+        wanted, copies = item["wanted"].numpy(), item["copies"].numpy()
         views = []
         for number, (view, crops) in enumerate(zip(self.recipe, item["views"], strict=True)):
-            keys = sample_keys(self.seed, item["epoch"], wanted, number)
+            keys = sample_keys(self.seed, item["epoch"], wanted, number, copies)
             views.append(photometric(_to(crops, self.device), view, draw_photometric(view, keys)))
         return self._batch(views, item["indices"])
 

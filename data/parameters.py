@@ -5,6 +5,7 @@ A counter-based generator: a 64-bit key per sample, one stream number per draw, 
 sample in a worker draws what a whole batch draws in the main process.
 """
 
+import math
 from itertools import permutations
 from typing import TypeAlias
 
@@ -15,21 +16,27 @@ from data.views import (
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
+    RandomCropPad,
+    RandomErasing,
     RandomResizedCrop,
     Solarize,
     View,
     photometric_ops,
+    view_size,
 )
 from utils.distributed import keyed_seed
 
 Draws: TypeAlias = dict[str, np.ndarray]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ATTEMPTS = 10  # of RandomResizedCrop, as in torchvision
+_ATTEMPTS = 10  # of RandomResizedCrop as in torchvision, of RandomErasing as in timm
+_COPY_SHIFT = np.uint64(40)  # a sample's index takes fewer bits
 
 # Stream numbers belong to draws, not to positions in a recipe: moving an operation does not change its draws.
 _AREA, _RATIO, _TOP, _LEFT = 100, 200, 300, 301
-_FLIP, _JITTER, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE = 1, 2, 3, 4, 5, 6, 7
+_FLIP, _JITTER, _ORDER, _GRAY, _BLUR, _SIGMA, _SOLARIZE, _ERASE = 1, 2, 3, 4, 5, 6, 7, 8
+_ERASE_AREA, _ERASE_RATIO, _ERASE_TOP, _ERASE_LEFT = 400, 500, 600, 601
+RAND_AUGMENT, ERASE_NOISE = 700, 701  # streams of whole generators
 _FACTORS = {"brightness": 10, "contrast": 11, "saturation": 12, "hue": 13}
 JITTER_OPS = tuple(_FACTORS)  # numbers in `order` count along this
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)
@@ -49,15 +56,27 @@ def hashed(indices: np.ndarray, *parts: int | str) -> np.ndarray:
     return mix((np.asarray(indices).astype(np.uint64) + np.uint64(1)) * _GOLDEN + base)
 
 
-def sample_keys(seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
-    """Return the uint64 keys (N,) of samples `indices` (N,) in `epoch` for view number `view`."""
-    return hashed(indices, "view", seed, epoch, view)
+def sample_keys(
+    seed: int, epoch: int, indices: np.ndarray, view: int, copies: np.ndarray | int = 0
+) -> np.ndarray:
+    """Return the uint64 keys (N,) of samples `indices` (N,) in `epoch` for view number `view`.
+
+    `copies` (N,) tells the repetitions of a sample in an epoch apart; copy 0 has the key of a sample that is
+    not repeated.
+    """
+    numbered = np.asarray(indices, dtype=np.uint64) + (np.asarray(copies, dtype=np.uint64) << _COPY_SHIFT)
+    return hashed(numbered, "view", seed, epoch, view)
 
 
 def uniform(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
     """Return float64 uniforms in [0, 1), one per key; `stream` is broadcast against `keys`."""
     counter = mix(np.atleast_1d(np.asarray(stream, dtype=np.uint64)) * _GOLDEN)
     return (mix(keys ^ counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def stream_keys(keys: np.ndarray, stream: int) -> np.ndarray:
+    """Return uint64 seeds (N,) for a generator of its own, one per key."""
+    return mix(keys ^ mix(np.array([stream], dtype=np.uint64) * _GOLDEN))
 
 
 def draw_crop(op: RandomResizedCrop, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
@@ -87,6 +106,24 @@ def _central(op: RandomResizedCrop, heights: np.ndarray, widths: np.ndarray) -> 
     return np.stack([(heights - h) // 2, (widths - w) // 2, h, w], axis=1)
 
 
+def draw_shift(op: RandomCropPad, keys: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Draw boxes (N,4) int64 (top, left, size, size) in images of (height, width) with their padding added.
+
+    The law of torchvision's RandomCrop; ValueError if the padded image is smaller than the window.
+    """
+    spare = [length + 2 * op.padding - op.size for length in (height, width)]
+    if min(spare) < 0:
+        raise ValueError(
+            f"an image of {height} x {width} pixels with {op.padding} around it is smaller than the crop of "
+            f"{op.size}: lower DATA.IMG_SIZE"
+        )
+    top, left = (
+        np.floor(uniform(keys, stream) * (room + 1)).astype(np.int64)
+        for stream, room in zip((_TOP, _LEFT), spare, strict=True)
+    )
+    return np.stack([top, left, *(np.full(len(keys), op.size),) * 2], axis=1)
+
+
 def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + u * (high - low)
 
@@ -94,8 +131,9 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 def draw_photometric(view: View, keys: np.ndarray) -> Draws:
     """Draw all parameters of the photometric operations of `view`: arrays whose first dimension is N.
 
-    Names: flip, jitter, gray, blur, solarize (bool: applied or not), order (N,4) into `JITTER_OPS`,
-    brightness, contrast, saturation (factors), hue (turns), sigma (pixels).
+    Names: flip, jitter, gray, blur, solarize, erase (bool: applied or not), order (N,4) into `JITTER_OPS`,
+    brightness, contrast, saturation (factors), hue (turns), sigma (pixels), erase_box (N,4), erase_key.
+    RandAugment draws for itself.
     """
     draws: Draws = {}
     for op in photometric_ops(view):
@@ -111,6 +149,8 @@ def draw_photometric(view: View, keys: np.ndarray) -> Draws:
                 draws["sigma"] = _between(uniform(keys, _SIGMA), *op.sigma)
             case Solarize():
                 draws["solarize"] = uniform(keys, _SOLARIZE) < op.p
+            case RandomErasing():
+                draws.update(draw_erasing(op, keys, view_size(view)))
     return draws
 
 
@@ -122,3 +162,26 @@ def _draw_jitter(op: ColorJitter, keys: np.ndarray) -> Draws:
         draws[name] = _between(uniform(keys, _FACTORS[name]), max(0.0, 1.0 - strength), 1.0 + strength)
     draws["hue"] = _between(uniform(keys, _FACTORS["hue"]), -op.hue, op.hue)
     return draws
+
+
+def draw_erasing(op: RandomErasing, keys: np.ndarray, size: int) -> Draws:
+    """Draw the rectangles of timm's RandomErasing in square images: erase (N,), erase_box (N,4), erase_key.
+
+    A box is (top, left, height, width) and smaller than the image both ways; ten attempts, then none.
+    """
+    attempts, column = np.arange(_ATTEMPTS), keys[:, None]
+    area = size * size * _between(uniform(column, _ERASE_AREA + attempts), 0.02, 1 / 3)
+    edge = math.log(0.3)
+    ratio = np.exp(_between(uniform(column, _ERASE_RATIO + attempts), edge, -edge))
+    h = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    w = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (h < size) & (w < size)
+    first = fits.argmax(axis=1)[:, None]
+    h, w = np.take_along_axis(h, first, 1)[:, 0], np.take_along_axis(w, first, 1)[:, 0]
+    top = np.floor(uniform(keys, _ERASE_TOP) * (size - h + 1)).astype(np.int64)
+    left = np.floor(uniform(keys, _ERASE_LEFT) * (size - w + 1)).astype(np.int64)
+    return {
+        "erase": (uniform(keys, _ERASE) < op.p) & fits.any(axis=1),
+        "erase_box": np.stack([top, left, h, w], axis=1),
+        "erase_key": stream_keys(keys, ERASE_NOISE),
+    }

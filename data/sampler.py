@@ -2,6 +2,10 @@
 
 Nothing is stored and nothing depends on the world size: position p of a global batch goes to rank p % W and,
 within the rank, to micro-batch (p // W) // n where n is the micro-batch size per rank.
+
+With repeated augmentation (Hoffer et al. 2020; DeiT) an image of the permutation stands R times in a row: its
+copies go to different ranks, each with draws of its own. An epoch keeps its length: it sees the first 1/R of
+its permutation, and the next epoch another.
 """
 
 from collections.abc import Iterator
@@ -14,7 +18,10 @@ from data.parameters import hashed
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How `num_samples` are cut into global batches for `world` ranks and `accumulation` micro-batches."""
+    """How `num_samples` are cut into global batches for `world` ranks and `accumulation` micro-batches.
+
+    `repeats` is how often an image of an epoch stands in it.
+    """
 
     num_samples: int
     global_batch: int
@@ -22,9 +29,12 @@ class BatchPlan:
     world: int = 1
     accumulation: int = 1
     drop_last: bool = True
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be cut evenly, and say which can."""
+        if self.repeats < 1:
+            raise ValueError(f"REPEATED_AUG {self.repeats} must be at least 1 (1: no repetition)")
         share = self.world * self.accumulation
         size = "TRAIN.BATCH_SIZE (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
         per_rank, left = divmod(self.global_batch, share)
@@ -58,11 +68,15 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch to fetch: samples `indices` (n,) of `epoch`; `step` counts from the run's start."""
+    """One micro-batch to fetch: samples `indices` (n,) of `epoch`; `step` counts from the run's start.
+
+    `copies` (n,) or 0 says which repetition of its sample each is.
+    """
 
     step: int
     epoch: int
     indices: np.ndarray
+    copies: np.ndarray | int = 0
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -74,14 +88,17 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarray:
-    """Return the indices (G,) of batch number `position` of an epoch; the last wraps around to its start."""
-    places = np.arange(position * plan.global_batch, (position + 1) * plan.global_batch)
-    return order[places % len(order)]
+    """Return indices and copy numbers (2,G) of batch number `position` of an epoch of `order` (num_samples,).
+
+    The last batch wraps around to the epoch's start.
+    """
+    places = np.arange(position * plan.global_batch, (position + 1) * plan.global_batch) % len(order)
+    return np.stack([order[places // plan.repeats], places % plan.repeats])
 
 
 def rank_batches(batch: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarray]:
-    """Cut the part of `rank` out of a global batch (G,): one array of indices per micro-batch."""
-    return np.split(batch[rank :: plan.world], plan.accumulation)
+    """Cut the part of `rank` out of a global batch (2,G): one array (2,n) per micro-batch."""
+    return np.split(batch[:, rank :: plan.world], plan.accumulation, axis=1)
 
 
 class RequestSampler:
@@ -97,5 +114,5 @@ class RequestSampler:
             epoch, position = divmod(step, self.plan.steps_per_epoch)
             if epoch != current:
                 current, order = (epoch, epoch_order(self.plan.num_samples, self.plan.seed, epoch))
-            for indices in rank_batches(global_batch(order, self.plan, position), self.plan, self.rank):
-                yield Request(step, epoch, indices)
+            for part in rank_batches(global_batch(order, self.plan, position), self.plan, self.rank):
+                yield Request(step, epoch, *part)

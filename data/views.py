@@ -1,19 +1,18 @@
 """View recipes as data: what is done to an image, in which order, with which parameters.
 
-One recipe drives the batched pipeline (`data.augment`), the reference pipeline of torchvision and the docs.
+One recipe drives the batched pipeline (`data.augment`), the pipeline of torchvision and timm
+(`data.reference`) and the docs.
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 from typing import TypeAlias
-
-import torch
-from PIL import Image, ImageFilter
-from torchvision import transforms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SMALL_IMAGE = 96  # up to this size an evaluation image is resized straight to the input size
+TINY_IMAGE = 32  # up to this size fine-tuning shifts the image and does not scale it (DeiT, SiT)
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,14 @@ class CenterCrop:
     """Keep the central `size` x `size` window."""
 
     size: int
+
+
+@dataclass(frozen=True)
+class RandomCropPad:
+    """Cut a random `size` x `size` window out of the image with `padding` black pixels around it."""
+
+    size: int
+    padding: int = 4
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,28 @@ class Solarize:
     p: float = 0.2
 
 
-SpatialOp: TypeAlias = RandomResizedCrop | Resize | CenterCrop
-PhotometricOp: TypeAlias = HorizontalFlip | ColorJitter | Grayscale | GaussianBlur | Solarize
+@dataclass(frozen=True)
+class RandAugment:
+    """Run timm's RandAugment on the uint8 crop; `config` is timm's text, "rand-m9-mstd0.5-inc1"."""
+
+    config: str
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Replace a random rectangle of the normalised image by normal noise, with probability `p`.
+
+    Zhong et al. 2020, "Random erasing data augmentation", in timm's mode "pixel": area U(0.02, 1/3) of the
+    image, aspect ratio log-uniform in [0.3, 1/0.3], one rectangle.
+    """
+
+    p: float = 0.25
+
+
+SpatialOp: TypeAlias = RandomResizedCrop | Resize | CenterCrop | RandomCropPad
+PhotometricOp: TypeAlias = (
+    HorizontalFlip | ColorJitter | Grayscale | GaussianBlur | Solarize | RandAugment | RandomErasing
+)
 View: TypeAlias = tuple[SpatialOp | PhotometricOp, ...]
 Recipe: TypeAlias = tuple[View, ...]
 
@@ -98,16 +125,55 @@ def photometric_ops(view: View) -> tuple[PhotometricOp, ...]:
     return tuple(op for op in view if isinstance(op, PhotometricOp))
 
 
+def host_ops(view: View) -> tuple[PhotometricOp, ...]:
+    """Return the operations that run on one uint8 crop where it was read: those up to RandAugment.
+
+    A flip before RandAugment stays before it: shears turn about a corner, so flipping later is another law.
+    """
+    ops = photometric_ops(view)
+    last = max((place for place, op in enumerate(ops, start=1) if isinstance(op, RandAugment)), default=0)
+    return ops[:last]
+
+
+def device_ops(view: View) -> tuple[PhotometricOp, ...]:
+    """Return the operations that run on a batch: all that keep the size but those of `host_ops`."""
+    return photometric_ops(view)[len(host_ops(view)) :]
+
+
+_SHAPES = ((RandomResizedCrop,), (Resize,), (Resize, CenterCrop), (RandomCropPad,), (Resize, RandomCropPad))
+_RAND_SECTION = re.compile(
+    r"m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0*)?)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)"
+)
+
+
 def check_view(view: View) -> None:
     """Refuse a view that the batched pipeline cannot run: bad order, or an operation used twice."""
     spatial = spatial_ops(view)
     if view[: len(spatial)] != spatial:
         raise ValueError(f"view {view}: crop and resize must come before all other operations")
-    shapes = {(RandomResizedCrop,), (Resize,), (Resize, CenterCrop)}
-    if tuple(type(op) for op in spatial) not in shapes:
-        raise ValueError(f"view {view}: must start with RandomResizedCrop, Resize, or Resize + CenterCrop")
+    if tuple(type(op) for op in spatial) not in _SHAPES:
+        names = ", ".join(" + ".join(op.__name__ for op in shape) for shape in _SHAPES)
+        raise ValueError(f"view {view}: must start with one of {names}")
     if len({type(op) for op in view}) != len(view):
         raise ValueError(f"view {view}: each kind of operation may appear only once")
+    if not {type(op) for op in host_ops(view)} <= {HorizontalFlip, RandAugment}:
+        raise ValueError(f"view {view}: only a flip may come between the crop and RandAugment")
+    if any(isinstance(op, RandomErasing) for op in view[:-1]):
+        raise ValueError(f"view {view}: RandomErasing must come last, after the normalisation")
+    for op in view:
+        if isinstance(op, RandAugment):
+            _check_rand_config(op.config)
+
+
+def _check_rand_config(config: str) -> None:
+    """Refuse what timm would drop or fail on without a hint."""
+    first, *sections = config.split("-")
+    wrong = [section for section in sections if not _RAND_SECTION.fullmatch(section)]
+    if first != "rand" or wrong:
+        raise ValueError(
+            f"RandAugment {config!r}: {(wrong or [first])[0]!r} is not understood; use timm's form, "
+            "rand-m9-mstd0.5-inc1 (m magnitude, n operations, p probability, mstd, mmax, inc)"
+        )
 
 
 def view_size(view: View) -> int:
@@ -118,8 +184,13 @@ def view_size(view: View) -> int:
 def is_random(recipe: Recipe) -> bool:
     """Tell whether any operation of the recipe draws random numbers."""
     return any(
-        isinstance(op, RandomResizedCrop) or isinstance(op, PhotometricOp) for view in recipe for op in view
+        isinstance(op, RandomResizedCrop | RandomCropPad | PhotometricOp) for view in recipe for op in view
     )
+
+
+def needs_pil(recipe: Recipe) -> bool:
+    """Tell whether any view has operations that run on single images on the host."""
+    return any(host_ops(view) for view in recipe)
 
 
 def _moco_v1(size: int) -> Recipe:
@@ -158,9 +229,23 @@ def _mocov3(size: int) -> Recipe:
 
 
 def _sit(size: int) -> Recipe:
-    crop = RandomResizedCrop(size, interpolation="bicubic")
+    return _sit_pair(RandomResizedCrop(size, interpolation="bicubic"))
+
+
+def _sit_fork(size: int) -> Recipe:
+    return _sit_pair(RandomResizedCrop(size, (0.75, 1.0), ratio=(1.0, 1.0), interpolation="bicubic"))
+
+
+def _sit_pair(crop: RandomResizedCrop) -> Recipe:
     view = (crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0))
     return (view, view)
+
+
+def _gmml(size: int) -> Recipe:
+    """SiT's student and teacher (spec E8)."""
+    crop = RandomResizedCrop(size, (0.2, 1.0), interpolation="bicubic")
+    base = (crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), Grayscale())
+    return ((*base, GaussianBlur(p=1.0)), (*base, GaussianBlur(p=0.1), Solarize()))
 
 
 def _cifar(size: int) -> Recipe:
@@ -193,6 +278,8 @@ RECIPES = {
     "byol": _byol,
     "mocov3": _mocov3,
     "sit": _sit,
+    "sit_fork": _sit_fork,
+    "gmml": _gmml,
     "cifar": _cifar,
     "digits": _digits,
     "linear": _linear,
@@ -226,40 +313,30 @@ def _with_crop_min(recipe: Recipe, name: str, crop_min: float) -> Recipe:
     )
 
 
-class _PILBlur:
-    """Blur a PIL image with radius = sigma, as every published pipeline of this family does."""
+def finetune_recipe(
+    img_size: int,
+    *,
+    crop_min: float = 0.08,
+    interpolation: str = "bicubic",
+    color_jitter: float = 0.0,
+    rand_augment: str = "",
+    erasing: float = 0.0,
+) -> Recipe:
+    """Return the one training view of DeiT, Swin and SiT: crop, flip, RandAugment or jitter, erasing.
 
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        self.sigma = sigma
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        radius = float(torch.empty(1).uniform_(*self.sigma))
-        return image.filter(ImageFilter.GaussianBlur(radius=radius))
-
-
-def _reference_op(op: SpatialOp | PhotometricOp) -> object:
-    modes = transforms.InterpolationMode
-    match op:
-        case RandomResizedCrop():
-            return transforms.RandomResizedCrop(op.size, op.scale, op.ratio, modes(op.interpolation))
-        case Resize():
-            return transforms.Resize(op.size, modes(op.interpolation))
-        case CenterCrop():
-            return transforms.CenterCrop(op.size)
-        case HorizontalFlip():
-            return transforms.RandomHorizontalFlip(op.p)
-        case ColorJitter():
-            jitter = transforms.ColorJitter(op.brightness, op.contrast, op.saturation, op.hue)
-            return transforms.RandomApply([jitter], op.p)
-        case Grayscale():
-            return transforms.RandomGrayscale(op.p)
-        case GaussianBlur():
-            return transforms.RandomApply([_PILBlur(op.sigma)], op.p)
-        case Solarize():
-            return transforms.RandomSolarize(op.threshold, op.p)
-
-
-def reference_transform(view: View) -> transforms.Compose:
-    """Build the torchvision pipeline from PIL images to normalised (3,S,S) that `view` stands for."""
-    end = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    return transforms.Compose([*(_reference_op(op) for op in view), *end])
+    Up to 32 pixels the crop is a shift by at most 4 (`crop_min` is then not used). As in timm, RandAugment
+    stands in for the jitter: a ValueError where both are asked for.
+    """
+    if color_jitter and rand_augment:
+        raise ValueError(
+            f"color jitter {color_jitter} has no effect beside RandAugment {rand_augment!r}: set it to 0"
+        )
+    crop: View = (RandomResizedCrop(img_size, (crop_min, 1.0), interpolation=interpolation),)
+    if img_size <= TINY_IMAGE:  # images of that size already are not resized
+        crop = (Resize(img_size, interpolation), RandomCropPad(img_size))
+    jitter = ColorJitter(color_jitter, color_jitter, color_jitter, 0.0, p=1.0)
+    colour: View = (RandAugment(rand_augment),) if rand_augment else (jitter,) if color_jitter else ()
+    erase: View = (RandomErasing(erasing),) if erasing else ()
+    view = (*crop, HorizontalFlip(), *colour, *erase)
+    check_view(view)
+    return (view,)

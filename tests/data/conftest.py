@@ -44,10 +44,28 @@ def image_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def real_photos(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Give 64 ImageNet JPEGs, or skip."""
-    pack = shared_data / "imagenet-sample-64.tar"
+    folder = unpacked(shared_data, tmp_path_factory, "imagenet-sample-64.tar")
+    return sorted(folder.rglob("*.JPEG"))
+
+
+def unpacked(shared_data: Path, factory: pytest.TempPathFactory, name: str) -> Path:
+    """Unpack an archive of the shared packs into a temporary folder, or skip."""
+    pack = shared_data / name
     if not pack.is_file():
         pytest.skip(f"{pack.name} is not in SHARED_DATA")
-    folder = tmp_path_factory.mktemp("imagenet")
+    folder = factory.mktemp("pack")
     with tarfile.open(pack) as archive:
         archive.extractall(folder, filter="data")
-    return sorted(folder.rglob("*.JPEG"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenette(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder imagenette224 with train/, val/ and splits/, or skip."""
+    return unpacked(shared_data, tmp_path_factory, "imagenette224-subset.tar") / "imagenette224"
+
+
+@pytest.fixture(scope="session")
+def pets(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder that holds oxford-iiit-pet/ with 48 images, or skip."""
+    return unpacked(shared_data, tmp_path_factory, "oxford-pets-mini.tar")

@@ -3,13 +3,13 @@
 import pytest
 from torchvision import transforms
 
+from data.reference import reference_transform
 from data.views import (
     RECIPES,
     RandomResizedCrop,
     Recipe,
     build_recipe,
     check_view,
-    reference_transform,
     view_size,
 )
 
@@ -28,6 +28,8 @@ PUBLISHED = {
     "byol": [[CROP, FLIP, JITTER, GRAY, BLUR], [CROP, FLIP, JITTER, GRAY, BLUR, SOLARIZE]],
     "mocov3": [[CROP, JITTER, GRAY, BLUR, FLIP], [CROP, JITTER, GRAY, BLUR, SOLARIZE, FLIP]],
     "sit": [[CROP, FLIP, JITTER]] * 2,
+    "sit_fork": [[CROP, FLIP, JITTER]] * 2,
+    "gmml": [[CROP, FLIP, JITTER, GRAY, BLUR], [CROP, FLIP, JITTER, GRAY, BLUR, SOLARIZE]],
     "cifar": [[CROP, FLIP, JITTER, GRAY]] * 2,
     "digits": [[CROP, JITTER, BLUR]] * 2,
     "linear": [[CROP, FLIP]],
@@ -39,6 +41,7 @@ JITTERS = {  # brightness, contrast, saturation, hue, p
     "simclr": (0.4, 0.4, 0.4, 0.1, 0.8),
     "byol": (0.4, 0.4, 0.2, 0.1, 0.8),
     "mocov3": (0.4, 0.4, 0.2, 0.1, 0.8),
+    "gmml": (0.4, 0.4, 0.2, 0.1, 0.8),
     "cifar": (0.4, 0.4, 0.4, 0.1, 0.8),
 }
 
@@ -66,7 +69,7 @@ def test_jitter_strengths_are_the_published_ones(name: str) -> None:
         assert _op(recipe, view, GRAY).p == 0.2
 
 
-@pytest.mark.parametrize("name", ["byol", "mocov3"])
+@pytest.mark.parametrize("name", ["byol", "mocov3", "gmml"])
 def test_asymmetric_pairs_have_the_published_probabilities(name: str) -> None:
     recipe = build_recipe(name, 224)
     assert [_op(recipe, view, BLUR).p for view in range(2)] == [1.0, 0.1]

@@ -1,0 +1,159 @@
+"""Label subsets for few-label runs: published lists, or a class-balanced draw that can be written and cited.
+
+A list holds one image a line in SimCLR's format: the bare file name, `n01440764_505.JPEG`; with folders
+before it (`cats/505.jpg`) where bare names repeat; `cifar10[123]` for data sets held as one array.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.parameters import hashed
+from data.source import Source
+
+_ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name of any system
+
+
+def label_subset(source: Source, percent: float, seed: int, list_file: str = "") -> np.ndarray:
+    """Return the sorted indices of the images whose labels a run may use.
+
+    From `list_file` if given (`percent` and `seed` are then not used); else a draw of `percent` of the
+    labelled images, at least one per class, a pure function of (seed, percent); a larger draw of the same
+    seed contains every smaller one.
+    """
+    if list_file:
+        return read_subset(source, list_file)
+    if not 0 < percent <= 100:
+        raise ValueError(f"percent of the labels (--train-percent) {percent} must be in (0, 100]")
+    labelled = _labelled(source, np.arange(len(source)))
+    count = round(percent / 100 * len(labelled))
+    return labelled[_balanced(source.labels.numpy()[labelled], labelled, count, "label subset", seed)]
+
+
+def hold_out(
+    source: Source, indices: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split `indices` into sorted (train, val) with the same share of every class in val.
+
+    Every class keeps at least one image in train, so a class of one image is not in val. Raises ValueError if
+    nothing would be left for val.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction of labels held out for validation, {fraction}, must be in (0, 1)")
+    indices = _labelled(source, np.sort(np.asarray(indices, dtype=np.int64)))
+    labels = source.labels.numpy()[indices]
+    count = len(indices) - max(round(fraction * len(indices)), 1)
+    kept = _balanced(labels, indices, count, "hold out", seed)
+    held = np.setdiff1d(np.arange(len(indices)), kept)
+    if not len(held):
+        raise ValueError(
+            f"{len(indices)} labels of {len(np.unique(labels))} classes cannot be split for validation: "
+            "every class needs one image to train on; use more labels"
+        )
+    return indices[kept], indices[held]
+
+
+def write_subset(path: str | Path, source: Source, indices: np.ndarray) -> None:
+    """Write the names of a source's images, one a line, which `label_subset` reads back."""
+    depth = _unique_depth(source)
+    lines = [_suffix(source.name(int(index)), depth) for index in indices]
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), **_ENCODING)
+    os.replace(temporary, path)
+
+
+def read_subset(source: Source, list_file: str) -> np.ndarray:
+    """Return the sorted indices of the images that a list names.
+
+    Raises ValueError with the file if a line is repeated, names no image of the source or several, or if the
+    list is empty or missing.
+    """
+    try:
+        text = Path(list_file).read_text(**_ENCODING)
+    except OSError as error:
+        raise ValueError(f"list of labelled images {list_file}: cannot be read ({error})") from error
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"list of labelled images {list_file}: is empty; expected one file name a line")
+    _refuse(list_file, "stand in it twice", [line for line, times in Counter(lines).items() if times > 1])
+    found = _find(source, set(lines))
+    _refuse(
+        list_file,
+        f"are not in the data set (such as {source.name(0)})",
+        [line for line in lines if line not in found],
+    )
+    _refuse(
+        list_file,
+        "name several images; put their folders before them",
+        [line for line in lines if len(found[line]) > 1],
+    )
+    return _labelled(source, np.sort(np.array([found[line][0] for line in lines], dtype=np.int64)))
+
+
+def _refuse(list_file: str, reason: str, wrong: list[str]) -> None:
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise ValueError(f"list of labelled images {list_file}: {len(wrong)} of its names {reason}: {shown}")
+
+
+def _labelled(source: Source, indices: np.ndarray) -> np.ndarray:
+    """Leave out the images without labels; ValueError if none is left."""
+    labelled = indices[source.labels.numpy()[indices] >= 0]
+    if not len(labelled):
+        raise ValueError("no image has a label: a label subset needs a data set with classes")
+    return labelled
+
+
+def _balanced(labels: np.ndarray, indices: np.ndarray, count: int, purpose: str, seed: int) -> np.ndarray:
+    """Return sorted positions of `count` images, of every class the same share and at least one.
+
+    Webster's method: image number r (in a keyed order) of a class of n comes at (r + 1/2) / n, and the
+    earliest are taken. For equal classes that is rounding by largest remainder; unlike that, more images
+    never take one away from a class, so draws are nested.
+    """
+    key = hashed(indices, purpose, seed)
+    order = np.lexsort((key, labels))
+    classes, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = np.arange(len(order)) - np.repeat(first, sizes)
+    turn = np.where(rank == 0, 0.0, (rank + 0.5) / np.repeat(sizes, sizes))
+    earliest = np.lexsort((key[order], turn))
+    return np.sort(order[earliest[: max(count, len(classes))]])
+
+
+def _suffix(name: str, depth: int) -> str:
+    return "/".join(name.split("/")[-depth:])
+
+
+def _names(source: Source) -> Iterator[str]:
+    return (source.name(index) for index in range(len(source)))
+
+
+def _unique_depth(source: Source) -> int:
+    """Return how many trailing parts of their paths tell all images apart."""
+    deepest = max(name.count("/") for name in _names(source)) + 1
+    depths = (d for d in range(1, deepest) if not _repeated(_suffix(name, d) for name in _names(source)))
+    return next(depths, deepest)
+
+
+def _repeated(names: Iterable[str]) -> bool:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return True
+        seen.add(name)
+    return False
+
+
+def _find(source: Source, wanted: set[str]) -> dict[str, list[int]]:
+    """Return the indices of the images whose path ends in each wanted name."""
+    depths = sorted({name.count("/") + 1 for name in wanted})
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(_names(source)):
+        for suffix in (_suffix(name, depth) for depth in depths):
+            if suffix in wanted:
+                found.setdefault(suffix, []).append(index)
+    return found
