@@ -23,8 +23,8 @@ from data.loader import evaluation_batches
 from data.source import Source
 from data.views import IMAGENET_MEAN, IMAGENET_STD
 from models import framework_defaults
-from models.classifier import backbone_state, load_backbone
 from models.parts.backbones import build_backbone
+from models.weights import backbone_state, load_backbone, read_weights
 from tools.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
 from utils import checkpoint
 from utils.atomic import write_text
@@ -118,7 +118,7 @@ def representations(run: Run, train: Source, val: Source, path: Path) -> dict[st
     """Return raw pixels, features of the random and of the trained backbone, for both splits."""
     backbone = run.prepare(build_online(run.cfg))
     random = extract(run, train, val, backbone)
-    state, _ = backbone_state(checkpoint.load(path))
+    state, _ = backbone_state(read_weights(path))
     load_backbone(backbone, state, str(path))
     return {
         "raw pixels": pixel_split(run, train, val),

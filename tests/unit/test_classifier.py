@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.classifier import LinearHeads, backbone_state, grid_loss, load_backbone
+from models.classifier import LinearHeads, grid_loss
+from models.weights import backbone_state, load_backbone
 
 State = dict[str, Tensor]
 

@@ -1,0 +1,53 @@
+"""A backbone at other input sizes than the one it was built for, and its map where images are not square."""
+
+import copy
+from typing import Any, cast
+
+from torch import Tensor
+
+from models.parts.backbones import Backbone, feature_map
+
+
+def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
+    """Return the backbone for images of `size` (H, W), to evaluate: itself where any size goes, else a copy.
+
+    The copy has interpolated positions and no gradients; Swin keeps its windows, and with them its tables,
+    where its maps are not smaller than they. Raises ValueError for a transformer of a fixed size.
+    """
+    body = cast(Any, backbone)
+    patches = getattr(body, "patch_embed", None)
+    built_for = getattr(patches, "img_size", None)
+    if built_for is None or tuple(built_for) == tuple(size):
+        return backbone
+    if not (hasattr(body, "set_input_size") and hasattr(patches, "set_input_size")):
+        raise ValueError(f"{type(body).__name__} works only on images of {built_for}, not of {size}")
+    resized = copy.deepcopy(body)
+    resized.set_input_size(img_size=tuple(size), **_window_options(body))
+    return cast(Backbone, resized.requires_grad_(False))
+
+
+def _window_options(body: Any) -> dict[str, Any]:
+    stages = [stage for stage in getattr(body, "layers", []) if hasattr(stage, "blocks")]
+    windows = [
+        tuple(stage.blocks[0].window_size) for stage in stages if hasattr(stage.blocks[0], "window_size")
+    ]
+    if not windows:
+        return {}
+    return {"window_size": windows[0] if len(set(windows)) == 1 else windows}
+
+
+def size_multiple(backbone: Backbone) -> int:
+    """Return what image sides must be a multiple of: a ViT's patch, 32 for Swin, 1 where any size goes."""
+    patches = getattr(backbone, "patch_embed", None)
+    if patches is None:
+        return 1
+    return int(patches.patch_size[0]) * 2 ** max(len(getattr(backbone, "layers", [])) - 1, 0)
+
+
+def dense_features(backbone: Backbone, images: Tensor) -> Tensor:
+    """Return the last feature map (N, F, h, w) of images of the backbone's size, which need not be square."""
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    prefix = getattr(backbone, "num_prefix_tokens", None)
+    if grid is None or prefix is None:  # no plain ViT
+        return feature_map(backbone, images)
+    return backbone.forward_features(images)[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))

@@ -1,0 +1,297 @@
+"""tools/convert.py: what is imported can be given to --pretrained, and comes out again bit by bit."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from yacs.config import CfgNode
+
+from models.parts import backbones
+from models.parts.backbones import build_backbone
+from models.weights import backbone_state, load_backbone, read_weights
+from tools import convert
+from utils import checkpoint
+from utils.config import default_config, load_config, to_yaml
+from utils.foreign import read_pickle
+
+ROOT = Path(__file__).resolve().parents[2]
+State = dict[str, Tensor]
+YAML = "MODEL: {{NAME: moco_v2, BACKBONE: {{NAME: {name}}}}}\nDATA: {{IMG_SIZE: {size}}}\n"
+
+
+def yaml_file(
+    folder: Path, name: str = "resnet18", size: int = 64, method: str = "moco_v2", extra: str = ""
+) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(YAML.format(method=method, name=name, size=size) + extra)
+    return path
+
+
+def run(*arguments: Any) -> None:
+    args = convert.parse_args([str(argument) for argument in arguments])
+    {"inspect": convert.inspect_file, "import": convert.import_file, "export": convert.export_file}[
+        args.command
+    ](args)
+
+
+def fresh(name: str, size: int) -> Any:
+    return shaken(build_backbone(name, img_size=size))
+
+
+def shaken(backbone: Any) -> Any:
+    backbone.eval()
+    for key, tensor in backbone.state_dict().items():
+        if tensor.is_floating_point():
+            tensor += 0.02 * torch.rand_like(tensor)
+        elif key.endswith("num_batches_tracked"):
+            tensor += 5
+    return backbone
+
+
+def imported(path: Path) -> State:
+    return backbone_state(read_weights(path))[0]
+
+
+def contents(path: Path) -> Any:
+    return read_weights(path)
+
+
+def identical(first: State, second: State) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+FORMATS = {
+    "resnet18": ("timm", "torchvision", "detectron2", "mmdet", "huggingface", "moco", "plain"),
+    "deit_tiny": ("timm", "torchvision", "huggingface", "plain"),
+    "swin_tiny": ("timm", "torchvision", "mmdet", "swin", "huggingface"),
+}
+
+
+def small(name: str, **_: Any) -> Any:
+    """Build a small network of the family of ``name``; real ones take seconds each."""
+    if name == "deit_tiny":
+        return VisionTransformer(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+    swin: dict[str, Any] = {
+        "img_size": 64,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "num_heads": (1, 2, 4, 8),
+    }
+    return build_backbone("resnet8") if name == "resnet18" else SwinTransformer(**swin, num_classes=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_out_and_in_again_is_bit_identical_in_every_layout(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "build_backbone", small)
+    cfg = yaml_file(tmp_path, name)
+    original = shaken(small(name))
+    torch.save({"state_dict": original.state_dict()}, tmp_path / "a.pth")
+    run("import", tmp_path / "a.pth", "--cfg", cfg, "--output", tmp_path / "ours.pt")
+    identical(imported(tmp_path / "ours.pt"), original.state_dict())
+    first = (tmp_path / "ours.pt").read_bytes()
+    for to in FORMATS[name]:
+        out = tmp_path / f"out_{to}"
+        run("export", tmp_path / "ours.pt", "--cfg", cfg, "--to", to, "--output", out)
+        run("import", out, "--cfg", cfg, "--output", tmp_path / "again.pt")
+        identical(imported(tmp_path / "again.pt"), original.state_dict())
+    assert (tmp_path / "ours.pt").read_bytes() == first
+
+
+def test_what_the_timm_export_says_is_true(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = yaml_file(tmp_path, "vit_small", 32)
+    original = fresh("vit_small", 32)
+    torch.save(original.state_dict(), tmp_path / "a.pth")
+    run("export", tmp_path / "a.pth", "--cfg", cfg, "--to", "timm", "--output", tmp_path / "b.pth")
+    hint = "timm.create_model('vit_small_patch16_224', num_classes=0, num_heads=12, img_size=32)"
+    assert hint in capsys.readouterr().out
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32).eval()
+    model.load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), original(images), rtol=0, atol=1e-5)
+
+
+def test_moby_with_its_pickled_configuration_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = fresh("deit_tiny", 32).state_dict()
+    other = {key: torch.zeros_like(tensor) for key, tensor in original.items()}
+    model = {f"encoder.{key}": t for key, t in original.items()} | {
+        f"encoder_k.{key}": t for key, t in other.items()
+    }
+    model |= {"queue1": torch.ones(256, 64), "projector.linear_out.bias": torch.ones(2)}
+    torch.save({"model": model, "config": CfgNode({"A": 1}), "epoch": 299}, tmp_path / "moby.pth")
+    cfg = yaml_file(tmp_path, "deit_tiny", 32)
+    run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "a.pt")
+    out = capsys.readouterr().out
+    assert "layout: moby / synco-v2\nmatched: 150\nmissing: none\nunexpected, left out: none\n" in out
+    identical(imported(tmp_path / "a.pt"), original)
+    run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "b.pt", "--which", "target")
+    identical(imported(tmp_path / "b.pt"), other)
+    run("inspect", tmp_path / "moby.pth")
+    out = capsys.readouterr().out
+    assert "queue1 (256, 64)" in out
+    assert "ViT, width 192, 12 blocks, 3 heads by its learned positions (5)" in out
+
+
+def our_run(folder: Path) -> Path:
+    """Write what a pretraining run leaves: a configuration and a committed checkpoint of MoCo v2."""
+    path = yaml_file(folder, extra="TRAIN: {EPOCHS: 7}\n")
+    cfg = load_config(default_config(convert_defaults()), [path], [], {})
+    run_folder = folder / "run"
+    run_folder.mkdir()
+    (run_folder / "config.yaml").write_text(to_yaml(cfg))
+    online = fresh("resnet18", 64).state_dict()
+    state = {f"online.backbone.{key}": tensor for key, tensor in online.items()}
+    state |= {f"target.backbone.{key}": tensor + 1 for key, tensor in online.items()}
+    for side in ("online", "target"):
+        state |= {f"{side}.projector.{i}.weight": torch.ones(2, 2) for i in (0, 2)}
+        state |= {f"{side}.projector.{i}.bias": torch.ones(2) for i in (0, 2)}
+    checkpoint.save(run_folder, 42, {"framework": state, "step": 42, "global_batch": 64}, meta={})
+    return run_folder
+
+
+def convert_defaults() -> dict:
+    from models import framework_defaults
+
+    return framework_defaults()
+
+
+def test_a_run_is_exported_with_its_own_configuration(tmp_path: Path) -> None:
+    folder = our_run(tmp_path)
+    run("export", folder, "--to", "detectron2", "--output", tmp_path / "d2.pkl")
+    content = read_pickle(tmp_path / "d2.pkl")
+    assert content.keys() == {"model", "__author__", "matching_heuristics"}
+    assert content["matching_heuristics"] is True
+    assert len(content["model"]) == 120 + 4  # ResNet-18 and MoCo's head
+    assert {"stem.fc.0.weight", "stem.fc.2.bias"} <= content["model"].keys()
+    assert all(type(value) is np.ndarray for value in content["model"].values())
+    pickle.loads((tmp_path / "d2.pkl").read_bytes())  # Detectron2 does just this
+    run("export", folder, "--to", "plain", "--output", tmp_path / "t.pth", "--which", "target")
+    online = contents(folder / "ckpt_00000042.pt")["framework"]
+    exported = torch.load(tmp_path / "t.pth", weights_only=True)
+    assert torch.equal(exported["conv1.weight"], online["target.backbone.conv1.weight"])
+
+
+def test_the_model_card_says_what_was_done_and_measured(tmp_path: Path) -> None:
+    folder = our_run(tmp_path)
+    (folder / "linear" / "ckpt_00000042").mkdir(parents=True)
+    result = {"weights": "ckpt_00000042", "lr": 30.0, "final_top1": 71.25, "knn20_top1": 60.5}
+    (folder / "linear" / "ckpt_00000042" / "result.json").write_text(json.dumps(result))
+    run("export", folder, "--to", "huggingface", "--output", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
+    for fact in (
+        "MoCo v2 ([arXiv:2003.04297]",
+        "| epochs | 7, 42 steps done |",
+        "| base learning rate | 0.03 |",
+    ):
+        assert fact in card
+    assert "| linear/ckpt_00000042 | final_top1 71.25, knn20_top1 60.50 |" in card
+    assert {file.name for file in (tmp_path / "hf").iterdir()} == {
+        *("model.safetensors", "config.json", "preprocessor_config.json", "README.md")
+    }
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    backbone = build_backbone("resnet18", img_size=64).eval()
+    load_backbone(backbone, imported(folder / "ckpt_00000042.pt"), "run")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(images).pooler_output.flatten(1), backbone(images), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_whole_moco_state_is_imported_for_its_framework(tmp_path: Path) -> None:
+    cfg = yaml_file(tmp_path, extra="")
+    options = ["MODEL.MOCO_V2.QUEUE_SIZE", "64", "MODEL.MOCO_V2.OUT_DIM", "16"]
+    backbone = fresh("resnet18", 64).state_dict()
+    head = {"fc.0.weight": torch.ones(512, 512), "fc.0.bias": torch.ones(512)}
+    head |= {"fc.2.weight": torch.ones(16, 512), "fc.2.bias": torch.ones(16)}
+    state = {
+        f"module.{side}.{k}": t
+        for side in ("encoder_q", "encoder_k")
+        for k, t in {**backbone, **head}.items()
+    }
+    queue = torch.nn.functional.normalize(torch.randn(16, 64), dim=0)
+    state |= {"module.queue": queue, "module.queue_ptr": torch.tensor([32])}
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state}, tmp_path / "moco.pth")
+    run(
+        "import",
+        tmp_path / "moco.pth",
+        "--cfg",
+        cfg,
+        "--full",
+        "--output",
+        tmp_path / "a.pt",
+        "--opts",
+        *options,
+    )
+    framework = contents(tmp_path / "a.pt")["framework"]
+    assert torch.equal(framework["queue.keys"], queue.T)
+    assert int(framework["queue._extra_state"]) == 32
+    identical(imported(tmp_path / "a.pt"), backbone)
+
+
+CFG = ("--cfg", "resnet18.yaml")
+
+
+def fails(*arguments: Any) -> str:
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
+    cfg = yaml_file(tmp_path)
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}}, tmp_path / "half.pth")
+    line = fails("import", tmp_path / "half.pth", "--cfg", cfg, "--output", tmp_path / "a.pt")
+    assert line.startswith("error: ")
+    assert "half.pth does not fit the backbone: 0 of 120 tensors match" in line
+    assert not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "no.pth", "--output", "a.pt"], "--cfg: is needed to know the backbone"),
+        (
+            ["export", "a.pth", "--cfg", "resnet18.yaml", "--to", "swin", "--output", "b"],
+            "takes swin here, not",
+        ),
+        (
+            ["export", "a.pth", "--cfg", "resnet18.yaml", "--to", "plain", "--output", "."],
+            "is a folder; name a file",
+        ),
+        (
+            ["export", "a.pth", "--cfg", "resnet18.yaml", "--to", "huggingface", "--output", "a.pth"],
+            "is a file",
+        ),
+        (["inspect", "empty"], "holds no checkpoint"),
+    ],
+)
+def test_wrong_uses_are_explained(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    yaml_file(tmp_path)
+    (tmp_path / "empty").mkdir()
+    torch.save(fresh("resnet18", 64).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        run(*arguments)

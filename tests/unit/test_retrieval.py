@@ -1,0 +1,226 @@
+"""Retrieval: the revisited protocol against a slow walk down the ranking; the tool on images made here."""
+
+import json
+import pickle
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.parts.backbones import build_backbone
+from models.parts.resolution import at_size, dense_features, size_multiple
+from tools import retrieval
+from tools.retrieval import MULTI_SCALE, BoxedSource, scaled_features
+from utils.retrieval import read_ground_truth, retrieval_scores
+
+TINY = """
+NAME: tiny
+MODEL: {NAME: moco_v2, BACKBONE: {NAME: resnet8, STEM: cifar_stride2}}
+DATA: {IMG_SIZE: 16, NUM_WORKERS: 0}
+LINEAR: {BATCH_SIZE: 4}
+"""
+
+
+def walked(order: list[int], positives: set[int], ignored: set[int], k: int) -> tuple[float, float] | None:
+    """Walk down a ranking: trapezoidal average precision and precision at k, slow and obvious."""
+    if not positives:
+        return None
+    kept = [image for image in order if image not in ignored]
+    found, area, places = 0, 0.0, []
+    for seen, image in enumerate(kept):
+        if image in positives:
+            before = found / seen if seen else 1.0
+            found += 1
+            places.append(seen + 1)
+            area += (before + found / (seen + 1)) / 2
+    k = min(k, places[-1])
+    return area / len(positives), sum(image in positives for image in kept[:k]) / k
+
+
+LEVELS = {
+    "easy": (["easy"], ["junk", "hard"]),
+    "medium": (["easy", "hard"], ["junk"]),
+    "hard": (["hard"], ["junk", "easy"]),
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_those_of_a_walk_down_the_ranking(seed: int) -> None:
+    rng = random.Random(seed)
+    images, queries = 40, 12
+    lists, orders = [], []
+    for _ in range(queries):
+        chosen = rng.sample(range(images), rng.randint(0, 20))
+        cuts = sorted(rng.choices(range(len(chosen) + 1), k=2))
+        parts = chosen[: cuts[0]], chosen[cuts[0] : cuts[1]], chosen[cuts[1] :]
+        arrays = [np.array(part, dtype=np.int64) for part in parts]
+        lists.append(dict(zip(("easy", "hard", "junk"), arrays, strict=True)))
+        orders.append(rng.sample(range(images), images))
+    scores = retrieval_scores(np.array(orders).T, lists, ks=(1, 5, 10))
+    for level, (positive, ignored) in LEVELS.items():
+        for k in (1, 5, 10):
+            rows = [
+                walked(
+                    order,
+                    {int(i) for key in positive for i in entry[key]},
+                    {int(i) for key in ignored for i in entry[key]},
+                    k,
+                )
+                for order, entry in zip(orders, lists, strict=True)
+            ]
+            counted = [row for row in rows if row]
+            assert 0 < len(counted) <= queries
+            mean_ap, precision = np.mean(counted, axis=0) * 100
+            assert scores[f"{level}/mAP"] == pytest.approx(mean_ap)
+            assert scores[f"{level}/mP@{k}"] == pytest.approx(precision)
+
+
+def test_a_perfect_ranking_is_100_and_nothing_to_find_is_nan() -> None:
+    lists = [{"easy": np.array([3, 1]), "hard": np.array([], dtype=np.int64), "junk": np.array([0])}]
+    scores = retrieval_scores(np.array([[0, 1, 3, 2]]).T, lists)
+    assert scores["easy/mAP"] == scores["medium/mAP"] == scores["medium/mP@10"] == 100.0  # junk ranks first
+    assert np.isnan(scores["hard/mAP"])
+    swapped = retrieval_scores(np.array([[2, 1, 3, 0]]).T, lists)
+    assert swapped["easy/mAP"] == pytest.approx(100 * ((0 + 1 / 2) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert swapped["easy/mP@1"] == 0.0
+
+
+@pytest.fixture
+def oxford(tmp_path: Path) -> Path:
+    """Give toxford with 4 scenes in 3 images each, noisier and noisier, and the scenes as queries in a black
+    frame.
+    """
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "toxford"
+    (folder / "jpg").mkdir(parents=True)
+    names, gnd = [], []
+    for scene in range(4):
+        clean = rng.uniform(0, 255, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
+        for copy in range(3):
+            names.append(f"scene {scene}_{copy}")
+            noisy = np.clip(clean + rng.normal(0, 5 + 10 * copy, clean.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / "jpg" / f"{names[-1]}.jpg", quality=95)
+        framed = np.zeros((96, 96, 3), dtype=np.uint8)
+        framed[32:64, 32:64] = clean
+        Image.fromarray(framed).save(folder / "jpg" / f"query {scene}.jpg", quality=95)
+        gnd.append(
+            {"easy": [3 * scene], "hard": [3 * scene + 1], "junk": [3 * scene + 2], "bbx": [32.0, 32, 64, 64]}
+        )
+    content = {"imlist": names, "qimlist": [f"query {scene}" for scene in range(4)], "gnd": gnd}
+    (folder / "gnd_toxford.pkl").write_bytes(pickle.dumps(content))
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def run_tool(root: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, float]:
+    flags = [
+        "--cfg",
+        str(root / "tiny.yaml"),
+        "--data-path",
+        str(root / "data"),
+        "--output",
+        str(root / "out"),
+    ]
+    flags += ["--device", "cpu", "--pretrained", "none", "--sets", "toxford", *more]
+    monkeypatch.setattr(sys, "argv", ["retrieval.py", *flags])
+    assert retrieval.main() == 0
+    return json.loads((root / "out/tiny/default/retrieval/random.json").read_text())
+
+
+@pytest.mark.parametrize("scales", [[], ["--multi-scale"]])
+def test_the_tool_finds_the_scenes_of_cropped_queries(
+    oxford: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scales: list[str]
+) -> None:
+    result = run_tool(oxford, monkeypatch, "--crop-queries", *scales)
+    assert result["sets"]["toxford"]["medium/mAP"] == 100.0
+    assert result["scales"] == (list(MULTI_SCALE) if scales else [1.0])
+    assert "toxford  medium      100.00" in capsys.readouterr().out
+    whole = run_tool(oxford, monkeypatch, *scales)
+    assert whole["sets"]["toxford"]["medium/mAP"] < 100.0  # mostly frame
+
+
+def test_wrong_or_hostile_ground_truth_is_one_clear_error(
+    oxford: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = oxford / "data/toxford/gnd_toxford.pkl"
+    content = pickle.loads(path.read_bytes())
+    assert read_ground_truth(path).boxes[0] == (32.0, 32.0, 64.0, 64.0)
+    for change, message in (
+        ({"gnd": [{"easy": [12], "hard": [], "junk": []}] * 4}, "image 12 of 12"),
+        ({"gnd": content["gnd"][:3]}, "4 queries, but ground truth of 3"),
+        ({"imlist": None}, "no ground truth of revisited Oxford"),
+    ):
+        path.write_bytes(pickle.dumps(content | change))
+        with pytest.raises(ValueError, match=message):
+            read_ground_truth(path)
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(oxford / "owned").encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match=r"gnd_toxford\.pkl"):
+        read_ground_truth(path)
+    assert not (oxford / "owned").exists()
+    path.write_bytes(pickle.dumps(content | {"imlist": [*content["imlist"][:-1], "gone"]}))
+    with pytest.raises(ValueError, match=r"lacks 1 images of its set, such as gone.jpg"):
+        run_tool(oxford, monkeypatch)
+
+
+def test_boxes_are_cut_and_clipped(oxford: Path) -> None:
+    names = ["query 0"] * 3
+    source = BoxedSource(
+        oxford / "data/toxford/jpg", names, [None, (32.0, 30.4, 64.0, 64.0), (-5, 90, 10, 200)]
+    )
+    assert [tuple(source.load(i).shape) for i in range(3)] == [(3, 96, 96), (3, 34, 32), (3, 6, 10)]
+
+
+# ---- other sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("deit_tiny", (48, 80)), ("swin_tiny", (256, 320)), ("resnet8", (40, 72))]
+)
+@torch.no_grad()
+def test_backbones_take_other_and_oblong_sizes(name: str, size: tuple[int, int]) -> None:
+    backbone = build_backbone(name, img_size=224 if name == "swin_tiny" else 64).eval()
+    step = size_multiple(backbone)
+    assert {"deit_tiny": 16, "swin_tiny": 32, "resnet8": 1}[name] == step
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    other = at_size(backbone, size)
+    images = torch.rand(2, 3, *size)
+    stride = {"deit_tiny": 16, "swin_tiny": 32, "resnet8": 16}[name]
+    grid = [-(-side // stride) for side in size]
+    assert list(dense_features(other, images).shape) == [2, backbone.num_features, *grid]
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    tables = {k: v for k, v in other.state_dict().items() if "relative_position_bias_table" in k}
+    assert all(torch.equal(v, before[k]) for k, v in tables.items())
+    if name != "swin_tiny":  # the same pixels in the same cell, whatever the width of the image
+        assert at_size(backbone, (64, 64)) is backbone
+
+
+@torch.no_grad()
+def test_oblong_tokens_keep_rows_and_columns() -> None:
+    vit = at_size(
+        build_backbone("deit_tiny", img_size=32).eval(), (32, 128)
+    )  # 2 x 8 = 16 cells, a square number
+    vit.blocks = torch.nn.Sequential()
+    vit.pos_embed.zero_()
+    images = torch.zeros(1, 3, 32, 128)
+    images[..., 16:32, 48:64] = 1.0
+    found = dense_features(vit, images)[0]
+    assert found.shape[1:] == (2, 8)
+    different = (found - found[:, :1, :1]).abs().sum(0) > 1e-3
+    assert different.nonzero().tolist() == [[1, 3]]
+
+
+@torch.no_grad()
+def test_multi_scale_is_the_mean_over_sizes() -> None:
+    backbone = build_backbone("resnet8", img_size=32).eval()
+    images = torch.rand(2, 3, 32, 32)
+    half = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear")
+    expected = (backbone(images) + backbone(half)) / 2
+    torch.testing.assert_close(scaled_features(backbone, 32, (1.0, 0.5))(images), expected)
+    vit = build_backbone("deit_tiny", img_size=64).eval()
+    found = scaled_features(vit, 64, MULTI_SCALE)(torch.rand(1, 3, 64, 64))
+    assert found.shape == (1, 192)
+    assert found.isfinite().all()

@@ -1,0 +1,270 @@
+"""Bring weights in and out.
+
+python tools/convert.py inspect FILE
+python tools/convert.py import FILE --cfg configs/C.yaml --output OUT.pt [--full] [--which target]
+python tools/convert.py export RUN_OR_FILE [--cfg configs/C.yaml] --to FORMAT --output OUT [--which target]
+
+import reads the published files of MoCo, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2, BYOL and SiT, and
+torchvision, timm, Detectron2, MMDetection and Hugging Face ones, and writes a file that every --pretrained
+takes; --full keeps target, heads and queue too. Nothing of a file is executed.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import run_main
+
+FORMATS = ("timm", "torchvision", "detectron2", "mmdet", "swin", "huggingface", "moco", "plain")
+TIMM_NAMES = {
+    **{f"deit_{size}": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")},
+    **{f"vit_{size}": f"vit_{size}_patch16_224" for size in ("small", "base")},
+    **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")},
+}
+HINTS = {
+    "torchvision": "torchvision's model.load_state_dict(state, strict=False): only its head is missing",
+    "detectron2": "MODEL.WEIGHTS, with PIXEL_STD and RGB as in detection/configs",
+    "mmdet": "init_cfg=dict(type='Pretrained', checkpoint=FILE) of the backbone",
+    "swin": "the 'model' entry, as Swin's own detection and segmentation codes read it",
+    "huggingface": "transformers.AutoModel.from_pretrained(FOLDER)",
+    "moco": "--pretrained FILE of MoCo's and SynCo's main_lincls.py",
+    "plain": "backbone.load_state_dict(torch.load(FILE, weights_only=True))",
+}
+
+
+def main() -> int:
+    """Run the asked conversion; return the exit code."""
+    args = parse_args()
+    commands: dict[str, Callable[[argparse.Namespace], None]] = {
+        "inspect": inspect_file,
+        "import": import_file,
+        "export": export_file,
+    }
+    commands[args.command](args)
+    return 0
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("inspect", "import", "export"):
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.add_argument("source", type=Path, metavar="FILE", help="file of weights, or a run's folder")
+        if name == "inspect":
+            continue
+        command.add_argument("--cfg", type=Path, metavar="FILE", help="yaml; default: the run's own")
+        command.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg")
+        command.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
+        command.add_argument("--which", choices=["online", "target"], default="online", help="which network")
+        if name == "import":
+            command.add_argument("--full", action="store_true", help="target, heads and queue too")
+        else:
+            command.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
+            command.add_argument("--results", type=Path, metavar="FILE", help="for the model card")
+    return parser.parse_args(argv)
+
+
+def inspect_file(args: argparse.Namespace) -> None:
+    """Print what a file holds: entries, layout, number of tensors and values, the likely architecture."""
+    from models.weights import backbone_state, tensors_of
+    from models.weights_out import describe
+
+    checkpoint = _read(args.source)
+    print(f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors")
+    for key, value in checkpoint.items():
+        if tensors := tensors_of(value):
+            queues = [f"{name} {tuple(t.shape)}" for name, t in tensors.items() if _is_queue(name, t)]
+            print(f"  {key}: {len(tensors)} tensors{', ' if queues else ''}{', '.join(queues)}")
+        elif not hasattr(value, "shape"):
+            print(f"  {key}: {_short(value)}")
+    state, layout = backbone_state(checkpoint)
+    print(f"layout: {layout}")
+    print(f"backbone and its head: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values")
+    print(f"architecture: {describe(state)}")
+
+
+def import_file(args: argparse.Namespace) -> None:
+    """Write a foreign file as one of ours, after loading it into the configured model."""
+    from models.published import framework_state
+    from models.weights import backbone_state, load_backbone
+
+    cfg = _config(args)
+    checkpoint = _read(args.source)
+    if args.full:
+        own = _framework(cfg).state_dict()
+        try:
+            state = framework_state(checkpoint, own)
+        except ValueError as error:
+            raise ValueError(f"{args.source} {error}") from error
+        layout, note = "whole pretraining state", f"{len(own)} tensors"
+        framework = {key: state[key] for key in own}
+    else:
+        backbone = _backbone(cfg)
+        state, layout = backbone_state(checkpoint, args.which)
+        report = load_backbone(backbone, state, str(args.source))
+        note = _listing(report)
+        framework = {f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
+    _save({"framework": framework, "imported": {"file": args.source.name, "layout": layout}}, args.output)
+    print(f"layout: {layout}\n{note}\nwrote {args.output}: give it to any --pretrained")
+
+
+def export_file(args: argparse.Namespace) -> None:
+    """Write a checkpoint's backbone in another library's layout and say how to load it there."""
+    from models import weights_out
+    from models.weights import backbone_state, load_backbone
+
+    source = _checkpoint_of(args.source)
+    cfg = _config(args)
+    checkpoint = _read(source)
+    state, layout = backbone_state(checkpoint, args.which)
+    backbone = _backbone(cfg)
+    print(f"{load_backbone(backbone, state, str(source))} (layout: {layout})")
+    own = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    if args.to == "huggingface":
+        from tools.model_card import write_huggingface
+
+        write_huggingface(args.output, backbone, cfg, checkpoint, args)
+    elif args.to == "detectron2":
+        arrays = weights_out.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
+        content = {"model": arrays, "__author__": "SynCo", "matching_heuristics": True}
+        _write(args.output, lambda file: pickle.dump(content, file))
+    else:
+        _save(_converted(args.to, own, _moco_head(checkpoint, args.which), cfg), args.output)
+    print(f"wrote {args.output}; load it with {_hint(args.to, cfg)}")
+
+
+def _converted(to: str, own: Mapping[str, Any], head: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
+    """Return the contents of the file for a layout that is a torch file."""
+    from models import weights_out
+
+    if to == "moco":
+        return {"arch": cfg.MODEL.BACKBONE.NAME, "state_dict": weights_out.to_moco(own, head)}
+    if to == "mmdet":
+        return {"state_dict": weights_out.to_mmdet(own)}
+    if to == "swin":
+        return {"model": weights_out.to_original_swin(own)}
+    return weights_out.to_torchvision(own) if to == "torchvision" else dict(own)
+
+
+def _hint(to: str, cfg: Any) -> str:
+    if to != "timm":
+        return HINTS[to]
+    options = cfg.MODEL.BACKBONE
+    name = TIMM_NAMES.get(options.NAME, options.NAME.removeprefix("timm/"))
+    if options.NAME == "resnet8" or options.STEM != "imagenet" or "conv" in options.NAME:
+        return "models.parts.backbones.build_backbone: timm has no model of this kind by name"
+    extra = ", num_heads=12" if options.NAME == "vit_small" else ""
+    extra += f", reg_tokens={options.NUM_TOKENS - 1}" if options.NUM_TOKENS > 1 else ""
+    extra += f", patch_size={options.PATCH_SIZE}" if options.PATCH_SIZE else ""
+    if not name.startswith("resnet") and cfg.DATA.IMG_SIZE != 224:
+        extra += f", img_size={cfg.DATA.IMG_SIZE}"
+    model = f"timm.create_model({name!r}, num_classes=0{extra})"
+    return f"{model}.load_state_dict(torch.load(FILE, weights_only=True))"
+
+
+def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
+    """Return the projector of one of our MoCo checkpoints as ``fc.*``; empty for other files."""
+    from models.weights import tensors_of
+    from models.weights_out import moco_head
+
+    prefix = f"{which}.projector."
+    tensors = tensors_of(checkpoint.get("framework"))
+    return moco_head({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+
+
+def _listing(report: Any) -> str:
+    lines = [f"matched: {report.matched}", f"missing: {', '.join(report.missing) or 'none'}"]
+    lines.append(f"unexpected, left out: {', '.join(report.unexpected) or 'none'}")
+    return "\n".join(lines + [f"resized: {', '.join(report.resized)}"] * bool(report.resized))
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from models import framework_defaults
+    from utils.config import default_config, load_config
+
+    own = args.source / "config.yaml"
+    if args.cfg is None and not own.is_file():
+        raise ValueError("--cfg: is needed to know the backbone; give the run's yaml")
+    return load_config(default_config(framework_defaults()), [args.cfg or own], args.opts, {})
+
+
+def _backbone(cfg: Any) -> Any:
+    from models.parts.backbones import build_backbone
+    from utils.config import section_options
+
+    options = section_options(cfg.MODEL.BACKBONE)
+    del options["target_drop_path"]
+    return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE).eval()
+
+
+def _framework(cfg: Any) -> Any:
+    from models import build_framework
+    from utils.config import method_section, section_options
+
+    return build_framework(
+        cfg.MODEL.NAME,
+        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
+        section_options(cfg.MODEL.BACKBONE),
+        batchformer=section_options(cfg.MODEL.BATCHFORMER),
+        img_size=cfg.DATA.IMG_SIZE,
+    )
+
+
+def _checkpoint_of(source: Path) -> Path:
+    from utils import checkpoint
+
+    if not source.is_dir() or (source / "model.safetensors").is_file():
+        return source
+    found = checkpoint.newest_valid(source)
+    if found is None:
+        raise ValueError(f"{source} holds no checkpoint; name a file, or the folder of a run")
+    return found.path
+
+
+def _read(source: Path) -> Mapping[str, Any]:
+    from models.weights import read_weights
+
+    source = _checkpoint_of(source)
+    return read_weights(source / "model.safetensors" if source.is_dir() else source)
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    import torch
+
+    _write(path, lambda file: torch.save(content, file))
+
+
+def _write(path: Path, fill: Callable[[Any], object]) -> None:
+    """Write a file that is whole or not there."""
+    from utils.atomic import removed_on_error, sync_folder, tmp_path, write_synced
+
+    if path.is_dir():
+        raise ValueError(f"--output: {path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with removed_on_error(tmp_path(path)):
+        write_synced(tmp_path(path), fill)
+        os.replace(tmp_path(path), path)
+    sync_folder(path.parent)
+
+
+def _is_queue(name: str, tensor: Any) -> bool:
+    return "queue" in name and tensor.ndim == 2
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str) if isinstance(value, (str, int, float, type(None))) else ""
+    return text[:70] if text else type(value).__name__
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,46 @@
+"""What the tools that measure frozen features share: a backbone on its weights, and where results go."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models import framework_defaults
+from models.classifier import freeze, pretrained_backbone
+from models.parts.backbones import Backbone
+from utils.config import default_config, load_config, section_options
+from utils.device import choose_device
+from utils.logger import setup_logger
+from utils.probe import find_weights
+from utils.run import Run
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen backbone, the run that it belongs to and the name of its weights."""
+
+    backbone: Backbone
+    run: Run
+    label: str
+
+    def folder(self, name: str) -> Path:
+        """Return the folder `name` of the run, made if it is not there."""
+        folder = self.run.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
+    """Build the backbone that the flags of a main name, on the run's newest weights or ``args.pretrained``.
+
+    Raises ``ValueError`` without data path or weights.
+    """
+    cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
+    setup_logger(None, is_main=True)
+    if not cfg.DATA.PATH:
+        raise ValueError("DATA.PATH (--data-path) is empty: name the folder of the data")
+    weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
+    run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
+    options = section_options(cfg.MODEL.BACKBONE)
+    backbone = pretrained_backbone(options, weights, img_size=cfg.DATA.IMG_SIZE, drop_path=0.0)
+    return Frozen(freeze(run.prepare(backbone)), run, weights.stem if weights else "random")

@@ -1,0 +1,144 @@
+"""Write a backbone as a Hugging Face folder: weights, configurations, and a card that says what they are."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.views import IMAGENET_MEAN, IMAGENET_STD
+from models.weights_out import to_huggingface
+from utils.atomic import removed_on_error, tmp_path, write_synced, write_text
+from utils.safetensors import safetensors_bytes
+
+PAPERS = {
+    "moco_v2": ("MoCo v2", "2003.04297"),
+    "synco": ("SynCo", "2410.02401"),
+    "synco_v2": ("SynCo-v2", "2410.02401"),
+    "byol": ("BYOL", "2006.07733"),
+    "moby": ("MoBY", "2105.04553"),
+    "mocov3": ("MoCo v3", "2104.02057"),
+    "batchformer": ("BatchFormer", "2203.01522"),
+    "sit": ("SiT", "2104.03602"),
+}
+
+
+def write_huggingface(
+    folder: Path, backbone: Any, cfg: Any, checkpoint: Mapping[str, Any], args: argparse.Namespace
+) -> None:
+    """Write model.safetensors, config.json, preprocessor_config.json and README.md into ``folder``."""
+    if folder.is_file():
+        raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
+    state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    with removed_on_error(tmp_path(weights)):
+        write_synced(tmp_path(weights), lambda file: file.write(safetensors_bytes(state)))
+        tmp_path(weights).replace(weights)
+    write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+    write_text(folder / "preprocessor_config.json", json.dumps(preprocessing(cfg), indent=2) + "\n")
+    results = found_results(args.source, args.results)
+    write_text(folder / "README.md", model_card(cfg, checkpoint, config, args.which, results))
+
+
+def preprocessing(cfg: Any) -> dict[str, Any]:
+    """Return the configuration of transformers' image processor that repeats our evaluation view."""
+    size = cfg.DATA.IMG_SIZE
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size + 32 if size > 96 else size},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def found_results(source: Path, given: Path | None) -> dict[str, dict[str, Any]]:
+    """Return the results beside a run (``linear/*/result.json``) or in the given file, by name."""
+    folder = source if source.is_dir() else source.parent
+    files = [given] if given else sorted(folder.glob("*/*/result.json"))
+    results = {}
+    for file in files:
+        try:
+            results["/".join(file.parts[-3:-1])] = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} is no result.json of ours ({error}); leave out --results") from error
+    return results
+
+
+def model_card(
+    cfg: Any, checkpoint: Mapping[str, Any], config: Mapping[str, Any], which: str, results: Mapping[str, Any]
+) -> str:
+    """Return the card: what it is, how it was trained, what we measured, the licence."""
+    name, paper = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
+    source = f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+    imported = checkpoint.get("imported")
+    origin = f"Imported from {imported['file']} ({imported['layout']})." if isinstance(imported, dict) else ""
+    rows = {
+        "method": f"{name}{source}",
+        "network": f"{cfg.MODEL.BACKBONE.NAME}, the {which} one, without heads",
+        "data": f"{cfg.DATA.DATASET}{f' ({Path(cfg.DATA.PATH).name})' if cfg.DATA.PATH else ''}, no labels",
+        "image size": f"{cfg.DATA.IMG_SIZE}",
+        "epochs": f"{cfg.TRAIN.EPOCHS}, {checkpoint.get('step', 'unknown')} steps done",
+        "optimiser": f"{cfg.OPTIM.NAME}, weight decay {cfg.OPTIM.WEIGHT_DECAY:g}",
+        "base learning rate": f"{cfg.OPTIM.BASE_LR:g}",
+        "batch": f"{checkpoint.get('global_batch', 'unknown')} images a step",
+    }
+    no_pooler = ", add_pooling_layer=False" if config["model_type"] in ("vit", "deit") else ""
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+license: cc-by-nc-4.0
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- self-supervised-learning
+- {config["model_type"]}
+- {cfg.MODEL.NAME}
+---
+
+# {name} {cfg.MODEL.BACKBONE.NAME}
+
+A backbone pretrained without labels. {origin}
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained(FOLDER{no_pooler})
+features = model(pixel_values).{_output(config)}
+```
+
+## Results
+
+{_result_table(results)}
+
+## Licence
+
+[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): no commercial use.
+"""
+
+
+def _output(config: Mapping[str, Any]) -> str:
+    if config["model_type"] in ("vit", "deit"):
+        return "last_hidden_state[:, 0]"
+    return "pooler_output" + (".flatten(1)" if config["model_type"] == "resnet" else "")
+
+
+def _result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one line an evaluation: those of its figures that are numbers, in percent."""
+    if not results:
+        return "None measured with these weights yet."
+    lines = ["| evaluation | figures, percent |", "|---|---|"]
+    for name, result in results.items():
+        figures = {key: value for key, value in result.items() if isinstance(value, float) and key != "lr"}
+        lines.append(f"| {name} | {', '.join(f'{key} {value:.2f}' for key, value in figures.items())} |")
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""Carry the masks of a video's first frame through it with frozen features, in the way of DAVIS 2017.
+
+python tools/propagate.py --cfg configs/byol_vit_small.yaml --data-path DAVIS --output O --tag T
+[--pretrained FILE] reads ImageSets/2017/val.txt, JPEGImages/480p/<video> and Annotations/480p/<video>, writes
+indexed PNGs to O/<name>/T/propagation/<weights>/<video>/ and, where later frames are annotated too, prints J
+and F. --pretrained none uses the untrained backbone.
+"""
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.augment import normalise_
+from data.fetch import resize_one
+from data.files import decode_rgb
+from models.parts.resolution import at_size, dense_features, size_multiple
+from tools.frozen import Frozen, open_frozen
+from utils.atomic import write_text
+from utils.cli import make_parser, parse, run_main
+from utils.propagate import enlarge_labels, propagate, shrink_mask, video_quality
+
+logger = logging.getLogger("synco")
+
+SIDE_MULTIPLE = 64  # the longer side is cut down to a multiple of this
+
+
+def main() -> int:
+    """Carry the masks through every video of the list, print the quality; return the exit code."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained")
+    parser.add_argument("--list", default="ImageSets/2017/val.txt", help="names of the videos, one a line")
+    parser.add_argument("--resolution", default="480p", help="folder of frames and annotations")
+    parser.add_argument("--short-side", type=int, default=480, help="frames are brought to this many pixels")
+    args, flags = parse(parser)
+    if args.eval or args.throughput:
+        raise ValueError("--eval and --throughput belong to the mains; this tool takes neither")
+
+    frozen = open_frozen(args, flags)
+    root, folder = Path(frozen.run.cfg.DATA.PATH), frozen.folder(f"propagation/{frozen.label}")
+    quality = {}
+    for name in read_list(root / args.list):
+        frames, truth = (root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations"))
+        masks = carry(frozen, frames, truth, folder / name, args.short_side)
+        quality.update({f"{name}/{label}": scores for label, scores in judge(masks, truth).items()})
+    summary = summarise(quality)
+    write_text(folder / "quality.json", json.dumps({**summary, "objects": quality}, indent=1))
+    lines = [f"{key:12} {value:.2f}" for key, value in summary.items()]
+    print("\n".join(lines or ["no quality: only first frames are annotated"]))
+    print(folder)
+    return 0
+
+
+def read_list(path: Path) -> list[str]:
+    """Return the videos that a list names; ``ValueError`` if it is missing or empty."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: --data-path must be the folder of DAVIS; see --list")
+    names = path.read_text(encoding="utf-8").split()
+    if not names:
+        raise ValueError(f"{path} names no video")
+    return names
+
+
+def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: int) -> list[Path]:
+    """Write the masks <frame>.png of a video to ``target``, the first one as it is given; return their paths.
+
+    Raises ``ValueError`` if frames or the first mask are missing, or the backbone cannot take the frames'
+    size.
+    """
+    paths = sorted(frames.glob("*.jpg"))
+    if not paths or not (truth / f"{paths[0].stem}.png").is_file():
+        missing = truth / (f"{paths[0].stem}.png" if paths else "")
+        raise ValueError(f"a video needs frames in {frames} and the first one's mask, {missing}")
+    masks = [target / f"{path.stem}.png" for path in paths]
+    first, palette = read_mask(truth / masks[0].name)
+    first[first == 255] = 0  # void
+    height, width = first.shape
+    size = frame_size(height, width, short_side)
+    step = size_multiple(frozen.backbone)
+    if size[0] % step or size[1] % step:
+        raise ValueError(f"--short-side {short_side}: frames would be {size}, not multiples of {step} pixels")
+    target.mkdir(parents=True, exist_ok=True)
+    write_mask(masks[0], first, palette)
+    for mask, soft in zip(masks[1:], soft_labels(frozen, paths, first, size), strict=True):
+        write_mask(mask, enlarge_labels(soft, size, (height, width)), palette)
+    logger.info("%s: %d frames of %d x %d", target.name, len(paths), *size)
+    return masks
+
+
+def soft_labels(frozen: Frozen, paths: list[Path], first: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield the soft labels (C, h, w) of the second frame and those after it; ``first`` (H, W) is the first
+    mask.
+    """
+    body, device = at_size(frozen.backbone, size), frozen.run.device
+    with torch.no_grad():
+        maps = (dense_features(body, read_frame(path, size).to(device))[0] for path in paths)
+        begin = next(maps)
+        cells = (begin.shape[1], begin.shape[2])
+        labels = shrink_mask(first.to(device), cells, int(first.max()) + 1)
+        yield from propagate(itertools.chain([begin], maps), labels)
+
+
+def frame_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Return the (height, width) to which a frame is brought: the shorter side given, the other a multiple of
+    64.
+    """
+    longer = max(height, width) * short_side // min(height, width) // SIDE_MULTIPLE * SIDE_MULTIPLE
+    longer = max(longer, short_side)
+    return (short_side, longer) if height <= width else (longer, short_side)
+
+
+def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
+    """Return a frame as a normalised batch (1, 3, *size)."""
+    image = resize_one(decode_rgb(path.read_bytes()), size, "bilinear")
+    return normalise_(image[None].float() / 255)
+
+
+def read_mask(path: Path) -> tuple[Tensor, list[int] | None]:
+    """Return an index mask (H, W) uint8 and its palette; ``ValueError`` if the PNG is not indexed or grey."""
+    with Image.open(path) as image:
+        if image.mode not in ("P", "L"):
+            raise ValueError(f"{path} is of mode {image.mode}; a mask is an indexed or a grey PNG")
+        return torch.from_numpy(np.array(image)), image.getpalette()
+
+
+def write_mask(path: Path, mask: Tensor, palette: list[int] | None) -> None:
+    """Write an index mask (H, W) as PNG with `palette`, that of the first frame."""
+    image = Image.fromarray(mask.cpu().numpy())
+    if palette:
+        image.putpalette(palette)
+    image.save(path)
+
+
+def judge(masks: list[Path], truth: Path) -> dict[str, dict[str, float]]:
+    """Return J and F in percent of every object of a video; nothing if later frames have no annotation."""
+    real = [truth / path.name for path in masks]
+    if len(masks) < 2 or not all(path.is_file() for path in real):
+        return {}
+    both = [torch.stack([read_mask(path)[0] for path in paths]) for paths in (masks, real)]
+    return {
+        str(label): {"J": 100 * scores.region, "F": 100 * scores.contour}
+        for label, scores in video_quality(*both).items()
+    }
+
+
+def summarise(quality: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the means of J and F over all objects, and the mean of both; empty where there is nothing."""
+    if not quality:
+        return {}
+    means = {key: sum(scores[key] for scores in quality.values()) / len(quality) for key in ("J", "F")}
+    return {"J&F mean": (means["J"] + means["F"]) / 2, "J mean": means["J"], "F mean": means["F"]}
+
+
+if __name__ == "__main__":
+    run_main(main)
