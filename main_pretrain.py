@@ -1,4 +1,4 @@
-"""Pretrain a backbone without labels: MoCo v2, SynCo, BYOL, MoBY, SynCo-v2 over ResNet, DeiT, Swin.
+"""Pretrain a backbone without labels: MoCo v2 and v3, SynCo, SynCo-v2, MoBY, BYOL, BatchFormer, SiT.
 
 python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one process or
 under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again goes on where it
@@ -7,24 +7,34 @@ stopped.
 
 from utils.cli import make_parser, parse, run_main
 
+TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
+
 
 def main() -> int:
     """Build the pieces in order, then hand them to the engine; return the exit code."""
-    args, flags = parse(make_parser(__doc__))
+    parser = make_parser(__doc__)
+    parser.add_argument("--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE)
+    args, flags = parse(parser)
+    if args.training_mode == "finetune":
+        raise ValueError(
+            "--training-mode finetune: use main_semisup.py with the same --cfg, --output and --tag"
+        )
 
     # after the flags are parsed, so that --help and a mistyped flag answer at once
     import torch
 
     from data.datasets import is_labelled, open_split
     from data.loader import Batch, GlobalLoader, evaluation_batches
-    from data.preview import save_preview
+    from data.preview import first_views, save_grid, save_preview
+    from data.source import Source
     from data.views import build_recipe
     from models import build_framework, framework_defaults
-    from utils.config import default_config, load_config, section_options
+    from models.sit import SiT
+    from utils.config import default_config, load_config, method_section, section_options
     from utils.engine import TrainState, fit
-    from utils.evaluate import extract_features, knn_accuracy, measure_throughput
+    from utils.evaluate import extract_features, held_out_losses, knn_accuracy, measure_throughput
     from utils.optim import build_optimizer, parameter_groups
-    from utils.plan import global_batch_size, make_plan
+    from utils.plan import global_batch_size, held_out_batch, make_plan
     from utils.run import start_run
     from utils.schedules import Progress
 
@@ -35,23 +45,33 @@ def main() -> int:
     source = open_split(cfg.DATA, "train")
     run.fingerprint = source.fingerprint()
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
-    loader = GlobalLoader(
-        source,
-        recipe,
-        global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS),
-        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
-        seed=cfg.SEED,
-        device=run.device,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        timeout=cfg.DATA.TIMEOUT,
-        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
-    )
+
+    def open_loader(
+        images: Source, global_batch: int, accumulation: int = 1, repeated: int = 1
+    ) -> GlobalLoader:
+        return GlobalLoader(
+            images,
+            recipe,
+            global_batch=global_batch,
+            accumulation=accumulation,
+            seed=cfg.SEED,
+            device=run.device,
+            num_workers=cfg.DATA.NUM_WORKERS,
+            timeout=cfg.DATA.TIMEOUT,
+            max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
+            repeated_aug=repeated,
+        )
+
+    accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+    global_batch = global_batch_size(cfg.TRAIN.BATCH_SIZE, accumulation)
+    loader = open_loader(source, global_batch, accumulation, cfg.DATA.REPEATED_AUG)
 
     # model, plan, optimiser
     framework = build_framework(
         cfg.MODEL.NAME,
-        section_options(cfg.MODEL[cfg.MODEL.NAME.upper()]),
+        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
         section_options(cfg.MODEL.BACKBONE),
+        batchformer=section_options(cfg.MODEL.BATCHFORMER),
         img_size=cfg.DATA.IMG_SIZE,
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
     )
@@ -63,7 +83,7 @@ def main() -> int:
         steps_per_epoch=loader.steps_per_epoch,
         global_batch=loader.plan.global_batch,
         base_rates=[cfg.OPTIM.BASE_LR],
-        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
+        accumulation=accumulation,
     )
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM), fused=run.scaler() is None)
     state = TrainState(framework, optimizer, run.wrap(framework), run.scaler())
@@ -74,9 +94,12 @@ def main() -> int:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
 
-    # k-NN accuracy now and then; a split that is missing is refused now, not after the first epochs
-    knn = {}
-    if cfg.KNN.EVERY_EPOCHS or args.eval:
+    # evaluations now and then; a split that is missing is refused now, not after the first epochs
+    knn, held_out = {}, None
+    if cfg.HELD_OUT.EVERY_EPOCHS:
+        unseen = open_split(cfg.DATA, "val")
+        held_out = open_loader(unseen, held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE))
+    if cfg.KNN.EVERY_EPOCHS or (args.eval and not held_out):
         knn["train"] = source if is_labelled(source) else open_split(cfg.DATA, "train", labelled=True)
         knn["val"] = open_split(cfg.DATA, "val", labelled=True)
 
@@ -94,10 +117,31 @@ def main() -> int:
             return extract_features(backbone, batches)
 
     def evaluate(progress: Progress) -> dict[str, float]:
-        if knn and (args.eval or progress.epoch % cfg.KNN.EVERY_EPOCHS == 0 or progress.epoch == plan.epochs):
+        def due(every: int) -> bool:
+            return args.eval or progress.epoch % every == 0 or progress.epoch == plan.epochs
+
+        values: dict[str, float] = {}
+        if knn and due(cfg.KNN.EVERY_EPOCHS):
             bank, queries = features("train"), run.shard(*features("val"))
-            return knn_accuracy(*bank, *queries, knn["train"].num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
-        return {}
+            values |= knn_accuracy(*bank, *queries, knn["train"].num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
+        if held_out and due(cfg.HELD_OUT.EVERY_EPOCHS):
+            steps = held_out.from_step(0, held_out.steps_per_epoch)
+            views = ([run.views(view) for view in batch.views] for _, batches in steps for batch in batches)
+            with run.evaluating(framework):
+                values |= held_out_losses(lambda seen: framework(seen, progress), views, cfg.SEED)
+        return values
+
+    def show_restored() -> None:
+        """Let a method that restores images show clean, corrupted and restored ones."""
+        if isinstance(framework, SiT):
+            clean = first_views(source, recipe, cfg.SEED)[0]
+            with run.evaluating(framework):
+                seen, restored = framework.restore(run.views(clean.to(run.device)), cfg.SEED)
+            columns = torch.stack([clean, seen.cpu(), restored.cpu()], dim=1)
+            titles = ["clean", "corrupted", "reconstruction"]
+            run.write_extra(
+                f"reconstruction_{state.step:07d}.png", lambda path: save_grid(path, columns, titles)
+            )
 
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:
@@ -112,7 +156,10 @@ def main() -> int:
         return 0
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
-    return fit(state, loader, step, plan, run, evaluate).value
+        show_restored()
+    outcome = fit(state, loader, step, plan, run, evaluate)
+    show_restored()
+    return outcome.value
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
+from models.batchformer import BatchFormerMoCoV3
 from models.byol import BYOL
 from models.moby import MoBY
 from models.moco import MoCoV2
+from models.mocov3 import MoCoV3
 from models.parts.backbones import build_backbone
+from models.parts.batchformer import BatchFormer
 from models.parts.momentum import MomentumFramework
 from models.parts.norm import convert_sync_batch_norm
+from models.sit import SiT
 from models.synco import SynCo
 from models.synco_v2 import SynCoV2
 from utils.distributed import world_size
@@ -20,14 +24,20 @@ FRAMEWORKS: dict[str, type[MomentumFramework]] = {
     "byol": BYOL,
     "moby": MoBY,
     "synco_v2": SynCoV2,
+    "mocov3": MoCoV3,
+    "batchformer": BatchFormerMoCoV3,
+    "sit": SiT,
 }
 
 
 def framework_defaults() -> dict[str, dict[str, Any]]:
     """Return each method's options and defaults, read from its signature: ``MODEL.<METHOD>`` is declared
     once.
+
+    ``batchformer`` is the module's section, for every method; the method of that name has MoCo v3's options.
     """
-    return {name: _options(framework) for name, framework in FRAMEWORKS.items()}
+    sections = {name: _options(framework) for name, framework in FRAMEWORKS.items()}
+    return {**sections, "batchformer": {"enabled": False, **_options(BatchFormer)}}
 
 
 def _options(framework: type) -> dict[str, Any]:
@@ -44,12 +54,14 @@ def build_framework(
     options: Mapping[str, Any],
     backbone: Mapping[str, Any],
     *,
+    batchformer: Mapping[str, Any] | None = None,
     img_size: int = 224,
     use_checkpoint: bool = False,
 ) -> MomentumFramework:
     """Build the method ``name`` with its ``options`` over ``build_backbone(**backbone)``.
 
-    ``backbone`` may also hold ``target_drop_path``, the target's own drop-path rate (default 0).
+    ``backbone`` may also hold ``target_drop_path``, the target's own drop-path rate (default 0);
+    ``batchformer`` holds ``enabled`` and the options of ``BatchFormer``.
     On several processes batch norms are synchronised where the method asks for it. Raises ``ValueError`` for
     a name that is not in ``FRAMEWORKS``.
     """
@@ -60,6 +72,9 @@ def build_framework(
     online = build_backbone(**shared, use_checkpoint=use_checkpoint)
     target = build_backbone(**{**shared, "drop_path": target_drop_path})
     framework = cast(Any, FRAMEWORKS[name])(online, target, **options)
+    module = dict(batchformer or {})
+    if module.pop("enabled", False) or framework.needs_batchformer:
+        framework.attach_batchformer(BatchFormer(online.num_features, **module))
     if world_size() > 1 and getattr(framework, "sync_batch_norm", False):
         convert_sync_batch_norm(framework)
     return framework

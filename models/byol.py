@@ -38,8 +38,10 @@ class BYOL(MomentumFramework):
         predictions = [self.predictor(self.online(view)) for view in views]
         with torch.no_grad():
             targets = [unit(self.target(view)) for view in views]
-        loss = cosine_regression(predictions[0], targets[1]) + cosine_regression(predictions[1], targets[0])
-        return {"loss": loss, "embedding": targets[0]}
+        num = len(views[0])
+        first = cosine_regression(*self.paired_rows(predictions[0], targets[1], num))
+        second = cosine_regression(*self.paired_rows(predictions[1], targets[0], num))
+        return {"loss": first + second, "embedding": targets[0][:num]}
 
     def after_step(self, progress: Progress) -> None:
         """Average the target with the next step's momentum, which rises to 1."""

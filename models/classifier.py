@@ -1,141 +1,33 @@
-"""Put linear classifiers on a frozen or fine-tuned backbone, and load that backbone or refuse.
+"""Put linear classifiers on a frozen or fine-tuned backbone."""
 
-A probe on half-loaded weights gives a number that looks like a result. So every tensor of the backbone must
-be found, and what the file holds beyond it must be a head.
-"""
-
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.parts.backbones import Backbone, build_backbone
+from models.weights import backbone_state, load_backbone, read_weights
+
+logger = logging.getLogger("synco")
+
 M = TypeVar("M", bound=nn.Module)
 
 
-class Layout(NamedTuple):
-    """Say where a kind of file keeps its backbone: under which entry, and with which prefix."""
+def pretrained_backbone(options: Mapping[str, Any], weights: Path | None, **changes: Any) -> Backbone:
+    """Build the backbone of a ``MODEL.BACKBONE`` section with ``changes``, on the weights of a file if given.
 
-    name: str
-    container: str | None
-    prefix: str
-
-
-# The first layout that fits is taken, so the specific ones stand first. "module." (DDP) is stripped before.
-LAYOUTS = (
-    Layout("synco pretraining", "framework", "online.backbone."),
-    Layout("moco", "state_dict", "encoder_q."),
-    Layout("moco-v3", "state_dict", "base_encoder."),
-    Layout("moby / synco-v2", "model", "encoder."),  # not encoder_k.
-    Layout("state_dict", "state_dict", ""),
-    Layout("model", "model", ""),
-    Layout("plain", None, ""),
-)
-
-_HEADS = ("fc.", "head.", "head_dist.", "classifier.", "projector.", "predictor.")
-_DERIVED = ("num_batches_tracked", "relative_position_index", "attn_mask")  # follow from the architecture
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """Account for every key of a load that was accepted."""
-
-    source: str
-    matched: int
-    missing: tuple[str, ...]  # only num_batches_tracked
-    unexpected: tuple[str, ...]  # heads and derived buffers, not loaded
-
-    def __str__(self) -> str:
-        """Return one line for the log."""
-        heads = sorted({key.split(".")[0] for key in self.unexpected})
-        left = f", left out {len(self.unexpected)} ({', '.join(heads)})" if heads else ""
-        return f"loaded {self.matched} tensors of the backbone from {self.source}{left}"
-
-
-def backbone_state(checkpoint: Mapping[str, object]) -> tuple[dict[str, Tensor], str]:
-    """Return the backbone's tensors of a loaded checkpoint, heads included, and the layout's name."""
-    for layout in LAYOUTS:
-        holder = checkpoint if layout.container is None else checkpoint.get(layout.container)
-        if not isinstance(holder, Mapping):
-            continue
-        tensors = {
-            str(key).removeprefix("module."): value
-            for key, value in holder.items()
-            if isinstance(value, Tensor)
-        }
-        state = {
-            key.removeprefix(layout.prefix): t for key, t in tensors.items() if key.startswith(layout.prefix)
-        }
-        if state:
-            return state, layout.name
-    raise ValueError(
-        f"no backbone found: the file has the entries {sorted(map(str, checkpoint))[:8]};"
-        f" known layouts: {', '.join(layout.name for layout in LAYOUTS)}"
-    )
-
-
-def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Copy `state` into the backbone and account for every key; ValueError, nothing changed, on a poor match.
-
-    `source` is the file's name, for messages. Only num_batches_tracked may be missing, only heads and buffers
-    that follow from the architecture may be left over.
+    Raises ``ValueError`` if the file does not cover the whole backbone.
     """
-    own = backbone.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    matched = {key: state[key] for key in own.keys() & state.keys()}
-    lost = [key for key in missing if not key.endswith("num_batches_tracked")]
-    foreign = [key for key in unexpected if not key.startswith(_HEADS) and not key.endswith(_DERIVED)]
-    misfits = [key for key, tensor in matched.items() if not _fits(tensor, own[key])]
-    if lost or foreign or misfits:
-        raise ValueError(_refusal(own, state, source, lost, foreign, sorted(misfits)))
-    if broken := [key for key, tensor in sorted(matched.items()) if not torch.isfinite(tensor).all()]:
-        raise ValueError(
-            f"{source}: {len(broken)} tensors are not finite ({_some(broken)}); use another checkpoint"
-        )
-    backbone.load_state_dict(matched, strict=False)  # every key is accounted for above
-    return LoadReport(source, len(matched), tuple(missing), tuple(unexpected))
-
-
-def _fits(tensor: Tensor, own: Tensor) -> bool:
-    return tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
-
-
-def _refusal(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    source: str,
-    lost: list[str],
-    foreign: list[str],
-    misfits: list[str],
-) -> str:
-    """Say what does not match, in numbers and examples, and the likely reason."""
-    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in misfits]
-    fitting = len(own.keys() & state.keys()) - len(misfits)
-    parts = [f"{source} does not fit the backbone: {fitting} of {len(own)} tensors match"]
-    for label, keys in (("missing", lost), ("unexpected", foreign), ("wrong shape", shapes)):
-        if keys:
-            parts.append(f"{len(keys)} {label} ({_some(keys)})")
-    return "; ".join(parts) + f". {_likely_reason(own, state, lost)}"
-
-
-def _likely_reason(own: Mapping[str, Tensor], state: Mapping[str, Tensor], lost: list[str]) -> str:
-    if state and all(key.startswith(_HEADS) for key in state):
-        return "The file holds a head only; give the pretraining checkpoint."
-    if not own.keys() & state.keys():
-        for key in lost:
-            if prefix := next((k.removesuffix(key) for k in state if k.endswith("." + key)), None):
-                return f"Its keys carry the prefix {prefix!r}; strip it or add the layout to classifier.py."
-        return (
-            "No key matches: another architecture, or another naming; check MODEL.BACKBONE against the file."
-        )
-    return "Likely another architecture, depth, width or image size; check MODEL.BACKBONE against the file."
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+    own = {key: value for key, value in options.items() if key != "target_drop_path"}
+    backbone = build_backbone(**{**own, **changes})
+    if weights:
+        state, layout = backbone_state(read_weights(weights))
+        logger.info("%s (layout: %s)", load_backbone(backbone, state, str(weights)), layout)
+    return backbone
 
 
 def freeze(backbone: M, active_drop_path: bool = False) -> M:
@@ -151,6 +43,15 @@ def freeze(backbone: M, active_drop_path: bool = False) -> M:
     return backbone
 
 
+def _start(weight: Tensor, init: str) -> Tensor:
+    """Draw a classifier's first weights in place."""
+    if init == "normal":
+        return nn.init.normal_(weight, std=0.01)
+    if init == "trunc":
+        return nn.init.trunc_normal_(weight, std=0.02)
+    raise ValueError(f"HEAD_INIT: {init!r} is unknown; use 'normal' or 'trunc'")
+
+
 class LinearHeads(nn.Module):
     """Hold a grid of linear classifiers over the same features, so that one pass trains all learning rates.
 
@@ -160,13 +61,7 @@ class LinearHeads(nn.Module):
     def __init__(self, num_features: int, num_classes: int, num_heads: int, init: str = "normal") -> None:
         """Draw the common start; ValueError if `init` is unknown."""
         super().__init__()
-        weight = torch.empty(num_classes, num_features)
-        if init == "normal":
-            nn.init.normal_(weight, std=0.01)
-        elif init == "trunc":
-            nn.init.trunc_normal_(weight, std=0.02)
-        else:
-            raise ValueError(f"LinearHeads: init {init!r} is unknown; use 'normal' or 'trunc'")
+        weight = _start(torch.empty(num_classes, num_features), init)
         self.weights = nn.ParameterList(nn.Parameter(weight.clone()) for _ in range(num_heads))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_classes)) for _ in range(num_heads))
 
@@ -201,3 +96,69 @@ def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     log_p = logits.float().log_softmax(dim=-1)
     nll = -log_p.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
     return ((1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1)).mean(dim=-1)
+
+
+class Classifier(nn.Module):
+    """Put a class head on a backbone; on SiT's two class tokens one head each (arXiv:2104.03602).
+
+    ``representation_size`` R puts Linear(F, R) + tanh before each head, which makes it a head of two layers.
+    """
+
+    def __init__(
+        self, backbone: Backbone, num_classes: int, *, representation_size: int = 0, init: str = "normal"
+    ) -> None:
+        """Draw the heads, ``init`` as in ``LinearHeads``."""
+        super().__init__()
+        self.backbone = backbone
+        self.two_tokens = getattr(backbone, "num_prefix_tokens", 1) == 2
+        self.heads = nn.ModuleList(
+            _class_head(backbone.num_features, num_classes, representation_size, init)
+            for _ in range(2 if self.two_tokens else 1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (T, N, C) of images (N, 3, H, W): one set for each of the T heads."""
+        if self.two_tokens:  # (N, 2 + patches, F) after the final norm
+            features = self.backbone.forward_features(images)[:, :2].unbind(1)
+        else:
+            features = (self.backbone(images),)
+        return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)])
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return float32 logits (N, C): the mean over the heads."""
+        return self(images).float().mean(0)
+
+    def after_step(self, progress: object) -> None:
+        """Do nothing: no target follows a classifier's step."""
+
+
+def _class_head(num_features: int, num_classes: int, representation_size: int, init: str) -> nn.Sequential:
+    last = _linear(representation_size or num_features, num_classes, init)
+    if representation_size:
+        return nn.Sequential(_linear(num_features, representation_size, "trunc"), nn.Tanh(), last)
+    return nn.Sequential(last)
+
+
+def _linear(width_in: int, width_out: int, init: str) -> nn.Linear:
+    linear = nn.Linear(width_in, width_out)
+    _start(linear.weight, init)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def layer_ids(backbone: Backbone) -> dict[str, int]:
+    """Return for each parameter the number of its layer, 0 for the stem, as timm's group matcher counts them.
+
+    The final norm goes with the last block. Raises ``ValueError`` for a model that timm cannot take apart.
+    """
+    from timm.models import group_parameters
+
+    matcher = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        raise ValueError("FINETUNE.LAYER_DECAY: timm knows no layers of this backbone; set it to 1.0")
+    return group_parameters(backbone, matcher(coarse=False), reverse=True)
+
+
+def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy (T,) of each head's logits (T, N, C) for class shares (N, C)."""
+    return -(targets * logits.float().log_softmax(dim=-1)).sum(-1).mean(-1)

@@ -45,11 +45,17 @@ class MoBY(MomentumFramework):
         with torch.no_grad():
             keys = [unit(self.target(view)) for view in views]
         synthetics = self.synthetics(progress)
-        first = queue_contrast(queries[0], keys[1], self.queue2.keys, self.temperature, synthetics)
-        second = queue_contrast(queries[1], keys[0], self.queue1.keys, self.temperature, synthetics)
+        num = len(views[0])
+        pairs = [self.paired_rows(queries[0], keys[1], num), self.paired_rows(queries[1], keys[0], num)]
+        first = queue_contrast(*pairs[0], self.queue2.keys, self.temperature, synthetics)
+        second = queue_contrast(*pairs[1], self.queue1.keys, self.temperature, synthetics)
         self.queue1.hold(keys[0])
         self.queue2.hold(keys[1])
-        return {"loss": first.loss + second.loss, "embedding": keys[0], **contrast_metrics(first, second)}
+        return {
+            "loss": first.loss + second.loss,
+            "embedding": keys[0][:num],
+            **contrast_metrics(first, second),
+        }
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
         """Return what to synthesise at this step; nothing in MoBY, see SynCo-v2."""

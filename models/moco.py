@@ -56,11 +56,12 @@ class MoCoV2(MomentumFramework):
         for query_view, key_view in pairs:
             queries = unit(self.online(query_view))
             keys = self._keys(key_view)
+            rows = self.paired_rows(queries, keys, len(query_view))
             synthetics = self.synthetics(progress)
-            contrasts.append(queue_contrast(queries, keys, self.queue.keys, self.temperature, synthetics))
+            contrasts.append(queue_contrast(*rows, self.queue.keys, self.temperature, synthetics))
             self.queue.hold(keys)
         loss = torch.stack([contrast.loss for contrast in contrasts]).mean()
-        return {"loss": loss, "embedding": keys, **contrast_metrics(*contrasts)}
+        return {"loss": loss, "embedding": keys[: len(views[0])], **contrast_metrics(*contrasts)}
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
         """Return what to synthesise at this step; nothing in MoCo, see SynCo."""
@@ -80,5 +81,6 @@ class MoCoV2(MomentumFramework):
         # Rank 0's permutation, drawn on the host so that every device draws the same.
         order = broadcast(torch.randperm(num * world_size()).to(images.device))
         mine = slice(rank() * num, (rank() + 1) * num)
-        keys = gather_rows(unit(self.target(gather_rows(images)[order[mine]])))
-        return keys[order.argsort()[mine]]
+        keys = unit(self.target(gather_rows(images)[order[mine]]))
+        back = order.argsort()[mine]
+        return torch.cat([gather_rows(stream)[back] for stream in keys.split(num)])

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils import checkpoint
+from utils.config import method_section
 
 STEPS = 11  # of an epoch of digits at a global batch of 128
 KEYS = {
@@ -31,6 +32,9 @@ KEYS = {
         **{"QUEUE_SIZE": 512, "HIDDEN_DIM": 64, "OUT_DIM": 32, "NUM_HARD": 32},
         **{"NUM_SYNTHETIC": [8] * 6, "WARMUP_EPOCHS": 0},
     },
+    "mocov3": {"HIDDEN_DIM": 64, "OUT_DIM": 32},
+    "batchformer": {"HIDDEN_DIM": 64, "OUT_DIM": 32},
+    "sit": {"OUT_DIM": 32, "BASE_MOMENTUM": 0.9},
 }
 
 
@@ -49,7 +53,9 @@ def arguments(method: str, output: Path, tag: str, *flags: str, world: int = 1, 
         "CHECKPOINT.EVERY_STEPS": 3,
         "LOG.PRINT_FREQ": 2,
         "LOG.TENSORBOARD": False,
-        **{f"MODEL.{method.upper()}.{key}": value for key, value in KEYS[method].items()},
+        # SiT restores pixels, so an image of 8 must not be smaller than a cell of the last map
+        **({"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" else {}),
+        **{f"MODEL.{method_section(method)}.{key}": value for key, value in KEYS[method].items()},
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
     opts = [str(part) for key, value in settings.items() for part in (key, json.dumps(value))]

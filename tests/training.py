@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"queue_size": 64, "hidden_dim": 16, "out_dim": 8},
         **{"num_hard": 16, "num_synthetic": [4] * 6, "warmup_epochs": 0},
     },
+    "mocov3": {"hidden_dim": 16, "out_dim": 8, "temperature": 0.2},
 }
 BATCH = 16  # of an optimiser step, over all processes and micro-batches
 

@@ -1,6 +1,7 @@
 """Measure ratios in one run: both sides interleaved, medians over rounds; the last line is JSON.
 
-python tools/benchmark.py loss     SynCo in closed form against materialised vectors, and against MoCo alone
+python tools/benchmark.py loss         SynCo in closed form against materialised vectors and against MoCo
+python tools/benchmark.py corruption   SiT's corruption of a batch at once against a loop over its images
 
 On a CPU times are thread CPU time on one thread, so a busy neighbour changes little; on a GPU, device events.
 The reference side is our own plain transcription of the published computation.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.parts.corruption import corrupt_at_once, corrupt_plain, draw_corruption
 from models.parts.losses import queue_contrast
 from models.parts.negatives import SyntheticConfig, Synthetics, draw_synthetics, hardest, materialise
 
@@ -160,6 +162,32 @@ def benchmark_loss(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
+# ---- corruption --------------------------------------------------------------------------------------------
+
+
+def benchmark_corruption(args: argparse.Namespace) -> dict[str, float]:
+    """Compare SiT's corruption of a batch, drawing included, on several image sizes."""
+    device, result = torch.device(args.device), {}
+    for size in args.sizes:
+        torch.manual_seed(0)
+        images = torch.randn(args.batch, 3, size, size, device=device)
+
+        def side(name: str, function: Callable[..., Tensor], images: Tensor = images) -> Side:
+            def run() -> None:
+                drawn = draw_corruption(len(images), *images.shape[-2:])
+                function(images, drawn, torch.randn_like(images))
+
+            return Side(name, run)
+
+        sides = [side("a loop over images", corrupt_plain), side("all at once", corrupt_at_once)]
+        times = measure(sides, args.rounds, device)
+        result[f"corruption_speedup_{size}"] = ratio(times, sides[0].name, sides[1].name)
+        for each in sides:
+            median = statistics.median(times[each.name])
+            print(f"{args.batch} images of {size}: {each.name:20s} {median:9.1f} ms")
+    return result
+
+
 def main() -> None:
     """Run one benchmark; print a table, then one line of JSON."""
     parser = argparse.ArgumentParser(
@@ -175,6 +203,10 @@ def main() -> None:
     loss.add_argument("--num-hard", type=int, default=1024)
     loss.add_argument("--counts", type=int, nargs=6, default=[256, 256, 256, 64, 64, 64])
     loss.set_defaults(function=benchmark_loss)
+    corruption = commands.add_parser("corruption", help="SiT's corruption of a batch")
+    corruption.add_argument("--batch", type=int, default=72)
+    corruption.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 224])
+    corruption.set_defaults(function=benchmark_corruption)
     args = parser.parse_args()
     torch.set_num_threads(1)
     result = args.function(args)

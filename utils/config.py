@@ -14,7 +14,17 @@ from typing import Any
 from yacs.config import CfgNode
 
 from utils import strict_yaml
-from utils.defaults import CHOICES, LENGTHS, MAXIMUM, MINIMUM, default_config, key_class, plain
+from utils.defaults import (
+    CHOICES,
+    COMMON_SECTIONS,
+    LENGTHS,
+    MAXIMUM,
+    MINIMUM,
+    SECTION_OF,
+    default_config,
+    key_class,
+    plain,
+)
 
 __all__ = [
     "ConfigError",
@@ -23,6 +33,7 @@ __all__ = [
     "key_class",
     "leaves",
     "load_config",
+    "method_section",
     "section_options",
     "to_yaml",
     "validate",
@@ -92,6 +103,11 @@ def section_options(node: CfgNode) -> dict[str, Any]:
     return {key.lower(): value for key, value in node.items()}
 
 
+def method_section(method: str) -> str:
+    """Return the name of the section of ``MODEL`` that holds a method's options."""
+    return SECTION_OF.get(method, method.upper())
+
+
 def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -> list[str]:
     """Return the tunable changes against the saved configuration; refuse a change of the ``task``'s identity.
 
@@ -107,6 +123,7 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
         kind = key_class(key, task)
         if old == new or kind == "local" or _of_another_method(key, tree.MODEL.NAME):
             continue
+        kind = "tunable" if old == "absent" else kind  # a key that the code did not have then
         (fatal if kind == "identity" else tunable).append(f"{key}: {old!r} -> {new!r}")
     if fatal:
         raise ConfigError(
@@ -119,7 +136,9 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
 
 def _of_another_method(key: str, method: str) -> bool:
     parts = key.split(".")
-    return len(parts) == 3 and parts[0] == "MODEL" and parts[1] not in ("BACKBONE", method.upper())
+    return (
+        len(parts) == 3 and parts[0] == "MODEL" and parts[1] not in (*COMMON_SECTIONS, method_section(method))
+    )
 
 
 # ---- values ---------------------------------------------------------------------------------------------

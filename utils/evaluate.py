@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.distributed import all_reduce_sum, gather_uneven, keyed_seed
+from utils.distributed import all_reduce_sum, gather_uneven, keyed_seed, rank, world_size
 
 logger = logging.getLogger("synco")
 
@@ -49,6 +49,23 @@ def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
     better = (logits > own) | ((logits == own) & (classes < places)) | logits.isnan()
     position = better.sum(-1).masked_fill(~known, logits.shape[-1])
     return torch.stack([(position < min(k, logits.shape[-1])).sum(-1) for k in ks], dim=-1)
+
+
+def held_out_losses(
+    forward: Callable[[list[Tensor]], dict[str, Tensor]], batches: Iterable[list[Tensor]], seed: int
+) -> dict[str, float]:
+    """Return a method's scalars as ``held_out_<name>``, means over batches of views and over processes.
+
+    Each batch draws from a key of its own, so that two evaluations compare.
+    """
+    rows: list[dict[str, Tensor]] = []
+    for number, views in enumerate(batches):
+        torch.manual_seed(keyed_seed("held out", seed, number, rank()))
+        rows.append({name: value.float() for name, value in forward(views).items() if value.ndim == 0})
+    names = sorted(rows[0])
+    means = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).mean(0)
+    means = all_reduce_sum(means) / world_size()
+    return {f"held_out_{name}": value for name, value in zip(names, means.tolist(), strict=True)}
 
 
 @torch.no_grad()

@@ -58,11 +58,13 @@ class Meter:
         self._window_start = time.perf_counter()
 
     def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
-        """Log an epoch's evaluation, if there was one; ``best`` keeps the best of each value."""
+        """Log an epoch's evaluation, if there was one; ``best`` keeps the best of each value: of a loss the
+        lowest.
+        """
         if not values:
             return
         for name, value in values.items():
-            best[name] = max(best.get(name, value), value)
+            best[name] = (min if "loss" in name else max)(best.get(name, value), value)
         self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
         shown = ", ".join(
             f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from yacs.config import CfgNode
 
 from utils.distributed import world_size
-from utils.schedules import LearningRate, Progress
+from utils.schedules import LearningRate, Progress, cosine
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Plan:
     accumulation: int
     clip_grad: float
     rates: tuple[LearningRate, ...]  # one a parameter group's "rate" index; a grid of heads has several
+    clip_per_tensor: bool = False
+    weight_decay: float = 0.0
+    weight_decay_end: float = 0.0  # 0: constant
 
     @property
     def total_steps(self) -> int:
@@ -28,6 +31,12 @@ class Plan:
     def progress(self, step: int) -> Progress:
         """Return where optimiser step ``step`` stands."""
         return Progress(step, self.steps_per_epoch, self.total_steps)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Return the weight decay of optimiser step ``step`` of what decays at all."""
+        if not self.weight_decay_end:
+            return self.weight_decay
+        return cosine(step / self.total_steps, self.weight_decay, self.weight_decay_end)
 
     def describe(self) -> str:
         """Say in one line what will be done."""
@@ -42,6 +51,20 @@ class Plan:
 def global_batch_size(batch_size: int, accumulation: int = 1) -> int:
     """Return the images of one optimiser step for a batch size per process and micro-batch."""
     return batch_size * accumulation * world_size()
+
+
+def held_out_batch(num_images: int, batch_size: int) -> int:
+    """Return the largest global batch for ``num_images`` up to ``batch_size`` on each process.
+
+    Raises ``ValueError`` where there is not one image for each.
+    """
+    per_process = min(batch_size, num_images // world_size())
+    if not per_process:
+        raise ValueError(
+            f"HELD_OUT.EVERY_EPOCHS: the val split has {num_images} images for {world_size()} processes; "
+            "set it to 0"
+        )
+    return per_process * world_size()
 
 
 def make_plan(
@@ -80,4 +103,14 @@ def make_plan(
     )
     for rate in rates:
         rate.at(rate.warmup_steps)  # an unknown schedule is refused here, not after the warm-up
-    return Plan(epochs, steps_per_epoch, global_batch, accumulation, optim.CLIP_GRAD, rates)
+    return Plan(
+        epochs,
+        steps_per_epoch,
+        global_batch,
+        accumulation,
+        optim.CLIP_GRAD,
+        rates,
+        optim.CLIP_PER_TENSOR,
+        optim.WEIGHT_DECAY,
+        optim.WEIGHT_DECAY_END,
+    )

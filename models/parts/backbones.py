@@ -21,10 +21,13 @@ _TIMM_NAMES = {
     "swin_small": "swin_small_patch4_window7_224",
     "swin_base": "swin_base_patch4_window7_224",
 }
-# MoCo v3's ViTs (spec 1.4): 12 heads also at width 384, so vit_small is not deit_small.
-_MOCOV3_VITS = {
-    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 12},
-    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+# MoCo v3's ViTs (spec 1.4): 12 heads also at width 384, so vit_small is not deit_small. With a convolutional
+# stem they have one block fewer (Xiao et al. 2021, arXiv:2106.14881).
+_MOCOV3_VITS: dict[str, dict[str, Any]] = {
+    "vit_small": {"embed_dim": 384, "depth": 12},
+    "vit_base": {"embed_dim": 768, "depth": 12},
+    "vit_conv_small": {"embed_dim": 384, "depth": 11, "conv_stem": True},
+    "vit_conv_base": {"embed_dim": 768, "depth": 11, "conv_stem": True},
 }
 BACKBONES = (*RESNETS, *_TIMM_NAMES, *_MOCOV3_VITS)
 STEMS = ("imagenet", "cifar", "cifar_stride2")
@@ -47,22 +50,27 @@ def build_backbone(
     drop_path: float = 0.0,
     stem: str = "imagenet",
     patch_size: int = 0,
+    num_tokens: int = 1,
     zero_init_residual: bool = False,
     freeze_patch_embed: bool = False,
     use_checkpoint: bool = False,
 ) -> Backbone:
     """Build the backbone ``name`` (one of ``BACKBONES`` or ``timm/<name>``) without a classifier.
 
-    ``stem`` concerns ResNets, ``patch_size`` (0: the model's own) and ``freeze_patch_embed`` transformers.
+    ``stem`` concerns ResNets, ``patch_size`` (0: the model's own) and ``freeze_patch_embed`` transformers,
+    ``num_tokens`` plain ViTs: 2 adds SiT's rotation token (timm's ``reg_token``) to the class token.
     Raises ``ValueError`` naming the key for an unknown name or an option the backbone does not have.
     """
     if name in RESNETS:
         _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
+        _refuse(name, num_tokens=num_tokens != 1 and num_tokens)
         backbone = _resnet(name, stem, drop_path, zero_init_residual)
     else:
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path}
         if patch_size:
             options["patch_size"] = patch_size
+        if num_tokens != 1:
+            options["reg_tokens"] = _extra_tokens(name, num_tokens)
         backbone = _transformer(name, options)  # first, so that an unknown name is called unknown
         _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
     if freeze_patch_embed:
@@ -74,7 +82,33 @@ def build_backbone(
 
 def feature_map(backbone: Backbone, images: Tensor) -> Tensor:
     """Return the last feature map (N, F, h, w) of any backbone; class tokens are dropped."""
+    return _as_map(backbone, backbone.forward_features(images))
+
+
+def summaries_and_map(backbone: Backbone, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return what sums an image up, (N, F) each, and the last feature map (N, F, h, w), in one pass.
+
+    A ViT's class tokens are the summaries, in their order; elsewhere it is the pooled feature.
+    """
     features = backbone.forward_features(images)
+    if features.ndim == 3:
+        summaries = features[:, : getattr(backbone, "num_prefix_tokens", 1)].unbind(1)
+    else:
+        summaries = (cast(Any, backbone).forward_head(features),)
+    return summaries, _as_map(backbone, features)
+
+
+@torch.no_grad()
+def output_stride(backbone: Backbone) -> int:
+    """Return how many pixels a cell of the last feature map spans, measured on an image of zeros."""
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or (128, 128)
+    training, device = backbone.training, next(backbone.parameters()).device
+    side = feature_map(backbone.eval(), torch.zeros(1, 3, *size, device=device)).shape[-1]
+    backbone.train(training)
+    return size[-1] // side
+
+
+def _as_map(backbone: Backbone, features: Tensor) -> Tensor:
     if features.ndim == 3:  # (N, prefix + h*w, F), a plain ViT
         tokens = features[:, getattr(backbone, "num_prefix_tokens", 1) :]
         side = math.isqrt(tokens.shape[1])
@@ -91,6 +125,17 @@ def _refuse(name: str, **options: object) -> None:
             raise ValueError(
                 f"MODEL.BACKBONE.{option.upper()}: {value!r} does not apply to {name}; remove it"
             )
+
+
+def _extra_tokens(name: str, num_tokens: int) -> int:
+    if not name.startswith(("deit_", "vit_", "timm/")):
+        raise ValueError(
+            f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} does not apply to {name}, which has no class token; "
+            "remove it"
+        )
+    if num_tokens < 1:
+        raise ValueError(f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} must be 1 or more")
+    return num_tokens - 1
 
 
 def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
@@ -153,8 +198,16 @@ def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
             f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or timm/<name>"
         )
     if name in _TIMM_NAMES:
-        return timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+        return _with_extra_tokens(timm.create_model(timm_name, pretrained=False, num_classes=0, **options))
     return _any_timm_model(timm_name, options)
+
+
+def _with_extra_tokens(vit: nn.Module) -> nn.Module:
+    """Start all class tokens of a ViT that has several like SiT, at a standard deviation of 0.02."""
+    if getattr(vit, "reg_token", None) is not None:
+        nn.init.trunc_normal_(cast(Any, vit).cls_token, std=0.02)
+        nn.init.trunc_normal_(cast(Any, vit).reg_token, std=0.02)
+    return vit
 
 
 def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
@@ -188,13 +241,17 @@ def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
     projection.requires_grad_(False)
 
 
-def _mocov3_vit(patch_size: int = 16, **options: Any) -> nn.Module:
+def _mocov3_vit(patch_size: int = 16, conv_stem: bool = False, **options: Any) -> nn.Module:
     """Build the ViT of MoCo v3: fixed 2-D sin-cos positions, Xavier initialisation (spec 1.4)."""
     from timm.models.vision_transformer import VisionTransformer
 
+    if conv_stem:
+        if patch_size != 16:
+            raise ValueError(f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels")
+        options["embed_layer"] = ConvStem
     norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
     vit: Any = VisionTransformer(
-        patch_size=patch_size, num_classes=0, qkv_bias=True, norm_layer=norm_layer, **options
+        patch_size=patch_size, num_classes=0, num_heads=12, qkv_bias=True, norm_layer=norm_layer, **options
     )
     for path, module in vit.named_modules():
         if isinstance(module, nn.Linear):
@@ -204,17 +261,45 @@ def _mocov3_vit(patch_size: int = 16, **options: Any) -> nn.Module:
             else:
                 nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
-    nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
-    nn.init.zeros_(vit.patch_embed.proj.bias)
+    if not conv_stem:
+        bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
+        nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(vit.patch_embed.proj.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
     rows, cols = vit.patch_embed.grid_size
-    vit.pos_embed = nn.Parameter(sincos_positions(rows, cols, vit.embed_dim), requires_grad=False)
-    return vit
+    table = sincos_positions(rows, cols, vit.embed_dim, vit.num_prefix_tokens)
+    vit.pos_embed = nn.Parameter(table, requires_grad=False)
+    return _with_extra_tokens(vit)
 
 
-def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
-    """Return fixed 2-D positions (1, 1 + rows*cols, width), class row zero.
+class ConvStem(nn.Module):
+    """Four 3x3 convolutions of stride 2 and a 1x1, for 16-pixel patches (Xiao et al. 2021, section 4)."""
+
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: Any
+    ) -> None:
+        super().__init__()
+        self.img_size = (img_size, img_size)
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        layers: list[nn.Module] = []
+        for width in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
+            layers += [
+                nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            in_chans = width
+        self.stem = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return patches (N, h*w, F) of images (N, 3, H, W)."""
+        return self.stem(images).flatten(2).transpose(1, 2)
+
+
+def sincos_positions(rows: int, cols: int, width: int, num_tokens: int = 1) -> Tensor:
+    """Return fixed 2-D positions (1, num_tokens + rows*cols, width), the class tokens' rows zero.
 
     Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)): the row
     first (spec 1.4, verified against the published weights).
@@ -224,4 +309,4 @@ def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (row, col)]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return torch.cat([torch.zeros(1, width, dtype=table.dtype), table])[None].float()
+    return torch.cat([torch.zeros(num_tokens, width, dtype=table.dtype), table])[None].float()

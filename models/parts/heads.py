@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from models.parts.batchformer import BatchFormer
+
 
 def mlp(
     in_dim: int,
@@ -43,7 +45,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        self.batchformer: BatchFormer | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Project images (N, 3, H, W) to (N, D)."""
-        return self.projector(self.backbone(images))
+        """Project images (N, 3, H, W) to (N, D), or to (2N, D) while training under BatchFormer."""
+        features = self.backbone(images)
+        if self.batchformer is not None:
+            features = self.batchformer(features)
+        return self.projector(features)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import utils.distributed as distributed
 from models.parts.negatives import (
     ClosedForm,
     SyntheticConfig,
@@ -31,9 +32,36 @@ def cosine_regression(predictions: Tensor, targets: Tensor) -> Tensor:
     return 1.0 - (unit(predictions) * unit(targets)).sum(1).mean()
 
 
+def batch_contrast(queries: Tensor, keys: Tensor, temperature: float) -> "Contrast":
+    """InfoNCE of queries (N, D) with keys (N, D) against the keys of all processes' batches (MoCo v3,
+    Chen et al. 2021, arXiv:2104.02057, algorithm 1); scaled by 2T, so that the gradient's size does not
+    depend on T.
+    """
+    queries, keys = unit(queries), distributed.gather_rows(unit(keys.detach()))
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = queries @ keys.T / temperature  # (N, N * processes)
+    labels = torch.arange(len(queries), device=queries.device) + len(queries) * distributed.rank()
+    with torch.no_grad():
+        positive_rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+    return Contrast(2.0 * temperature * F.cross_entropy(logits, labels), positive_rank)
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Contrast two views (N, D) with each other and all 2N - 2 others of the process's own batch.
+
+    Chen et al. 2020 (SimCLR, arXiv:2002.05709), equation 1, as SiT uses it.
+    """
+    rows = torch.cat([unit(first), unit(second)])
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = rows @ rows.T / temperature
+    logits = logits.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), float("-inf"))
+    positives = torch.arange(len(rows), device=rows.device).roll(len(first))
+    return F.cross_entropy(logits, positives)
+
+
 def unit(embeddings: Tensor) -> Tensor:
     """Return (N, D) rows of unit length, in float32 or better: half precision loses the angle."""
-    return F.normalize(_full(embeddings), dim=1, eps=1e-12)
+    return F.normalize(full_precision(embeddings), dim=1, eps=1e-12)
 
 
 def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
@@ -42,7 +70,8 @@ def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
     return {f"acc{k}": (ranks < k).float().mean() * 100.0 for k in (1, 5)}
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full_precision(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is if it has more."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -96,7 +125,7 @@ class _QueueContrast(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(queries.device.type, enabled=False):
             loss, rank, gradient = _contrast_and_gradient(
-                _full(queries), _full(keys), _full(queue), temperature, synthetics
+                full_precision(queries), full_precision(keys), full_precision(queue), temperature, synthetics
             )
         ctx.save_for_backward(gradient.to(queries.dtype))
         ctx.mark_non_differentiable(rank)

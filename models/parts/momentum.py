@@ -1,10 +1,12 @@
 """The online/target pair and the queue of keys: what all methods of this family share."""
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
 
+from models.parts.batchformer import BatchFormer
 from models.parts.heads import Encoder
 from utils.distributed import gather_rows
 
@@ -22,11 +24,40 @@ class MomentumFramework(nn.Module):
         super().__init__()
         self.online = online
         # A target with a drop-path rate of its own needs a backbone of its own; the weights are the online's.
-        self.target = Encoder(
+        self.target = type(online)(
             target_backbone or copy.deepcopy(online.backbone), copy.deepcopy(online.projector)
         )
         self.target.load_state_dict(online.state_dict())
         self.target.requires_grad_(False)
+
+    needs_batchformer = False  # True: BatchFormer is a part of the method
+    sums_batchformer_pairs = False  # True: the method has the published sum over pairs of streams
+
+    def attach_batchformer(self, batchformer: BatchFormer) -> None:
+        """Put BatchFormer before the projector of both encoders; the target's copy follows by averaging.
+
+        Raises ``ValueError`` for a pairing of the streams that the method does not have.
+        """
+        if batchformer.loss == "sum" and not self.sums_batchformer_pairs:
+            raise ValueError(
+                f"MODEL.BATCHFORMER.LOSS: 'sum' is MoCo v3's; use 'mean' with {type(self).__name__}"
+            )
+        self.online.batchformer = batchformer
+        self.target.batchformer = copy.deepcopy(batchformer).requires_grad_(False)
+
+    def stream_pairs(self, queries: Tensor, keys: Tensor, num: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the (query, key) rows that a loss compares: one pair, or four under BatchFormer.
+
+        ``num`` is N: under BatchFormer queries and keys are (2N, D), a plain stream and an attended one.
+        """
+        batchformer = self.online.batchformer
+        joint = batchformer is None or batchformer.loss == "joint"
+        return [(queries, keys)] if joint else list(itertools.product(queries.split(num), keys.split(num)))
+
+    def paired_rows(self, queries: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Return ``stream_pairs`` one below the other, for a loss that is a mean over independent rows."""
+        pairs = self.stream_pairs(queries, keys, num)
+        return torch.cat([query for query, _ in pairs]), torch.cat([key for _, key in pairs])
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -60,8 +91,12 @@ class KeyQueue(nn.Module):
         self.position = int(state)
 
     def hold(self, keys: Tensor) -> None:
-        """Keep this process's keys (N, D) until ``flush``: all micro-batches of a step see the same queue."""
-        self._pending.append(keys.detach())
+        """Keep this process's keys (N, D) until ``flush``: all micro-batches of a step see the same queue.
+
+        An evaluation leaves no keys.
+        """
+        if self.training:
+            self._pending.append(keys.detach())
 
     @torch.no_grad()
     def flush(self) -> None:

@@ -60,6 +60,7 @@ def assert_same_training(parts: list[dict[str, Any]], expected: dict[str, Any]) 
         ("moco_v2", {"batch_norm": "sync"}),
         ("moco_v2", {"batch_norm": "sync", "symmetric": True}),
         ("synco", {"batch_norm": "sync", **NO_SYNTHETICS}),
+        ("mocov3", {}),  # each rank's positives stand at its own offset among the keys of all
     ],
 )
 def test_two_processes_equal_one_with_the_joint_batch(ranks: Pool, method: str, options: dict) -> None:

@@ -27,6 +27,9 @@ SMALL = {
         **{"queue_size": 16, "hidden_dim": 32, "out_dim": 16, "warmup_epochs": 0},
         **{"num_hard": 8, "num_synthetic": [4] * 6},
     },
+    "mocov3": {"hidden_dim": 32, "out_dim": 16},
+    "batchformer": {"hidden_dim": 32, "out_dim": 16},
+    "sit": {"out_dim": 16, "base_momentum": 0.9},
 }
 
 
@@ -39,10 +42,18 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
+def small(
+    method: str, family: str = "resnet", more: dict | None = None, **options: object
+) -> MomentumFramework:
+    """Build a method in its smallest form; SiT reads two tokens of a ViT."""
+    backbone = {**FAMILIES[family], **({"num_tokens": 2} if (method, family) == ("sit", "deit") else {})}
+    return build_framework(method, {**SMALL[method], **(more or {})}, backbone, img_size=32, **options)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", FRAMEWORKS)
 def test_two_steps(method: str, family: str) -> None:
-    framework = build_framework(method, SMALL[method], FAMILIES[family], img_size=32)
+    framework = small(method, family)
     assert [p for p in framework.target.parameters() if p.requires_grad] == []
     for ours, theirs in zip(framework.online.parameters(), framework.target.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -62,13 +73,79 @@ def test_two_steps(method: str, family: str) -> None:
         optimizer.step()
         framework.after_step(progress)
     after = snapshot(framework)
-    assert not torch.equal(before["online.projector.0.weight"], after["online.projector.0.weight"])
-    assert not torch.equal(before["target.projector.0.weight"], after["target.projector.0.weight"])
+    heads = [name for name in after if "projector" in name and name.endswith("weight")]
+    assert {name.split(".")[0] for name in heads} == {"online", "target"}
+    assert not any(torch.equal(before[name], after[name]) for name in heads)
     assert ("queue.keys" in after) == (method in ("moco_v2", "synco"))
     for name in (n for n in after if n.endswith(".keys")):
         changed = (before[name] != after[name]).any(1)
         assert changed.tolist() == [True] * 8 + [False] * 8  # two batches of four keys
     assert all(queue.position == 8 for queue in framework.modules() if isinstance(queue, KeyQueue))
+
+
+@pytest.mark.parametrize("method", [name for name in FRAMEWORKS if name != "batchformer"])
+def test_batchformer_joins_any_method_and_leaves_at_evaluation(method: str) -> None:
+    framework = small(method, batchformer={"enabled": True})
+    plain = small(method)
+    trained = [p for p in framework.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    before = snapshot(framework)
+    for step in range(2):
+        out = framework(views(step), Progress(step, 2, 8))
+        assert out["embedding"].shape == (4, 16)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        framework.after_step(Progress(step, 2, 8))
+    after = snapshot(framework)
+    layer = [name for name in after if "batchformer" in name]
+    assert {name.split(".")[0] for name in layer} == {"online", "target"}
+    assert not any(torch.equal(before[name], after[name]) for name in layer if "in_proj_bias" not in name)
+    # in eval mode, and in the backbone's weights, there is no trace of it
+    plain.load_state_dict(
+        {name: value for name, value in framework.state_dict().items() if name not in layer}
+    )
+    images = views(0)[0]
+    ours, theirs = (model.eval().online(images) for model in (framework, plain))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+    assert not any("batchformer" in name for name in framework.online.backbone.state_dict())
+
+
+def test_batchformer_as_published_is_frozen_and_stays_equal_in_both_encoders() -> None:
+    framework = small("batchformer", batchformer={"trained": False, "loss": "sum"})
+    assert [
+        name for name, p in framework.named_parameters() if "batchformer" in name and p.requires_grad
+    ] == []
+    framework(views(0), Progress(0, 2, 8))["loss"].backward()
+    framework.after_step(Progress(0, 2, 8))
+    layers = [module.batchformer.state_dict() for module in (framework.online, framework.target)]
+    assert all(torch.equal(layers[0][name], layers[1][name]) for name in layers[0])
+
+
+def test_batchformer_attends_over_the_batch() -> None:
+    """One image's attended row depends on the others; its plain row does not."""
+    framework = small("moco_v2", batchformer={"enabled": True, "dropout": 0.0})
+    module = framework.online.batchformer
+    rows = torch.randn(4, 512)
+    changed = rows.clone()
+    changed[3] += 1.0
+    one, other = module(rows), module(changed)
+    assert torch.equal(one[:3], other[:3])
+    assert not any(torch.equal(one[i], other[i]) for i in (4, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("method", "batchformer", "message"),
+    [
+        ("byol", {"loss": "sum"}, "MODEL.BATCHFORMER.LOSS"),
+        ("moco_v2", {"loss": "all"}, "MODEL.BATCHFORMER.LOSS"),
+        ("moby", {"num_heads": 3}, "MODEL.BATCHFORMER.NUM_HEADS"),
+    ],
+)
+def test_batchformer_refuses(method: str, batchformer: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(method, batchformer={"enabled": True, **batchformer})
 
 
 @pytest.mark.parametrize("method", ["synco", "synco_v2"])

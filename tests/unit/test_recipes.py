@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from data.views import build_recipe
 from models import build_framework, framework_defaults
 from models.parts.momentum import MomentumFramework
-from utils.config import default_config, leaves, load_config, section_options
+from utils.config import default_config, leaves, load_config, method_section, section_options
 from utils.optim import build_optimizer, parameter_groups
 from utils.plan import Plan, make_plan
 from utils.strict_yaml import load
@@ -34,7 +34,21 @@ BYOL = {f"byol_{backbone}": 4 for backbone in V2_BACKBONES}
 MOBY = {**{f"moby_{backbone}": 4 for backbone in V2_BACKBONES}, "moby_swin_tiny": 8, "moby_deit_small": 8}
 SYNCO_V2 = {f"synco_v2_{backbone}": 4 for backbone in V2_BACKBONES}
 RESNETS = {"byol_resnet50": 4, "moby_resnet50": 4, "synco_v2_resnet50": 4}
-PROCESSES = {**MOCO, **SYNCO, **BYOL, **MOBY, **SYNCO_V2, **RESNETS}
+MOCOV3 = {
+    **{f"mocov3_resnet50{length}": 16 for length in ("", "_300ep", "_1000ep")},
+    **{
+        f"mocov3_{name}": 32
+        for name in ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base", "swin_tiny")
+    },
+}
+BATCHFORMER = {
+    "batchformer_resnet50": 16,
+    "batchformer_resnet50_300ep": 16,
+    "moco_v2_batchformer_resnet50": 8,
+}
+SIT = {f"sit_{backbone}": 4 for backbone in ("deit_base", "deit_small", "swin_tiny", "resnet50")}
+SIT |= {"sit_gmml_deit_small": 1}
+PROCESSES = {**MOCO, **SYNCO, **BYOL, **MOBY, **SYNCO_V2, **RESNETS, **MOCOV3, **BATCHFORMER, **SIT}
 
 
 @cache
@@ -44,10 +58,11 @@ def recipe(name: str) -> CfgNode:
 
 def build(cfg: CfgNode) -> MomentumFramework:
     """Build the framework without memory for its weights."""
-    options = section_options(cfg.MODEL[cfg.MODEL.NAME.upper()])
+    options = section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)])
     backbone = section_options(cfg.MODEL.BACKBONE)
+    more = {"batchformer": section_options(cfg.MODEL.BATCHFORMER), "img_size": cfg.DATA.IMG_SIZE}
     with torch.device("meta"):
-        return build_framework(cfg.MODEL.NAME, options, backbone, img_size=cfg.DATA.IMG_SIZE)
+        return build_framework(cfg.MODEL.NAME, options, backbone, **more)
 
 
 def plan(cfg: CfgNode, images: int, processes: int) -> Plan:
@@ -79,7 +94,8 @@ def linear_plan(cfg: CfgNode, total: int) -> Plan:
 def test_the_published_recipes_are_all_there() -> None:
     assert {path.stem for path in RECIPE_FILES} == set(PROCESSES)
     assert {path.stem for path in CIFAR_RECIPES} == {
-        *("moco_v2_resnet18", "synco_resnet18", "byol_resnet18", "moby_vit", "synco_v2_vit")
+        *("moco_v2_resnet18", "synco_resnet18", "byol_resnet18", "moby_vit", "synco_v2_vit"),
+        *("mocov3_resnet18", "batchformer_resnet18", "sit_resnet18", "sit_vit"),
     }
 
 
@@ -95,7 +111,7 @@ def test_a_recipe_builds_and_plans(path: Path) -> None:
     assert planned.total_steps > planned.rates[0].warmup_steps
     assert math.isfinite(planned.rates[0].at(planned.total_steps - 1))
     assert linear_plan(cfg, cfg.LINEAR.BATCH_SIZE).total_steps > 0
-    queue = cfg.MODEL[cfg.MODEL.NAME.upper()].get("QUEUE_SIZE", 0)
+    queue = cfg.MODEL[method_section(cfg.MODEL.NAME)].get("QUEUE_SIZE", 0)
     assert queue % planned.global_batch == 0
 
 
@@ -129,7 +145,8 @@ def test_a_recipe_says_nothing_about_a_method_that_it_does_not_select(path: Path
     defaults = dict(leaves(DEFAULTS))
     method = changed["MODEL.NAME"].upper()
     touched = {key for key in changed if key.startswith("MODEL.") and changed[key] != defaults[key]}
-    assert all(key.split(".")[1] in ("NAME", "BACKBONE", method) for key in touched)
+    known = ("NAME", "BACKBONE", "BATCHFORMER", method_section(method.lower()))
+    assert all(key.split(".")[1] in known for key in touched)
 
 
 # ---- the published values -------------------------------------------------------------------------------
@@ -138,7 +155,7 @@ def test_a_recipe_says_nothing_about_a_method_that_it_does_not_select(path: Path
 @pytest.mark.parametrize("name", [*MOCO, *SYNCO])
 def test_moco_and_synco_follow_the_published_table(name: str) -> None:
     cfg = recipe(name)
-    options = cfg.MODEL[cfg.MODEL.NAME.upper()]
+    options = cfg.MODEL[method_section(cfg.MODEL.NAME)]
     v1 = name.startswith("moco_v1")
     assert cfg.MODEL.NAME == ("synco" if name in SYNCO else "moco_v2")
     assert cfg.MODEL.BACKBONE.NAME == "resnet50"
@@ -246,15 +263,35 @@ def test_deit_small_has_6_heads_and_vit_small_12() -> None:
 # ---- the probes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", [*MOCOV3, "batchformer_resnet50", "sit_gmml_deit_small"])
+def test_moco_v3_carries_its_own_probe(name: str) -> None:
+    linear, planned = recipe(name).LINEAR, linear_plan(recipe(name), 1024)
+    rate, steps = planned.rates[0], planned.steps_per_epoch
+    assert (linear.EPOCHS, linear.HEAD_INIT, linear.LABEL_SMOOTHING, linear.DROP_PATH) == (
+        90,
+        "normal",
+        0.0,
+        0.0,
+    )
+    assert (linear.OPTIM.NAME, linear.OPTIM.MOMENTUM, linear.OPTIM.NESTEROV) == ("sgd", 0.9, False)
+    assert (linear.OPTIM.WEIGHT_DECAY, linear.OPTIM.CLIP_GRAD) == (0.0, 0.0)
+    assert rate.base == pytest.approx(4 * linear.LRS[0])
+    assert rate.at(0) == rate.at(steps - 1) == rate.base  # held for an epoch, no warm-up
+    assert rate.at(45 * steps) == pytest.approx(rate.base / 2)
+
+
+NOT_MOCOV3 = [name for name in PROCESSES if recipe(name).LINEAR.EPOCHS == 100]
+
+
+@pytest.mark.parametrize("name", NOT_MOCOV3)
 def test_every_recipe_carries_its_own_probe(name: str) -> None:
     linear = recipe(name).LINEAR
-    moco = name in MOCO or name in SYNCO
+    moco = name in MOCO or name in SYNCO or name.startswith("moco_v2")
     assert linear.EPOCHS == 100
     assert (linear.OPTIM.NAME, linear.OPTIM.MOMENTUM, linear.OPTIM.WEIGHT_DECAY) == ("sgd", 0.9, 0.0)
     assert linear.HEAD_INIT == ("normal" if moco else "trunc")
     assert linear.LABEL_SMOOTHING == (0.0 if moco else 0.1)
-    assert linear.DROP_PATH == (0.0 if moco or name in RESNETS else 0.2)
+    assert linear.DROP_PATH == (0.0 if moco or name in RESNETS or name in SIT else 0.2)
     assert linear.OPTIM.NESTEROV == (not moco)
     assert linear.OPTIM.CLIP_GRAD == (0.0 if moco else 5.0)
     total = 256 if moco else 512
@@ -278,10 +315,11 @@ def test_the_two_protocols_set_the_same_keys_and_only_probe_keys() -> None:
             found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
         return found
 
-    moco, moby = (
-        keys(load((CONFIGS / f"_base_/linear_{name}.yaml").read_text())) for name in ("moco", "moby")
+    moco, moby, mocov3 = (
+        keys(load((CONFIGS / f"_base_/linear_{name}.yaml").read_text()))
+        for name in ("moco", "moby", "mocov3")
     )
-    assert moco == moby  # so that --protocol replaces a recipe's own probe entirely
+    assert moco == moby == mocov3  # so that --protocol replaces a recipe's own probe entirely
     assert all(key.startswith("LINEAR.") for key in moco)
     for name in ("moby_swin_tiny", "moco_v2_resnet50"):
         for protocol in ("moco", "moby"):
@@ -294,6 +332,68 @@ def test_the_two_protocols_set_the_same_keys_and_only_probe_keys() -> None:
 # ---- the small recipes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [*MOCOV3, *BATCHFORMER])
+def test_moco_v3_follows_the_published_flags(name: str) -> None:
+    cfg = recipe(name)
+    if name.startswith("moco_v2"):
+        assert (cfg.MODEL.NAME, cfg.MODEL.BATCHFORMER.ENABLED) == ("moco_v2", True)
+        return
+    options, resnet = cfg.MODEL.MOCOV3, "resnet" in name
+    assert cfg.MODEL.NAME == ("batchformer" if name in BATCHFORMER else "mocov3")
+    assert (options.HIDDEN_DIM, options.OUT_DIM, options.PRED_NUM_LAYERS) == (4096, 256, 2)
+    assert (options.PROJ_NUM_LAYERS, options.PRED_LAST_BATCH_NORM) == ((2, False) if resnet else (3, True))
+    assert (options.TEMPERATURE, options.MOMENTUM_SCHEDULE) == (1.0 if resnet else 0.2, "cosine")
+    assert options.BASE_MOMENTUM == (0.996 if name.endswith("1000ep") else 0.99)
+    assert cfg.MODEL.BACKBONE.ZERO_INIT_RESIDUAL == resnet
+    assert cfg.MODEL.BACKBONE.FREEZE_PATCH_EMBED == (name in ("mocov3_vit_small", "mocov3_vit_base"))
+    assert (cfg.AUG.RECIPE, cfg.AUG.CROP_MIN) == ("mocov3", 0.2 if resnet else 0.0)
+    long = cfg.TRAIN.EPOCHS > 100
+    rate = (0.3 if long else 0.6) if resnet else 1.5e-4
+    decay = (1.5e-6 if name.endswith("1000ep") else 1e-6) if resnet else 0.1
+    assert (cfg.OPTIM.NAME, cfg.OPTIM.BASE_LR, cfg.OPTIM.WEIGHT_DECAY) == (
+        "lars" if resnet else "adamw", rate, decay,
+    )  # fmt: skip
+    assert not cfg.OPTIM.EXCLUDE_1D  # AdamW decays everything (spec V9); LARS exempts by itself
+    planned = plan(cfg, IMAGENET, PROCESSES[name])
+    warmup, steps = (10 if resnet else 40), planned.steps_per_epoch
+    assert (planned.global_batch, planned.rates[0].base) == (4096, rate * 16)
+    rates = planned.rates[0]
+    assert rates.at(0) == 0.0  # spec V7
+    assert rates.at(warmup * steps) == pytest.approx(rate * 16)
+    half = (warmup * steps + planned.total_steps) // 2
+    assert rates.at(half) == pytest.approx(rate * 8, rel=1e-3)
+    assert (cfg.LINEAR.EPOCHS, cfg.LINEAR.LRS) == (90, [0.1 if resnet else 3.0])
+
+
+@pytest.mark.parametrize("name", SIT)
+def test_sit_follows_the_published_flags(name: str) -> None:
+    cfg = recipe(name)
+    options, planned = cfg.MODEL.SIT, plan(cfg, IMAGENET, PROCESSES[name])
+    if "gmml" in name:
+        assert (options.VARIANT, options.OUT_DIM, options.TEMPERATURE) == ("gmml", 256, 0.2)
+        assert (options.DROP_FRACTION, options.REPLACE_FRACTION, options.DROP_ALIGN) == (0.5, 0.3, 1)
+        assert (options.BASE_MOMENTUM, options.MOMENTUM_SCHEDULE, options.DROP_TYPE) == (
+            0.996,
+            "cosine",
+            "zeros",
+        )
+        assert (cfg.OPTIM.CLIP_GRAD, cfg.OPTIM.CLIP_PER_TENSOR) == (3.0, True)
+        assert planned.weight_decay_at(0) == pytest.approx(0.04)
+        assert planned.weight_decay_at(planned.total_steps) == pytest.approx(0.1)
+        assert (cfg.TRAIN.EPOCHS, planned.rates[0].base) == (800, 5e-4 * 32 / 256)
+        return
+    assert (options.VARIANT, options.OUT_DIM, options.TEMPERATURE) == ("rotation", 512, 0.5)
+    assert (options.BASE_MOMENTUM, options.LEGACY_WEIGHTING) == (0.99996, False)
+    assert cfg.MODEL.BACKBONE.NUM_TOKENS == (2 if "deit" in name else 1)
+    assert (cfg.AUG.RECIPE, cfg.TRAIN.EPOCHS, planned.global_batch) == ("sit", 501, 288)
+    assert (cfg.OPTIM.WEIGHT_DECAY, cfg.OPTIM.EXCLUDE_1D, cfg.OPTIM.EXCLUDE_TOKENS) == (0.05, True, True)
+    rates, epoch = planned.rates[0], planned.steps_per_epoch
+    assert rates.base == pytest.approx(1e-3 * 288 / 512)
+    assert [rates.at(0), rates.at(epoch)] == [1e-6, 1e-6]  # epochs 0 and 1 (spec E6)
+    assert rates.at(2 * epoch) == pytest.approx(1e-6 + (rates.base - 1e-6) / 5)
+    assert rates.at(501 * epoch - 1) == pytest.approx(5e-6, rel=0.01)
+
+
 @pytest.mark.parametrize("path", CIFAR_RECIPES, ids=lambda p: p.stem)
 def test_a_small_recipe_fits_cifar10(path: Path) -> None:
     cfg = load_config(DEFAULTS, [path])
@@ -303,6 +403,8 @@ def test_a_small_recipe_fits_cifar10(path: Path) -> None:
     assert plan(cfg, CIFAR, 1).steps_per_epoch == 97
     backbone = build(cfg).online.backbone
     features = backbone.forward_features(torch.empty(8, 3, 32, 32, device="meta"))
-    assert features.shape[-2:] == ((4, 4) if path.stem.endswith("18") else (65, 192))
-    options = section_options(cfg.MODEL[cfg.MODEL.NAME.upper()])
+    assert features.shape[-2:] == (
+        (4, 4) if path.stem.endswith("18") else (64 + cfg.MODEL.BACKBONE.NUM_TOKENS, 192)
+    )
+    options = section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)])
     assert cfg.TRAIN.BATCH_SIZE % options.get("bn_groups", 1) == 0

@@ -1,0 +1,66 @@
+"""MoCo v3 (Chen, Xie and He 2021, arXiv:2104.02057)."""
+
+import torch
+from torch import Tensor
+
+from models.parts.backbones import Backbone
+from models.parts.heads import Encoder, mlp
+from models.parts.losses import batch_contrast, contrast_metrics
+from models.parts.momentum import MomentumFramework
+from utils.schedules import Progress, momentum_at
+
+
+class MoCoV3(MomentumFramework):
+    """Contrast each view's prediction with the other view's keys of the whole global batch; no queue.
+
+    The published heads: ResNets have 2 projector layers and no norm at the predictor's end, transformers 3
+    and an affine-free one (``proj_num_layers`` 3, ``pred_last_batch_norm`` True).
+    """
+
+    sync_batch_norm = True
+    sums_batchformer_pairs = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        target_backbone: Backbone | None = None,
+        *,
+        hidden_dim: int = 4096,
+        out_dim: int = 256,
+        proj_num_layers: int = 2,
+        pred_num_layers: int = 2,
+        pred_last_batch_norm: bool = False,
+        temperature: float = 1.0,
+        base_momentum: float = 0.99,
+        momentum_schedule: str = "cosine",
+    ) -> None:
+        width = backbone.num_features
+        projector = mlp(width, hidden_dim, out_dim, proj_num_layers, bias=False, last_batch_norm=True)
+        super().__init__(Encoder(backbone, projector), target_backbone)
+        self.predictor = mlp(
+            out_dim, hidden_dim, out_dim, pred_num_layers, bias=False, last_batch_norm=pred_last_batch_norm
+        )
+        self.temperature = temperature
+        self.base_momentum = base_momentum
+        self.momentum_schedule = momentum_schedule
+
+    def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
+        """Sum both directions of the contrast; under BatchFormer each over the pairs of streams."""
+        queries = [self.predictor(self.online(view)) for view in views]
+        with torch.no_grad():
+            keys = [self.target(view) for view in views]
+        num = len(views[0])
+        pairs = [
+            pair
+            for first, second in ((0, 1), (1, 0))
+            for pair in self.stream_pairs(queries[first], keys[second], num)
+        ]
+        contrasts = [batch_contrast(*pair, self.temperature) for pair in pairs]
+        loss = torch.stack([contrast.loss for contrast in contrasts]).sum()
+        if self.online.batchformer is not None and self.online.batchformer.loss == "mean":
+            loss = loss * (2.0 / len(pairs))
+        return {"loss": loss, "embedding": keys[0][:num], **contrast_metrics(*contrasts)}
+
+    def after_step(self, progress: Progress) -> None:
+        """Average the target with the next step's momentum, which rises to 1."""
+        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))

@@ -1,0 +1,295 @@
+"""What SiT does to a batch before the network sees it: blocks made grey, blurred, noisy or foreign.
+
+Atito, Awais and Kittler 2021, arXiv:2104.03602, section 3.1; GMML: Atito et al. 2022, arXiv:2205.14986. All
+parameters are drawn on the host, a few numbers an image; the pixels of all images are then changed at once on
+the device, without a loop over images and without waiting for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_BLOCKS = 64  # of about 2 % of the image each; 30 % take 16 on average, and all 64 never in practice
+MAX_KERNEL = 15
+_SMALL = 64  # pixels
+
+
+class Blocks(NamedTuple):
+    """M rectangles an image; each edge (N, M) int64, bottom and right exclusive."""
+
+    top: Tensor
+    left: Tensor
+    bottom: Tensor
+    right: Tensor
+
+    def area(self) -> Tensor:
+        """Return the number of pixels (N, M) of each."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def to(self, device: torch.device) -> "Blocks":
+        """Copy the edges to a device."""
+        return Blocks(*(_send(edge, device) for edge in self))
+
+
+class Corruption(NamedTuple):
+    """All that was drawn for a batch of N images; blocks that are not used are empty."""
+
+    grey: Blocks
+    blur: Blocks
+    kernel: Tensor  # (N,) odd, 3 to 15 pixels
+    sigma: Tensor  # (N,) pixels
+    noise: Blocks
+    foreign: Blocks
+    source: Tensor  # (N,) the image that an image's foreign blocks come from; itself: no foreign blocks
+
+    def to(self, device: torch.device) -> "Corruption":
+        """Copy all to a device."""
+        return Corruption(
+            self.grey.to(device),
+            self.blur.to(device),
+            _send(self.kernel, device),
+            _send(self.sigma, device),
+            self.noise.to(device),
+            self.foreign.to(device),
+            _send(self.source, device),
+        )
+
+
+def _send(part: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor without waiting for the device."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+
+
+# ---- drawing, on the host ----------------------------------------------------------------------------------
+
+
+def draw_corruption(num: int, height: int, width: int) -> Corruption:
+    """Draw SiT's corruption of ``num`` images (spec E3) from torch's generator of the host."""
+    tops = (_smallest(height), _smallest(width))
+    large = [(tops[0], height), (tops[1], width)]
+    small = [(low, max(int(0.25 * side), low + 1)) for low, side in zip(tops, (height, width), strict=True)]
+    grey = draw_blocks(num, 1, height, width, *large)
+    kernel = torch.randint(3, 16, (num,)) // 2 * 2 + 1
+    sigma = 5.0 * torch.rand(num) + 0.1
+    blur = draw_blocks(num, 1, height, width, *large)
+    noise, foreign = (
+        _until_area(draw_blocks(num, MAX_BLOCKS, height, width, *small), _share(num, height * width))
+        for _ in range(2)
+    )
+    return Corruption(grey, blur, kernel, sigma, noise, foreign, torch.randint(0, num, (num,)))
+
+
+def draw_blocks(
+    num: int, count: int, height: int, width: int, heights: tuple[int, int], widths: tuple[int, int]
+) -> Blocks:
+    """Draw ``count`` blocks for each of ``num`` images: a corner, then sides in [low, high), cut at the
+    border.
+    """
+    shape = (num, count)
+    top = torch.randint(0, max(height - heights[0], 1), shape)
+    left = torch.randint(0, max(width - widths[0], 1), shape)
+    bottom = (top + torch.randint(*heights, shape)).clamp(max=height)
+    right = (left + torch.randint(*widths, shape)).clamp(max=width)
+    return Blocks(top, left, bottom, right)
+
+
+def _smallest(side: int) -> int:
+    return max(1, int(0.05 * side))
+
+
+def _share(num: int, pixels: int) -> Tensor:
+    return 0.3 * torch.rand(num, 1) * pixels
+
+
+def _until_area(blocks: Blocks, wanted: Tensor) -> Blocks:
+    """Empty the blocks after those whose areas, overlaps counted twice, reach ``wanted`` (N, 1)."""
+    area = blocks.area()
+    return _keep(blocks, area.cumsum(1) - area < wanted)
+
+
+def _keep(blocks: Blocks, kept: Tensor) -> Blocks:
+    """Empty the blocks that are not ``kept`` (N, M)."""
+    bottom = torch.where(kept, blocks.bottom, blocks.top)
+    return Blocks(blocks.top, blocks.left, bottom, torch.where(kept, blocks.right, blocks.left))
+
+
+# ---- pixels, on the device ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def corrupt(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
+    """Return corrupted copies of images (N, 3, H, W); ``noise`` (N, 3, H, W) is standard normal.
+
+    The order is the published one: grey, blur, noise, foreign blocks; the latter come from images of a lower
+    index as corrupted, of a higher one as clean.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        # A CPU pays for every pixel and little for a launch: of large images it should touch only the blocks.
+        plain = images.device.type == "cpu" and images.shape[-1] > _SMALL
+        return (corrupt_plain if plain else corrupt_at_once)(images, drawn, noise)
+
+
+def corrupt_at_once(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
+    """Compute ``corrupt`` for all images together."""
+    height, width = images.shape[-2:]
+    source = drawn.source  # stays on the host too: it decides the order of work
+    drawn = drawn.to(images.device)
+    grey = images.mean(1, keepdim=True)
+    out = torch.where(covered(drawn.grey, height, width), grey, images)
+    out = torch.where(covered(drawn.blur, height, width), _blurred(out, drawn), out)
+    out = torch.where(covered(drawn.noise, height, width), noise, out)
+    return _replace(out, images, covered(drawn.foreign, height, width), source)
+
+
+def corrupt_plain(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
+    """Compute ``corrupt`` as the published code does: image by image, block by block."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    out = images.clone()
+    for i in range(len(images)):
+        for top, left, bottom, right in _listed(drawn.grey, i):
+            block = out[i, :, top:bottom, left:right]
+            block.copy_(block.mean(0, keepdim=True).expand_as(block))
+        for top, left, bottom, right in _listed(drawn.blur, i):
+            kernel = [min(int(drawn.kernel[i]), 2 * side - 1) for side in (right - left, bottom - top)]
+            block = out[i, :, top:bottom, left:right]
+            block.copy_(gaussian_blur(block.clone(), kernel, [float(drawn.sigma[i])]))
+        for top, left, bottom, right in _listed(drawn.noise, i):
+            out[i, :, top:bottom, left:right] = noise[i, :, top:bottom, left:right]
+        source = int(drawn.source[i])
+        for top, left, bottom, right in _listed(drawn.foreign, i) if source != i else []:
+            out[i, :, top:bottom, left:right] = out[source, :, top:bottom, left:right]
+    return out
+
+
+def _listed(blocks: Blocks, image: int) -> list[tuple[int, ...]]:
+    """Return an image's blocks that are not empty, as numbers."""
+    edges = torch.stack(list(blocks), dim=-1)[image].tolist()
+    return [tuple(edge) for edge in edges if edge[2] > edge[0] and edge[3] > edge[1]]
+
+
+def covered(blocks: Blocks, height: int, width: int) -> Tensor:
+    """Return the pixels (N, 1, H, W) bool inside any of an image's blocks.
+
+    Each block adds +1 at two of its corners and -1 at the others; two running sums count the blocks over a
+    pixel, however many there are.
+    """
+    num = len(blocks.top)
+    counts = torch.zeros(num, height + 1, width + 1, dtype=torch.int32, device=blocks.top.device)
+    row = torch.arange(num, device=counts.device)[:, None].expand_as(blocks.top)
+    one = torch.ones_like(blocks.top, dtype=torch.int32)
+    for y, x, sign in (
+        (blocks.top, blocks.left, one),
+        (blocks.bottom, blocks.right, one),
+        (blocks.top, blocks.right, -one),
+        (blocks.bottom, blocks.left, -one),
+    ):
+        counts.index_put_((row, y, x), sign, accumulate=True)
+    counts = counts.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
+    return counts[:, None, :height, :width] > 0
+
+
+def _blurred(images: Tensor, drawn: Corruption) -> Tensor:
+    """Blur each image inside its block, reflected at the block's border: rows, then columns."""
+    kernel, sigma = drawn.kernel, drawn.sigma
+    rows = _blur_matrix(drawn.blur.top, drawn.blur.bottom, kernel, sigma, images.shape[2])
+    columns = _blur_matrix(drawn.blur.left, drawn.blur.right, kernel, sigma, images.shape[3])
+    num, channels, height, width = images.shape
+    out = torch.bmm(images.reshape(num, channels * height, width), columns.transpose(1, 2))
+    out = out.view(num, channels, height, width).transpose(1, 2).reshape(num, height, channels * width)
+    return torch.bmm(rows, out).view(num, height, channels, width).transpose(1, 2)
+
+
+def _blur_matrix(start: Tensor, stop: Tensor, kernel: Tensor, sigma: Tensor, side: int) -> Tensor:
+    """Return (N, S, S): Gaussian weights inside [start, stop), the identity outside; edges (N, 1).
+
+    A pixel i reads j directly and as j's image in either border. The kernel is cut where it would reflect
+    twice; the published code fails there (spec S7).
+    """
+    radius = torch.minimum((kernel[:, None] - 1) // 2, stop - start - 1)
+    reach = torch.arange(MAX_KERNEL, device=start.device)
+    weights = torch.exp(-0.5 * (reach / sigma[:, None]) ** 2) * (reach <= radius)
+    weights = weights / (2.0 * weights.sum(1, keepdim=True) - 1.0)  # of distances 0 to 14, (N, 15)
+    weights[:, -1] = 0.0  # stands for every distance beyond
+    place = torch.arange(side, device=start.device)
+    j, i = place[None, None, :], place[None, :, None]
+    first, last = start[:, :, None], stop[:, :, None] - 1
+    inside = (i >= first) & (i <= last) & (j >= first) & (j <= last)
+    matrix = _at(weights, (i - j).expand_as(inside))
+    matrix += _at(weights, 2 * first - i - j) * (j > first)
+    matrix += _at(weights, 2 * last - i - j) * (j < last)
+    return torch.where(inside, matrix, (i == j).to(matrix.dtype))
+
+
+def _at(weights: Tensor, distance: Tensor) -> Tensor:
+    distance = distance.abs().clamp(max=MAX_KERNEL - 1)
+    return weights.gather(1, distance.flatten(1)).view(distance.shape)
+
+
+def _replace(out: Tensor, clean: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """Fill each image's masked pixels from its source; what depends on a corrupted source comes after it."""
+    chosen = source.tolist()
+    level: list[int] = []
+    for i, j in enumerate(chosen):
+        level.append(level[j] + 1 if j < i else 0)
+    for current in range(max(level) + 1):
+        images = torch.tensor([i for i, j in enumerate(chosen) if level[i] == current and j != i])
+        if not len(images):
+            continue
+        sources = _send(source[images], out.device)
+        images = _send(images, out.device)
+        content = (out if current else clean)[sources]
+        out[images] = torch.where(mask[images], content, out[images])
+    return out
+
+
+# ---- GMML --------------------------------------------------------------------------------------------------
+
+
+class GroupMask(NamedTuple):
+    """Group masks of N images: random blocks until their union reaches a share of the image."""
+
+    blocks: Blocks
+    pixels: Tensor  # (N, 1) int64: what the union must reach
+    foreign: Tensor  # (N,) bool: filled from ``source``; else dropped
+    source: Tensor  # (N,) never the image itself
+
+
+def draw_group_mask(num: int, height: int, width: int, drop: float, replace: float, align: int) -> GroupMask:
+    """Draw GMML's masks (spec E8): one image in two loses a share U(min(.5, drop), drop), the other gets
+    ``replace`` of its pixels from another image; edges are multiples of ``align`` pixels.
+    """
+    sides = [(1, max(int(0.3 * side) // align, 2)) for side in (height, width)]
+    blocks = draw_blocks(num, 4 * MAX_BLOCKS, height // align, width // align, *sides)
+    foreign = (torch.rand(num) < 0.5) & (num > 1)
+    least = min(0.5, drop)
+    share = torch.where(foreign, torch.tensor(replace), least + (drop - least) * torch.rand(num))
+    others = (torch.arange(num) + torch.randint(1, max(num, 2), (num,))) % num
+    aligned = Blocks(*(edge * align for edge in blocks))
+    return GroupMask(aligned, (share * height * width).long()[:, None], foreign, others)
+
+
+@torch.no_grad()
+def mask_groups(images: Tensor, drawn: GroupMask, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return masked copies of images (N, 3, H, W) and the masks (N, 1, H, W); dropped pixels become
+    ``noise``, or 0.
+    """
+    foreign, source = _send(drawn.foreign, images.device), _send(drawn.source, images.device)
+    pixels = _send(drawn.pixels, images.device)
+    mask = _until_union(drawn.blocks.to(images.device), pixels, *images.shape[-2:])
+    filling = torch.zeros_like(images) if noise is None else noise
+    filling = torch.where(foreign[:, None, None, None], images[source], filling)
+    return torch.where(mask, filling, images), mask
+
+
+def _until_union(blocks: Blocks, pixels: Tensor, height: int, width: int) -> Tensor:
+    """Cover with the fewest first blocks whose union has ``pixels`` (N, 1), found by bisection."""
+    number = torch.arange(blocks.top.shape[1], device=blocks.top.device)
+    low, high = torch.zeros_like(pixels), torch.full_like(pixels, len(number))
+    for _ in range(len(number).bit_length()):
+        middle = (low + high) // 2
+        union = covered(_keep(blocks, number < middle), height, width).sum((1, 2, 3))[:, None]
+        enough = union >= pixels
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    return covered(_keep(blocks, number < high.clamp(max=len(number))), height, width)
