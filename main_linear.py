@@ -30,7 +30,7 @@ def main() -> int:
         "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
     )
     parser.add_argument(
-        "--protocol", choices=["moco", "moby"], help="a published protocol, not the recipe's own"
+        "--protocol", choices=["moco", "mocov3", "moby"], help="a published protocol, not the recipe's own"
     )
     parser.add_argument(
         "--lr", dest="LINEAR.LRS", type=float, nargs="+", default=absent, help="learning-rate grid"
@@ -43,7 +43,7 @@ def main() -> int:
 
     from models import framework_defaults
     from utils.config import default_config, load_config
-    from utils.probe import find_weights, show_table
+    from utils.probe import find_weights, show_probes
 
     protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
     cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
@@ -55,7 +55,7 @@ def main() -> int:
             return exit_code
         results.append(result)
     if not args.throughput:
-        show_table(results)
+        show_probes(results)
     return 0
 
 
@@ -156,20 +156,17 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
 
 def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
     """Build the backbone, load ``weights`` if any and freeze it; note in the run what it is about."""
-    from models.classifier import backbone_state, freeze, load_backbone
-    from models.parts.backbones import build_backbone
-    from utils import checkpoint
+    from models.classifier import freeze, pretrained_backbone
     from utils.config import section_options
-    from utils.distributed import on_main
+    from utils.probe import weights_fingerprint
 
-    options = {**section_options(cfg.MODEL.BACKBONE), "drop_path": cfg.LINEAR.DROP_PATH}
-    del options["target_drop_path"]
-    backbone = build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
-    run.fingerprint = "random weights"
-    if weights:
-        state_dict, layout = backbone_state(checkpoint.load(weights))
-        logger.info("%s (layout: %s)", load_backbone(backbone, state_dict, str(weights)), layout)
-        run.fingerprint = f"weights {on_main(lambda: checkpoint.digest(weights))}"
+    backbone = pretrained_backbone(
+        section_options(cfg.MODEL.BACKBONE),
+        weights,
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path=cfg.LINEAR.DROP_PATH,
+    )
+    run.fingerprint = weights_fingerprint(weights)
     return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0)
 
 

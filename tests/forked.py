@@ -6,6 +6,7 @@ Every wait has a limit, and whoever is late is killed: nothing here can hang.
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -121,7 +122,7 @@ def _run_main(main: str, argv: list[str], log: str, env: dict[str, str], prepare
     sys.argv = [f"{main}.py", *argv]
     from utils.cli import run_main
 
-    module = __import__(main)
+    module = importlib.import_module(main)
     if prepare is not None:
         prepare(int(env.get("RANK", "0")))
     run_main(module.main)

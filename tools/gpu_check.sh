@@ -12,4 +12,5 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 run "$python" -m pytest tests/gpu tests/parity tests/models -p no:cacheprovider
 run "$python" tools/benchmark.py --device cuda --rounds 20 loss
 run "$python" tools/benchmark.py --device cuda --rounds 20 loss --batch 32
+run "$python" tools/benchmark.py --device cuda --rounds 20 corruption
 exit $status

@@ -15,7 +15,12 @@ from typing import Any, NoReturn
 _VALUES: dict[str, tuple[str, type, str]] = {
     "--batch-size": ("TRAIN.BATCH_SIZE", int, "images per process and micro-batch"),
     "--data-path": ("DATA.PATH", str, "root folder of the data set"),
-    "--dataset": ("DATA.DATASET", str, "imagefolder, folder, zip, cifar10, cifar100, stl10, digits, mnist5k"),
+    "--dataset": (
+        "DATA.DATASET",
+        str,
+        "imagefolder, folder, folder_split, zip, cifar10, cifar100, stl10, tinyimagenet, pets, digits, "
+        "mnist5k",
+    ),
     "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
     "--resume": ("RESUME", str, "checkpoint to go on from, instead of the newest of the run's folder"),
     "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", int, "micro-batches per optimiser step"),
@@ -31,6 +36,11 @@ _SWITCHES = {
         "TRAIN.USE_CHECKPOINT",
         True,
         "recompute activations of the online network to save memory",
+    ),
+    "--held-out": (
+        "HELD_OUT.EVERY_EPOCHS",
+        1,
+        "pretraining: the method's own losses on the val split, every epoch or with --eval",
     ),
     "--zip": ("DATA.DATASET", "zip", "data set as zip files with maps"),
     "--download": ("DATA.DOWNLOAD", True, "let torchvision download the data set"),

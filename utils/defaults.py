@@ -15,6 +15,7 @@ def _optimizer(**changes: Any) -> CfgNode:
             "MIN_LR": 0.0,  # where the cosine ends
             "LR_BATCH": 0,  # multiply the three rates by global batch / this; 0: use them as they are
             "WEIGHT_DECAY": 1e-4,
+            "WEIGHT_DECAY_END": 0.0,  # where a cosine takes it by the last step; 0: constant
             "EXCLUDE_1D": False,  # no decay (and in LARS no scaling) for biases and norms
             "EXCLUDE_TOKENS": False,  # nor for class tokens, positions, relative position tables
             "MOMENTUM": 0.9,
@@ -23,6 +24,7 @@ def _optimizer(**changes: Any) -> CfgNode:
             "EPS": 1e-8,
             "TRUST_COEFFICIENT": 0.001,  # LARS
             "CLIP_GRAD": 0.0,  # global L2 norm; 0: no clipping
+            "CLIP_PER_TENSOR": False,  # the norm of each tensor by itself
         }
     )
     for key, value in changes.items():
@@ -45,6 +47,48 @@ def _schedule() -> CfgNode:
     )
 
 
+def _finetune() -> CfgNode:
+    """Return the section of ``main_semisup.py``; the defaults are Barlow Twins' and SynCo's protocol."""
+    optimizer = _optimizer(WEIGHT_DECAY=1e-6)
+    del optimizer["BASE_LR"]  # LR_BACKBONE and LR_CLASSIFIER stand for it
+    schedule = _schedule()
+    schedule.PER_EPOCH = True
+    return CfgNode(
+        {
+            "WEIGHTS": "freeze",  # freeze | finetune
+            "LR_BACKBONE": 0.0,
+            "LR_CLASSIFIER": 0.3,
+            "EPOCHS": 100,
+            "BATCH_SIZE": 256,  # per process; fewer where there are fewer images
+            "TRAIN_PERCENT": 100.0,  # of the labels of each class, drawn by (SEED, percent)
+            "SUBSET": "",  # a list of file names in SimCLR's format, which stands for the draw
+            "HOLD_OUT": 0.0,  # share of these labels kept for validation; 0: the test split is watched
+            "TEST": True,  # read the test split: once, at the end, if labels are held out
+            "EVAL_EPOCHS": 1,  # evaluate every so many epochs, and after the last
+            "HEAD_INIT": "normal",  # normal (std 0.01) | trunc (std 0.02)
+            "REPRESENTATION_SIZE": 0,  # width of a tanh layer before the head; 0: none
+            "DROP_PATH": 0.0,  # also active in a frozen backbone, whose batch norms stay as they are
+            "LAYER_DECAY": 1.0,  # learning rate of a layer over that of the next; 1: one rate for all
+            "LABEL_SMOOTHING": 0.0,
+            "MIXUP": 0.0,  # alpha of the Beta distribution; 0: off
+            "CUTMIX": 0.0,
+            "MIXUP_PROB": 1.0,
+            "SWITCH_PROB": 0.5,  # of Cutmix where both are on
+            "MIXUP_MODE": "batch",  # batch | pair | elem
+            "REPEATED_AUG": 1,  # views of an image in an epoch, of so many times fewer images (DeiT: 3)
+            "AUG": {
+                "CROP_MIN": 0.08,
+                "INTERPOLATION": "bilinear",  # bilinear | bicubic
+                "COLOR_JITTER": 0.0,  # strength; not together with RAND_AUGMENT
+                "RAND_AUGMENT": "",  # timm's notation, e.g. rand-m9-mstd0.5-inc1
+                "ERASING": 0.0,  # probability
+            },
+            "OPTIM": optimizer,
+            "SCHEDULE": schedule,
+        }
+    )
+
+
 def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
     """Return the whole tree; ``methods`` (name -> options with defaults) become ``MODEL.<NAME>`` sections."""
     linear_optimizer = _optimizer(WEIGHT_DECAY=0.0)
@@ -63,6 +107,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "DATASET": "imagefolder",
                 "PATH": "",
                 "IMG_SIZE": 224,
+                "REPEATED_AUG": 1,  # pretraining: views of an image in an epoch, of so many times fewer images
                 "NUM_WORKERS": 8,
                 "CACHE_MODE": "part",  # zip only: no | full | part
                 "DOWNLOAD": False,
@@ -77,6 +122,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                     "TARGET_DROP_PATH": 0.0,
                     "STEM": "imagenet",  # ResNets: imagenet | cifar | cifar_stride2
                     "PATCH_SIZE": 0,  # transformers; 0: the model's own
+                    "NUM_TOKENS": 1,  # plain ViTs; SiT reads two
                     "ZERO_INIT_RESIDUAL": False,
                     "FREEZE_PATCH_EMBED": False,
                 },
@@ -98,6 +144,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "K": [10, 20, 100, 200],
                 "TEMPERATURE": 0.07,
             },
+            "HELD_OUT": {"EVERY_EPOCHS": 0},  # the method's own losses on the val split; 0: never
             "CHECKPOINT": {
                 "EVERY_EPOCHS": 1,
                 "EVERY_STEPS": 0,  # also every so many optimiser steps; 0: only by epochs
@@ -117,6 +164,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
             },
         }
     )
+    tree["FINETUNE"] = _finetune()
     for name, options in methods.items():
         tree.MODEL[name.upper()] = CfgNode({key.upper(): plain(value) for key, value in options.items()})
     return tree
@@ -133,21 +181,32 @@ def plain(value: Any) -> Any:
 LOCAL_KEYS = (
     *("NAME", "TAG", "OUTPUT", "DEVICE", "RESUME", "DATA.PATH", "DATA.NUM_WORKERS", "DATA.CACHE_MODE"),
     *("DATA.DOWNLOAD", "DATA.TIMEOUT", "LOG.*"),
+    "FINETUNE.SUBSET",  # where the list is; what it says is part of the data's fingerprint
 )
 # What is saved and watched, and how a step is computed: may change, and the log says so. The batch sizes are
 # here because the run itself holds their product with the number of processes fixed.
 TUNABLE_KEYS = (
     *("DATA.MAX_BAD_FRACTION", "TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
-    *("TRAIN.USE_CHECKPOINT", "TRAIN.DETERMINISTIC", "KNN.*", "CHECKPOINT.*"),
-    "LINEAR.BATCH_SIZE",
+    *("TRAIN.USE_CHECKPOINT", "TRAIN.DETERMINISTIC", "KNN.*", "HELD_OUT.*", "CHECKPOINT.*"),
+    *("LINEAR.BATCH_SIZE", "FINETUNE.BATCH_SIZE", "FINETUNE.TEST", "FINETUNE.EVAL_EPOCHS"),
 )
+# Sections of MODEL that every run reads, and whose section a method without one of its own reads.
+COMMON_SECTIONS = ("BACKBONE", "BATCHFORMER")
+SECTION_OF = {"batchformer": "MOCOV3"}
 # What the result is a function of: another value would be another run.
 IDENTITY_KEYS = {
     "pretrain": (
-        *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.*", "AUG.*", "OPTIM.*", "SCHEDULE.*"),
+        *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "DATA.REPEATED_AUG"),
+        *("MODEL.*", "AUG.*", "OPTIM.*", "SCHEDULE.*"),
         *("TRAIN.EPOCHS", "TRAIN.CHANNELS_LAST"),  # the optimiser's state is laid out as the weights are
     ),
     "linear": ("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE.*", "LINEAR.*"),
+    "semisup": (
+        *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE.*", "FINETUNE.*"),
+        "TRAIN.CHANNELS_LAST",
+    ),
+    # and DETECTION.*, which only its own tree has (detection/defaults.py): a key in no table is identity
+    "detection": ("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.*", "OPTIM.*", "TRAIN.CHANNELS_LAST"),
 }
 
 
@@ -174,14 +233,21 @@ def _listed(key: str, patterns: tuple[str, ...]) -> bool:
 # By name, or by dotted key where the name means several things; every other number must be at least 0.
 MINIMUM = {
     **{name: 1 for name in ("IMG_SIZE", "EPOCHS", "BATCH_SIZE", "ACCUMULATION_STEPS", "PRINT_FREQ", "K")},
+    **{name: 1 for name in ("NUM_TOKENS", "NUM_LAYERS", "NUM_HEADS", "DROP_ALIGN")},
     **{name: 1 for name in ("QUEUE_SIZE", "OUT_DIM", "HIDDEN_DIM", "DECAY_EPOCHS", "BN_GROUPS", "NUM_HARD")},
+    **{name: 1 for name in ("EVAL_EPOCHS", "REPEATED_AUG")},
+    "TRAIN_PERCENT": 1e-6,
+    "LAYER_DECAY": 1e-6,
     "KEEP_LAST": 2,  # the newest may be the one that a crash spoilt
     "TEMPERATURE": 1e-6,
     "TIMEOUT": 1.0,
 }
 MAXIMUM = {
     **{name: 1.0 for name in ("DROP_PATH", "TARGET_DROP_PATH", "BASE_MOMENTUM", "MOMENTUM", "CROP_MIN")},
-    **{name: 1.0 for name in ("LABEL_SMOOTHING", "MAX_BAD_FRACTION")},
+    **{name: 1.0 for name in ("LABEL_SMOOTHING", "MAX_BAD_FRACTION", "DROP_FRACTION", "REPLACE_FRACTION")},
+    **{name: 1.0 for name in ("MIXUP_PROB", "SWITCH_PROB", "ERASING", "LAYER_DECAY", "DROPOUT")},
+    "TRAIN_PERCENT": 100.0,
+    "HOLD_OUT": 0.9,
     "BETAS": 0.999999,
 }
 _OPTIMIZERS = ("sgd", "adamw", "lars")
@@ -191,7 +257,13 @@ CHOICES = {
     "PRECISION": ("auto", "fp32", "bf16", "fp16"),
     "CACHE_MODE": ("no", "full", "part"),
     "HEAD_INIT": ("normal", "trunc"),
-    **{f"{section}OPTIM.NAME": _OPTIMIZERS for section in ("", "LINEAR.")},
-    **{f"{section}SCHEDULE.NAME": _SCHEDULES for section in ("", "LINEAR.")},
+    "MODEL.BATCHFORMER.LOSS": ("mean", "sum", "joint"),
+    "MODEL.SIT.VARIANT": ("rotation", "gmml"),
+    "MODEL.SIT.DROP_TYPE": ("zeros", "noise"),
+    "WEIGHTS": ("finetune", "freeze"),
+    "MIXUP_MODE": ("batch", "pair", "elem"),
+    "INTERPOLATION": ("bilinear", "bicubic"),
+    **{f"{section}OPTIM.NAME": _OPTIMIZERS for section in ("", "LINEAR.", "FINETUNE.")},
+    **{f"{section}SCHEDULE.NAME": _SCHEDULES for section in ("", "LINEAR.", "FINETUNE.")},
 }
 LENGTHS = {"BETAS": (2, 2), "LRS": (1, 1 << 10), "NUM_SYNTHETIC": (6, 6)}  # least and most entries of a list

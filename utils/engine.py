@@ -120,9 +120,13 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
-    """Give each parameter group the learning rate of ``step``; its ``rate`` says which schedule."""
+    """Give each parameter group the learning rate and weight decay of ``step``; its ``rate`` says which
+    schedule, its ``lr_scale`` (layer decay) how much of it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = plan.rates[group.get("rate", 0)].at(step)
+        group["lr"] = plan.rates[group.get("rate", 0)].at(step) * group.get("lr_scale", 1.0)
+        if plan.weight_decay_end and not group.get("exempt"):
+            group["weight_decay"] = plan.weight_decay_at(step)
 
 
 def forward_and_backward(
@@ -149,7 +153,8 @@ def update(state: TrainState, plan: Plan, guard: FiniteGuard, micro_batches: lis
     """Clip, check and apply the gradient; return its norm before clipping."""
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
-    groups = state.clip_groups or [_trainable(state.optimizer)]
+    trainable = _trainable(state.optimizer)
+    groups = [[p] for p in trainable] if plan.clip_per_tensor else state.clip_groups or [trainable]
     norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     guard.check(norm, state.step, _sample_names(micro_batches))

@@ -78,7 +78,10 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
         is_token = name.rsplit(".", 1)[-1] in _TOKENS
         no_decay = (exempt_1d and is_1d) or (node.EXCLUDE_TOKENS and is_token)
         (exempt if no_decay else decay).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": exempt, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decay},
+        {"params": exempt, "weight_decay": 0.0, "exempt": True},
+    ]
     if node.NAME == "lars":
         groups[1]["adapt"] = False
     return [group for group in groups if group["params"]]

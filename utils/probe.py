@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from utils import checkpoint
 from utils.atomic import write_text
-from utils.distributed import is_main
+from utils.distributed import is_main, on_main
 from utils.evaluate import topk_correct
 from utils.run import Run
 
@@ -33,6 +33,11 @@ def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
             "--pretrained FILE"
         )
     return found.path
+
+
+def weights_fingerprint(weights: Path | None) -> str:
+    """Say which weights a run starts from, by their sha256."""
+    return f"weights {on_main(lambda: checkpoint.digest(weights))}" if weights else "random weights"
 
 
 @torch.no_grad()
@@ -87,15 +92,21 @@ def write_result(
     return result
 
 
-def show_table(results: Sequence[dict[str, Any]]) -> None:
-    """Log one line a set of weights, columns aligned."""
+def show_probes(results: Sequence[dict[str, Any]]) -> None:
+    """Log one line a probed set of weights."""
     knn = [key for key in results[0] if key.startswith("knn") and key.endswith("top1")]
-    columns = ["weights", "lr", "best_top1", "final_top1", "final_top5", *knn]
-    rows = [[_cell(result[column]) for column in columns] for result in results]
+    show_table(results, ["weights", "lr", "best_top1", "final_top1", "final_top5", *knn])
+
+
+def show_table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Log one line a result, columns aligned."""
+    rows = [[_cell(column, result[column]) for column in columns] for result in results]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
         logger.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def _cell(column: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:g}" if column.startswith("lr") else f"{value:.2f}"

@@ -9,6 +9,7 @@ from data.datasets import ArraySource
 from data.loader import GlobalLoader
 from data.views import build_recipe
 from models import FRAMEWORKS, build_framework
+from models.parts.corruption import corrupt, corrupt_plain, draw_corruption
 from models.parts.losses import queue_contrast, queue_contrast_plain
 from models.parts.negatives import SyntheticConfig
 from utils.schedules import Progress
@@ -47,6 +48,13 @@ def test_views_equal_those_of_the_cpu(recipe: str) -> None:
         views.append([view.cpu() for view in next(iter(loader.from_step(0, 1)))[1][0].views])
     for ours, theirs in zip(*views, strict=True):
         assert (ours - theirs).abs().mean() < 1e-3  # a crop may round to the neighbouring level
+
+
+def test_corruption_at_once_equals_the_loop_over_images() -> None:
+    images, drawn = torch.randn(9, 3, 96, 96, device="cuda"), draw_corruption(9, 96, 96)
+    noise = torch.randn_like(images)
+    found, expected = (function(images, drawn, noise) for function in (corrupt, corrupt_plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])

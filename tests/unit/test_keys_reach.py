@@ -18,24 +18,29 @@ from yacs.config import CfgNode
 
 import main_linear
 import main_pretrain
+import main_semisup
 import utils.config
 import utils.run
 from models import FRAMEWORKS, build_framework, framework_defaults
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import SplitBatchNorm2d
-from utils.config import default_config, leaves, section_options
+from utils.config import default_config, leaves, method_section, section_options
 from utils.logger import close_logger
 
 DEFAULTS = default_config(framework_defaults())
 ALL_KEYS = {key for key, _ in leaves(DEFAULTS)}
 
 # What belongs to the other main; together they leave out nothing.
-NOT_PRETRAINING = {key for key in ALL_KEYS if key.startswith("LINEAR.")}
+NOT_PRETRAINING = {key for key in ALL_KEYS if key.startswith(("LINEAR.", "FINETUNE."))}
 _PRETRAINING_ONLY = ("OPTIM.", "SCHEDULE.", "AUG.", *(f"MODEL.{name.upper()}." for name in FRAMEWORKS))
-NOT_PROBING = {key for key in ALL_KEYS if key.startswith(_PRETRAINING_ONLY)} | {
+NOT_PROBING = {key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "FINETUNE."))} | {
     *("MODEL.NAME", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "TRAIN.USE_CHECKPOINT", "KNN.EVERY_EPOCHS"),
+    *("DATA.REPEATED_AUG", "HELD_OUT.EVERY_EPOCHS"),
 }
-assert not NOT_PRETRAINING & NOT_PROBING
+NOT_FINETUNING = {
+    key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "LINEAR.", "KNN.", "HELD_OUT."))
+} | {"MODEL.NAME", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "DATA.REPEATED_AUG"}
+assert not NOT_PRETRAINING & NOT_PROBING & NOT_FINETUNING
 
 
 class Recorder(CfgNode):
@@ -114,12 +119,17 @@ SMALL = {
     "byol": "HIDDEN_DIM 8 OUT_DIM 8".split(),
     "moby": "QUEUE_SIZE 512 HIDDEN_DIM 8 OUT_DIM 8".split(),
     "synco_v2": "QUEUE_SIZE 512 HIDDEN_DIM 8 OUT_DIM 8 NUM_HARD 8 NUM_SYNTHETIC [2,2,2,2,2,2]".split(),
+    "mocov3": "HIDDEN_DIM 8 OUT_DIM 8".split(),
+    "batchformer": "HIDDEN_DIM 8 OUT_DIM 8".split(),
+    "sit": "OUT_DIM 8".split(),
 }
 
 
 def method_opts(name: str) -> list[str]:
     words = SMALL.get(name, [])
-    prefixed = [f"MODEL.{name.upper()}.{word}" if i % 2 == 0 else word for i, word in enumerate(words)]
+    prefixed = [
+        f"MODEL.{method_section(name)}.{word}" if i % 2 == 0 else word for i, word in enumerate(words)
+    ]
     return ["MODEL.NAME", name, *prefixed]
 
 
@@ -150,6 +160,21 @@ def test_every_key_is_read_by_some_run(
     assert not NOT_PROBING & read, "needs no exception"
 
 
+def test_every_key_of_fine_tuning_is_read_by_some_run(
+    read: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--output", str(tmp_path), "--device", "cpu", "--pretrained", "none"]
+    for optimiser, weights in {"sgd": "freeze", "adamw": "finetune", "lars": "finetune"}.items():
+        opts = [*TINY, *DIGITS, "NAME", "x", "FINETUNE.OPTIM.NAME", optimiser, "FINETUNE.WEIGHTS", weights]
+        opts += ["FINETUNE.LR_BACKBONE", "0.01", "FINETUNE.EPOCHS", "1", "FINETUNE.HOLD_OUT", "0.2"]
+        flags = ["--run-name", optimiser, "--batch-size", "512"]  # names are made of all keys
+        start(monkeypatch, main_semisup.main, *out, *flags, "--opts", *opts)
+    start(monkeypatch, main_semisup.main, *out, *flags, "--opts", *opts)
+    unread = ALL_KEYS - read - NOT_FINETUNING
+    assert not unread, f"main_semisup.py leaves unread: {sorted(unread)}"
+    assert not NOT_FINETUNING & read, "needs no exception"
+
+
 def test_the_recorder_notices_reads_and_only_reads() -> None:
     seen: set[str] = set()
     node = recording(DEFAULTS, seen)
@@ -166,7 +191,15 @@ def test_the_recorder_notices_reads_and_only_reads() -> None:
 
 
 def other(value: Any, name: str) -> Any:
-    words = {"momentum_schedule": "constant", "batch_norm": "sync", "stem": "cifar", "name": "resnet18"}
+    if name == "momentum_schedule":
+        return "cosine" if value == "constant" else "constant"
+    words = {
+        "variant": "gmml",
+        "drop_type": "noise",
+        "batch_norm": "sync",
+        "stem": "cifar",
+        "name": "resnet18",
+    }
     if name in words:
         return words[name]
     if isinstance(value, bool):
@@ -195,12 +228,19 @@ def build(
         return build_framework(method, options, backbone or {"name": "resnet8", "stem": "cifar"}, **more)
 
 
-OPTIONS = [(method, name) for method, options in framework_defaults().items() for name in options]
+OPTIONS = [
+    (method, name)
+    for method, options in framework_defaults().items()
+    for name in options
+    if method != "batchformer"  # a module, not a method: see below
+]
 
 
 @pytest.mark.parametrize(("method", "name"), OPTIONS)
 def test_each_option_of_a_method_changes_what_is_built(method: str, name: str) -> None:
     section = DEFAULTS.MODEL[method.upper()].clone()
+    if (method, name) == ("sit", "hidden_dim"):  # of the later variant's heads
+        section.VARIANT = "gmml"
     before = section_options(section)
     section[name.upper()] = other(section[name.upper()], name)
     after = section_options(section)
@@ -211,6 +251,15 @@ def test_each_option_of_a_method_changes_what_is_built(method: str, name: str) -
     holders = [key for key in changed if key.endswith((f".{name}", ".synthetic_config"))]
     for key in holders:  # where an attribute carries the option's name, it carries its value
         assert after[name] in (new[key], getattr(new[key], name, after[name]))
+
+
+@pytest.mark.parametrize("name", framework_defaults()["batchformer"])
+def test_each_option_of_batchformer_changes_what_is_built(name: str) -> None:
+    before = {**section_options(DEFAULTS.MODEL.BATCHFORMER), "enabled": name != "enabled"}
+    changes = {"loss": "joint", "num_heads": 8, "dropout": 0.1, "num_layers": 2}
+    after = {**before, name: changes.get(name, not before[name])}
+    old, new = (described(build("moco_v2", {}, batchformer=options)) for options in (before, after))
+    assert old != new, f"MODEL.BATCHFORMER.{name.upper()} reaches nothing"
 
 
 @pytest.mark.parametrize("method", ["synco", "synco_v2"])
@@ -243,6 +292,7 @@ BACKBONE_CASES: dict[str, dict[str, Any]] = {
     "target_drop_path": {},
     "stem": {},
     "patch_size": {"name": "deit_tiny", "stem": "imagenet"},
+    "num_tokens": {"name": "deit_tiny", "stem": "imagenet"},
     "zero_init_residual": {},
     "freeze_patch_embed": {"name": "deit_tiny", "stem": "imagenet"},
 }
@@ -256,7 +306,7 @@ def test_every_option_of_a_backbone_is_tried() -> None:
 def test_each_option_of_a_backbone_changes_what_is_built(name: str) -> None:
     before = {**section_options(DEFAULTS.MODEL.BACKBONE), "name": "resnet8", **BACKBONE_CASES[name]}
     after = copy.copy(before)
-    changes = {"drop_path": 0.3, "target_drop_path": 0.3, "patch_size": 8}
+    changes = {"drop_path": 0.3, "target_drop_path": 0.3, "patch_size": 8, "num_tokens": 2}
     after[name] = changes.get(name, other(before[name], name))
     if name == "zero_init_residual":  # only values differ, so they must exist
         old, new = (build_framework("byol", {}, options) for options in (before, after))

@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("models", "data", "utils", "tools", "detection")
 PRODUCT = [
     path
-    for pattern in ("*.py", "models/**/*.py", "data/**/*.py", "utils/**/*.py", "tools/**/*.py")
+    for pattern in ("*.py", *(f"{room}/**/*.py" for room in ROOMS))
     for path in sorted(ROOT.glob(pattern))
 ]
 FORBIDDEN_ROOMS = {
-    "utils": {"models", "data", "tools"},
-    "data": {"models", "tools"},
-    "models": {"data", "tools"},
+    "utils": {"models", "data", "tools", "detection"},
+    "data": {"models", "tools", "detection"},
+    "models": {"data", "tools", "detection"},
+    "tools": {"detection"},
+    "detection": {"tools"},
 }
-ALLOWED_UTILS = {"data": {"utils.distributed"}, "models": {"utils.distributed", "utils.schedules"}}
+ALLOWED_UTILS = {
+    "data": {"utils.distributed"},
+    "models": {"utils.distributed", "utils.foreign", "utils.schedules"},
+}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

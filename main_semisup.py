@@ -1,0 +1,232 @@
+"""Fine-tune or probe a pretrained backbone with few labels or all: two learning rates, one for the backbone,
+one for the classifier.
+
+python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T --train-percent 1
+--weights finetune --lr-backbone 0.01 --lr-classifier 0.5 starts from the newest checkpoint of the pretraining
+run with the same cfg, output and tag, or from --pretrained FILE. Each setting writes to a folder of its own
+in O/<name>/T/semisup/, and the same command goes on where it stopped.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import make_parser, parse, run_main
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.loader import Batch
+    from data.source import Source
+    from utils.schedules import Progress
+
+logger = logging.getLogger("synco")
+
+PROTOCOLS = Path(__file__).parent / "configs" / "_base_"
+_FLAGS: dict[str, tuple[type, str]] = {
+    "--train-percent": (float, "percent of each class's labels"),
+    "--subset": (str, "list of labelled images in SimCLR's format, instead of a draw"),
+    "--weights": (str, "finetune or freeze the backbone"),
+    "--lr-backbone": (float, "its learning rate"),
+    "--lr-classifier": (float, "that of the head"),
+    "--layer-decay": (float, "factor from a layer's learning rate to that of the layer below"),
+    "--representation-size": (int, "width of a tanh layer before the head; 0: none"),
+}
+
+
+def main() -> int:
+    """Train on the pretrained weights, and on random ones if asked; log one table; return the exit code."""
+    args, flags = parse(_parser())
+
+    from models import framework_defaults
+    from utils.config import default_config, load_config
+    from utils.finetune import columns_of
+    from utils.probe import find_weights, show_table
+
+    protocol = PROTOCOLS / f"finetune_{args.protocol}.yaml" if args.protocol else None
+    cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
+    starts: list[Path | None] = [None] if args.pretrained == "none" else [find_weights(cfg, args.pretrained)]
+    if args.random_baseline and starts != [None]:
+        starts.append(None)
+    results = []
+    for weights in starts:
+        result, exit_code = finetune(cfg, args, weights)
+        if exit_code:
+            return exit_code
+        results.append(result)
+    if not args.throughput:
+        show_table(results, columns_of(results))
+    return 0
+
+
+def _parser() -> Any:
+    parser = make_parser(
+        __doc__, renamed={"--batch-size": "FINETUNE.BATCH_SIZE", "--epochs": "FINETUNE.EPOCHS"}
+    )
+    absent: Any = argparse.SUPPRESS
+    for flag, (kind, text) in _FLAGS.items():
+        key = "FINETUNE." + flag[2:].replace("-", "_").upper()
+        parser.add_argument(flag, dest=key, type=kind, default=absent, help=f"{text} [{key}]")
+    parser.add_argument(
+        "--weight-decay", "--wd", dest="FINETUNE.OPTIM.WEIGHT_DECAY", type=float, default=absent
+    )
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="weights or a run's folder; none: an untrained backbone"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=["barlow", "deit", "swin", "sit", "sit_linear"],
+        help="a published protocol, not the recipe's own",
+    )
+    parser.add_argument("--random-baseline", action="store_true", help="train an untrained backbone as well")
+    parser.add_argument("--run-name", help="name of the folder below semisup/, instead of one made up")
+    parser.add_argument("--training-mode", choices=["finetune"], help="SiT's flag: there is one mode here")
+    return parser
+
+
+def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
+    """Train from ``weights`` (``None``: random ones); return the results and an exit code."""
+    from data.datasets import open_split, subset
+    from data.labels import hold_out, label_subset, write_subset
+    from data.loader import GlobalLoader, evaluation_batches
+    from data.mixing import Mixing
+    from data.views import finetune_recipe
+    from models.classifier import Classifier, freeze, layer_ids, pretrained_backbone, soft_loss
+    from utils.config import section_options
+    from utils.distributed import world_size
+    from utils.engine import TrainState, fit
+    from utils.evaluate import measure_throughput
+    from utils.finetune import (
+        Frozen,
+        accuracy,
+        finetune_groups,
+        fitting_batch,
+        refuse_contradictions,
+        run_name,
+        summarise,
+    )
+    from utils.optim import build_optimizer
+    from utils.plan import make_plan
+    from utils.probe import weights_fingerprint
+    from utils.run import start_run
+
+    node, accumulation = cfg.FINETUNE, cfg.TRAIN.ACCUMULATION_STEPS
+    refuse_contradictions(node)
+    name = args.run_name or run_name(cfg, weights)
+    if args.run_name and args.random_baseline and weights is None:
+        name += "-random"
+    run = start_run(cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput))
+
+    # model
+    frozen = node.WEIGHTS == "freeze"
+    backbone = pretrained_backbone(
+        section_options(cfg.MODEL.BACKBONE),
+        weights,
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path=node.DROP_PATH,
+        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT and not frozen,
+    ).requires_grad_(True)  # fixed positions and patch embeddings are a matter of pretraining
+    if args.throughput:
+        backbone = run.prepare(backbone).eval()
+        measure_throughput(backbone, cfg.DATA.IMG_SIZE, node.BATCH_SIZE, run.device)
+        return {}, 0
+
+    # data: the labels that may be used, those held out of them, and the test split
+    source = open_split(cfg.DATA, "train", labelled=True)
+    chosen = kept = label_subset(source, node.TRAIN_PERCENT, cfg.SEED, node.SUBSET)
+    if node.HOLD_OUT:
+        kept, held = hold_out(source, chosen, node.HOLD_OUT, cfg.SEED)
+        watched, prefix = subset(source, held), "val_"
+    if node.TEST or not node.HOLD_OUT:
+        test = open_split(cfg.DATA, "val", labelled=True)
+    if not node.HOLD_OUT:
+        watched, prefix = test, "test_"
+    train = subset(source, kept)
+    run.fingerprint = f"{weights_fingerprint(weights)}, labels {train.fingerprint()}"
+    reading: dict[str, Any] = {key: cfg.DATA[key.upper()] for key in ("num_workers", "timeout")}
+    reading["device"] = run.device
+    mixing = Mixing(
+        source.num_classes,
+        **{key: node[key.upper()] for key in ("mixup", "cutmix", "switch_prob")},
+        **{"prob": node.MIXUP_PROB, "mode": node.MIXUP_MODE, "smoothing": node.LABEL_SMOOTHING},
+        seed=cfg.SEED,
+    )
+    share = accumulation * world_size()
+    loader = GlobalLoader(
+        train,
+        finetune_recipe(cfg.DATA.IMG_SIZE, **section_options(node.AUG)),
+        global_batch=fitting_batch(len(train), node.BATCH_SIZE * share, share, mixing.active),
+        drop_last=False,
+        accumulation=accumulation,
+        repeated_aug=node.REPEATED_AUG,
+        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
+        seed=cfg.SEED,
+        **reading,
+    )
+
+    # classifier, plan, optimiser
+    classifier = Classifier(
+        freeze(backbone, node.DROP_PATH > 0) if frozen else backbone,
+        source.num_classes,
+        representation_size=node.REPRESENTATION_SIZE,
+        init=node.HEAD_INIT,
+    )
+    classifier = run.prepare(classifier)
+    unmoved = Frozen(backbone) if frozen else None
+    plan = make_plan(
+        node.OPTIM,
+        node.SCHEDULE,
+        base_rates=[node.LR_BACKBONE, node.LR_CLASSIFIER],
+        epochs=node.EPOCHS,
+        steps_per_epoch=loader.steps_per_epoch,
+        global_batch=loader.plan.global_batch,
+        accumulation=accumulation,
+    )
+    layers = layer_ids(backbone) if node.LAYER_DECAY < 1 else None
+    groups = finetune_groups(backbone, classifier.heads, node, layers)
+    optimizer = build_optimizer(node.OPTIM, groups, fused=run.scaler() is None)
+    state = TrainState(classifier, optimizer, run.wrap(classifier), run.scaler())
+    if not run.resume(state, plan) and args.eval:
+        raise ValueError(f"--eval: {run.folder} holds no checkpoint; run it without --eval first")
+    run.describe(classifier, plan, len(train))
+    if not args.eval:
+        run.write_extra("subset.txt", lambda path: write_subset(path, source, chosen))
+
+    def step(batch: "Batch", progress: "Progress") -> dict[str, "torch.Tensor"]:
+        images, targets = mixing(batch.views[0], batch.labels, batch.indices, progress.step)
+        with run.autocast():
+            logits = state.model(run.views(images))
+        return {"loss": soft_loss(logits, targets).sum()}
+
+    def measure(split: "Source", prefix: str) -> dict[str, float]:
+        batches = evaluation_batches(
+            split, cfg.DATA.IMG_SIZE, batch_size=node.BATCH_SIZE, skip_unreadable=prefix == "val_", **reading
+        )
+        with run.evaluating(classifier):
+            return accuracy(classifier.predict, batches, prefix, run.device)
+
+    last: dict[str, float] = {}
+
+    def evaluate(progress: "Progress") -> dict[str, float]:
+        if unmoved:
+            unmoved.check()
+        if progress.epoch % node.EVAL_EPOCHS and progress.epoch < plan.epochs:
+            return {}
+        last.update(measure(watched, prefix))
+        return last
+
+    if not args.eval:
+        outcome = fit(state, loader, step, plan, run, evaluate)
+        if outcome.value:
+            return {}, outcome.value
+    accuracies = last or measure(watched, prefix)  # nothing was left to train
+    if node.HOLD_OUT and node.TEST:
+        accuracies |= measure(test, "test_")
+    images = (len(train), len(chosen) - len(train))
+    complete = state.step == plan.total_steps
+    return summarise(run, weights, images, accuracies, state.best, write=complete), 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,65 @@
+"""What the engine does to optimiser groups and gradients beside the rate: decay that moves, clipping."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from models import framework_defaults
+from utils.config import default_config, load_config
+from utils.engine import TrainState, set_rates, update
+from utils.guards import FiniteGuard
+from utils.optim import build_optimizer, parameter_groups
+from utils.plan import Plan, make_plan
+
+BATCH = SimpleNamespace(indices=torch.arange(2))
+DEFAULTS = default_config(framework_defaults())
+
+
+def prepare(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, Plan]:
+    flags = {f"OPTIM.{key}": value for key, value in {"NAME": "adamw", "EXCLUDE_1D": True, **options}.items()}
+    cfg = load_config(DEFAULTS, flags=flags)
+    module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(module, cfg.OPTIM))
+    plan = make_plan(cfg.OPTIM, cfg.SCHEDULE, epochs=10, steps_per_epoch=10, global_batch=8, base_rates=[0.1])
+    return module, optimizer, plan
+
+
+def decays(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> list[float]:
+    set_rates(optimizer, plan, step)
+    return [group["weight_decay"] for group in optimizer.param_groups]
+
+
+def test_weight_decay_follows_a_cosine_and_what_is_exempt_stays_exempt() -> None:
+    _, optimizer, plan = prepare(WEIGHT_DECAY=0.04, WEIGHT_DECAY_END=0.1)
+    found = [decays(optimizer, plan, step) for step in (0, 50, 100)]
+    assert [row[0] for row in found] == pytest.approx([0.04, 0.07, 0.1])
+    assert [row[1] for row in found] == [0.0] * 3
+
+
+def test_weight_decay_is_constant_without_an_end() -> None:
+    _, optimizer, plan = prepare(WEIGHT_DECAY=0.04)
+    assert decays(optimizer, plan, 0) == decays(optimizer, plan, 99) == [0.04, 0.0]
+
+
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_clipping_of_each_tensor_by_itself(per_tensor: bool) -> None:
+    module, optimizer, plan = prepare(CLIP_GRAD=3.0, CLIP_PER_TENSOR=per_tensor)
+    seen: dict[str, float] = {}
+
+    def note(*_: object) -> None:
+        seen.update({name: float(p.grad.norm()) for name, p in module.named_parameters()})
+
+    optimizer.register_step_pre_hook(note)
+    sizes = {"0.weight": 30.0, "0.bias": 1.0, "1.weight": 6.0, "1.bias": 2.0}
+    for name, parameter in module.named_parameters():
+        parameter.grad = torch.ones_like(parameter) * sizes[name] / parameter.numel() ** 0.5
+    norm = update(TrainState(module, optimizer, module), plan, FiniteGuard(), [BATCH])
+    total = sum(size**2 for size in sizes.values()) ** 0.5
+    assert float(norm) == pytest.approx(total)
+    scales = {name: 3.0 / total for name in sizes}
+    if per_tensor:
+        scales = {name: min(1.0, 3.0 / size) for name, size in sizes.items()}
+    assert seen == pytest.approx({name: size * scales[name] for name, size in sizes.items()}, rel=1e-4)

@@ -1,0 +1,184 @@
+"""The sweep: its grid, its choice, and what it does with runs that ended, broke, or hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import sweep
+from tools.sweep_points import Point, Setting, as_csv, choose, markdown, table
+
+FAKE = """
+import json, os, signal, sys, time
+from pathlib import Path
+argv = sys.argv[1:]
+value = lambda flag: argv[argv.index(flag) + 1]
+folder = Path(value("--output")) / value("--cfg").removesuffix(".yaml").split("/")[-1] / "default/semisup"
+folder = folder / value("--run-name")
+folder.mkdir(parents=True, exist_ok=True)
+with (folder / "calls").open("a") as calls:
+    calls.write(os.environ.get("CUDA_VISIBLE_DEVICES", "-") + " " + " ".join(argv) + chr(10))
+(folder / "ckpt_00000001.pt").touch()
+def state(name):
+    (folder / "status.json").write_text(json.dumps({"state": name}))
+def stop(*_):
+    state("preempted")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+state("running")
+plan = json.loads(os.environ.get("FAKE", "{}"))
+rate, seed = float(value("--lr-backbone")), int(value("--seed"))
+if plan.get("fail") == [rate, seed] and "search" in value("--run-name"):
+    print("error: out of luck")
+    sys.exit(2)
+time.sleep(plan.get("sleep", 0))
+good = 100 - 100 * abs(rate - 0.05) + seed
+held = float(value("FINETUNE.HOLD_OUT"))
+names = {"last_val_top1": good} if held else {"last_test_top1": good - 10, "last_test_top5": 99.0}
+(folder / "result.json").write_text(json.dumps(names))
+state("done")
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a place where main_semisup.py is a stand-in that ends at once."""
+    (tmp_path / "main_semisup.py").write_text(textwrap.dedent(FAKE))
+    (tmp_path / "c.yaml").write_text("SEED: 0\n")
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def run(place: Path, *more: str) -> int:
+    words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
+    return sweep.main([*words, "--lr-backbone", "0.01", "0.05", *more])
+
+
+def folders(place: Path, part: str = "") -> list[Path]:
+    return sorted(p for p in (place / "out" / "c" / "default" / "semisup").glob(f"{part}*") if p.is_dir())
+
+
+def calls(place: Path) -> list[str]:
+    return [line for folder in folders(place) for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_the_choice_is_by_validation_and_only_the_choice_sees_the_test_split(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(place, "--seeds", "0", "2", "--", "--opts", "LOG.TENSORBOARD", "False") == 0
+    searched, chosen = folders(place, "search-"), folders(place, "chosen-")
+    assert len(searched) == 4
+    assert len(chosen) == 2
+    assert all("FINETUNE.HOLD_OUT 0.2 FINETUNE.TEST False" in (f / "calls").read_text() for f in searched)
+    assert all("FINETUNE.HOLD_OUT 0 FINETUNE.TEST True" in (f / "calls").read_text() for f in chosen)
+    assert all("LOG.TENSORBOARD False" in line for line in calls(place))
+    assert all("lr0.05" in folder.name for folder in chosen)
+    text = (place / "out/c/default/semisup/sweep.md").read_text()
+    assert "| random | finetune | 1 % | 3 | 0.01 | 0.5 | 2 | 97.00 ± 1.41 |  |  |  |" in text
+    assert (
+        "| random | finetune | 1 % | 3 | 0.05 | 0.5 | 2 | 101.00 ± 1.41 | yes | 91.00 ± 1.41 | 99.00" in text
+    )
+    out = capsys.readouterr().out
+    assert text in out
+    assert out.count("main_semisup.py --run-name") == 6  # the exact commands
+    rows = (place / "out/c/default/semisup/sweep.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert not list(place.rglob("ckpt_*")), "checkpoints of finished runs are as large as the models"
+
+
+def test_what_is_finished_is_skipped_and_what_broke_goes_on(place: Path) -> None:
+    assert run(place, "--keep-checkpoints") == 0
+    assert len(list(place.rglob("ckpt_*"))) == 3
+    broken = folders(place, "search-")[0]
+    (broken / "status.json").write_text(json.dumps({"state": "preempted"}))
+    assert run(place) == 0
+    counts = {folder: len((folder / "calls").read_text().splitlines()) for folder in folders(place)}
+    assert counts.pop(broken) == 2
+    assert set(counts.values()) == {1}
+
+
+def test_other_flags_are_other_runs(place: Path) -> None:
+    run(place)
+    run(place, "--batch-size", "8")
+    assert len(folders(place)) == 6
+
+
+def test_a_run_that_fails_is_reported_and_no_candidate(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0]}))
+    assert run(place, "--seeds", "0", "1") == 1
+    assert "out of luck" in capsys.readouterr().out
+    assert all("lr0.01" in folder.name for folder in folders(place, "chosen-"))
+
+
+def test_each_job_sees_its_own_gpu(place: Path) -> None:
+    folder = place / "out" / "c" / "default" / "semisup"
+    setting = Setting("none", "finetune", 1.0, 3, 0.05, 0.5)
+    shared = ["--cfg", f"{place}/c.yaml", "--output", str(place / "out")]
+    runner = sweep.Runner(folder, shared, None, ["5", "7"])
+    assert len(runner.run([Point(setting, seed, 0.2) for seed in range(4)])) == 4
+    assert {line.split()[0] for line in calls(place)} == {"5", "7"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_runs_save_and_leaves_none_behind(place: Path, number: signal.Signals) -> None:
+    root = str(Path(sweep.__file__).parents[1])
+    script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job\n"
+    script += f"import sys; from pathlib import Path; sys.path.insert(0, {root!r}); from tools import sweep\n"
+    script += f"sweep.ROOT = Path({str(place)!r}); sys.exit(sweep.main(sys.argv[1:]))"
+    words = (
+        f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3 --jobs 2".split()
+    )
+    env = dict(os.environ, FAKE=json.dumps({"sleep": 60}))
+    job = subprocess.Popen([sys.executable, "-c", script, *words, "--lr-backbone", "0.01", "0.05"], env=env)
+    end = time.monotonic() + 60
+    while len(list(place.rglob("status.json"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.send_signal(number)
+    assert job.wait(60) == 130
+    states = [json.loads(path.read_text())["state"] for path in place.rglob("status.json")]
+    assert states == ["preempted", "preempted"]
+
+
+# ---- grid, choice, table ----------------------------------------------------------------------------------
+
+
+def test_epochs_may_depend_on_the_percentage() -> None:
+    assert sweep.epochs_of(["1:60", "10:30"], 10.0) == [30]
+    assert sweep.epochs_of(["20", "10:30"], 10.0) == [20, 30]
+    with pytest.raises(ValueError, match="10:60"):
+        sweep.epochs_of(["1:60"], 10.0)
+
+
+def test_lists_and_percentages_reach_the_runs() -> None:
+    point = Point(Setting("w.pt", "finetune", 10.0, 3, 0.1, 0.5), 4, 0.25)
+    words = point.arguments(["--cfg", "c"], Path("splits"))
+    for flag, value in {"--subset": "splits/10percent.txt", "--pretrained": "w.pt", "--seed": "4"}.items():
+        assert words[words.index(flag) + 1] == value
+
+
+def results(*values: tuple[Setting, int, float]) -> dict[Point, dict[str, Any]]:
+    return {Point(s, seed, 0.2): {"last_val_top1": value} for s, seed, value in values}
+
+
+def test_the_mean_over_seeds_decides_and_groups_choose_apart() -> None:
+    a, b = (Setting("none", "finetune", 1.0, 3, rate, 0.5) for rate in (0.1, 0.2))
+    c = Setting("w.pt", "finetune", 1.0, 3, 0.1, 0.5)
+    found = results((a, 0, 90.0), (a, 1, 10.0), (b, 0, 60.0), (b, 1, 60.0), (c, 0, 5.0), (c, 1, 5.0))
+    choice = choose(found)
+    assert choice == {b.group: b, c.group: c}
+    rows = table(found, choice, {Point(b, 0, 0.0): {"last_test_top1": 7.0, "last_test_top5": 8.0}})
+    assert [row["chosen"] for row in rows] == ["", "yes", "yes"]
+    assert [row["test_top1"] for row in rows] == ["", "7.00", "failed"]
+    assert markdown(rows).count("\n") == 5
+    assert as_csv(rows).splitlines()[1].startswith("random,finetune,1 %,3,0.1,0.5,2,50.00 ± 56.57,,")

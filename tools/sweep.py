@@ -1,0 +1,248 @@
+"""Sweep main_semisup.py over learning rates, epochs, labels and seeds, choose on held-out labels, test once.
+
+python tools/sweep.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T --train-percent 1 10
+    --epochs 1:60 10:30 --lr-backbone 0.005 0.01 0.02 0.05 0.1 --lr-classifier 0.5 --seeds 0 1 2
+    --start pretrained random -- --opts DATA.NUM_WORKERS 4
+
+Each point is one run of main_semisup.py on one GPU (or on the CPU), with a share of its labels held out. For
+each start, mode and percentage the point with the best mean validation accuracy is trained again on all the
+labels and the test split is read once, at the end. What is finished is skipped and what was interrupted goes
+on, so the same command may be started again. What follows -- goes to every run.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.sweep_points import Point, Setting, as_csv, choose, markdown, table  # noqa: E402
+
+_GRACE = 120.0  # seconds that stopped runs get to save
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the grid, then the choices; print and write the table; return the exit code."""
+    args, extra = _parse(argv)
+    from utils.atomic import write_text
+
+    folder, shared, weights = _place(args, extra)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made a background job ignore it
+        signal.signal(number, _interrupt)
+    runner = Runner(folder, shared, args.subsets, _devices(args), keep=args.keep_checkpoints)
+    grid = [Point(s, seed, args.hold_out) for s in settings(args, weights) for seed in args.seeds]
+    try:
+        found = runner.run(grid)
+        choice = choose(found)
+        tests = runner.run([point.on_all_labels() for point in grid if point.setting in choice.values()])
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here")
+        return 130
+    rows = table(found, choice, tests)
+    if rows:
+        write_text(folder / f"{args.name}.md", markdown(rows))
+        write_text(folder / f"{args.name}.csv", as_csv(rows))
+        print(markdown(rows) + f"written to {folder / args.name}.md and .csv")
+    for point, reason in runner.failed.items():
+        print(f"FAILED {point}: {reason}")
+    return 1 if runner.failed else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def settings(args: argparse.Namespace, weights: str) -> Iterator[Setting]:
+    """Yield the grid; a frozen backbone has no learning rate of its own."""
+    starts = [{"pretrained": weights, "random": "none"}[start] for start in args.start]
+    heads = args.lr_classifier
+    for start, mode, percent in itertools.product(starts, args.weights, args.train_percent):
+        rates = [0.0] if mode == "freeze" else args.lr_backbone
+        for epochs, rate, head in itertools.product(epochs_of(args.epochs, percent), rates, heads):
+            yield Setting(start, mode, percent, epochs, rate, head)
+
+
+def epochs_of(words: Sequence[str], percent: float) -> list[int]:
+    """Return the epochs to try for ``percent``: words ``60`` are for all, ``1:60`` for 1 % only."""
+    pairs = [word.rpartition(":") for word in words]
+    chosen = [int(epochs) for only, _, epochs in pairs if not only or float(only) == percent]
+    if not chosen:
+        raise ValueError(f"--epochs {' '.join(words)} says nothing for {percent:g} %; add {percent:g}:60")
+    return chosen
+
+
+@dataclass
+class Runner:
+    """Runs points side by side, one a device, and remembers why some failed."""
+
+    folder: Path
+    shared: Sequence[str]
+    subsets: Path | None
+    devices: Sequence[str]  # values of CUDA_VISIBLE_DEVICES, one a run at a time; "" leaves it alone
+    keep: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+    _running: dict[str, tuple[Point, subprocess.Popen[bytes], str]] = field(default_factory=dict)
+
+    def run(self, points: Sequence[Point]) -> dict[Point, dict[str, Any]]:
+        """Return the results of all points that finish, each once, in their order."""
+        waiting, free = list(dict.fromkeys(points)), list(self.devices)
+        total, done = len(waiting), 0
+        try:
+            while waiting or self._running:
+                while waiting and free:
+                    point = waiting.pop(0)
+                    if self.result(point) is None:
+                        self._start(point, free.pop(), f"{total - len(waiting)}/{total}")
+                    else:
+                        done += 1
+                free += self._ended()
+                time.sleep(0.05)
+        except BaseException:
+            self._stop()
+            raise
+        if done:
+            print(f"{done} of {total} runs were finished before")
+        found = {point: self.result(point) for point in dict.fromkeys(points)}
+        return {point: result for point, result in found.items() if result is not None}
+
+    def command(self, point: Point) -> tuple[str, list[str]]:
+        """Return a run's name and its command."""
+        arguments = point.arguments(self.shared, self.subsets)
+        name = point.name(arguments)
+        return name, [sys.executable, str(ROOT / "main_semisup.py"), "--run-name", name, *arguments]
+
+    def result(self, point: Point) -> dict[str, Any] | None:
+        """Return what a finished run wrote, ``None`` of any other."""
+        place = self.folder / self.command(point)[0]
+        try:
+            done = json.loads((place / "status.json").read_bytes())["state"] == "done"
+            return json.loads((place / "result.json").read_bytes()) if done else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _start(self, point: Point, device: str, number: str) -> None:
+        name, command = self.command(point)
+        print(f"[{number}] {shlex.join(command)}", flush=True)
+        environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device) if device else dict(os.environ)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._log(name).open("ab") as log:  # a session of its own: Ctrl-C is passed on once, by us
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        self._running[name] = (point, process, device)
+
+    def _ended(self) -> Iterator[str]:
+        for name, (point, process, device) in list(self._running.items()):
+            if process.poll() is None:
+                continue
+            del self._running[name]
+            result = self.result(point)
+            if process.returncode or result is None:
+                last = self._log(name).read_text(errors="replace").strip().splitlines()[-1:]
+                self.failed[name] = f"exit code {process.returncode}: {''.join(last)}"
+                print(f"FAILED {name}: {self.failed[name]}", flush=True)
+            elif not self.keep:
+                self._discard(name)
+            yield device
+
+    def _discard(self, name: str) -> None:
+        """Remove the checkpoints of a finished run: each is as large as the model and its optimiser."""
+        for pattern in ("ckpt_*.json", "ckpt_*.pt"):
+            for path in (self.folder / name).glob(pattern):
+                path.unlink()
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def _stop(self) -> None:
+        """Let the runs save and end; kill those that do not."""
+        processes = [process for _, process, _ in self._running.values()]
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + _GRACE
+        try:
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:  # also after a second Ctrl-C
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+# ---- the command line -----------------------------------------------------------------------------------
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for flag in ("--cfg", "--data-path", "--output", "--tag", "--dataset", "--device", "--protocol"):
+        parser.add_argument(flag, help="as in main_semisup.py")
+    parser.add_argument("--batch-size", type=int, help="as in main_semisup.py")
+    parser.add_argument("--pretrained", help="weights or a run's folder; default: the run's own newest")
+    parser.add_argument("--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"])
+    parser.add_argument("--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"])
+    parser.add_argument("--train-percent", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn")
+    parser.add_argument("--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%")
+    parser.add_argument("--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1])
+    parser.add_argument("--lr-classifier", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--hold-out", type=float, default=0.2, help="share of the labels for validation")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU")
+    parser.add_argument("--name", default="sweep", help="of the table's files")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs")
+    args = parser.parse_args(words[:at])
+    if not 0 < args.hold_out < 1:
+        parser.error(f"--hold-out {args.hold_out}: a choice needs validation labels; use e.g. 0.2")
+    return args, words[at + 1 :]
+
+
+def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str], str]:
+    """Return the folder of the runs, the flags they share, and the weights, fixed for the whole sweep."""
+    from models import framework_defaults
+    from utils.cli import make_parser
+    from utils.config import default_config, load_config
+    from utils.probe import find_weights
+
+    named = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
+    given = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    shared = [str(part) for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    place = [name for name in ("cfg", "output", "tag") if name in given]
+    known = [part for name in place for part in (f"--{name}", given[name])]
+    parsed, _ = make_parser("sweep").parse_known_args([*known, *extra])
+    flags = {key: value for key, value in vars(parsed).items() if key in ("OUTPUT", "TAG")}
+    cfg = load_config(default_config(framework_defaults()), [parsed.cfg], parsed.opts, flags)
+    weights = str(find_weights(cfg, args.pretrained)) if "pretrained" in args.start else "none"
+    return Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / "semisup", [*shared, *extra], weights
+
+
+def _devices(args: argparse.Namespace) -> list[str]:
+    """Return one entry for each run at a time: which GPU it sees, or nothing."""
+    import torch
+
+    count = torch.cuda.device_count() if args.device != "cpu" else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = visible[:count] if visible != [""] else [str(number) for number in range(count)]
+    jobs = args.jobs or max(count, 1)
+    return [gpus[number % count] if count else "" for number in range(jobs)]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,144 @@
+"""The points of a sweep, the choice among them, and its table."""
+
+import csv
+import hashlib
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("start", "mode", "labels", "epochs", "lr_backbone", "lr_classifier", "seeds", "val_top1", "chosen")
+TESTS = ("test_top1", "test_top5")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A point of the grid, whatever the seed; ``start`` is a file of weights or ``none``."""
+
+    start: str
+    mode: str
+    percent: float
+    epochs: int
+    lr_backbone: float
+    lr_classifier: float
+
+    @property
+    def group(self) -> tuple[str, str, float]:
+        """Return what one choice is made among."""
+        return self.start, self.mode, self.percent
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: a setting with a seed, on a part of its labels (``hold_out``) or, chosen, on all of them."""
+
+    setting: Setting
+    seed: int
+    hold_out: float
+
+    def arguments(self, shared: Sequence[str], subsets: Path | None) -> list[str]:
+        """Return the flags of main_semisup.py, but for the run's name."""
+        s = self.setting
+        values = {
+            "--pretrained": s.start,
+            "--weights": s.mode,
+            "--train-percent": f"{s.percent:g}",
+            "--epochs": s.epochs,
+            "--lr-backbone": s.lr_backbone,
+            "--lr-classifier": s.lr_classifier,
+            "--seed": self.seed,
+        }
+        if subsets and s.percent < 100:
+            values["--subset"] = subsets / f"{s.percent:g}percent.txt"
+        flags = [str(part) for pair in values.items() for part in pair]
+        watch = self.hold_out > 0
+        opts = ["FINETUNE.HOLD_OUT", f"{self.hold_out:g}", "FINETUNE.TEST", str(not watch)]
+        return [*shared, *flags, "--opts", *opts, "FINETUNE.EVAL_EPOCHS", str(s.epochs)]
+
+    def on_all_labels(self) -> "Point":
+        """Return the run of a choice: nothing held out, the test split read at its end."""
+        return replace(self, hold_out=0.0)
+
+    def name(self, arguments: Sequence[str]) -> str:
+        """Return the run's folder: readable, and another one if any argument is another."""
+        s = self.setting
+        part = "search" if self.hold_out else "chosen"
+        start = Path(s.start).stem if s.start != "none" else "random"
+        digest = hashlib.sha256("\n".join(arguments).encode()).hexdigest()[:8]
+        rates = f"lr{s.lr_backbone:g}-{s.lr_classifier:g}-{s.epochs}ep"
+        return f"{part}-{start}-{s.percent:g}pct-{s.mode}-{rates}-seed{self.seed}-{digest}"
+
+
+def choose(found: dict[Point, dict[str, Any]]) -> dict[tuple[str, str, float], Setting]:
+    """Return for each group the setting with the best mean validation top-1 of the last epoch.
+
+    Ties go to the first. Settings of which a seed failed are no candidates: their mean is another's.
+    """
+    means: dict[Setting, float] = {}
+    seeds = max((len(_of(found, s)) for s in {point.setting for point in found}), default=0)
+    for setting in dict.fromkeys(point.setting for point in found):
+        values = [result["last_val_top1"] for result in _of(found, setting)]
+        if len(values) == seeds:
+            means[setting] = statistics.fmean(values)
+    best: dict[tuple[str, str, float], Setting] = {}
+    for setting, mean in means.items():
+        if setting.group not in best or mean > means[best[setting.group]]:
+            best[setting.group] = setting
+    return best
+
+
+def _of(found: dict[Point, dict[str, Any]], setting: Setting) -> list[dict[str, Any]]:
+    return [result for point, result in found.items() if point.setting == setting]
+
+
+def table(
+    found: dict[Point, dict[str, Any]],
+    choice: dict[tuple[str, str, float], Setting],
+    tests: dict[Point, dict[str, Any]],
+) -> list[dict[str, str]]:
+    """Return a row for each setting: mean and deviation over seeds, and the test accuracies of the chosen."""
+    rows = []
+    for setting in dict.fromkeys(point.setting for point in found):
+        results = _of(found, setting)
+        chosen = setting in choice.values()
+        row = {
+            "start": "random" if setting.start == "none" else Path(setting.start).stem,
+            "mode": setting.mode,
+            "labels": f"{setting.percent:g} %",
+            "epochs": str(setting.epochs),
+            "lr_backbone": f"{setting.lr_backbone:g}",
+            "lr_classifier": f"{setting.lr_classifier:g}",
+            "seeds": str(len(results)),
+            "val_top1": spread([result["last_val_top1"] for result in results]),
+            "chosen": "yes" if chosen else "",
+        }
+        for name in TESTS:
+            row[name] = spread([r[f"last_{name}"] for r in _of(tests, setting)]) if chosen else ""
+        rows.append(row)
+    return rows
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write mean and standard deviation of a sample."""
+    if not values:
+        return "failed"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Write rows as a table."""
+    columns = [*COLUMNS, *TESTS]
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_csv(rows: Sequence[dict[str, str]]) -> str:
+    """Write rows as comma-separated values."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS, *TESTS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
