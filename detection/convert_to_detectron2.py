@@ -1,0 +1,60 @@
+"""Convert a pretrained ResNet, ours or a published one, to the file that Detectron2 reads.
+
+python detection/convert_to_detectron2.py pretrained.pt detectron2.pkl
+"""
+
+import argparse
+import logging
+import os
+import pickle
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import run_main
+
+logger = logging.getLogger("synco")
+
+
+def main() -> int:
+    """Read the checkpoint, rename its backbone and write the .pkl; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", type=Path, help="checkpoint, of this repository or a published one")
+    parser.add_argument("target", type=Path, help="file to write, ending in .pkl")
+    args = parser.parse_args()
+    from utils.logger import setup_logger
+
+    setup_logger(None, True)
+    convert(args.source, args.target)
+    return 0
+
+
+def convert(source: Path, target: Path) -> int:
+    """Write the backbone of `source` to `target` and return the number of arrays.
+
+    Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}. Raises
+    ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no ResNet.
+    """
+    from models.weights import backbone_state, read_weights
+    from models.weights_out import to_detectron2
+    from utils.atomic import removed_on_error, sync_folder, tmp_path, write_synced
+
+    if target.suffix != ".pkl":
+        raise ValueError(f"{target}: Detectron2 reads this layout from a .pkl only; name the file so")
+    state, layout = backbone_state(read_weights(source))
+    if "layer4.0.conv1.weight" not in state or "conv1.weight" not in state:
+        raise ValueError(f"{source}: its backbone ({layout}) is no ResNet of four stages; convert a ResNet")
+    arrays = to_detectron2(state)
+    content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
+    temporary = tmp_path(target)
+    with removed_on_error(temporary):
+        write_synced(temporary, lambda file: pickle.dump(content, file))
+        os.replace(temporary, target)
+    sync_folder(target.parent)
+    logger.info("wrote %d arrays of %s (layout: %s) to %s", len(arrays), source, layout, target)
+    return len(arrays)
+
+
+if __name__ == "__main__":
+    run_main(main)

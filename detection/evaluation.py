@@ -1,0 +1,152 @@
+"""Run a detector over a test split and measure it: by the VOC metrics here, or by a COCO evaluator."""
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from yacs.config import CfgNode
+
+from detection.annotations import DetectionData
+from detection.loader import images_of_test
+from detection.metrics import Found, voc_metrics
+from utils import distributed
+
+logger = logging.getLogger("synco")
+
+Detection = dict[str, Any]  # index, label, score, box [x1, y1, x2, y2]; rle for Mask R-CNN
+
+
+def coco_api() -> tuple[Any, Any, Any]:
+    """Return (COCO, COCOeval, mask) of faster-coco-eval or pycocotools; ImportError with the remedy."""
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster, mask
+
+        return COCO, COCOeval_faster, mask
+    except ImportError:
+        pass
+    try:
+        from pycocotools import mask
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise ImportError("COCO's metrics need an evaluator: pip install faster-coco-eval") from error
+    return COCO, COCOeval, mask
+
+
+def evaluate(model: nn.Module, data: DetectionData, cfg: CfgNode, device: torch.device) -> dict[str, float]:
+    """Return AP, AP50 and AP75 (and more) in percent on every rank; `model` is in eval mode.
+
+    The images are shared out among the ranks, the detections gathered.
+    """
+    mine = distributed.on_all(lambda: list(detections(model, data, cfg, device)))
+    everything = _gather(mine, device)
+    if cfg.DATA.DATASET == "voc":
+        return distributed.on_main(lambda: _voc(everything, data))
+    return distributed.on_main(lambda: _coco(everything, data, cfg.MODEL.RCNN.MASKS))
+
+
+def detections(
+    model: nn.Module, data: DetectionData, cfg: CfgNode, device: torch.device, count: int = 0
+) -> Iterator[Detection]:
+    """Yield what `model` finds in this rank's test images (or in the first `count`), in original pixels."""
+    masks = cfg.MODEL.RCNN.MASKS and not count
+    for index, size, image in images_of_test(data, cfg, device, count):
+        (result,) = model([image])
+        boxes = to_original(result["boxes"].float().cpu(), tuple(image.shape[1:]), size)
+        rles = _encode(result["masks"].float().cpu(), boxes, size) if masks else []
+        for row, (label, score) in enumerate(
+            zip(result["labels"].tolist(), result["scores"].tolist(), strict=True)
+        ):
+            found = {"index": index, "label": label, "score": score, "box": boxes[row].tolist()}
+            yield {**found, "rle": rles[row]} if masks else found
+
+
+def to_original(boxes: Tensor, resized: tuple[int, ...], original: tuple[int, int]) -> Tensor:
+    """Scale boxes (n,4) from an image of (height, width) `resized` to `original`."""
+    return boxes * torch.tensor([original[1] / resized[1], original[0] / resized[0]] * 2)
+
+
+def _encode(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Detection]:
+    if not len(boxes):
+        return []
+    pasted = (paste_masks_in_image(masks, boxes, size)[:, 0] > 0.5).numpy().astype(np.uint8)
+    encode = coco_api()[2].encode
+    rles = [encode(np.asfortranarray(mask)) for mask in pasted]
+    return [{"size": list(map(int, rle["size"])), "counts": _text(rle["counts"])} for rle in rles]
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+def _gather(mine: list[Detection], device: torch.device) -> list[Detection]:
+    """Return every rank's detections, by image."""
+    text = "".join(json.dumps(item) + "\n" for item in mine).encode()
+    rows = torch.frombuffer(bytearray(text or b"\n"), dtype=torch.uint8).to(device)
+    lines = bytes(distributed.gather_uneven(rows).cpu().numpy()).splitlines()
+    return sorted((json.loads(line) for line in lines if line), key=lambda item: item["index"])
+
+
+# ---- metrics --------------------------------------------------------------------------------------------
+
+
+def _voc(found: list[Detection], data: DetectionData) -> dict[str, float]:
+    rows: list[list[Detection]] = [[] for _ in range(len(data))]
+    for item in found:
+        rows[item["index"]].append(item)
+    by_image = [
+        Found(
+            np.array([item["box"] for item in row], dtype=np.float64).reshape(-1, 4),
+            np.array([item["label"] for item in row], dtype=np.int64),
+            np.array([item["score"] for item in row], dtype=np.float64),
+        )
+        for row in rows
+    ]
+    eleven_points = bool(data.years) and set(data.years) == {"2007"}
+    return voc_metrics(by_image, data.objects, len(data.classes), eleven_points)
+
+
+def coco_results(found: list[Detection], data: DetectionData) -> list[Detection]:
+    """Return detections as entries of COCO's results file."""
+    entries = []
+    for item in found:
+        x1, y1, x2, y2 = item["box"]
+        entry = {
+            "image_id": data.ids[item["index"]],
+            "category_id": data.category_ids[item["label"] - 1],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": item["score"],
+        }
+        entries.append({**entry, "segmentation": item["rle"]} if "rle" in item else entry)
+    return entries
+
+
+def _coco(found: list[Detection], data: DetectionData, masks: bool) -> dict[str, float]:
+    """Return AP, AP50, AP75 and those of small, medium and large objects; with masks, mask/AP and so on."""
+    COCO, COCOeval, _ = coco_api()
+    kinds = {"bbox": "", "segm": "mask/"} if masks else {"bbox": ""}
+    names = ("AP", "AP50", "AP75", "AP/small", "AP/medium", "AP/large")
+    if not found:
+        return {prefix + name: 0.0 for prefix in kinds.values() for name in names[:3]}
+    values = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools speaks
+        truth = COCO(str(data.annotation_file))
+        for kind, prefix in kinds.items():
+            entries = coco_results(found, data)
+            if kind == "segm":  # or their areas would be the boxes'
+                entries = [{k: v for k, v in entry.items() if k != "bbox"} for entry in entries]
+            evaluation = COCOeval(truth, truth.loadRes(entries), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            numbers = 100.0 * np.asarray(evaluation.stats[:6], dtype=float)
+            # COCO's -1: no such objects
+            values.update({prefix + n: float(v) for n, v in zip(names, numbers, strict=True) if v >= 0})
+    return values

@@ -1,0 +1,164 @@
+"""Object detection on a pretrained backbone, with torchvision's parts: COCO or Pascal VOC, on any device.
+
+python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml --data-path D --pretrained FILE
+--output O --tag T; --pretrained none starts from random weights. Writes to O/<name>/T/. Also under torchrun.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import make_parser, parse, run_main
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from yacs.config import CfgNode
+
+    from detection.annotations import DetectionData
+    from detection.loader import DetectionBatch
+    from utils.plan import Plan
+    from utils.run import Run
+    from utils.schedules import Progress
+
+logger = logging.getLogger("synco")
+
+
+def main() -> int:
+    """Fine-tune, evaluate and draw what was found; return the exit code."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="backbone: a file, a run's folder, or none for random weights"
+    )
+    args, flags = parse(parser)
+
+    from detection.annotations import read_split
+    from detection.defaults import load_detection_config
+    from detection.evaluation import coco_api, evaluate
+    from detection.loader import DetectionLoader
+    from detection.model import build_detector
+    from utils.engine import Outcome, TrainState, fit
+    from utils.evaluate import measure_throughput
+    from utils.optim import build_optimizer, parameter_groups
+    from utils.plan import global_batch_size
+    from utils.probe import find_weights, weights_fingerprint
+    from utils.run import start_run
+
+    cfg = load_detection_config([args.cfg], args.opts, flags)
+    if not args.pretrained:
+        raise ValueError("--pretrained: is not given; name a file of weights, or none for random ones")
+    weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
+    if cfg.DATA.DATASET == "coco":
+        coco_api()  # an evaluator that is missing is told now, not after the training
+    training = not (args.eval or args.throughput)
+    run = start_run(cfg, task="detection", training=training)
+
+    # data
+    detection = cfg.DETECTION
+    where = (cfg.DATA.DATASET, cfg.DATA.PATH)
+    train = read_split(*where, detection.TRAIN_SPLIT, detection.CLASSES).for_training()
+    test = read_split(*where, detection.TEST_SPLIT, detection.CLASSES)
+    if test.classes != train.classes:
+        raise ValueError(
+            f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than {detection.TRAIN_SPLIT}"
+        )
+    global_batch = global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS)
+    loader = DetectionLoader(train, cfg, global_batch=global_batch, device=run.device)
+
+    # model, plan, optimiser
+    detector = run.prepare(build_detector(cfg, len(train.classes), weights))
+    run.fingerprint = f"{weights_fingerprint(weights)}, data {train.fingerprint()}"
+    plan = make_detection_plan(cfg, global_batch)
+    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(detector, cfg.OPTIM), fused=run.scaler() is None)
+    state = TrainState(detector, optimizer, run.wrap(detector), run.scaler())
+    resumed = run.resume(state, plan)
+    run.describe(detector, plan, len(train))
+
+    def step(batch: "DetectionBatch", progress: "Progress") -> "dict[str, Tensor]":
+        with run.autocast():
+            losses = state.model(batch.images, batch.targets)
+        return {**losses, "loss": sum(losses.values())}
+
+    measured: dict[str, float] = {}
+
+    def measure(progress: "Progress") -> dict[str, float]:
+        with run.evaluating(detector) as model:
+            measured.update(evaluate(model, test, cfg, run.device))
+        return dict(measured)
+
+    if args.throughput:
+        with run.evaluating(detector.backbone) as backbone:
+            size = detection.CANVAS or detection.TEST_SIZE // 32 * 32
+            measure_throughput(backbone, size, cfg.TRAIN.BATCH_SIZE, run.device)
+        return 0
+    if args.eval and not resumed:
+        raise ValueError(f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE")
+    outcome = Outcome.DONE if args.eval else fit(state, loader, step, plan, run, measure)
+    if outcome is Outcome.DONE:
+        result = measured or measure(plan.progress(state.step))  # again, if the run was complete before
+        logger.info("%s: %s", detection.TEST_SPLIT, ", ".join(f"{k} {v:.2f}" for k, v in result.items()))
+        if not args.eval:
+            write_result(run, {"weights": args.pretrained, "step": state.step, **result})
+            draw(run, detector, test, cfg)
+    return outcome.value
+
+
+def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
+    """Derive the plan: steps are iterations, and what the log calls an epoch is one ``EVAL_PERIOD``."""
+    from utils.plan import Plan
+    from utils.schedules import LearningRate
+
+    optim, detection = cfg.OPTIM, cfg.DETECTION
+    period = detection.EVAL_PERIOD or detection.MAX_ITER
+    scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
+    rate = LearningRate(
+        name="milestones",
+        base=optim.BASE_LR * scale,
+        warmup_start=optim.WARMUP_LR * scale,
+        minimum=0.0,
+        warmup_steps=detection.WARMUP_ITERS,
+        total_steps=detection.MAX_ITER,
+        steps_per_epoch=1,  # so that milestones count iterations
+        milestones=tuple(detection.STEPS),
+        gamma=detection.GAMMA,
+    )
+    return Plan(
+        epochs=detection.MAX_ITER // period,
+        steps_per_epoch=period,
+        global_batch=global_batch,
+        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
+        clip_grad=optim.CLIP_GRAD,
+        rates=(rate,),
+        clip_per_tensor=optim.CLIP_PER_TENSOR,
+        weight_decay=optim.WEIGHT_DECAY,
+        weight_decay_end=optim.WEIGHT_DECAY_END,
+    )
+
+
+def write_result(run: "Run", result: dict[str, Any]) -> None:
+    """Write ``result.json``: the weights it started from and the final metrics in percent."""
+    from utils.atomic import write_text
+
+    run.write_extra("result.json", lambda path: write_text(path, json.dumps(result, indent=1)))
+
+
+def draw(run: "Run", detector: "nn.Module", data: "DetectionData", cfg: "CfgNode") -> None:
+    """Write ``detections.png``, what the final detector finds in the first test images."""
+    from detection.evaluation import detections
+    from detection.pictures import draw_grid
+
+    count = cfg.LOG.PICTURES
+    if not count:
+        return
+    with run.evaluating(detector) as model:
+        run.write_extra(
+            "detections.png",
+            lambda path: draw_grid(data, list(detections(model, data, cfg, run.device, count)), count, path),
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,117 @@
+"""Average precision the Pascal VOC way (Everingham et al. 2010): its devkit's matching and both its areas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from detection.annotations import Objects
+
+THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections in an image: boxes (n,4) in pixels of the original image, labels from 1, scores (n,)."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def voc_metrics(
+    found: Sequence[Found], objects: Sequence[Objects], num_classes: int, eleven_points: bool
+) -> dict[str, float]:
+    """Return AP (mean over thresholds .5 to .95), AP50 and AP75 in percent, means over classes with objects.
+
+    `eleven_points` takes the precision at eleven recalls (VOC2007), else the whole area (VOC2010 on); the
+    other of the two is reported for AP50 as well, as ``AP50/area`` or ``AP50/11``.
+    """
+    table, other = [], []
+    for label in range(1, num_classes + 1):
+        truth = [o.boxes[o.labels == label] for o in objects]
+        ignored = [o.ignored[o.labels == label] for o in objects]
+        if not sum(int((~flags).sum()) for flags in ignored):
+            continue
+        boxes, images = _of_class(found, label)
+        row = []
+        for threshold in THRESHOLDS:
+            hits, misses, total = match(boxes, images, truth, ignored, threshold)
+            recall, precision = curve(hits, misses, total)
+            row.append(average_precision(recall, precision, eleven_points))
+            if threshold == THRESHOLDS[0]:
+                other.append(average_precision(recall, precision, not eleven_points))
+        table.append(row)
+    if not table:
+        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    means = 100.0 * np.mean(table, axis=0)
+    second = "AP50/area" if eleven_points else "AP50/11"
+    return {
+        "AP": float(means.mean()),
+        "AP50": float(means[0]),
+        "AP75": float(means[5]),
+        second: 100.0 * float(np.mean(other)),
+    }
+
+
+def _of_class(found: Sequence[Found], label: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes (n,4) and image numbers (n,) of a class, most certain first; ties keep their order."""
+    rows = [(f.boxes[f.labels == label], f.scores[f.labels == label]) for f in found]
+    boxes = np.concatenate([b for b, _ in rows]).reshape(-1, 4)
+    scores = np.concatenate([s for _, s in rows])
+    images = np.repeat(np.arange(len(rows)), [len(s) for _, s in rows])
+    order = np.argsort(-scores, kind="stable")
+    return boxes[order], images[order]
+
+
+def match(
+    boxes: np.ndarray,
+    images: np.ndarray,
+    truth: Sequence[np.ndarray],
+    ignored: Sequence[np.ndarray],
+    threshold: float,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return hits (n,), misses (n,) of boxes in falling score, and the number of objects that count.
+
+    A box belongs to the object it overlaps most. Above the threshold it is a hit the first time and a miss
+    afterwards; a difficult object makes it neither.
+    """
+    taken = [np.zeros(len(boxes_there), dtype=bool) for boxes_there in truth]
+    hits, misses = np.zeros(len(boxes), dtype=bool), np.zeros(len(boxes), dtype=bool)
+    for number, (box, image) in enumerate(zip(boxes, images, strict=True)):
+        overlaps = overlap(box, truth[image])
+        best = int(overlaps.argmax()) if len(overlaps) else -1
+        if best < 0 or overlaps[best] <= threshold:
+            misses[number] = True
+        elif not ignored[image][best]:
+            hits[number], misses[number] = not taken[image][best], taken[image][best]
+            taken[image][best] = True
+    return hits, misses, int(sum((~flags).sum() for flags in ignored))
+
+
+def overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return intersection over union of a half-open box (4,) with others (n,4).
+
+    VOC counts pixels inclusively from 1: our x1 is its x1 - 1, so its width x2 - x1 + 1 is our x2 - x1.
+    """
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    inside = np.maximum(sides, 0).prod(axis=1)
+    areas = (others[:, 2:] - others[:, :2]).prod(axis=1)
+    return inside / ((box[2:] - box[:2]).prod() + areas - inside)
+
+
+def curve(hits: np.ndarray, misses: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return recall and precision after each box."""
+    right, wrong = hits.cumsum(), misses.cumsum()
+    return right / total, right / np.maximum(right + wrong, np.finfo(float).eps)
+
+
+def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: bool) -> float:
+    """Return the area under the falling envelope of the precision, or its mean at recalls 0, .1, ..., 1."""
+    if eleven_points:
+        reached = [precision[recall >= point] for point in np.arange(0.0, 1.1, 0.1)]
+        return float(np.mean([values.max() if len(values) else 0.0 for values in reached]))
+    recall = np.concatenate([[0.0], recall, [1.0]])
+    precision = np.concatenate([[0.0], precision, [0.0]])
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(((recall[1:] - recall[:-1]) * envelope[1:]).sum())
