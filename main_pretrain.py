@@ -5,7 +5,12 @@ under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same comman
 stopped.
 """
 
+import logging
+from typing import Any
+
 from utils.cli import make_parser, parse, run_main
+
+logger = logging.getLogger("synco")
 
 TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
 
@@ -26,7 +31,6 @@ def main() -> int:
     from data.datasets import is_labelled, open_split
     from data.loader import Batch, GlobalLoader, evaluation_batches
     from data.preview import first_views, save_grid, save_preview
-    from data.source import Source
     from data.views import build_recipe
     from models import build_framework, framework_defaults
     from models.sit import SiT
@@ -46,25 +50,22 @@ def main() -> int:
     run.fingerprint = source.fingerprint()
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
 
-    def open_loader(
-        images: Source, global_batch: int, accumulation: int = 1, repeated: int = 1
-    ) -> GlobalLoader:
-        return GlobalLoader(
-            images,
-            recipe,
-            global_batch=global_batch,
-            accumulation=accumulation,
-            seed=cfg.SEED,
-            device=run.device,
-            num_workers=cfg.DATA.NUM_WORKERS,
-            timeout=cfg.DATA.TIMEOUT,
-            max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
-            repeated_aug=repeated,
-        )
-
     accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-    global_batch = global_batch_size(cfg.TRAIN.BATCH_SIZE, accumulation)
-    loader = open_loader(source, global_batch, accumulation, cfg.DATA.REPEATED_AUG)
+    reading: dict[str, Any] = {
+        "device": run.device,
+        "num_workers": cfg.DATA.NUM_WORKERS,
+        "timeout": cfg.DATA.TIMEOUT,
+    }
+    loader = GlobalLoader(
+        source,
+        recipe,
+        global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, accumulation),
+        accumulation=accumulation,
+        seed=cfg.SEED,
+        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
+        repeated_aug=cfg.DATA.REPEATED_AUG,
+        **reading,
+    )
 
     # model, plan, optimiser
     framework = build_framework(
@@ -98,7 +99,12 @@ def main() -> int:
     knn, held_out = {}, None
     if cfg.HELD_OUT.EVERY_EPOCHS:
         unseen = open_split(cfg.DATA, "val")
-        held_out = open_loader(unseen, held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE))
+        batch_size = held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE)
+        held_out = GlobalLoader(
+            unseen, recipe, global_batch=batch_size, seed=cfg.SEED, max_bad_fraction=0.0, **reading
+        )
+        seen = held_out.steps_per_epoch * batch_size
+        logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), batch_size)
     if cfg.KNN.EVERY_EPOCHS or (args.eval and not held_out):
         knn["train"] = source if is_labelled(source) else open_split(cfg.DATA, "train", labelled=True)
         knn["val"] = open_split(cfg.DATA, "val", labelled=True)
@@ -108,10 +114,8 @@ def main() -> int:
             knn[split],
             cfg.DATA.IMG_SIZE,
             batch_size=cfg.TRAIN.BATCH_SIZE,
-            device=run.device,
-            num_workers=cfg.DATA.NUM_WORKERS,
-            timeout=cfg.DATA.TIMEOUT,
             skip_unreadable=split == "train",
+            **reading,
         )
         with run.evaluating(framework.online.backbone) as backbone:
             return extract_features(backbone, batches)
@@ -152,7 +156,6 @@ def main() -> int:
             raise ValueError(f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE")
         progress = plan.progress(state.step)
         run.meter.record(progress, evaluate(progress), state.best)
-        run.finish("done" if state.step == plan.total_steps else "preempted", state.step, "evaluated")
         return 0
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))

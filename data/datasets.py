@@ -83,7 +83,8 @@ def open_split(node: Any, split: str, labelled: bool = False) -> Source:
     source = build_source(name, node.PATH, split, cache_mode=node.CACHE_MODE, download=node.DOWNLOAD)
     if labelled and not is_labelled(source):
         raise ValueError(
-            f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders"
+            f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders, or "
+            "--held-out for the method's own losses"
         )
     return source
 

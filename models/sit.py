@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.backbones import Backbone, output_stride, summaries_and_map
-from models.parts.corruption import corrupt, draw_corruption, draw_group_mask, mask_groups
+from models.parts.backbones import Backbone, map_geometry, summaries_and_map
+from models.parts.corruption import corrupt, draw_corruption, draw_group_mask, mask_groups, send
 from models.parts.heads import Encoder
 from models.parts.losses import batch_contrast, contrast_metrics, full_precision, nt_xent
 from models.parts.momentum import MomentumFramework
@@ -27,11 +27,11 @@ class Outputs(NamedTuple):
 class Heads(nn.Module):
     """Three heads over an image's summaries, (N, F) each, and its last feature map (N, F, h, w)."""
 
-    def __init__(self, width: int, out_dim: int, stride: int) -> None:
+    def __init__(self, width: int, out_dim: int, stride: int, map_width: int) -> None:
         super().__init__()
         self.rotation = nn.Linear(width, 4)
         self.contrast: nn.Module = nn.Linear(width, out_dim)
-        self.reconstruction: nn.Module = nn.ConvTranspose2d(width, 3, kernel_size=stride, stride=stride)
+        self.reconstruction: nn.Module = nn.ConvTranspose2d(map_width, 3, kernel_size=stride, stride=stride)
         _truncated_normal(self)
 
     def forward(self, summaries: tuple[Tensor, ...], features: Tensor, num: int) -> Outputs:
@@ -44,15 +44,15 @@ class Heads(nn.Module):
 class StudentHeads(Heads):
     """The later heads: three layers with batch norm for the embedding, three for the pixels, no rotation."""
 
-    def __init__(self, width: int, hidden_dim: int, out_dim: int, stride: int) -> None:
-        super().__init__(width, out_dim, stride)
+    def __init__(self, width: int, hidden_dim: int, out_dim: int, stride: int, map_width: int) -> None:
+        super().__init__(width, out_dim, stride, map_width)
         self.rotation = nn.Identity()  # type: ignore[assignment]
         self.contrast = nn.Sequential(
             *(nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)),
             *(nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()),
             *(nn.Linear(hidden_dim, out_dim), nn.BatchNorm1d(out_dim, affine=False)),
         )
-        layers = [layer for _ in range(3) for layer in (nn.Conv2d(width, width, 1), nn.GELU())]
+        layers = [layer for _ in range(3) for layer in (nn.Conv2d(map_width, map_width, 1), nn.GELU())]
         self.reconstruction = nn.Sequential(*layers, self.reconstruction)
         _truncated_normal(self)
 
@@ -80,7 +80,7 @@ class SiTEncoder(Encoder):
         if outputs.pixels.shape != images.shape:
             raise ValueError(
                 f"DATA.IMG_SIZE: {images.shape[-1]} is not a multiple of the backbone's stride, "
-                f"{output_stride(self.backbone)}, so SiT cannot reconstruct the image"
+                f"{map_geometry(self.backbone)[0]}, so SiT cannot reconstruct the image"
             )
         return outputs
 
@@ -113,9 +113,11 @@ class SiT(MomentumFramework):
         reconstruction_weight: float = 1.0,
     ) -> None:
         _check(backbone, variant, drop_type)
-        width, stride = backbone.num_features, output_stride(backbone)
+        width, geometry = backbone.num_features, map_geometry(backbone)
         gmml = variant == "gmml"
-        heads = StudentHeads(width, hidden_dim, out_dim, stride) if gmml else Heads(width, out_dim, stride)
+        heads = (
+            StudentHeads(width, hidden_dim, out_dim, *geometry) if gmml else Heads(width, out_dim, *geometry)
+        )
         super().__init__(SiTEncoder(backbone, heads), target_backbone)
         if not gmml:  # one each of TASKS
             self.uncertainty = nn.Parameter(torch.ones(3))
@@ -136,8 +138,12 @@ class SiT(MomentumFramework):
         return self._student_and_teacher(views) if self.variant == "gmml" else self._three_tasks(views)
 
     def after_step(self, progress: Progress) -> None:
-        """Average the target with the next step's momentum."""
-        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))
+        """Average the target: the whole state where it only follows, the weights where it is a teacher.
+
+        The published teacher moves after the step, with that step's momentum.
+        """
+        momentum = momentum_at(progress.fraction, self.base_momentum, self.momentum_schedule)
+        self.update_target(momentum, buffers=self.variant == "rotation")
 
     # ---- the published method ------------------------------------------------------------------------------
 
@@ -145,7 +151,7 @@ class SiT(MomentumFramework):
         turns = [torch.randint(4, (len(view),)) for view in views]
         clean = [rotate(view, turn) for view, turn in zip(views, turns, strict=True)]
         outputs = [self.online(self.corrupted(view)[0]) for view in clean]
-        return self.three_losses(clean, outputs, torch.cat(turns).to(clean[0].device))
+        return self.three_losses(clean, outputs, send(torch.cat(turns), clean[0].device))
 
     def three_losses(self, clean: list[Tensor], outputs: list[Outputs], turns: Tensor) -> dict[str, Tensor]:
         """Weigh the three losses of two rotated views, turned by ``turns`` (2N,) quarters clockwise."""
@@ -232,7 +238,7 @@ def rotate(images: Tensor, turns: Tensor) -> Tensor:
     """Turn square images (N, 3, S, S) clockwise by ``turns`` (N,) quarters; ``turns`` is on the host."""
     out = torch.empty_like(images)
     for quarter in range(4):
-        chosen = torch.nonzero(turns == quarter)[:, 0].to(images.device)
+        chosen = send(torch.nonzero(turns == quarter)[:, 0], images.device)
         out[chosen] = torch.rot90(images[chosen], -quarter, (2, 3))
     return out
 
@@ -242,6 +248,13 @@ def _check(backbone: Backbone, variant: str, drop_type: str) -> None:
         raise ValueError(f"MODEL.SIT.VARIANT: {variant!r} is not one of rotation, gmml")
     if drop_type not in ("zeros", "noise"):
         raise ValueError(f"MODEL.SIT.DROP_TYPE: {drop_type!r} is not one of zeros, noise")
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    levels = getattr(backbone, "feature_info", None)
+    if size and levels and size[-1] % levels[-1]["reduction"]:  # Swin would pad: cells beside their pixels
+        raise ValueError(
+            f"DATA.IMG_SIZE: {size[-1]} is not a multiple of the backbone's stride, "
+            f"{levels[-1]['reduction']}, so SiT cannot reconstruct the image"
+        )
     tokens = getattr(backbone, "num_prefix_tokens", None)
     if variant == "rotation" and tokens not in (None, 2):
         raise ValueError(

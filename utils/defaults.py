@@ -107,7 +107,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "DATASET": "imagefolder",
                 "PATH": "",
                 "IMG_SIZE": 224,
-                "REPEATED_AUG": 1,  # pretraining: views of an image in an epoch, of so many times fewer images
+                "REPEATED_AUG": 1,  # pretraining: copies of an image in an epoch, which holds fewer images
                 "NUM_WORKERS": 8,
                 "CACHE_MODE": "part",  # zip only: no | full | part
                 "DOWNLOAD": False,
@@ -192,7 +192,7 @@ TUNABLE_KEYS = (
 )
 # Sections of MODEL that every run reads, and whose section a method without one of its own reads.
 COMMON_SECTIONS = ("BACKBONE", "BATCHFORMER")
-SECTION_OF = {"batchformer": "MOCOV3"}
+SECTION_OF = {"batchformer": "MOCOV3"}  # which has BatchFormer whatever MODEL.BATCHFORMER.ENABLED says
 # What the result is a function of: another value would be another run.
 IDENTITY_KEYS = {
     "pretrain": (

@@ -154,7 +154,11 @@ def update(state: TrainState, plan: Plan, guard: FiniteGuard, micro_batches: lis
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
     trainable = _trainable(state.optimizer)
-    groups = [[p] for p in trainable] if plan.clip_per_tensor else state.clip_groups or [trainable]
+    groups = (
+        [[p] for p in trainable if p.grad is not None]
+        if plan.clip_per_tensor
+        else state.clip_groups or [trainable]
+    )
     norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     guard.check(norm, state.step, _sample_names(micro_batches))

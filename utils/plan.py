@@ -54,11 +54,14 @@ def global_batch_size(batch_size: int, accumulation: int = 1) -> int:
 
 
 def held_out_batch(num_images: int, batch_size: int) -> int:
-    """Return the largest global batch for ``num_images`` up to ``batch_size`` on each process.
+    """Return the global batch, up to ``batch_size`` on each process, whose multiples leave out fewest images.
 
-    Raises ``ValueError`` where there is not one image for each.
+    In-batch losses need batches of one size: fewer images than there are batches and processes stay out.
+    Raises ``ValueError`` where there is not one image for each process.
     """
-    per_process = min(batch_size, num_images // world_size())
+    share = num_images // world_size()
+    num_batches = -(-share // batch_size)
+    per_process = share // num_batches if num_batches else 0
     if not per_process:
         raise ValueError(
             f"HELD_OUT.EVERY_EPOCHS: the val split has {num_images} images for {world_size()} processes; "

@@ -44,6 +44,7 @@ class Run:
         self.precision = resolve_precision(cfg.TRAIN.PRECISION, device)
         self.seed: int = cfg.SEED
         self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
+        self.training = training  # an evaluation looks at a folder that may be another process's
         writes = training and distributed.is_main()
         self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD)
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
@@ -187,6 +188,8 @@ class Run:
         The state is starting, running, done, preempted (the same command goes on from here) or failed.
         """
         self.meter.close_line()
+        if not self.training:
+            return
         status = json.dumps({"state": state, "step": step, "reason": reason})
         self.write_extra("status.json", lambda path: write_text(path, status))
 
@@ -249,18 +252,21 @@ class Run:
         """
         found = distributed.on_main(self._find)
         if found is None:
-            self.metrics.truncate_after(0)  # of a run that was killed before its first checkpoint
+            if self.training:
+                self.metrics.truncate_after(0)  # of a run that was killed before its first checkpoint
             return False
         path, self._origin = found
         saved = distributed.on_all(lambda: self._load(path, plan))
         for change in compare_for_resume(saved["config"], self.cfg, self.task):
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
+        logger.info("resumed from %s at step %d", path, state.step)
+        if not self.training:
+            return True
         self._resumed_from, self._saved_step = path, state.step
         if self._origin:  # later ones belong to another course of the run, and would be taken for newer
             distributed.on_main(lambda: checkpoint.set_aside(self.folder, after=state.step))
         self.metrics.truncate_after(state.step)
-        logger.info("resumed from %s at step %d", path, state.step)
         return True
 
     def _load(self, path: Path, plan: Plan) -> dict[str, Any]:
@@ -281,8 +287,11 @@ class Run:
         ``--resume`` may stand in a command that is started again and again: once the folder has gone on from
         it, the folder's own newest is taken.
         """
-        checkpoint.sweep(self.folder)
         wanted = str(Path(self.cfg.RESUME).resolve()) if self.cfg.RESUME else None
+        if self.training:
+            checkpoint.sweep(self.folder)
+        elif wanted:
+            return Path(self.cfg.RESUME), wanted
         try:
             newest = checkpoint.newest_valid(self.folder)
         except checkpoint.CheckpointError:

@@ -99,13 +99,13 @@ def summaries_and_map(backbone: Backbone, images: Tensor) -> tuple[tuple[Tensor,
 
 
 @torch.no_grad()
-def output_stride(backbone: Backbone) -> int:
-    """Return how many pixels a cell of the last feature map spans, measured on an image of zeros."""
+def map_geometry(backbone: Backbone) -> tuple[int, int]:
+    """Return how many pixels a cell of the last feature map spans and the map's width, measured on zeros."""
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or (128, 128)
     training, device = backbone.training, next(backbone.parameters()).device
-    side = feature_map(backbone.eval(), torch.zeros(1, 3, *size, device=device)).shape[-1]
+    features = feature_map(backbone.eval(), torch.zeros(1, 3, *size, device=device))
     backbone.train(training)
-    return size[-1] // side
+    return size[-1] // features.shape[-1], features.shape[1]
 
 
 def _as_map(backbone: Backbone, features: Tensor) -> Tensor:
@@ -139,7 +139,8 @@ def _extra_tokens(name: str, num_tokens: int) -> int:
 
 
 def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+    recomputed = getattr(backbone, "blocks", backbone)  # of a ViT the blocks, not a stem before them
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recomputed.modules()):
         raise ValueError(
             f"--use-checkpoint: {name} has batch norm, whose statistics recomputing would count twice; "
             "remove the flag"
@@ -279,6 +280,8 @@ class ConvStem(nn.Module):
         self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: Any
     ) -> None:
         super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"DATA.IMG_SIZE: {img_size} is not a multiple of the stem's {patch_size} pixels")
         self.img_size = (img_size, img_size)
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)

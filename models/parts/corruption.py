@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
 
     def to(self, device: torch.device) -> "Blocks":
         """Copy the edges to a device."""
-        return Blocks(*(_send(edge, device) for edge in self))
+        return Blocks(*(send(edge, device) for edge in self))
 
 
 class Corruption(NamedTuple):
@@ -48,15 +48,15 @@ class Corruption(NamedTuple):
         return Corruption(
             self.grey.to(device),
             self.blur.to(device),
-            _send(self.kernel, device),
-            _send(self.sigma, device),
+            send(self.kernel, device),
+            send(self.sigma, device),
             self.noise.to(device),
             self.foreign.to(device),
-            _send(self.source, device),
+            send(self.source, device),
         )
 
 
-def _send(part: Tensor, device: torch.device) -> Tensor:
+def send(part: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor without waiting for the device."""
     return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
 
@@ -237,8 +237,8 @@ def _replace(out: Tensor, clean: Tensor, mask: Tensor, source: Tensor) -> Tensor
         images = torch.tensor([i for i, j in enumerate(chosen) if level[i] == current and j != i])
         if not len(images):
             continue
-        sources = _send(source[images], out.device)
-        images = _send(images, out.device)
+        sources = send(source[images], out.device)
+        images = send(images, out.device)
         content = (out if current else clean)[sources]
         out[images] = torch.where(mask[images], content, out[images])
     return out
@@ -260,6 +260,11 @@ def draw_group_mask(num: int, height: int, width: int, drop: float, replace: flo
     """Draw GMML's masks (spec E8): one image in two loses a share U(min(.5, drop), drop), the other gets
     ``replace`` of its pixels from another image; edges are multiples of ``align`` pixels.
     """
+    if min(height, width) // align < 4:
+        raise ValueError(
+            f"MODEL.SIT.DROP_ALIGN: blocks of {align} pixels cannot mask images of {min(height, width)}; use "
+            f"at most {min(height, width) // 4}"
+        )
     sides = [(1, max(int(0.3 * side) // align, 2)) for side in (height, width)]
     blocks = draw_blocks(num, 4 * MAX_BLOCKS, height // align, width // align, *sides)
     foreign = (torch.rand(num) < 0.5) & (num > 1)
@@ -275,8 +280,8 @@ def mask_groups(images: Tensor, drawn: GroupMask, noise: Tensor | None) -> tuple
     """Return masked copies of images (N, 3, H, W) and the masks (N, 1, H, W); dropped pixels become
     ``noise``, or 0.
     """
-    foreign, source = _send(drawn.foreign, images.device), _send(drawn.source, images.device)
-    pixels = _send(drawn.pixels, images.device)
+    foreign, source = send(drawn.foreign, images.device), send(drawn.source, images.device)
+    pixels = send(drawn.pixels, images.device)
     mask = _until_union(drawn.blocks.to(images.device), pixels, *images.shape[-2:])
     filling = torch.zeros_like(images) if noise is None else noise
     filling = torch.where(foreign[:, None, None, None], images[source], filling)

@@ -60,11 +60,18 @@ class MomentumFramework(nn.Module):
         return torch.cat([query for query, _ in pairs]), torch.cat([key for _, key in pairs])
 
     @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """Move the target's parameters: target <- momentum * target + (1 - momentum) * online; buffers stay
-        its own.
+    def update_target(self, momentum: float, buffers: bool = False) -> None:
+        """Move the target's parameters: target <- momentum * target + (1 - momentum) * online.
+
+        Its buffers stay its own, since its own forwards fill them, or with ``buffers`` follow likewise.
         """
         torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum)
+        if buffers:
+            for own, other in zip(self.target.buffers(), self.online.buffers(), strict=True):
+                if own.is_floating_point():
+                    own.lerp_(other, 1.0 - momentum)
+                else:
+                    own.copy_(other)
 
 
 class KeyQueue(nn.Module):
@@ -109,9 +116,10 @@ class KeyQueue(nn.Module):
         self._pending.clear()
         size, num = self.keys.shape[0], keys.shape[0]
         if size % num:
+            fitting = f"{max(size // num, 1) * num} or {(size // num + 1) * num}"
             raise ValueError(
                 f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x processes "
-                f"x accumulation); use e.g. {max(size // num, 1) * num} or {(size // num + 1) * num}"
+                f"x accumulation, twice that under BatchFormer or SYMMETRIC); use e.g. {fitting}"
             )
         self.keys[self.position : self.position + num] = keys.to(self.keys.dtype)
         self.position = (self.position + num) % size

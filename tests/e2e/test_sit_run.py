@@ -42,7 +42,13 @@ def test_each_loss_is_told_apart_on_held_out_images(herd: Path, tmp_path: Path, 
     evaluated = [row for row in rows if "held_out_loss" in row]
     assert [row["epoch"] for row in evaluated] == [1.0, 2.0]
     assert {f"held_out_{name}" for name in NAMES} <= evaluated[-1].keys()
-    # a later look at the same checkpoint sees the same corruption, rotation and views
+    assert "held out: 8 of 8 images" in (folder / "log.txt").read_text()
+    # a later look at a checkpoint sees the same corruption, rotation and views, and leaves the folder alone
+    before = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    older = str(folder / "ckpt_00000003.pt")
+    first = start(herd, tmp_path, "--held-out", "--eval", "--resume", older, ranks=ranks, **argv_keys).text()
+    assert f"held_out_loss {evaluated[0]['held_out_loss']:.2f}" in first
+    assert {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()} == before
     text = start(herd, tmp_path, "--held-out", "--eval", ranks=ranks, **argv_keys).text()
     assert f"held_out_loss {evaluated[-1]['held_out_loss']:.2f}" in text
     assert f"held_out_loss_rotation {evaluated[-1]['held_out_loss_rotation']:.2f}" in text

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models import build_framework
-from models.parts.backbones import build_backbone, output_stride, summaries_and_map
+from models.parts.backbones import build_backbone, map_geometry, summaries_and_map
 from models.parts.corruption import (
     Corruption,
     corrupt,
@@ -177,6 +177,31 @@ def test_without_gradient_the_keys_repeat_and_the_uncertainties_do_not_decay() -
     assert torch.equal(one, other)
 
 
+def test_the_average_of_the_published_variant_is_a_whole_network() -> None:
+    """Its running statistics follow too: it never sees an image itself (spec E6: the whole state)."""
+    framework = build({**SMALL, "base_momentum": 0.0})
+    for step in range(2):
+        framework(views(), Progress(step, 2, 8))["loss"].backward()
+        framework.after_step(Progress(step, 2, 8))
+    images = views()[0]
+    ours, theirs = (part.eval().backbone(images) for part in (framework.online, framework.target))
+    assert torch.equal(ours, theirs)
+    teacher = build(GMML)
+    before = teacher.target.backbone.bn1.running_mean.clone()
+    teacher.after_step(Progress(0, 2, 8))
+    assert torch.equal(teacher.target.backbone.bn1.running_mean, before)  # a teacher's own are its own
+
+
+def test_blocks_that_cannot_mask_an_image_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"MODEL.SIT.DROP_ALIGN: blocks of 16 .* 32; use at most 8"):
+        draw_group_mask(2, 32, 32, 0.5, 0.3, 16)
+
+
+def test_a_map_of_another_width_than_the_pooled_feature() -> None:
+    framework = build(SMALL, {"name": "timm/mobilenetv3_small_050"}, size=64)
+    framework(views(size=64), Progress(0, 2, 8))["loss"].backward()
+
+
 def test_a_vit_gives_two_tokens_and_others_their_pooled_feature() -> None:
     vit = build_backbone("deit_tiny", img_size=32, patch_size=8, num_tokens=2).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -184,7 +209,7 @@ def test_a_vit_gives_two_tokens_and_others_their_pooled_feature() -> None:
     assert len(summaries) == 2
     assert features.shape == (2, 192, 4, 4)
     torch.testing.assert_close(summaries[0], vit(images))  # a probe reads the contrastive token
-    assert output_stride(vit) == 8
+    assert map_geometry(vit) == (8, 192)
     for options, stride in (
         (RESNET, 4),
         ({"name": "swin_tiny", "img_size": 64}, 32),
@@ -194,7 +219,7 @@ def test_a_vit_gives_two_tokens_and_others_their_pooled_feature() -> None:
         images = torch.randn(1, 3, 64, 64)
         summaries, _ = summaries_and_map(backbone, images)
         torch.testing.assert_close(summaries, (backbone(images),))
-        assert output_stride(backbone) == stride
+        assert map_geometry(backbone)[0] == stride
 
 
 @pytest.mark.parametrize(
@@ -205,11 +230,17 @@ def test_a_vit_gives_two_tokens_and_others_their_pooled_feature() -> None:
         ({}, {"name": "deit_tiny", "patch_size": 8}, "MODEL.BACKBONE.NUM_TOKENS.*set it to 2"),
         ({}, {"name": "resnet18", "num_tokens": 2}, "NUM_TOKENS: 2 does not apply to resnet18"),
         ({}, {"name": "swin_tiny", "num_tokens": 2}, "NUM_TOKENS: 2 does not apply to swin_tiny"),
+        (
+            {"size": 56},
+            {"name": "swin_tiny"},
+            "DATA.IMG_SIZE: 56 is not a multiple of the backbone's stride, 32",
+        ),
     ],
 )
 def test_refusals(options: dict, backbone: dict, message: str) -> None:
+    size = options.pop("size", 32)
     with pytest.raises(ValueError, match=message):
-        build({**SMALL, **options}, backbone)
+        build({**SMALL, **options}, backbone, size)
 
 
 def test_an_image_that_the_map_does_not_divide_is_refused_at_the_first_step() -> None:
@@ -232,5 +263,8 @@ def test_convolutional_stem() -> None:
     assert torch.equal(conv.pos_embed, plain.pos_embed)
     with pytest.raises(ValueError, match="FREEZE_PATCH_EMBED: vit_conv_small has no patch embedding"):
         build_backbone("vit_conv_small", freeze_patch_embed=True)
+    with pytest.raises(ValueError, match=r"DATA.IMG_SIZE: 40 is not a multiple of the stem's 16"):
+        build_backbone("vit_conv_small", img_size=40)
+    build_backbone("vit_conv_small", img_size=32, use_checkpoint=True)  # its batch norms are not recomputed
     with pytest.raises(ValueError, match="PATCH_SIZE: 8"):
         build_backbone("vit_conv_small", patch_size=8)

@@ -102,7 +102,7 @@ def test_a_probe_without_weights(tmp_path: Path) -> None:
     text = tmp_path / "weights.pth"
     text.write_text("not weights")
     argv = runs.arguments("moby", tmp_path, "t", "--pretrained", str(text))
-    assert_fails(2, argv, "weights.pth is not a torch file", tmp_path, main="main_linear")
+    assert_fails(2, argv, "weights.pth is no file of weights", tmp_path, main="main_linear")
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:

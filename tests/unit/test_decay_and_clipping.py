@@ -12,7 +12,7 @@ from utils.config import default_config, load_config
 from utils.engine import TrainState, set_rates, update
 from utils.guards import FiniteGuard
 from utils.optim import build_optimizer, parameter_groups
-from utils.plan import Plan, make_plan
+from utils.plan import Plan, held_out_batch, make_plan
 
 BATCH = SimpleNamespace(indices=torch.arange(2))
 DEFAULTS = default_config(framework_defaults())
@@ -63,3 +63,16 @@ def test_clipping_of_each_tensor_by_itself(per_tensor: bool) -> None:
     if per_tensor:
         scales = {name: min(1.0, 3.0 / size) for name, size in sizes.items()}
     assert seen == pytest.approx({name: size * scales[name] for name, size in sizes.items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "wanted"), [(359, 200, 179), (8, 128, 8), (400, 200, 200)]
+)
+def test_held_out_images_are_cut_so_that_few_are_left(num_images: int, batch_size: int, wanted: int) -> None:
+    assert held_out_batch(num_images, batch_size) == wanted
+    assert num_images % wanted < -(-num_images // batch_size)
+
+
+def test_without_an_image_for_each_process_nothing_can_be_held_out() -> None:
+    with pytest.raises(ValueError, match=r"HELD_OUT.EVERY_EPOCHS: the val split has 0 images"):
+        held_out_batch(0, 8)
