@@ -35,7 +35,7 @@ def main() -> int:
     from models import build_framework, framework_defaults
     from models.sit import SiT
     from utils.config import default_config, load_config, method_section, section_options
-    from utils.engine import TrainState, fit
+    from utils.engine import Outcome, TrainState, fit
     from utils.evaluate import extract_features, held_out_losses, knn_accuracy, measure_throughput
     from utils.optim import build_optimizer, parameter_groups
     from utils.plan import global_batch_size, held_out_batch, make_plan
@@ -161,7 +161,8 @@ def main() -> int:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
         show_restored()
     outcome = fit(state, loader, step, plan, run, evaluate)
-    show_restored()
+    if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
+        show_restored()
     return outcome.value
 
 
