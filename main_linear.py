@@ -125,6 +125,7 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
         steps_per_epoch=loader.steps_per_epoch,
         global_batch=loader.plan.global_batch,
         base_rates=linear.LRS,
+        section="LINEAR.",
         accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
     )
     groups = [{"params": list(pair), "rate": index} for index, pair in enumerate(heads.pairs())]

@@ -5,6 +5,7 @@ under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same comman
 stopped.
 """
 
+import argparse
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from utils.cli import make_parser, parse, run_main
 
 logger = logging.getLogger("synco")
 
+HELD_OUT = "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
 TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
 
 
@@ -19,6 +21,15 @@ def main() -> int:
     """Build the pieces in order, then hand them to the engine; return the exit code."""
     parser = make_parser(__doc__)
     parser.add_argument("--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE)
+    absent: Any = argparse.SUPPRESS
+    parser.add_argument(
+        "--held-out",
+        dest="HELD_OUT.EVERY_EPOCHS",
+        action="store_const",
+        const=1,
+        default=absent,
+        help=HELD_OUT,
+    )
     args, flags = parse(parser)
     if args.training_mode == "finetune":
         raise ValueError(

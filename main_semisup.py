@@ -28,6 +28,7 @@ _FLAGS: dict[str, tuple[type, str]] = {
     "--train-percent": (float, "percent of each class's labels"),
     "--subset": (str, "list of labelled images in SimCLR's format, instead of a draw"),
     "--weights": (str, "finetune or freeze the backbone"),
+    "--hold-out": (float, "share of these labels that is held out and watched instead of the test split"),
     "--lr-backbone": (float, "its learning rate"),
     "--lr-classifier": (float, "that of the head"),
     "--layer-decay": (float, "factor from a layer's learning rate to that of the layer below"),
@@ -173,10 +174,10 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
         init=node.HEAD_INIT,
     )
     classifier = run.prepare(classifier)
-    unmoved = Frozen(backbone) if frozen else None
     plan = make_plan(
         node.OPTIM,
         node.SCHEDULE,
+        section="FINETUNE.",
         base_rates=[node.LR_BACKBONE, node.LR_CLASSIFIER],
         epochs=node.EPOCHS,
         steps_per_epoch=loader.steps_per_epoch,
@@ -188,7 +189,12 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
     optimizer = build_optimizer(node.OPTIM, groups, fused=run.scaler() is None)
     state = TrainState(classifier, optimizer, run.wrap(classifier), run.scaler())
     if not run.resume(state, plan) and args.eval:
-        raise ValueError(f"--eval: {run.folder} holds no checkpoint; run it without --eval first")
+        others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"
+        raise ValueError(
+            f"--eval: {run.folder} holds no checkpoint; run it without --eval first, with as many processes, "
+            f"or name a run with --run-name (there are: {others})"
+        )
+    unmoved = Frozen(backbone) if frozen else None
     run.describe(classifier, plan, len(train))
     if not args.eval:
         run.write_extra("subset.txt", lambda path: write_subset(path, source, chosen))

@@ -76,11 +76,12 @@ def read_subset(source: Source, list_file: str) -> np.ndarray:
         text = Path(list_file).read_text(**_ENCODING)
     except OSError as error:
         raise ValueError(f"list of labelled images {list_file}: cannot be read ({error})") from error
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"list of labelled images {list_file}: is empty; expected one file name a line")
+    found = _find(source, {*lines, *(line.strip() for line in lines)})
+    lines = [line if line in found else line.strip() for line in lines]  # a name may have outer spaces
     _refuse(list_file, "stand in it twice", [line for line, times in Counter(lines).items() if times > 1])
-    found = _find(source, set(lines))
     _refuse(
         list_file,
         f"are not in the data set (such as {source.name(0)})",

@@ -114,7 +114,8 @@ def import_file(args: argparse.Namespace) -> None:
         report = load_backbone(backbone, state, str(args.source))
         note = _listing(report)
         framework = {f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
-    _save({"framework": framework, "imported": {"file": args.source.name, "layout": layout}}, args.output)
+    origin = {"file": args.source.name, "layout": layout, "which": args.which}
+    _save({"framework": framework, "imported": origin}, args.output)
     print(f"layout: {layout}\n{note}\nwrote {args.output}: give it to any --pretrained")
 
 
@@ -133,7 +134,7 @@ def export_file(args: argparse.Namespace) -> None:
     if args.to == "huggingface":
         from tools.model_card import write_huggingface
 
-        write_huggingface(args.output, backbone, cfg, checkpoint, args)
+        write_huggingface(args.output, backbone, cfg, checkpoint, args, source)
     elif args.to == "detectron2":
         arrays = weights_out.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
         content = {"model": arrays, "__author__": "SynCo", "matching_heuristics": True}

@@ -8,6 +8,7 @@ from typing import Any
 from models import framework_defaults
 from models.classifier import freeze, pretrained_backbone
 from models.parts.backbones import Backbone
+from utils import checkpoint
 from utils.config import default_config, load_config, section_options
 from utils.device import choose_device
 from utils.logger import setup_logger
@@ -43,4 +44,6 @@ def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
     options = section_options(cfg.MODEL.BACKBONE)
     backbone = pretrained_backbone(options, weights, img_size=cfg.DATA.IMG_SIZE, drop_path=0.0)
-    return Frozen(freeze(run.prepare(backbone)), run, weights.stem if weights else "random")
+    # two files of one name are two networks
+    label = f"{weights.stem}-{checkpoint.digest(weights)[:8]}" if weights else "random"
+    return Frozen(freeze(run.prepare(backbone)), run, label)

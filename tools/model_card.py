@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,17 @@ PAPERS = {
 
 
 def write_huggingface(
-    folder: Path, backbone: Any, cfg: Any, checkpoint: Mapping[str, Any], args: argparse.Namespace
+    folder: Path,
+    backbone: Any,
+    cfg: Any,
+    checkpoint: Mapping[str, Any],
+    args: argparse.Namespace,
+    source: Path,
 ) -> None:
-    """Write model.safetensors, config.json, preprocessor_config.json and README.md into ``folder``."""
+    """Write model.safetensors, config.json, preprocessor_config.json and README.md into ``folder``.
+
+    ``source`` is the file that the weights are of.
+    """
     if folder.is_file():
         raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
     state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
@@ -37,8 +46,9 @@ def write_huggingface(
         tmp_path(weights).replace(weights)
     write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(preprocessing(cfg), indent=2) + "\n")
-    results = found_results(args.source, args.results)
-    write_text(folder / "README.md", model_card(cfg, checkpoint, config, args.which, results))
+    # what stands beside a run was measured with its online network
+    measured = {} if args.which == "target" and not args.results else found_results(source, args.results)
+    write_text(folder / "README.md", model_card(cfg, checkpoint, config, args.which, measured))
 
 
 def preprocessing(cfg: Any) -> dict[str, Any]:
@@ -60,14 +70,18 @@ def preprocessing(cfg: Any) -> dict[str, Any]:
 
 
 def found_results(source: Path, given: Path | None) -> dict[str, dict[str, Any]]:
-    """Return the results beside a run (``linear/*/result.json``) or in the given file, by name."""
-    folder = source if source.is_dir() else source.parent
-    files = [given] if given else sorted(folder.glob("*/*/result.json"))
+    """Return the results of a checkpoint beside it in its run, or those in the given file, by name.
+
+    A sweep's searches are left out: they chose, the chosen run measured.
+    """
+    files = [given] if given else sorted(source.parent.glob("*/*/result.json"))
     results = {}
     for file in files:
         try:
-            results["/".join(file.parts[-3:-1])] = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+            result = json.loads(file.read_bytes())
+            if given or (result["weights"] == source.stem and not file.parent.name.startswith("search-")):
+                results["/".join(file.parts[-3:-1])] = result
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{file} is no result.json of ours ({error}); leave out --results") from error
     return results
 
@@ -78,16 +92,24 @@ def model_card(
     """Return the card: what it is, how it was trained, what we measured, the licence."""
     name, paper = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
     source = f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
-    imported = checkpoint.get("imported")
+    imported, framework = checkpoint.get("imported"), checkpoint.get("framework", {})
     origin = f"Imported from {imported['file']} ({imported['layout']})." if isinstance(imported, dict) else ""
+    if isinstance(imported, dict):
+        which = imported.get("which", which)
+    tuned = any(str(key).startswith("backbone.") for key in framework)
+    node = cfg.FINETUNE if tuned else cfg
+    labels = f"{node.SUBSET or f'{node.TRAIN_PERCENT:g} %'} of the labels" if tuned else "no labels"
+    rate = f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}" if tuned else f"{cfg.OPTIM.BASE_LR:g}"
+    network = "fine-tuned" if tuned else f"the {which} one"
+    epochs = cfg.FINETUNE.EPOCHS if tuned else cfg.TRAIN.EPOCHS
     rows = {
         "method": f"{name}{source}",
-        "network": f"{cfg.MODEL.BACKBONE.NAME}, the {which} one, without heads",
-        "data": f"{cfg.DATA.DATASET}{f' ({Path(cfg.DATA.PATH).name})' if cfg.DATA.PATH else ''}, no labels",
+        "network": f"{cfg.MODEL.BACKBONE.NAME}, {network}, without heads",
+        "data": f"{cfg.DATA.DATASET}{f' ({Path(cfg.DATA.PATH).name})' if cfg.DATA.PATH else ''}, {labels}",
         "image size": f"{cfg.DATA.IMG_SIZE}",
-        "epochs": f"{cfg.TRAIN.EPOCHS}, {checkpoint.get('step', 'unknown')} steps done",
-        "optimiser": f"{cfg.OPTIM.NAME}, weight decay {cfg.OPTIM.WEIGHT_DECAY:g}",
-        "base learning rate": f"{cfg.OPTIM.BASE_LR:g}",
+        "epochs": f"{epochs}, {checkpoint.get('step', 'unknown')} steps done",
+        "optimiser": f"{node.OPTIM.NAME}, weight decay {node.OPTIM.WEIGHT_DECAY:g}",
+        "base learning rate": rate,
         "batch": f"{checkpoint.get('global_batch', 'unknown')} images a step",
     }
     no_pooler = ", add_pooling_layer=False" if config["model_type"] in ("vit", "deit") else ""
@@ -104,7 +126,7 @@ tags:
 
 # {name} {cfg.MODEL.BACKBONE.NAME}
 
-A backbone pretrained without labels. {origin}
+A backbone pretrained without labels{", then fine-tuned with them" if tuned else ""}. {origin}
 
 | | |
 |---|---|
@@ -139,6 +161,6 @@ def _result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         return "None measured with these weights yet."
     lines = ["| evaluation | figures, percent |", "|---|---|"]
     for name, result in results.items():
-        figures = {key: value for key, value in result.items() if isinstance(value, float) and key != "lr"}
+        figures = {k: v for k, v in result.items() if isinstance(v, float) and re.search(r"top\d+$", k)}
         lines.append(f"| {name} | {', '.join(f'{key} {value:.2f}' for key, value in figures.items())} |")
     return "\n".join(lines)

@@ -46,7 +46,9 @@ def main() -> int:
         raise ValueError("--eval and --throughput belong to the mains; this tool takes neither")
 
     frozen = open_frozen(args, flags)
-    root, folder = Path(frozen.run.cfg.DATA.PATH), frozen.folder(f"propagation/{frozen.label}")
+    root = Path(frozen.run.cfg.DATA.PATH)
+    settings = f"{frozen.label}-{args.resolution}-{args.short_side}-{Path(args.list).stem}"
+    folder = frozen.folder(f"propagation/{settings}")
     quality = {}
     for name in read_list(root / args.list):
         frames, truth = (root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations"))

@@ -2,7 +2,7 @@
 
 python tools/retrieval.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T
 [--pretrained FILE] reads D/<set>/gnd_<set>.pkl and D/<set>/jpg/*.jpg for each of --sets and writes
-O/<name>/T/retrieval/<weights>.json. --pretrained none measures the untrained backbone.
+O/<name>/T/retrieval/<weights>-<sets>.json. --pretrained none measures the untrained backbone.
 """
 
 import json
@@ -45,11 +45,13 @@ def main() -> int:
     scales = MULTI_SCALE if args.multi_scale else (1.0,)
     root = Path(frozen.run.cfg.DATA.PATH)
     results = {name: evaluate_set(frozen, root / name, scales, args.crop_queries) for name in args.sets}
-    folder = frozen.folder("retrieval")
+    settings = [frozen.label, *args.sets]
+    settings += ["ms"] * args.multi_scale + ["crop"] * args.crop_queries
+    file = frozen.folder("retrieval") / f"{'-'.join(settings)}.json"
     record = {"weights": frozen.label, "scales": list(scales), "crop_queries": args.crop_queries}
-    write_text(folder / f"{frozen.label}.json", json.dumps({**record, "sets": results}, indent=1))
+    write_text(file, json.dumps({**record, "sets": results}, indent=1))
     print(table(results))
-    print(folder / f"{frozen.label}.json")
+    print(file)
     return 0
 
 

@@ -11,6 +11,7 @@ on, so the same command may be started again. What follows -- goes to every run.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -37,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, extra = _parse(argv)
     from utils.atomic import write_text
 
-    folder, shared, weights = _place(args, extra)
+    folder, shared, weights, content = _place(args, extra)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made a background job ignore it
         signal.signal(number, _interrupt)
-    runner = Runner(folder, shared, args.subsets, _devices(args), keep=args.keep_checkpoints)
+    runner = Runner(folder, shared, args.subsets, _devices(args), keep=args.keep_checkpoints, content=content)
     grid = [Point(s, seed, args.hold_out) for s in settings(args, weights) for seed in args.seeds]
     try:
         found = runner.run(grid)
@@ -91,6 +92,7 @@ class Runner:
     subsets: Path | None
     devices: Sequence[str]  # values of CUDA_VISIBLE_DEVICES, one a run at a time; "" leaves it alone
     keep: bool = False
+    content: str = ""  # what the runs depend on beside their arguments, see _content
     failed: dict[str, str] = field(default_factory=dict)
     _running: dict[str, tuple[Point, subprocess.Popen[bytes], str]] = field(default_factory=dict)
 
@@ -119,7 +121,7 @@ class Runner:
     def command(self, point: Point) -> tuple[str, list[str]]:
         """Return a run's name and its command."""
         arguments = point.arguments(self.shared, self.subsets)
-        name = point.name(arguments)
+        name = point.name([*arguments, self.content])
         return name, [sys.executable, str(ROOT / "main_semisup.py"), "--run-name", name, *arguments]
 
     def result(self, point: Point) -> dict[str, Any] | None:
@@ -211,8 +213,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, words[at + 1 :]
 
 
-def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str], str]:
-    """Return the folder of the runs, the flags they share, and the weights, fixed for the whole sweep."""
+def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str], str, str]:
+    """Return the folder of the runs, the flags they share, the weights, fixed for the whole sweep, and a
+    digest of the files' contents.
+    """
     from models import framework_defaults
     from utils.cli import make_parser
     from utils.config import default_config, load_config
@@ -227,7 +231,29 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     flags = {key: value for key, value in vars(parsed).items() if key in ("OUTPUT", "TAG")}
     cfg = load_config(default_config(framework_defaults()), [parsed.cfg], parsed.opts, flags)
     weights = str(find_weights(cfg, args.pretrained)) if "pretrained" in args.start else "none"
-    return Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / "semisup", [*shared, *extra], weights
+    folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / "semisup"
+    return folder, [*shared, *extra], weights, _content(cfg, args, weights)
+
+
+def _content(cfg: Any, args: argparse.Namespace, weights: str) -> str:
+    """Digest what files say: the yaml's values, the protocol, the weights, the lists of labels.
+
+    A finished run is skipped by its name, so the name has to change with any of them.
+    """
+    from utils.config import leaves
+    from utils.defaults import key_class
+
+    values = {key: value for key, value in leaves(cfg) if key_class(key, "semisup") == "identity"}
+    files = [] if weights == "none" else [Path(weights)]
+    if args.protocol:
+        files.append(ROOT / "configs" / "_base_" / f"finetune_{args.protocol}.yaml")
+    if args.subsets:
+        files += [args.subsets / f"{percent:g}percent.txt" for percent in args.train_percent if percent < 100]
+    state = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for file in files:
+        if file.is_file():  # a missing one is named by the run that needs it
+            state.update(hashlib.sha256(file.read_bytes()).digest())
+    return state.hexdigest()
 
 
 def _devices(args: argparse.Namespace) -> list[str]:
@@ -237,7 +263,9 @@ def _devices(args: argparse.Namespace) -> list[str]:
     count = torch.cuda.device_count() if args.device != "cpu" else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = visible[:count] if visible != [""] else [str(number) for number in range(count)]
-    jobs = args.jobs or max(count, 1)
+    jobs = max(count, 1) if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise ValueError(f"--jobs: {jobs} runs at a time would run nothing; use 1 or more")
     return [gpus[number % count] if count else "" for number in range(jobs)]
 
 

@@ -37,11 +37,6 @@ _SWITCHES = {
         True,
         "recompute activations of the online network to save memory",
     ),
-    "--held-out": (
-        "HELD_OUT.EVERY_EPOCHS",
-        1,
-        "pretraining: the method's own losses on the val split, every epoch or with --eval",
-    ),
     "--zip": ("DATA.DATASET", "zip", "data set as zip files with maps"),
     "--download": ("DATA.DOWNLOAD", True, "let torchvision download the data set"),
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from utils import checkpoint
 from utils.atomic import write_text
 from utils.config import leaves
 from utils.defaults import default_config, key_class
@@ -48,11 +49,13 @@ def run_name(cfg: CfgNode, weights: Path | None) -> str:
     labels = Path(node.SUBSET).stem if node.SUBSET else f"{node.TRAIN_PERCENT:g}pct"
     said = f"{weights.stem if weights else 'random'}-{labels}-{node.WEIGHTS}"
     rates = f"lr{node.LR_BACKBONE:g}-{node.LR_CLASSIFIER:g}-{node.EPOCHS}ep"
-    return re.sub(r"[^\w.-]", "_", f"{said}-{rates}-{_digest(cfg)}")
+    return re.sub(r"[^\w.-]", "_", f"{said}-{rates}-{_digest(cfg, weights)}")
 
 
-def _digest(cfg: CfgNode) -> str:
-    """Digest the identity keys that differ from their defaults, the list of labels and the global batch."""
+def _digest(cfg: CfgNode, weights: Path | None) -> str:
+    """Digest the weights, the identity keys that differ from their defaults, the list of labels, the global
+    batch.
+    """
     defaults = dict(leaves(default_config({})))
     own = {
         key: value
@@ -62,6 +65,8 @@ def _digest(cfg: CfgNode) -> str:
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # asked before the processes have joined
     batch = cfg.FINETUNE.BATCH_SIZE * cfg.TRAIN.ACCUMULATION_STEPS * processes
     parts = [json.dumps(own, sort_keys=True), str(batch)]
+    if weights and weights.is_file():  # two files of one name are two starts
+        parts.append(checkpoint.digest(weights))
     if cfg.FINETUNE.SUBSET:
         try:
             parts.append(hashlib.sha256(Path(cfg.FINETUNE.SUBSET).read_bytes()).hexdigest())

@@ -79,11 +79,16 @@ def make_plan(
     global_batch: int,
     base_rates: Sequence[float],
     accumulation: int = 1,
+    section: str = "",
 ) -> Plan:
-    """Derive the plan from an ``OPTIM`` and a ``SCHEDULE`` section; ``LR_BATCH`` may scale the rates."""
+    """Derive the plan from an ``OPTIM`` and a ``SCHEDULE`` section; ``LR_BATCH`` may scale the rates.
+
+    ``section`` is what both stand in (``LINEAR.``), for messages.
+    """
     if schedule.WARMUP_EPOCHS >= epochs and schedule.WARMUP_EPOCHS > 0:
         raise ValueError(
-            f"SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} epochs; lower it"
+            f"{section}SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} epochs; "
+            "lower it"
         )
     scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
     rates = tuple(
