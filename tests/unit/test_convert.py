@@ -201,6 +201,18 @@ def test_the_model_card_says_what_was_done_and_measured(tmp_path: Path) -> None:
         "| base learning rate | 0.03 |",
     ):
         assert fact in card
+    assert "final_top1 71.25, knn20_top1 60.50 |" in card
+    assert "lr 30" not in card, "a rate is no accuracy"
+    # of other weights, of a search, and of the online network these figures say nothing
+    (folder / "linear" / "random").mkdir()
+    (folder / "linear" / "random" / "result.json").write_text(json.dumps({**result, "weights": "random"}))
+    search = folder / "semisup" / "search-x"
+    search.mkdir(parents=True)
+    (search / "result.json").write_text(json.dumps({**result, "last_val_top1": 1.5}))
+    run("export", folder, "--to", "huggingface", "--output", tmp_path / "hf")
+    assert (tmp_path / "hf" / "README.md").read_text() == card
+    run("export", folder, "--to", "huggingface", "--output", tmp_path / "target", "--which", "target")
+    assert "None measured" in (tmp_path / "target" / "README.md").read_text()
     assert "| linear/ckpt_00000042 | final_top1 71.25, knn20_top1 60.50 |" in card
     assert {file.name for file in (tmp_path / "hf").iterdir()} == {
         *("model.safetensors", "config.json", "preprocessor_config.json", "README.md")

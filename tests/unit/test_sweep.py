@@ -111,6 +111,28 @@ def test_other_flags_are_other_runs(place: Path) -> None:
     assert len(folders(place)) == 6
 
 
+def test_a_file_that_changed_makes_other_runs(place: Path) -> None:
+    """A finished run is skipped by its name, which knows the contents of yaml, weights and lists."""
+    lists = place / "lists"
+    lists.mkdir()
+    (lists / "1percent.txt").write_text("a.png\n")
+    words = ("--train-percent", "1", "--subsets", str(lists))
+    run(place, *words)
+    run(place, *words)
+    assert len(calls(place)) == 3
+    (lists / "1percent.txt").write_text("b.png\n")
+    run(place, *words)
+    assert len(calls(place)) == 6
+    (place / "c.yaml").write_text("SEED: 0\nFINETUNE: {EPOCHS: 9}\n")
+    run(place, *words)
+    assert len(calls(place)) == 9
+
+
+def test_no_jobs_are_refused(place: Path) -> None:
+    with pytest.raises(ValueError, match="--jobs: -1"):
+        run(place, "--jobs", "-1")
+
+
 def test_a_run_that_fails_is_reported_and_no_candidate(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
