@@ -49,7 +49,7 @@ def convert(source: Path, target: Path) -> int:
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
     temporary = tmp_path(target)
     with removed_on_error(temporary):
-        write_synced(temporary, lambda file: pickle.dump(content, file))
+        write_synced(temporary, lambda file: pickle.dump(content, file, protocol=2))
         os.replace(temporary, target)
     sync_folder(target.parent)
     logger.info("wrote %d arrays of %s (layout: %s) to %s", len(arrays), source, layout, target)

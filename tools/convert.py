@@ -138,7 +138,7 @@ def export_file(args: argparse.Namespace) -> None:
     elif args.to == "detectron2":
         arrays = weights_out.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
         content = {"model": arrays, "__author__": "SynCo", "matching_heuristics": True}
-        _write(args.output, lambda file: pickle.dump(content, file))
+        _write(args.output, lambda file: pickle.dump(content, file, protocol=2))
     else:
         _save(_converted(args.to, own, _moco_head(checkpoint, args.which), cfg), args.output)
     print(f"wrote {args.output}; load it with {_hint(args.to, cfg)}")
