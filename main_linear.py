@@ -159,11 +159,13 @@ def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
     """Build the backbone, load ``weights`` if any and freeze it; note in the run what it is about."""
     from models.classifier import freeze, pretrained_backbone
     from utils.config import section_options
+    from utils.foreign import read_torch
     from utils.probe import weights_fingerprint
 
     backbone = pretrained_backbone(
         section_options(cfg.MODEL.BACKBONE),
-        weights,
+        read_torch(weights) if weights else None,
+        str(weights),
         img_size=cfg.DATA.IMG_SIZE,
         drop_path=cfg.LINEAR.DROP_PATH,
     )

@@ -107,6 +107,7 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
         run_name,
         summarise,
     )
+    from utils.foreign import read_torch
     from utils.optim import build_optimizer
     from utils.plan import make_plan
     from utils.probe import weights_fingerprint
@@ -123,7 +124,8 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
     frozen = node.WEIGHTS == "freeze"
     backbone = pretrained_backbone(
         section_options(cfg.MODEL.BACKBONE),
-        weights,
+        read_torch(weights) if weights else None,
+        str(weights),
         img_size=cfg.DATA.IMG_SIZE,
         drop_path=node.DROP_PATH,
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT and not frozen,

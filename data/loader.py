@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +27,11 @@ from data.views import Recipe, build_recipe, check_view, is_random, needs_pil
 
 logger = logging.getLogger("synco")
 
+T = TypeVar("T")
+
 _PATIENCE = 6.0  # seconds for workers to end by themselves
 
-__all__ = ["BadImagesError", "Batch", "GlobalLoader", "LoaderError", "evaluation_batches"]
+__all__ = ["BadImagesError", "Batch", "GlobalLoader", "LoaderError", "evaluation_batches", "fetch_in_order"]
 
 
 class LoaderError(RuntimeError):
@@ -110,7 +113,7 @@ class GlobalLoader:
             return
         fetcher = Fetcher(self.source, self.recipe, self.seed)
         with contextlib.closing(
-            _fetch(fetcher, requests, self.num_workers, self.timeout, self.device)
+            fetch_in_order(fetcher, requests, self.num_workers, self.timeout, self.device)
         ) as fetched:
             for item in fetched:
                 self.bad.count(item)
@@ -187,7 +190,7 @@ def _evaluate(
     skip_unreadable: bool,
 ) -> Iterator[Batch]:
     with contextlib.closing(
-        _fetch(Fetcher(source, recipe, seed=None), requests, num_workers, timeout, device)
+        fetch_in_order(Fetcher(source, recipe, seed=None), requests, num_workers, timeout, device)
     ) as fetched:
         for item in fetched:
             bad = {name for name, _ in item["failures"]}
@@ -210,13 +213,13 @@ def _init_worker(_worker: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _fetch(
-    dataset: Dataset[Fetched],
+def fetch_in_order(
+    dataset: Dataset[T],
     requests: Iterable[Request],
     num_workers: int,
     timeout: float,
     device: torch.device,
-) -> Generator[Fetched, None, None]:
+) -> Generator[T, None, None]:
     """Run `dataset[request]` for all requests in order, in `num_workers` processes or in this one."""
     if num_workers == 0:
         yield from (dataset[request] for request in requests)

@@ -36,20 +36,21 @@ def convert(source: Path, target: Path) -> int:
     Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}. Raises
     ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no ResNet.
     """
-    from models.weights import backbone_state, read_weights
+    from models.weights import backbone_state
     from models.weights_out import to_detectron2
     from utils.atomic import removed_on_error, sync_folder, tmp_path, write_synced
+    from utils.foreign import read_torch
 
     if target.suffix != ".pkl":
         raise ValueError(f"{target}: Detectron2 reads this layout from a .pkl only; name the file so")
-    state, layout = backbone_state(read_weights(source))
+    state, layout = backbone_state(read_torch(source))
     if "layer4.0.conv1.weight" not in state or "conv1.weight" not in state:
         raise ValueError(f"{source}: its backbone ({layout}) is no ResNet of four stages; convert a ResNet")
     arrays = to_detectron2(state)
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
     temporary = tmp_path(target)
     with removed_on_error(temporary):
-        write_synced(temporary, lambda file: pickle.dump(content, file, protocol=2))
+        write_synced(temporary, lambda file: pickle.dump(content, file))
         os.replace(temporary, target)
     sync_folder(target.parent)
     logger.info("wrote %d arrays of %s (layout: %s) to %s", len(arrays), source, layout, target)

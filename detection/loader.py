@@ -168,7 +168,7 @@ class DetectionLoader:
     def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[DetectionBatch]]]:
         """Yield (step, micro-batches) from `step` up to (not including) `total_steps`."""
         requests = RequestSampler(self.plan, distributed.rank(), step, total_steps)
-        fetched = batches._fetch(self.images, requests, self.workers, self.timeout, self.device)  # type: ignore[arg-type]
+        fetched = batches.fetch_in_order(self.images, requests, self.workers, self.timeout, self.device)
         with contextlib.closing(fetched):
             for current in range(step, total_steps):
                 yield current, [self._to_device(next(fetched)) for _ in range(self.plan.accumulation)]
@@ -216,9 +216,9 @@ def images_of_test(
     mine = range(count) if count else range(distributed.rank(), len(data), distributed.world_size())
     requests = [Request(0, 0, np.array([index])) for index in mine if index < len(data)]
     images = _TestImages(data, Resizing.for_test(cfg.DETECTION))
-    fetched = batches._fetch(images, requests, cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT, device)  # type: ignore[arg-type]
+    fetched = batches.fetch_in_order(images, requests, cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT, device)
     with contextlib.closing(fetched):
         for item in fetched:
             if "failure" in item:
-                raise BadImagesError(item["failure"])  # type: ignore[typeddict-item]
-            yield item["index"], item["size"], to_float(item["image"], device)  # type: ignore[typeddict-item]
+                raise BadImagesError(item["failure"])
+            yield item["index"], item["size"], to_float(item["image"], device)

@@ -30,8 +30,9 @@ from detection.backbones import (
 )
 from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
-from models.weights import backbone_state, load_backbone, read_weights
+from models.weights import backbone_state, load_backbone
 from utils.config import section_options
+from utils.foreign import read_torch
 
 logger = logging.getLogger("synco")
 
@@ -169,7 +170,7 @@ def pretrained_body(cfg: CfgNode, weights: Path | None) -> Backbone:
     options = section_options(cfg.MODEL.BACKBONE)
     body = build_backbone(**options, img_size=size, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT)
     if weights is not None:
-        state, layout = backbone_state(read_weights(weights))
+        state, layout = backbone_state(read_torch(weights))
         logger.info("%s (layout: %s)", load_backbone(body, state, str(weights)), layout)
     return body
 

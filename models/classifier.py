@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,23 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, build_backbone
-from models.weights import backbone_state, load_backbone, read_weights
+from models.weights import backbone_state, load_backbone
 
 logger = logging.getLogger("synco")
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def pretrained_backbone(options: Mapping[str, Any], weights: Path | None, **changes: Any) -> Backbone:
-    """Build the backbone of a ``MODEL.BACKBONE`` section with ``changes``, on the weights of a file if given.
+def pretrained_backbone(
+    options: Mapping[str, Any], checkpoint: Mapping[str, object] | None, source: str, **changes: Any
+) -> Backbone:
+    """Build the backbone of a ``MODEL.BACKBONE`` section with ``changes``, on a checkpoint if given.
 
-    Raises ``ValueError`` if the file does not cover the whole backbone.
+    ``source`` is the file's name, for messages. Raises ``ValueError`` if it covers only a part.
     """
     own = {key: value for key, value in options.items() if key != "target_drop_path"}
     backbone = build_backbone(**{**own, **changes})
-    if weights:
-        state, layout = backbone_state(read_weights(weights))
-        logger.info("%s (layout: %s)", load_backbone(backbone, state, str(weights)), layout)
+    if checkpoint is not None:
+        state, layout = backbone_state(checkpoint)
+        logger.info("%s (layout: %s)", load_backbone(backbone, state, source), layout)
     return backbone
 
 

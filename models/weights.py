@@ -7,7 +7,6 @@ be found, and what the file holds beyond it must be a head.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from models.namings import find_naming, in_our_names
 from models.parts.backbones import sincos_positions
-from utils.foreign import read_torch
 
 
 class Layout(NamedTuple):
@@ -69,14 +67,6 @@ class LoadReport:
         left = f", left out {len(self.unexpected)} ({', '.join(heads)})" if heads else ""
         sizes = f", resized {_some(list(self.resized))}" if self.resized else ""
         return f"loaded {self.matched} tensors of the backbone from {self.source}{left}{sizes}"
-
-
-def read_weights(path: Path) -> Mapping[str, object]:
-    """Return the contents of a file of weights, ours or a published one, without executing anything of it.
-
-    ValueError, of one line: missing, damaged, or needs code to be read.
-    """
-    return read_torch(path)
 
 
 def backbone_state(checkpoint: Mapping[str, object], which: str = "online") -> tuple[dict[str, Tensor], str]:

@@ -138,7 +138,7 @@ def export_file(args: argparse.Namespace) -> None:
     elif args.to == "detectron2":
         arrays = weights_out.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
         content = {"model": arrays, "__author__": "SynCo", "matching_heuristics": True}
-        _write(args.output, lambda file: pickle.dump(content, file, protocol=2))
+        _write(args.output, lambda file: pickle.dump(content, file))
     else:
         _save(_converted(args.to, own, _moco_head(checkpoint, args.which), cfg), args.output)
     print(f"wrote {args.output}; load it with {_hint(args.to, cfg)}")
@@ -233,10 +233,10 @@ def _checkpoint_of(source: Path) -> Path:
 
 
 def _read(source: Path) -> Mapping[str, Any]:
-    from models.weights import read_weights
+    from utils.foreign import read_torch
 
     source = _checkpoint_of(source)
-    return read_weights(source / "model.safetensors" if source.is_dir() else source)
+    return read_torch(source / "model.safetensors" if source.is_dir() else source)
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

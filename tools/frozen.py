@@ -11,6 +11,7 @@ from models.parts.backbones import Backbone
 from utils import checkpoint
 from utils.config import default_config, load_config, section_options
 from utils.device import choose_device
+from utils.foreign import read_torch
 from utils.logger import setup_logger
 from utils.probe import find_weights
 from utils.run import Run
@@ -43,7 +44,13 @@ def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
     options = section_options(cfg.MODEL.BACKBONE)
-    backbone = pretrained_backbone(options, weights, img_size=cfg.DATA.IMG_SIZE, drop_path=0.0)
+    backbone = pretrained_backbone(
+        options,
+        read_torch(weights) if weights else None,
+        str(weights),
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path=0.0,
+    )
     # two files of one name are two networks
     label = f"{weights.stem}-{checkpoint.digest(weights)[:8]}" if weights else "random"
     return Frozen(freeze(run.prepare(backbone)), run, label)

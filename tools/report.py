@@ -24,7 +24,7 @@ from data.source import Source
 from data.views import IMAGENET_MEAN, IMAGENET_STD
 from models import framework_defaults
 from models.parts.backbones import build_backbone
-from models.weights import backbone_state, load_backbone, read_weights
+from models.weights import backbone_state, load_backbone
 from tools.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
 from utils import checkpoint
 from utils.atomic import write_text
@@ -33,6 +33,7 @@ from utils.config import default_config, load_config, section_options
 from utils.device import choose_device
 from utils.distributed import keyed_seed
 from utils.evaluate import extract_features, few_label_accuracy, knn_accuracy, logistic_probe, topk_correct
+from utils.foreign import read_torch
 from utils.logger import setup_logger
 from utils.run import Run
 
@@ -118,7 +119,7 @@ def representations(run: Run, train: Source, val: Source, path: Path) -> dict[st
     """Return raw pixels, features of the random and of the trained backbone, for both splits."""
     backbone = run.prepare(build_online(run.cfg))
     random = extract(run, train, val, backbone)
-    state, _ = backbone_state(read_weights(path))
+    state, _ = backbone_state(read_torch(path))
     load_backbone(backbone, state, str(path))
     return {
         "raw pixels": pixel_split(run, train, val),

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from models.weights import read_weights
+from tools import convert
 from utils.checkpoint import CheckpointError
 from utils.foreign import read_pickle, read_torch
 from utils.inert import ForeignFileError, StandIn
@@ -165,7 +165,7 @@ def raw_programs(canary: Path) -> dict[str, bytes]:
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "read_torch": read_torch,
-    "read_weights": read_weights,
+    "convert": convert._read,
     "read_pickle": read_pickle,
 }
 

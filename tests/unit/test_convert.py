@@ -18,11 +18,11 @@ from yacs.config import CfgNode
 
 from models.parts import backbones
 from models.parts.backbones import build_backbone
-from models.weights import backbone_state, load_backbone, read_weights
+from models.weights import backbone_state, load_backbone
 from tools import convert
 from utils import checkpoint
 from utils.config import default_config, load_config, to_yaml
-from utils.foreign import read_pickle
+from utils.foreign import read_pickle, read_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]
@@ -59,11 +59,11 @@ def shaken(backbone: Any) -> Any:
 
 
 def imported(path: Path) -> State:
-    return backbone_state(read_weights(path))[0]
+    return backbone_state(read_torch(path))[0]
 
 
 def contents(path: Path) -> Any:
-    return read_weights(path)
+    return read_torch(path)
 
 
 def identical(first: State, second: State) -> None:

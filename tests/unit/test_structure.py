@@ -20,10 +20,7 @@ FORBIDDEN_ROOMS = {
     "tools": {"detection"},
     "detection": {"tools"},
 }
-ALLOWED_UTILS = {
-    "data": {"utils.distributed"},
-    "models": {"utils.distributed", "utils.foreign", "utils.schedules"},
-}
+ALLOWED_UTILS = {"data": {"utils.distributed"}, "models": {"utils.distributed", "utils.schedules"}}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
