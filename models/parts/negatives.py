@@ -16,7 +16,8 @@ from torch import Tensor
 
 _EPS = 1e-12  # of the published normalisation x / max(|x|, eps)
 _LEGACY_STEP = 1e-5  # finite difference of types 5 and 6 before October 2024
-_PAIRS_PER_CHUNK = 8192
+_PAIRS_PER_CHUNK = 2048
+_GROUPED_LENGTH = 8192  # of a queue, from which selecting in groups pays on a CPU
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,34 @@ class Synthetics(NamedTuple):
 
 
 def hardest(similarities: Tensor, num_hard: int) -> Tensor:
-    """Return the queue rows (B, num_hard) most similar to each query, in no particular order."""
-    return similarities.topk(num_hard, dim=1, sorted=False).indices
+    """Return the queue rows (B, num_hard) most similar to each query of (B, K), in no particular order."""
+    groups = _group_size(similarities, num_hard)
+    return _hardest_of_groups(similarities, num_hard, groups) if groups > 1 else _topk(similarities, num_hard)
+
+
+def _topk(values: Tensor, num: int) -> Tensor:
+    return values.topk(num, dim=1, sorted=False).indices
+
+
+def _hardest_of_groups(similarities: Tensor, num_hard: int, size: int) -> Tensor:
+    """Select exactly, in groups of ``size`` keys: the best ``num_hard`` keys lie in the ``num_hard`` groups
+    whose maxima are largest, which leaves K / size + num_hard * size values to rank instead of K.
+    """
+    batch, length = similarities.shape
+    stride = length // size  # a group is every stride-th key, so that its maximum is vectorised
+    best = _topk(similarities.view(batch, size, stride).amax(1), num_hard)
+    members = torch.arange(0, length, stride, device=similarities.device)
+    candidates = (best[:, None, :] + members[:, None]).flatten(1)
+    return candidates.gather(1, _topk(similarities.gather(1, candidates), num_hard))
+
+
+def _group_size(similarities: Tensor, num_hard: int) -> int:
+    """Return the divisor of K that leaves fewest values to rank; 1, no groups, where that does not pay."""
+    length = similarities.shape[1]
+    if similarities.device.type != "cpu" or length < _GROUPED_LENGTH:
+        return 1
+    sizes = [size for size in (16, 8, 4, 2) if length % size == 0 and num_hard <= length // size]
+    return min(sizes, key=lambda size: length // size + num_hard * size, default=1)
 
 
 def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> list[Synthetics]:
@@ -139,17 +166,16 @@ class ClosedForm:
         if s.second is not None and s.c is not None:
             top = top + s.c * similarities.gather(1, s.second)
             norm2 = norm2 + (s.c * lengths[s.second]) ** 2
-            norm2 = norm2 + 2 * s.b * s.c * _pair_dots(queue, s.first, queue, s.second)
+            norm2 = norm2 + 2 * s.b * s.c * _pair_dots(queue, s.first, s.second)
         if s.noise is not None:
             top = top + s.d * torch.einsum("bnd,bd->bn", s.noise, queries)
             norm2 = norm2 + s.d * s.d * s.noise.square().sum(2)
-            norm2 = norm2 + 2 * s.b * s.d * _noise_dots(queue, s.first, s.noise)
+            norm2 = norm2 + 2 * s.b * s.d * (_rows(queue, s.first) * s.noise).sum(2)
         if s.e is not None:
             sign = queries.sign()
-            row = torch.arange(len(queries), device=queries.device)[:, None].expand_as(s.first)
             top = top + s.e * (queries * sign).sum(1, keepdim=True)
             norm2 = norm2 + s.e * s.e * sign.square().sum(1, keepdim=True)
-            norm2 = norm2 + 2 * s.b * s.e * _pair_dots(queue, s.first, sign, row)
+            norm2 = norm2 + 2 * s.b * s.e * torch.einsum("bnd,bd->bn", _rows(queue, s.first), sign)
         self.norm = norm2.clamp_min(0).sqrt().clamp_min(_EPS)
         self.logits = top / self.norm  # (B, N), before the temperature
 
@@ -197,14 +223,14 @@ def _column(value: Tensor | float) -> Tensor | float:
     return value[..., None] if isinstance(value, Tensor) else value
 
 
-def _pair_dots(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor) -> Tensor:
-    """Dot products of chosen row pairs, shaped as the index tensors, in chunks that stay in the cache."""
-    i, j = left_rows.reshape(-1), right_rows.reshape(-1)
-    chunk = _PAIRS_PER_CHUNK if left.device.type == "cpu" else 32 * _PAIRS_PER_CHUNK
-    dots = [(left[a] * right[b]).sum(1) for a, b in zip(i.split(chunk), j.split(chunk), strict=True)]
-    return torch.cat(dots).view(left_rows.shape)
+def _rows(queue: Tensor, indices: Tensor) -> Tensor:
+    """Return queue rows (B, N, D); index_select copies them several times faster than indexing does."""
+    return queue.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
-def _noise_dots(queue: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
-    flat = torch.arange(rows.numel(), device=rows.device).view(rows.shape)
-    return _pair_dots(queue, rows, noise.reshape(-1, noise.shape[2]), flat)
+def _pair_dots(queue: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Dot products (B, N) of pairs of queue rows, in chunks that stay in the cache."""
+    chunk = _PAIRS_PER_CHUNK if queue.device.type == "cpu" else 128 * _PAIRS_PER_CHUNK
+    pairs = zip(first.flatten().split(chunk), second.flatten().split(chunk), strict=True)
+    dots = [queue.index_select(0, a).mul_(queue.index_select(0, b)).sum(1) for a, b in pairs]
+    return torch.cat(dots).view(first.shape)

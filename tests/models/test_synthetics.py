@@ -144,3 +144,17 @@ def test_bad_counts_are_refused() -> None:
         SyntheticConfig(4, (1, 1, 1))
     with pytest.raises(ValueError, match="NUM_HARD: 41 exceeds QUEUE_SIZE 40"):
         queue_contrast(*batch(torch.float64), 0.2, SyntheticConfig(41, (1,) * 6))
+
+
+@pytest.mark.parametrize("length", [64, 8192, 8190, 16384, 16383])
+@pytest.mark.parametrize("num", [1, 12, 64])
+@pytest.mark.parametrize("levels", [3, 10**6], ids=["ties", "distinct"])
+def test_the_hardest_are_the_largest_whatever_the_grouping(length: int, num: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(length + num)
+    similarities = torch.randint(levels, (6, length), generator=generator).float() / levels
+    chosen = hardest(similarities, num)
+    assert all(len(set(row.tolist())) == num for row in chosen)  # no key twice, even among equals
+    best = similarities.sort(1, descending=True).values[:, :num]
+    torch.testing.assert_close(
+        similarities.gather(1, chosen).sort(1, descending=True).values, best, rtol=0, atol=0
+    )

@@ -1,0 +1,1 @@
+"""One benchmark a module: ``add_arguments(parser)`` and ``run(args)``, which returns figures by name."""

@@ -1,0 +1,63 @@
+"""What all benchmarks share: sides that take turns, times of the thread or the device, ratios and memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Side(NamedTuple):
+    """One of the things that are compared."""
+
+    name: str
+    run: Callable[[], object]
+
+
+def measure(sides: list[Side], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Time every side once a round, in turn, after one untimed round; milliseconds by side."""
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    for number in range(rounds + 1):
+        for side in sides:
+            elapsed = _time_once(side.run, device)
+            if number:
+                times[side.name].append(elapsed)
+    return times
+
+
+def _time_once(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    begin = time.thread_time()
+    run()
+    return (time.thread_time() - begin) * 1e3
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Return the median over rounds of slow / fast."""
+    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+    """Return the most memory (MiB) that ``run`` held at once, beyond what existed before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
