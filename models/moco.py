@@ -9,7 +9,7 @@ from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import convert_split_batch_norm
-from utils.distributed import broadcast, gather_rows, rank, world_size
+from utils.distributed import broadcast_host, exchange_rows, gather_rows, rank, world_size
 from utils.schedules import Progress
 
 
@@ -46,6 +46,7 @@ class MoCoV2(MomentumFramework):
         self.symmetric = symmetric
         self.shuffle = batch_norm == "shuffle"
         self.sync_batch_norm = batch_norm == "sync"
+        self.bn_groups = bn_groups
         if bn_groups > 1:
             convert_split_batch_norm(self, bn_groups)
 
@@ -74,13 +75,17 @@ class MoCoV2(MomentumFramework):
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
-        """Encode keys (N, D); each batch norm sees a random part of the global batch (paper, section 3.3)."""
+        """Encode keys (N, D); each batch norm sees a random part of the global batch (paper, section 3.3).
+
+        On one process, where all of them see the same batch, there is nothing to shuffle but BN_GROUPS.
+        """
         if not self.shuffle:
             return unit(self.target(images))
         num = len(images)
-        # Rank 0's permutation, drawn on the host so that every device draws the same.
-        order = broadcast(torch.randperm(num * world_size()).to(images.device))
-        mine = slice(rank() * num, (rank() + 1) * num)
-        keys = unit(self.target(gather_rows(images)[order[mine]]))
-        back = order.argsort()[mine]
+        # Drawn on one process too: the draws that follow, SynCo's, are then those of the published code.
+        order = broadcast_host(torch.randperm(num * world_size()))
+        if world_size() == 1 and self.bn_groups <= 1:
+            return unit(self.target(images))
+        keys = unit(self.target(exchange_rows(images, order)))
+        back = order.argsort()[rank() * num : (rank() + 1) * num].to(keys.device)
         return torch.cat([gather_rows(stream)[back] for stream in keys.split(num)])

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 _host_group: Any = None  # a gloo group beside nccl
+_START = 1800.0  # seconds that a rank may be behind while all load, list and compile
+_DEVICE_GRACE = 60.0  # seconds: a host that waits names who is missing, a device that waits is only killed
 
 
 def is_distributed() -> bool:
@@ -43,7 +45,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def init_processes(device: torch.device, timeout_minutes: float = 10.0) -> None:
+def init_processes(device: torch.device) -> None:
     """Join the process group that ``torchrun`` or ``torch.distributed.launch`` announced, if any.
 
     Without ``WORLD_SIZE`` in the environment (plain ``python``) this does nothing.
@@ -51,11 +53,35 @@ def init_processes(device: torch.device, timeout_minutes: float = 10.0) -> None:
     if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    timeout = timedelta(seconds=_START)
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart, and holds the addresses of the processes before it.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        **{"store": store, "rank": number, "world_size": size},
+        device_id=device if backend == "nccl" else None,
+    )
     if backend == "nccl":  # flags travel by the host: asking must not wait for the device
         global _host_group
         _host_group = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def limit_waits(seconds: float) -> None:
+    """Let no process wait longer than ``seconds`` for another from now on; before, it is half an hour."""
+    if not is_distributed():
+        return
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=seconds + (_DEVICE_GRACE if _host_group else 0.0)))
+    if _host_group:
+        set_timeout(timedelta(seconds=seconds), _host_group)
+
+
+def meet() -> None:
+    """Wait on the host for all ranks before this one waits for its device, where no time limit names one."""
+    if _host_group:
+        any_rank(False)
 
 
 def close_processes() -> None:
@@ -96,6 +122,13 @@ def broadcast(tensor: Tensor, src: int = 0) -> Tensor:
     return tensor
 
 
+def broadcast_host(tensor: Tensor, src: int = 0) -> Tensor:
+    """Overwrite a ``tensor`` on the host with rank ``src``'s values and return it; no device is asked."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=src, group=_host_group)
+    return tensor
+
+
 def broadcast_module(module: nn.Module, src: int = 0) -> None:
     """Give every rank the parameters and buffers of rank ``src``, so that all start from one state."""
     if world_size() > 1:
@@ -119,6 +152,27 @@ def any_rank(flag: bool) -> bool:
     return bool(box)
 
 
+def all_objects(value: T) -> list[T]:
+    """Return every rank's ``value`` (picklable), in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_host_group)
+    return values
+
+
+def to_main(value: T, src: int) -> T | None:
+    """Return rank ``src``'s ``value`` (picklable) on rank 0, ``None`` on the others."""
+    if rank() == src == 0:
+        return value
+    box: list[Any] = [value]
+    if rank() == src:
+        dist.send_object_list(box, dst=0, group=_host_group)
+    elif is_main():
+        dist.recv_object_list(box, src=src, group=_host_group)
+    return box[0] if is_main() else None
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 only and return its (picklable) result on every rank.
 
@@ -139,10 +193,8 @@ def on_all(action: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return action()
-    value, error = _attempt(action)
-    errors: list[Any] = [None] * world_size()
-    dist.all_gather_object(errors, error, group=_host_group)
-    for error in errors:
+    value, own = _attempt(action)
+    for error in all_objects(own):
         if error is not None:
             raise error
     return cast(T, value)
@@ -173,8 +225,31 @@ def gather_uneven(tensor: Tensor) -> Tensor:
     """Concatenate (N_r, ...) of every rank in rank order; the N_r may differ."""
     if world_size() == 1:
         return tensor.detach()
-    sizes = gather_rows(torch.tensor([tensor.shape[0]], device=tensor.device)).tolist()
+    sizes = all_objects(tensor.shape[0])  # by the host: it is where a missing rank is noticed
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     parts = gather_rows(padded).chunk(world_size())
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+@torch.no_grad()
+def exchange_rows(tensor: Tensor, order: Tensor) -> Tensor:
+    """Return this process's share of all rows in a common ``order``; each row travels at most once.
+
+    ``tensor`` is (N, ...), N equal on all ranks; ``order`` (N * W,), on the host and the same everywhere,
+    numbers the rows in rank order. Rank r gets rows ``order[r * N : (r + 1) * N]``, in that order and in the
+    memory format of ``tensor``.
+    """
+    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    rows = tensor.permute(0, 2, 3, 1) if channels_last else tensor  # indexing would give up the format
+    wanted = order.view(world_size(), -1)
+    owner = torch.div(wanted, tensor.shape[0], rounding_mode="floor")
+    mine = owner == rank()
+    sent = rows[(wanted[mine] - rank() * tensor.shape[0]).to(tensor.device)]
+    if world_size() > 1:
+        arriving = owner[rank()].bincount(minlength=world_size()).tolist()
+        received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, sent.contiguous(), arriving, mine.sum(1).tolist())
+        place = owner[rank()].argsort(stable=True)  # rows come sorted by their owner
+        sent = received[place.argsort().to(tensor.device)]
+    return sent.permute(0, 3, 1, 2) if channels_last else sent

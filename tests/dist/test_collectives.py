@@ -165,3 +165,22 @@ def test_a_hanging_rank_fails_the_test_and_the_pool_starts_anew(ranks: Pool) -> 
     with pytest.raises(AssertionError, match="rank 0 hangs in hang"):
         ranks.run(hang, limit=1.0)
     assert ranks.run(whoami)[1] == (1, 2, False, True)
+
+
+def exchanged(channels_last: bool, seed: int) -> list[bool]:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(6 * distributed.world_size(), 3, 4, 5, generator=generator)
+    order = torch.randperm(len(whole), generator=generator)
+    mine = whole[6 * distributed.rank() :][:6]
+    if channels_last:
+        mine = mine.contiguous(memory_format=torch.channels_last)
+    found = distributed.exchange_rows(mine, order)
+    kept = found.is_contiguous(memory_format=torch.channels_last) == channels_last
+    return [torch.equal(found, whole[order][6 * distributed.rank() :][:6]), kept]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_exchanged_in_a_common_order(ranks: Pool, channels_last: bool, seed: int) -> None:
+    assert ranks.run(exchanged, channels_last, seed) == [[True, True], [True, True]]
+    assert exchanged(channels_last, seed) == [True, True]
