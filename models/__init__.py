@@ -57,6 +57,7 @@ def build_framework(
     batchformer: Mapping[str, Any] | None = None,
     img_size: int = 224,
     use_checkpoint: bool = False,
+    stack_views: bool = False,
 ) -> MomentumFramework:
     """Build the method ``name`` with its ``options`` over ``build_backbone(**backbone)``.
 
@@ -75,6 +76,8 @@ def build_framework(
     module = dict(batchformer or {})
     if module.pop("enabled", False) or framework.needs_batchformer:
         framework.attach_batchformer(BatchFormer(online.num_features, **module))
+    if stack_views:
+        framework.stack_views()
     if world_size() > 1 and getattr(framework, "sync_batch_norm", False):
         convert_sync_batch_norm(framework)
     return framework

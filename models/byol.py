@@ -14,6 +14,7 @@ class BYOL(MomentumFramework):
     """Predict the target's embedding of the other view, without negatives; the loss is half the paper's."""
 
     sync_batch_norm = True
+    can_stack_views = True
 
     def __init__(
         self,
@@ -35,9 +36,9 @@ class BYOL(MomentumFramework):
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Regress each view's prediction on the other view's target."""
-        predictions = [self.predictor(self.online(view)) for view in views]
+        predictions = [self.predictor(rows) for rows in self.online.each(views)]
         with torch.no_grad():
-            targets = [unit(self.target(view)) for view in views]
+            targets = [unit(rows) for rows in self.target.each(views)]
         num = len(views[0])
         first = cosine_regression(*self.paired_rows(predictions[0], targets[1], num))
         second = cosine_regression(*self.paired_rows(predictions[1], targets[0], num))

@@ -54,7 +54,7 @@ def _start(weight: Tensor, init: str) -> Tensor:
 
 
 class LinearHeads(nn.Module):
-    """Hold a grid of linear classifiers over the same features, so that one pass trains all learning rates.
+    """Hold a grid of linear classifiers over the same features, so that one pass trains all its points.
 
     All heads start from the same weights: "normal" (std 0.01, MoCo) or "trunc" (std 0.02, MoBY), biases 0.
     """
@@ -67,9 +67,13 @@ class LinearHeads(nn.Module):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_classes)) for _ in range(num_heads))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits (G, N, C) of features (N, F), as one product of matrices."""
-        logits = F.linear(features, torch.cat(list(self.weights)), torch.cat(list(self.biases)))
-        return logits.unflatten(1, (len(self.weights), -1)).transpose(0, 1)
+        """Return the logits (G, N, C) of features (N, F).
+
+        A product for each head gives it the bits that it would have alone; one product for all would first
+        copy all weights into one matrix, which costs more where they are large.
+        """
+        logits = [F.linear(features, weight, bias) for weight, bias in self.pairs()]
+        return torch.stack(logits, dim=1).transpose(0, 1)
 
     def after_step(self, progress: object) -> None:
         """Do nothing: no target follows a probe's step."""
@@ -94,9 +98,11 @@ def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     With smoothing s: (1 - s) * NLL + s * mean over classes of -log p. The sum of the result gives every head
     the gradient it would have alone.
     """
-    log_p = logits.float().log_softmax(dim=-1)
-    nll = -log_p.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
-    return ((1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1)).mean(dim=-1)
+    log_p = logits.transpose(0, 1).float().log_softmax(dim=-1)  # (N, G, C), as the heads left it
+    nll = -log_p.gather(-1, labels[:, None, None].expand(-1, len(logits), 1)).squeeze(-1)
+    if smoothing:
+        nll = (1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
+    return nll.mean(dim=0)
 
 
 class Classifier(nn.Module):

@@ -15,6 +15,7 @@ class MoBY(MomentumFramework):
     """Contrast in both directions against two queues, with a predictor and a momentum that rises to 1."""
 
     sync_batch_norm = True
+    can_stack_views = True
 
     def __init__(
         self,
@@ -41,9 +42,9 @@ class MoBY(MomentumFramework):
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Contrast each view's queries with the other view's keys; the losses are summed, not averaged."""
-        queries = [unit(self.predictor(self.online(view))) for view in views]
+        queries = [unit(self.predictor(rows)) for rows in self.online.each(views)]
         with torch.no_grad():
-            keys = [unit(self.target(view)) for view in views]
+            keys = [unit(rows) for rows in self.target.each(views)]
         synthetics = self.synthetics(progress)
         num = len(views[0])
         pairs = [self.paired_rows(queries[0], keys[1], num), self.paired_rows(queries[1], keys[0], num)]

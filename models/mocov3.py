@@ -18,6 +18,7 @@ class MoCoV3(MomentumFramework):
     """
 
     sync_batch_norm = True
+    can_stack_views = True
     sums_batchformer_pairs = True
 
     def __init__(
@@ -46,9 +47,9 @@ class MoCoV3(MomentumFramework):
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Sum both directions of the contrast; under BatchFormer each over the pairs of streams."""
-        queries = [self.predictor(self.online(view)) for view in views]
+        queries = [self.predictor(rows) for rows in self.online.each(views)]
         with torch.no_grad():
-            keys = [self.target(view) for view in views]
+            keys = self.target.each(views)
         num = len(views[0])
         pairs = [
             pair

@@ -1,5 +1,8 @@
 """Projection and prediction heads, and the encoder that joins a backbone to one."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from models.parts.batchformer import BatchFormer
@@ -39,7 +42,13 @@ def mlp(
 
 
 class Encoder(nn.Module):
-    """A backbone followed by a projector: what the online and the target network are."""
+    """A backbone followed by a projector: what the online and the target network are.
+
+    ``stack_views`` lets all views go through the backbone in one pass: fewer, larger operations, and where
+    the backbone has batch norms their statistics are those of the views together.
+    """
+
+    stack_views = False
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
@@ -49,7 +58,15 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Project images (N, 3, H, W) to (N, D), or to (2N, D) while training under BatchFormer."""
-        features = self.backbone(images)
+        return self._project(self.backbone(images))
+
+    def each(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Project every view by itself; under ``stack_views`` only the heads do so."""
+        if not self.stack_views:
+            return [self(view) for view in views]
+        return [self._project(part) for part in self.backbone(torch.cat(list(views))).chunk(len(views))]
+
+    def _project(self, features: Tensor) -> Tensor:
         if self.batchformer is not None:
             features = self.batchformer(features)
         return self.projector(features)

@@ -30,6 +30,7 @@ class MomentumFramework(nn.Module):
         self.target.load_state_dict(online.state_dict())
         self.target.requires_grad_(False)
 
+    can_stack_views = False  # True: both views go through an encoder alike, so they may go together
     needs_batchformer = False  # True: BatchFormer is a part of the method
     sums_batchformer_pairs = False  # True: the method has the published sum over pairs of streams
 
@@ -44,6 +45,19 @@ class MomentumFramework(nn.Module):
             )
         self.online.batchformer = batchformer
         self.target.batchformer = copy.deepcopy(batchformer).requires_grad_(False)
+
+    def compile_backbones(self, backend: str = "inductor") -> None:
+        """Let ``torch.compile`` fuse both backbones at their first call; names and state stay as they are."""
+        for encoder in (self.online, self.target):
+            encoder.backbone.compile(backend=backend)
+
+    def stack_views(self) -> None:
+        """Let all views go through a backbone in one pass; raise ``ValueError`` where the method cannot."""
+        if not self.can_stack_views:
+            raise ValueError(
+                f"MODEL.STACK_VIEWS: {type(self).__name__} treats its views differently; set it to False"
+            )
+        self.online.stack_views = self.target.stack_views = True
 
     def stream_pairs(self, queries: Tensor, keys: Tensor, num: int) -> list[tuple[Tensor, Tensor]]:
         """Return the (query, key) rows that a loss compares: one pair, or four under BatchFormer.

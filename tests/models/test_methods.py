@@ -347,3 +347,39 @@ def test_mlp_shapes() -> None:
     v3 = mlp(6, 8, 4, 3, bias=False, last_batch_norm=True)
     assert v3[0].bias is None
     assert not v3[-1].affine
+
+
+# ---- all views in one pass of the backbone -----------------------------------------------------------------
+
+STACKING = ["byol", "moby", "synco_v2", "mocov3", "batchformer"]
+
+
+def loss_and_passes(method: str, family: str, stack: bool) -> tuple[Tensor, int]:
+    torch.manual_seed(3)
+    framework = small(method, family, stack_views=stack).double()
+    for part in framework.modules():  # the draws of drop path come in another order
+        if hasattr(part, "drop_prob"):
+            part.drop_prob = 0.0
+    passes = []
+    framework.online.backbone.register_forward_hook(lambda *_: passes.append(1))
+    torch.manual_seed(4)
+    loss = framework([view.double() for view in views(0)], Progress(0, 2, 4))["loss"]
+    return loss.detach(), len(passes)
+
+
+@pytest.mark.parametrize("method", ["byol", "moby", "synco_v2", "mocov3"])
+def test_stacked_views_give_the_same_loss_without_batch_norm(method: str) -> None:
+    (apart, two), (together, one) = (loss_and_passes(method, "deit", stack) for stack in (False, True))
+    assert (two, one) == (2, 1)
+    torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-9)
+
+
+def test_stacked_views_share_the_statistics_of_batch_norm() -> None:
+    (apart, _), (together, _) = (loss_and_passes("byol", "resnet", stack) for stack in (False, True))
+    assert abs(apart - together) > 1e-6
+
+
+@pytest.mark.parametrize("method", sorted(set(FRAMEWORKS) - set(STACKING)))
+def test_methods_whose_views_differ_refuse_to_stack_them(method: str) -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.STACK_VIEWS"):
+        small(method, stack_views=True)
