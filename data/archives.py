@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import utils.distributed as distributed
-from data.files import PackedStrings, decode_rgb
+from data.files import decode_rgb
+from data.listing import PackedStrings
 from data.source import Source, digest
 
 CACHE_MODES = ("no", "part", "full")
@@ -44,9 +45,13 @@ class ZipSource(Source):
         """Return "archive.zip@/inner/path"."""
         return f"{self.path}@/{self.names[index]}"
 
+    def encoded(self, index: int) -> bytes:
+        """Return the encoded bytes of one image."""
+        return self.cached(index) or self.read(index)
+
     def load(self, index: int) -> Tensor:
         """Read and decode one image as uint8 (3,H,W) RGB."""
-        return decode_rgb(self.cached(index) or self.read(index))
+        return decode_rgb(self.encoded(index))
 
     def cached(self, index: int) -> bytes | None:
         """Return the encoded bytes that this process holds, or None."""

@@ -5,6 +5,8 @@ operation does not touch are not computed: the host knows their indices, so this
 """
 
 import functools
+import importlib.util
+import logging
 
 import numpy as np
 import torch
@@ -33,30 +35,66 @@ from data.views import (
     spatial_ops,
 )
 
+logger = logging.getLogger("synco")
+
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
 
 
-def photometric(images: Tensor, view: View, draws: Draws) -> Tensor:
+def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto") -> Tensor:
     """Apply the batched operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
 
     What a view does on the host (`host_ops`) was done where the image was read. `draws` come from
-    `draw_photometric`; values stay in [0,1] between operations.
+    `draw_photometric`; values stay in [0,1] between operations. `backend` is that of `choose_backend`: both
+    agree to 1e-4 but where a level meets the threshold of Solarize.
     """
+    ops = device_ops(view)
+    work = tuple(op for op in ops if not isinstance(op, RandomErasing))
+    if work and choose_backend(backend, images.device) == "fused":
+        from data.fused import fused_photometric
+
+        x = fused_photometric(images, work, draws)
+    else:
+        x = _in_chunks(images, work, draws)
+    return erase_(x, draws) if len(work) < len(ops) else x
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Return "fused" (compiled by numba, for a CPU) or "torch"; "auto" is the former where it can run.
+
+    A ValueError where "fused" is asked for and cannot run.
+    """
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        return "torch"
+    if device.type != "cpu":
+        raise ValueError(f"AUG.BACKEND 'fused' runs on a CPU, not on {device}: use 'auto' or 'torch'")
+    if _has_numba():
+        return "fused"
+    if backend == "fused":
+        raise ValueError("AUG.BACKEND 'fused' needs numba: pip install numba, or use 'auto' or 'torch'")
+    return "torch"
+
+
+@functools.cache
+def _has_numba() -> bool:
+    found = importlib.util.find_spec("numba") is not None
+    if not found:
+        logger.info("numba is not installed: augmentation on the CPU is several times slower without it")
+    return found
+
+
+def _in_chunks(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
     length = chunk_length(images.device, *images.shape[1:])
     if len(images) <= length:
-        return _photometric(images, view, draws)
+        return _photometric(images, ops, draws)
     parts = [slice(start, start + length) for start in range(0, len(images), length)]
-    return torch.cat([_photometric(images[p], view, {k: v[p] for k, v in draws.items()}) for p in parts])
+    return torch.cat([_photometric(images[p], ops, {k: v[p] for k, v in draws.items()}) for p in parts])
 
 
-def _photometric(images: Tensor, view: View, draws: Draws) -> Tensor:
+def _photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
     x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    ops = device_ops(view)
     for op in ops:
-        if not isinstance(op, RandomErasing):
-            _apply(op, x, draws)
-    normalise_(x)
-    return erase_(x, draws) if any(isinstance(op, RandomErasing) for op in ops) else x
+        _apply(op, x, draws)
+    return normalise_(x)
 
 
 def erase_(x: Tensor, draws: Draws) -> Tensor:

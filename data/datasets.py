@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from data import archives, arrays, files, layouts
+from data import archives, arrays, files, layouts, packed
 from data.source import ArraySource, Source, Subset, subset
 
 __all__ = [
@@ -28,6 +28,7 @@ SOURCES: dict[str, Builder] = {
     "folder": files.folder,
     "folder_split": layouts.folder_split,
     "zip": archives.zipped,
+    "packed": packed.packed,
     "cifar10": arrays.cifar10,
     "cifar100": arrays.cifar100,
     "stl10": arrays.stl10,
@@ -37,6 +38,7 @@ SOURCES: dict[str, Builder] = {
     "digits": arrays.digits,
     "mnist5k": arrays.mnist5k,
 }
+_INDEXED = {"imagefolder", "imagenet", "folder", "tinyimagenet"}  # folders whose listing is worth keeping
 _BUNDLED = {"digits", "mnist5k"}  # ship with a library: need no path
 _DOWNLOADABLE = {"cifar10", "cifar100", "stl10", "stl10_labelled", "pets"}
 _LABELLED = {"stl10": "stl10_labelled"}  # pretraining adds images without labels
@@ -44,11 +46,18 @@ SPLITS = ("train", "val")
 
 
 def build_source(
-    dataset: str, path: str, split: str, *, cache_mode: str = "part", download: bool = False
+    dataset: str,
+    path: str,
+    split: str,
+    *,
+    cache_mode: str = "part",
+    download: bool = False,
+    index_cache: str = "off",
 ) -> Source:
     """Open `split` ("train" or "val") of data set `dataset` below `path`; only that split has to exist.
 
-    `cache_mode` concerns zip archives, `download` the torchvision sets; a ValueError names the key to change.
+    `cache_mode` concerns zip archives, `download` the torchvision sets, `index_cache` folders of images (the
+    folder of their indexes, "" for the user's own, "off" for none); a ValueError names the key to change.
     """
     if dataset not in SOURCES:
         near = difflib.get_close_matches(dataset, SOURCES, n=1, cutoff=0.0)[0]
@@ -63,15 +72,15 @@ def build_source(
         raise ValueError(f"DATA.PATH (--data-path) is empty: DATA.DATASET {dataset!r} needs a folder")
     if dataset in _DOWNLOADABLE:
         return SOURCES[dataset](path, split, download=download)
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() and not (dataset == "packed" and Path(path).is_file()):
         raise ValueError(
             f"DATA.PATH (--data-path) {path!r} is not a folder: DATA.DATASET {dataset!r} needs one"
         )
-    return (
-        SOURCES[dataset](path, split, cache_mode=cache_mode)
-        if dataset == "zip"
-        else SOURCES[dataset](path, split)
-    )
+    if dataset in _INDEXED:
+        return SOURCES[dataset](path, split, index_cache=index_cache)
+    if dataset == "zip":
+        return SOURCES[dataset](path, split, cache_mode=cache_mode)
+    return SOURCES[dataset](path, split)
 
 
 def open_split(node: Any, split: str, labelled: bool = False) -> Source:
@@ -80,7 +89,14 @@ def open_split(node: Any, split: str, labelled: bool = False) -> Source:
     Raises ``ValueError`` where labels are asked for and there are none.
     """
     name = _LABELLED.get(node.DATASET, node.DATASET) if labelled else node.DATASET
-    source = build_source(name, node.PATH, split, cache_mode=node.CACHE_MODE, download=node.DOWNLOAD)
+    source = build_source(
+        name,
+        node.PATH,
+        split,
+        cache_mode=node.CACHE_MODE,
+        download=node.DOWNLOAD,
+        index_cache=node.INDEX_CACHE,
+    )
     if labelled and not is_labelled(source):
         raise ValueError(
             f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders, or "

@@ -1,7 +1,8 @@
 """What a worker does for one micro-batch of files: decode once, crop every view, replace bad images."""
 
 import logging
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -10,13 +11,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.augment import center_crop, resized_shape, spatial
-from data.parameters import draw_crop, draw_shift, hashed, sample_keys
+from data.files import fast_jpeg
+from data.parameters import CropDraws, draw_crop, draw_shift, hashed, sample_keys
 from data.randaugment import host_augment
 from data.sampler import Request
 from data.source import Source
-from data.views import CenterCrop, RandomCropPad, RandomResizedCrop, Recipe, Resize, View, spatial_ops
+from data.views import (
+    CenterCrop,
+    RandomCropPad,
+    RandomResizedCrop,
+    Recipe,
+    Resize,
+    View,
+    host_ops,
+    spatial_ops,
+    view_size,
+)
 
 logger = logging.getLogger("synco")
+
+Box: TypeAlias = tuple[int, ...] | np.ndarray  # top, left, height, width
+Cropper: TypeAlias = Callable[[Tensor, int, Tensor], object]  # image (3,H,W), its place, view (3,S,S)
 
 _ATTEMPTS = 20  # replacements for one image before giving up
 _MIN_TOLERATED = 10  # bad images per process and epoch, however small the data set
@@ -64,17 +79,16 @@ class Fetcher(Dataset[Fetched]):
 
     def __init__(self, source: Source, recipe: Recipe, seed: int | None) -> None:
         self.source, self.recipe, self.seed = source, recipe, seed
+        if source.images is None:
+            fast_jpeg()  # found, or missed in the log, before any worker starts
 
     def __getitem__(self, request: Request) -> Fetched:
-        """Load, crop and stack the images of a request."""
+        """Load and crop the images of a request."""
         failures: list[tuple[str, str]] = []
         if self.source.images is not None and self.seed is None:
             views, loaded = (self._rows(request, self.source.images), list(request.indices))
         else:
-            wanted = zip(request.indices, np.broadcast_to(request.copies, len(request.indices)), strict=True)
-            samples = [self._sample(request.epoch, int(i), int(copy), failures) for i, copy in wanted]
-            loaded = [index for index, _ in samples]
-            views = [torch.stack(crops) for crops in zip(*(crops for _, crops in samples), strict=True)]
+            views, loaded = self._samples(request, failures)
         return {
             "views": views,
             "epoch": request.epoch,
@@ -88,46 +102,91 @@ class Fetcher(Dataset[Fetched]):
         rows = images[torch.from_numpy(request.indices)]
         return [spatial(rows, view, None) for view in self.recipe]
 
-    def _sample(
-        self, epoch: int, wanted: int, copy: int, failures: list[tuple[str, str]]
-    ) -> tuple[int, list[Tensor]]:
-        """Return the index that was loaded and its views (3,S,S)."""
+    def _samples(self, request: Request, failures: list[tuple[str, str]]) -> tuple[list[Tensor], list[int]]:
+        """Return the views (N,3,S,S), channels last as they are decoded, and the indices that were loaded."""
+        count, loaded = len(request.indices), []
+        croppers = [self._cropper(request, number) for number in range(len(self.recipe))]
+        sizes = [view_size(view) for view in self.recipe]
+        views = [torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2) for size in sizes]
+        for place, wanted in enumerate(request.indices.tolist()):
+            index, image = self._load(request.epoch, wanted, failures)
+            loaded.append(index)
+            for crop, view in zip(croppers, views, strict=True):
+                if image is None:
+                    view[place].zero_()
+                else:
+                    crop(image, place, view[place])
+        return views, loaded
+
+    def _load(self, epoch: int, wanted: int, failures: list[tuple[str, str]]) -> tuple[int, Tensor | None]:
+        """Return the index that was loaded and its image (3,H,W); None for a bad one of an evaluation."""
         index = wanted
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                image = self.source.load(index)
+                return index, self.source.load(index)
             except Exception as error:  # whatever a decoder may raise: the file is bad
                 failures.append((self.source.name(index), f"{type(error).__name__}: {error}"))
-            else:
-                views = range(len(self.recipe))
-                return index, [self._crop(image, number, epoch, wanted, copy) for number in views]
             if self.seed is None:
-                size = self._placeholder_size()
-                return index, [torch.zeros((3, size, size), dtype=torch.uint8)] * len(self.recipe)
+                return index, None
             index = replacement(self.seed, epoch, wanted, attempt, len(self.source))
         raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}")
 
-    def _placeholder_size(self) -> int:
-        return spatial_ops(self.recipe[0])[-1].size
+    def _cropper(self, request: Request, number: int) -> Cropper:
+        """Return what crops an image for the sample at a place of the request into its view.
 
-    def _crop(self, image: Tensor, number: int, epoch: int, wanted: int, copy: int) -> Tensor:
+        All that can be drawn before the image's size is known is drawn here, for the whole request.
+        """
         view = self.recipe[number]
         if self.seed is None:
-            return crop_one(image, view, None)
-        key = sample_keys(self.seed, epoch, np.array([wanted]), number, copy)
-        boxes = draw_boxes(view, key, image.shape[-2:])
-        return host_augment(crop_one(image, view, None if boxes is None else boxes[0]), view, key)
+            return lambda image, place, out: out.copy_(crop_one(image, view, None))
+        keys = sample_keys(self.seed, request.epoch, request.indices, number, request.copies)
+        first = spatial_ops(view)[0]
+        if isinstance(first, RandomResizedCrop) and not host_ops(view):
+            return _resizing_cropper(first, CropDraws(first, keys))
+
+        def crop(image: Tensor, place: int, out: Tensor) -> None:
+            key = keys[place : place + 1]
+            boxes = draw_boxes(view, key, image.shape[-2:])
+            box = None if boxes is None else boxes[0]
+            out.copy_(host_augment(crop_one(image, view, box), view, key))
+
+        return crop
 
 
-def crop_one(image: Tensor, view: View, box: np.ndarray | None) -> Tensor:
+def _resizing_cropper(op: RandomResizedCrop, draws: CropDraws) -> Cropper:
+    """Return a cropper for a view that only crops: what takes a worker's time beside decoding."""
+    resize = _RESIZE[op.interpolation]
+    size = [op.size, op.size]
+
+    def crop(image: Tensor, place: int, out: Tensor) -> None:
+        box = draws.box(place, image.shape[1], image.shape[2])
+        if image.stride(0) == out.stride(0) == 1:  # channels last, as decoded
+            resize(_window(image, box)[None], size, False, None, None, out=out[None])
+        else:
+            out.copy_(resize_one(_window(image, box), (op.size, op.size), op.interpolation))
+
+    return crop
+
+
+# What F.interpolate calls, into memory that is there already: it spares an allocation and a copy.
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def _window(image: Tensor, box: Box) -> Tensor:
+    top, left, height, width = (int(value) for value in box)
+    return image[:, top : top + height, left : left + width]
+
+
+def crop_one(image: Tensor, view: View, box: Box | None) -> Tensor:
     """Run the crop and resize operations of `view` on one uint8 image (3,H,W) -> (3,S,S)."""
-    top, left, height, width = (0, 0, 0, 0) if box is None else (int(v) for v in box)
     for op in spatial_ops(view):
         match op:
             case RandomResizedCrop():
                 assert box is not None
-                window = image[:, top : top + height, left : left + width]
-                image = resize_one(window, (op.size, op.size), op.interpolation)
+                image = resize_one(_window(image, box), (op.size, op.size), op.interpolation)
             case Resize():
                 size = resized_shape(image.shape[1], image.shape[2], op)
                 image = resize_one(image, size, op.interpolation)
@@ -135,7 +194,7 @@ def crop_one(image: Tensor, view: View, box: np.ndarray | None) -> Tensor:
                 image = center_crop(image, op.size)
             case RandomCropPad():
                 assert box is not None
-                image = F.pad(image, [op.padding] * 4)[:, top : top + height, left : left + width]
+                image = _window(F.pad(image, [op.padding] * 4), box)
     return image
 
 

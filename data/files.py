@@ -1,90 +1,124 @@
-"""Image files: decoding to RGB, compact listings, and sources that read a folder."""
+"""Image files: decoding to RGB, and sources that read a folder."""
 
+import contextlib
+import functools
 import io
+import logging
+import math
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data.listing import IMG_EXTENSIONS, PackedStrings, list_images
 from data.source import Source, digest
 
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+logger = logging.getLogger("synco")
 
 
-def decode_rgb(data: bytes) -> Tensor:
+def decode_rgb(data: bytes | memoryview) -> Tensor:
     """Decode an encoded image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
 
     EXIF orientation is not applied, truncated files and decompression bombs are refused (PIL's limits).
+    JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not read is PIL's to judge.
     """
+    simple = fast_jpeg()
+    if simple is not None and data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(ValueError):  # damaged; some damage PIL reads past
+            height, width, colours, _ = simple.decode_jpeg_header(data)
+            if colours in _PLAIN_COLOURS and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+                return torch.from_numpy(simple.decode_jpeg(data)).permute(2, 0, 1)
     try:
         opened = Image.open(io.BytesIO(data))  # reads the header only; refuses bombs
     except UnidentifiedImageError:
         raise OSError(f"not an image ({len(data)} bytes)") from None
     with opened as image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return _decode_jpeg(data)
+        decode = _torchvision_jpeg() if simple is None else None
+        if decode is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return decode(data)
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _decode_jpeg(data: bytes) -> Tensor:
-    """Decode with torchvision: the same libjpeg result as PIL's, a third faster."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+_PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
 
 
-class PackedStrings:
-    """Strings in two arrays: a million paths cost no Python objects that every worker would copy."""
+@functools.cache
+def fast_jpeg() -> Any:
+    """Return the module simplejpeg, or None; its absence is logged once, by the main process."""
+    try:
+        import simplejpeg
+    except ImportError:
+        if multiprocessing.parent_process() is None:
+            logger.info("simplejpeg is not installed: JPEGs are decoded more slowly without it")
+        return None
+    return simplejpeg
 
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [os.fsencode(s) for s in strings]
-        self.offsets = np.cumsum([0, *(len(s) for s in encoded)], dtype=np.int64)
-        self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
-    def __len__(self) -> int:
-        """Return the number of strings."""
-        return len(self.offsets) - 1
+@functools.cache
+def _torchvision_jpeg() -> Callable[[bytes | memoryview], Tensor] | None:
+    """Return torchvision's decoder: the same libjpeg result as PIL's, a little faster; None if it has none.
 
-    def __getitem__(self, index: int) -> str:
-        """Return one string."""
-        return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
+    From 0.29 on torchvision announces that its decoders will go.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+
+    def decode(data: bytes | memoryview) -> Tensor:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+
+    return decode
 
 
 class FileSource(Source):
-    """Images in files below `root`; `paths` are relative to it."""
+    """Images in files below `root`; `paths` are relative to it.
 
-    def __init__(self, root: Path, paths: list[str], labels: list[int], classes: list[str]) -> None:
-        super().__init__(torch.tensor(labels, dtype=torch.int64), classes)
-        self.root, self.paths = root, PackedStrings(paths)
+    `paths` and `labels` may be arrays mapped from an index, whose `fingerprint` is then known.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: PackedStrings | Sequence[str],
+        labels: np.ndarray | Sequence[int],
+        classes: Sequence[str],
+        fingerprint: str = "",
+    ) -> None:
+        numbers = labels if isinstance(labels, np.ndarray) else np.array(labels, dtype=np.int64)
+        super().__init__(torch.from_numpy(numbers), classes)
+        self.root = root
+        self.paths = paths if isinstance(paths, PackedStrings) else PackedStrings(paths)
+        self._fingerprint = fingerprint
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
         return str(self.root / self.paths[index])
 
+    def encoded(self, index: int) -> bytes:
+        """Read the file of one image."""
+        return (self.root / self.paths[index]).read_bytes()
+
     def load(self, index: int) -> Tensor:
         """Read and decode one image as uint8 (3,H,W) RGB."""
-        return decode_rgb((self.root / self.paths[index]).read_bytes())
+        return decode_rgb(self.encoded(index))
 
     def fingerprint(self) -> str:
         """Digest the relative paths and the labels."""
-        return digest(len(self), self.paths.blob, self.paths.offsets, self.labels.numpy())
+        if not self._fingerprint:
+            self._fingerprint = digest(len(self), self.paths.blob, self.paths.offsets, self.labels.numpy())
+        return self._fingerprint
 
 
-def image_paths(folder: Path) -> Iterator[str]:
-    """Yield the images below `folder`, relative to it, in the order of torchvision's ImageFolder."""
-    for root, _, names in sorted(os.walk(folder, followlinks=True)):
-        inside = os.path.relpath(root, folder)
-        for name in sorted(names):
-            if name.lower().endswith(IMG_EXTENSIONS):
-                yield name if inside == "." else os.path.join(inside, name)
-
-
-def imagefolder(path: str, split: str) -> FileSource:
+def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
     """Read <path>/<split>/<class>/**: the class index is the rank of the class folder's name in train/."""
     folder = Path(path) / split
     found = _class_names(folder)
@@ -93,17 +127,15 @@ def imagefolder(path: str, split: str) -> FileSource:
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise ValueError(f"DATA.PATH (--data-path): {folder} has classes that {train} lacks: {unknown[:5]}")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = [os.path.join(name, image) for image in image_paths(folder / name)] if name in found else []
-        if not inside and split == "train":
+    present = set(found)
+    groups = [(name, label) for label, name in enumerate(classes) if name in present]
+    listing = list_images(folder, groups, index_cache)
+    for (name, _), count in zip(groups, listing.counts, strict=True):
+        if not count and split == "train":
             refuse_empty(folder / name, "remove the folder: it would count as a class")
-        paths += inside
-        labels += [label] * len(inside)
-    if not paths:
+    if not len(listing.paths):
         refuse_empty(folder, "expected <class>/<image> below it")
-    return FileSource(folder, paths, labels, classes)
+    return FileSource(folder, listing.paths, listing.labels, classes, listing.fingerprint)
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -125,7 +157,7 @@ def refuse_empty(folder: Path, remedy: str) -> None:
     )
 
 
-def folder(path: str, split: str) -> FileSource:
+def folder(path: str, split: str, index_cache: str = "off") -> FileSource:
     """Read all images below <path>/<split>, or below <path> itself as train: unlabelled, for pretraining."""
     root = Path(path)
     inside = root / split
@@ -137,7 +169,7 @@ def folder(path: str, split: str) -> FileSource:
         root = inside
     if not root.is_dir():
         raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")
-    paths = list(image_paths(root))
-    if not paths:
+    listing = list_images(root, [("", -1)], index_cache)
+    if not len(listing.paths):
         refuse_empty(root, "expected image files below it")
-    return FileSource(root, paths, [-1] * len(paths), [])
+    return FileSource(root, listing.paths, listing.labels, [], listing.fingerprint)

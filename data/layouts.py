@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from data.files import IMG_EXTENSIONS, FileSource, image_paths, refuse_empty
+from data.files import FileSource, refuse_empty
+from data.listing import IMG_EXTENSIONS, list_images
 from utils.distributed import on_main
 
 # By class id, 1 to 37: alphabetical whatever the case; capitals mark the cats.
@@ -47,7 +48,7 @@ def _download_pets(parent: Path) -> bool:
     return bool(OxfordIIITPet(str(parent), download=True))
 
 
-def tinyimagenet(path: str, split: str) -> FileSource:
+def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
     """Return Tiny-ImageNet, 200 classes in the order of their wnids: train, and val for val.
 
     `path` is the folder tiny-imagenet-200 or the one that holds it. Classes are named by the first word of
@@ -57,7 +58,9 @@ def tinyimagenet(path: str, split: str) -> FileSource:
     wnids = sorted(_read(root / "wnids.txt", "tinyimagenet"))
     words = dict(line.split("\t", 1) for line in _read(root / "words.txt", "tinyimagenet") if "\t" in line)
     classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
-    rows = _tiny_train(root, wnids) if split == "train" else _tiny_val(root)
+    if split == "train":
+        return _tiny_train(root, wnids, classes, index_cache)
+    rows = _tiny_val(root)
     unknown = sorted({wnid for _, wnid in rows} - set(wnids))
     if unknown:
         raise ValueError(f"{root}: {split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}")
@@ -65,16 +68,14 @@ def tinyimagenet(path: str, split: str) -> FileSource:
     return FileSource(root, [name for name, _ in rows], [label[wnid] for _, wnid in rows], classes)
 
 
-def _tiny_train(root: Path, wnids: list[str]) -> list[tuple[str, str]]:
-    """Return (path, wnid) of train/<wnid>/images/*."""
-    rows = []
-    for wnid in wnids:
-        inside = os.path.join("train", wnid, "images")
-        found = [os.path.join(inside, name) for name in image_paths(root / inside)]
-        if not found:
-            refuse_empty(root / inside, "unpack tiny-imagenet-200.zip again")
-        rows += [(name, wnid) for name in found]
-    return rows
+def _tiny_train(root: Path, wnids: list[str], classes: list[str], index_cache: str) -> FileSource:
+    """Return the images of train/<wnid>/images/*."""
+    groups = [(os.path.join("train", wnid, "images"), label) for label, wnid in enumerate(wnids)]
+    listing = list_images(root, groups, index_cache)
+    for (folder, _), count in zip(groups, listing.counts, strict=True):
+        if not count:
+            refuse_empty(root / folder, "unpack tiny-imagenet-200.zip again")
+    return FileSource(root, listing.paths, listing.labels, classes, listing.fingerprint)
 
 
 def _tiny_val(root: Path) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Pictures of what the network sees: what a recipe does to images, or any grid of normalised images."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,28 @@ from data.loader import GlobalLoader
 from data.source import Source
 from data.views import IMAGENET_MEAN, IMAGENET_STD, Recipe
 
+logger = logging.getLogger("synco")
+
 _SIDE = 96  # small images are enlarged to at least this many pixels
 
 
 def save_preview(path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> None:
     """Write a grid, one row an image of the first batch, one column a view, as the network sees them."""
-    save_grid(path, torch.stack(first_views(source, recipe, seed, num_images), dim=1))
+    views = first_views(source, recipe, seed, num_images)
+    warn_of_identical_views(views)
+    save_grid(path, torch.stack(views, dim=1))
+
+
+def warn_of_identical_views(views: Sequence[Tensor]) -> None:
+    """Warn if all views (N,3,S,S) of every image are the same: then a method learns nothing.
+
+    The embeddings of such a run do not collapse, so nothing else would tell.
+    """
+    if len(views) > 1 and all(torch.equal(view, views[0]) for view in views[1:]):
+        logger.warning(
+            "the two views of an image are identical: the augmentation does nothing, and the method has "
+            "nothing to learn; look at views.png and AUG.RECIPE"
+        )
 
 
 def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> list[Tensor]:

@@ -38,6 +38,10 @@ class Source:
         """Return one image as uint8 (3,H,W) RGB."""
         raise NotImplementedError
 
+    def encoded(self, index: int) -> bytes | None:
+        """Return the encoded bytes of one image, or None where only pixels are stored."""
+        return None
+
     def fingerprint(self) -> str:
         """Return the count and a digest that changes when the listing or the pixels change."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """Application of the draws: equal to torchvision and PIL given the same parameters."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_simple_operations_equal_torchvision_and_touch_only_their_samples(
     images, mask = to_tensor(photos), np.array([True, False, True, True, False, False])
     expected = images.float() / 255
     expected[mask] = function(expected[mask])
-    ours = photometric(images, (op,), {name: mask})
+    ours = photometric(images, (op,), {name: mask}, "torch")
     torch.testing.assert_close(to_levels(ours) / 255, expected, rtol=0, atol=2e-6)
 
 
@@ -210,12 +211,12 @@ def test_a_sample_does_not_depend_on_its_batch(photos: np.ndarray, monkeypatch: 
     view = build_recipe("byol", 48)[1]
     images = to_tensor(photos[:, :48, :48].copy()).repeat(8, 1, 1, 1)
     draws = draw_photometric(view, sample_keys(3, 0, np.arange(48), 1))
-    whole = photometric(images, view, draws)
+    whole = photometric(images, view, draws, "torch")
     monkeypatch.setattr("data.resample._CHUNK_BYTES", 5 * 4 * 3 * 48 * 48)
-    torch.testing.assert_close(photometric(images, view, draws), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(photometric(images, view, draws, "torch"), whole, rtol=0, atol=1e-5)
 
 
-def check_chain(images: list[Image.Image], name: str, size: int) -> None:
+def check_chain(images: list[Image.Image], name: str, size: int, backend: str) -> None:
     """Assert that the whole chain is within 44 dB of the PIL pipeline given the same parameters."""
     ours, theirs = [], []
     for number, view in enumerate(build_recipe(name, size)):
@@ -224,18 +225,26 @@ def check_chain(images: list[Image.Image], name: str, size: int) -> None:
         boxes, draws = draw_crop(view[0], keys, heights, widths), draw_photometric(view, keys)
         arrays = [to_tensor(np.array(image)[None])[0] for image in images]
         crops = torch.stack([crop_one(image, view, box) for image, box in zip(arrays, boxes, strict=True)])
-        ours += list(to_levels(photometric(crops, view, draws)).permute(0, 2, 3, 1).numpy())
+        ours += list(to_levels(photometric(crops, view, draws, backend)).permute(0, 2, 3, 1).numpy())
         theirs += [pil_oracle(image, view, boxes[i], draws, i) for i, image in enumerate(images)]
     assert psnr(np.stack(ours), np.stack(theirs)) >= 44.0
 
 
+needs_numba = pytest.mark.skipif(not find_spec("numba"), reason="the fused path needs numba")
+BACKENDS = ["torch", pytest.param("fused", marks=needs_numba)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "name", ["moco_v1", "moco_v2", "simclr", "byol", "mocov3", "sit", "cifar", "digits", "linear"]
 )
-def test_whole_chain_is_near_the_pil_reference(photos: np.ndarray, name: str) -> None:
-    check_chain([Image.fromarray(photo) for photo in photos] * 5, name, 64)
+def test_whole_chain_is_near_the_pil_reference(photos: np.ndarray, name: str, backend: str) -> None:
+    check_chain([Image.fromarray(photo) for photo in photos] * 5, name, 64, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["moco_v2", "byol"])
-def test_whole_chain_is_near_the_pil_reference_on_real_photos(real_photos: list[Path], name: str) -> None:
-    check_chain([Image.open(path).convert("RGB") for path in real_photos[::2]], name, 224)
+def test_whole_chain_is_near_the_pil_reference_on_real_photos(
+    real_photos: list[Path], name: str, backend: str
+) -> None:
+    check_chain([Image.open(path).convert("RGB") for path in real_photos[::2]], name, 224, backend)

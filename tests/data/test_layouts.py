@@ -68,7 +68,9 @@ def test_pets_download_goes_to_the_parent(few_pets: Path, monkeypatch: pytest.Mo
     calls = []
     monkeypatch.setattr(tv_datasets, "OxfordIIITPet", lambda root, download: calls.append((root, download)))
     for inside in ("", "oxford-iiit-pet"):
-        node = SimpleNamespace(DATASET="pets", PATH=str(few_pets / inside), CACHE_MODE="part", DOWNLOAD=True)
+        node = SimpleNamespace(
+            DATASET="pets", PATH=str(few_pets / inside), CACHE_MODE="part", DOWNLOAD=True, INDEX_CACHE="off"
+        )
         assert len(open_split(node, "train", labelled=True)) == 4
     assert calls == [(str(few_pets), True)] * 2
 

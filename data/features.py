@@ -1,0 +1,65 @@
+"""Batches of features that stand for their images: the order of the images' own loader, without an image."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import utils.distributed as distributed
+from data.fetch import BadImages, BadImagesError
+from data.loader import Batch
+from data.sampler import BatchPlan, RequestSampler
+from data.source import Source
+
+
+class Rows(Protocol):
+    """What the loader asks of features: labels, places in the data set, and rows by number."""
+
+    labels: Tensor
+    indices: Tensor
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """Return features number (n,) on the device."""
+
+
+class FeatureLoader:
+    """Endless supply of a run's batches of features, a pure function of (seed, step): `GlobalLoader`'s order.
+
+    A batch is smaller than `global_batch` where there are fewer rows; an epoch's last one is filled up from
+    its start.
+    """
+
+    def __init__(self, rows: Rows, *, global_batch: int, seed: int, accumulation: int = 1) -> None:
+        world = distributed.world_size()
+        share = world * accumulation
+        fitting = min(global_batch, max(len(rows.labels) // share, 1) * share)
+        self.rows, self.rank = rows, distributed.rank()
+        self.plan = BatchPlan(len(rows.labels), fitting, seed, world, accumulation, drop_last=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of steps in an epoch."""
+        return self.plan.steps_per_epoch
+
+    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield (step, micro-batches) from `step` up to (not including) `total_steps`."""
+        requests = iter(RequestSampler(self.plan, self.rank, step, total_steps))
+        for current in range(step, total_steps):
+            yield current, [self._batch(next(requests).indices) for _ in range(self.plan.accumulation)]
+
+    def _batch(self, numbers: np.ndarray) -> Batch:
+        chosen = torch.from_numpy(numbers)
+        features = self.rows.at(chosen)
+        return Batch([features], self.rows.labels[chosen].to(features.device), self.rows.indices[chosen])
+
+
+def refuse_missing(source: Source, indices: Tensor, max_fraction: float) -> None:
+    """Raise `BadImagesError` if more images than DATA.MAX_BAD_FRACTION allows have no features."""
+    limit, missing = BadImages(max_fraction, len(source)).limit, len(source) - len(indices)
+    if missing > limit:
+        raise BadImagesError(
+            f"{missing} of {len(source)} images are unreadable, at most {limit} may be: repair or remove "
+            "those that the log names or raise DATA.MAX_BAD_FRACTION"
+        )

@@ -1,0 +1,227 @@
+"""Packs: read as what was packed, in place, in any process; cut or damaged ones are refused."""
+
+import struct
+import warnings
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.datasets import Source, build_source, subset
+from data.fetch import BadImagesError
+from data.labels import read_subset, write_subset
+from data.loader import Batch, GlobalLoader, evaluation_batches
+from data.packed import PackedSource
+from data.views import build_recipe
+from tests import forked
+from tools import pack
+
+CPU = torch.device("cpu")
+
+
+def packed(root: Path, *flags: str, split: str = "train", dataset: str = "imagefolder") -> PackedSource:
+    """Pack a split in this process and open it."""
+    output = root / "packs" / f"{split}.pack"
+    places = ["--data-path", str(root), "--dataset", dataset, "--split", split, "--output", str(output)]
+    assert pack.main([*places, "--workers", "0", *flags]) == 0
+    source = build_source("packed", str(output.parent), split)
+    assert isinstance(source, PackedSource)
+    return source
+
+
+def batches(source: Source, steps: int = 4, num_workers: int = 0, **options: float) -> list[Batch]:
+    recipe = build_recipe("moco_v2", 16)
+    loader = GlobalLoader(
+        source, recipe, global_batch=4, seed=3, device=CPU, num_workers=num_workers, **options
+    )
+    return [batch for _, (batch,) in loader.from_step(0, steps)]
+
+
+def assert_same_batches(ours: list[Batch], theirs: list[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+@pytest.mark.parametrize("flags", [[], ["--raw"]], ids=["as is", "raw"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_pack_holds_the_same_images(image_folder: Path, flags: list[str], split: str) -> None:
+    folder = build_source("imagefolder", str(image_folder), split)
+    source = packed(image_folder, *flags, split=split)
+    assert (len(source), source.classes, source.images) == (len(folder), folder.classes, None)
+    assert source.labels.tolist() == folder.labels.tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of memory that it may not write to
+        for i in range(len(source)):
+            assert torch.equal(source.load(i), folder.load(i))
+            assert source.name(i).endswith(folder.name(i).split(f"/{split}/")[1])
+            assert (source.encoded(i) == folder.encoded(i)) == (not flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--raw"]], ids=["as is", "raw"])
+def test_training_sees_the_same_batches(image_folder: Path, flags: list[str]) -> None:
+    folder = build_source("imagefolder", str(image_folder), "train")
+    source = packed(image_folder, *flags)
+    theirs = batches(folder)
+    assert_same_batches(batches(source), theirs)
+    assert_same_batches(batches(source, num_workers=2), theirs)
+    chosen = [7, 1, 5, 2, 11, 0]
+    assert_same_batches(batches(subset(source, chosen), 1), batches(subset(folder, chosen), 1))
+
+
+def test_raw_images_lie_in_the_map(image_folder: Path) -> None:
+    source = packed(image_folder, "--raw")
+    image = source.load(3)
+    start = np.frombuffer(source._data, dtype=np.uint8).ctypes.data
+    assert image.data_ptr() == start + int(source.index.offsets[3])
+    before = source.path.read_bytes()
+    image.zero_()  # a private copy of the page: neither the file nor another reader sees it
+    assert source.path.read_bytes() == before
+    assert PackedSource(source.path).load(3).any()
+
+
+def test_arrays_are_packed_as_pixels(tmp_path: Path) -> None:
+    digits = build_source("digits", "", "val")
+    source = packed(tmp_path, "--raw", dataset="digits", split="val")
+    assert digits.images is not None
+    assert all(torch.equal(source.load(i), digits.images[i]) for i in range(0, len(digits), 37))
+    assert (source.labels.tolist(), source.classes) == (digits.labels.tolist(), digits.classes)
+    assert source.name(5).endswith("@/digits[5]")
+
+
+def test_a_spawned_worker_maps_the_pack_again(image_folder: Path) -> None:
+    source = packed(image_folder, "--raw")
+    message = ForkingPickler.dumps(subset(source, [7, 3]))
+    assert len(bytes(message)) < 5000  # the path, not the arrays
+    copy = ForkingPickler.loads(message)
+    assert torch.equal(copy.load(1), source.load(3))
+    assert copy.fingerprint() == subset(source, [7, 3]).fingerprint()
+    message = ForkingPickler.dumps(source)
+    source.path.unlink()
+    packed(image_folder)
+    with pytest.raises(ValueError, match="was replaced by another pack"):
+        ForkingPickler.loads(message)
+
+
+def test_the_path_may_be_the_file_itself(image_folder: Path) -> None:
+    train, val = packed(image_folder), packed(image_folder, split="val")
+    for place in (train.path.parent, train.path, val.path):
+        assert build_source("packed", str(place), "train").fingerprint() == train.fingerprint()
+        assert build_source("packed", str(place), "val").fingerprint() == val.fingerprint()
+    val.path.unlink()
+    with pytest.raises(ValueError, match=r"val\.pack does not exist; .* tools/pack\.py --split val"):
+        build_source("packed", str(train.path), "val")
+    with pytest.raises(ValueError, match="is not a folder"):
+        build_source("packed", str(image_folder / "nowhere"), "train")
+
+
+def test_label_lists_name_packed_images(image_folder: Path) -> None:
+    source, folder = packed(image_folder), build_source("imagefolder", str(image_folder), "train")
+    listed = image_folder / "list.txt"
+    write_subset(listed, source, np.array([1, 4, 9]))
+    assert read_subset(source, str(listed)).tolist() == [1, 4, 9]
+    assert read_subset(folder, str(listed)).tolist() == [1, 4, 9]
+
+
+def test_the_fingerprint_is_of_the_content(image_folder: Path) -> None:
+    first = packed(image_folder)
+    digest = first.fingerprint()
+    assert digest.startswith("12:")
+    first.path.unlink()
+    assert packed(image_folder).fingerprint() == digest
+    others = []
+    for flags in (["--raw"], ["--short-side", "32"]):
+        first.path.unlink()
+        others.append(packed(image_folder, *flags).fingerprint())
+    victim = next((image_folder / "train" / "c1").iterdir())
+    victim.write_bytes(next((image_folder / "train" / "c0").iterdir()).read_bytes())  # the same names
+    first.path.unlink()
+    others.append(packed(image_folder).fingerprint())
+    assert len({digest, *others}) == 4
+
+
+# ---- damage ----------------------------------------------------------------------------------------------
+
+CUTS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "head": lambda content: content[:64],
+    "half": lambda content: content[: len(content) // 2],
+    "one byte less": lambda content: content[:-1],
+    "one byte more": lambda content: content + b"\0",
+    "one byte lost": lambda content: content[:500] + content[501:],
+    "another file": lambda content: b"\xff\xd8" + content[2:],
+    "a later version": lambda content: content[:8] + struct.pack("<I", 9) + content[12:],
+    "zeroed end": lambda content: content[:-512] + bytes(512),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_no_whole_pack_is_refused(image_folder: Path, name: str) -> None:
+    file = packed(image_folder).path
+    file.write_bytes(CUTS[name](file.read_bytes()))
+    with pytest.raises(ValueError, match=r"DATA\.PATH.*train\.pack is no pack, or was cut or damaged"):
+        build_source("packed", str(file.parent), "train")
+
+
+def test_no_flipped_bit_goes_unnoticed(image_folder: Path) -> None:
+    source = packed(image_folder, "--raw")
+    file, content = source.path, source.path.read_bytes()
+    truth = [source.load(i).clone() for i in range(len(source))]
+    padding = range(int(source.index.offsets[-1]), source.header["start"])
+    rng = np.random.default_rng(0)
+    behind = range(source.header["start"], len(content), 7)  # the index, the header and the tail
+    for place in [*rng.choice(len(content), 100, replace=False), *behind]:
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(spoilt)
+        try:
+            damaged = PackedSource(file)
+        except ValueError:
+            assert not 64 <= place < padding.start  # one image is one image's loss
+            continue
+        wrong = []
+        for i, image in enumerate(truth):
+            try:
+                assert torch.equal(damaged.load(i), image)
+            except OSError:
+                wrong.append(i)
+        unused = place < 64 or place in padding or place in range(len(content) - 12, len(content) - 8)
+        assert len(wrong) == (0 if unused else 1), place
+
+
+def test_a_damaged_record_is_one_bad_image(image_folder: Path) -> None:
+    source = packed(image_folder)
+    content = bytearray(source.path.read_bytes())
+    content[int(source.index.offsets[5]) + 300] ^= 1
+    source.path.write_bytes(content)
+    damaged = build_source("packed", str(source.path), "train")
+    seen = [index for batch in batches(damaged, 6) for index in batch.indices.tolist()]
+    assert len(seen) == 24
+    assert 5 not in seen  # replaced
+    with pytest.raises(BadImagesError, match="MAX_BAD_FRACTION"):
+        batches(damaged, 6, max_bad_fraction=0.0)
+    with pytest.raises(BadImagesError, match="evaluations replace nothing"):
+        list(evaluation_batches(damaged, 16, batch_size=4, device=CPU))
+
+
+# ---- several processes -----------------------------------------------------------------------------------
+
+
+def indices_of_a_rank(path: str) -> tuple[str, list[int], float]:
+    source = build_source("packed", path, "train")
+    seen = batches(source, 3)
+    return source.fingerprint(), [i for b in seen for i in b.indices.tolist()], float(seen[0].views[0].sum())
+
+
+def test_two_ranks_share_a_pack(image_folder: Path) -> None:
+    source = packed(image_folder)
+    whole = [batch.indices.tolist() for batch in batches(source, 3)]
+    with forked.pool(2) as pool:
+        answers = pool.run(indices_of_a_rank, str(source.path))
+    assert {fingerprint for fingerprint, _, _ in answers} == {source.fingerprint()}
+    joint = [sorted(answers[0][1][i : i + 2] + answers[1][1][i : i + 2]) for i in (0, 2, 4)]
+    assert joint == [sorted(each) for each in whole]

@@ -1,0 +1,263 @@
+"""Pack a data set into one file that training maps into memory (DATA.DATASET packed).
+
+python tools/pack.py --data-path D --split train --output P/train.pack --short-side 256 --workers 16
+python tools/pack.py --data-path D --split val --output P/val.pack --short-side 256 --workers 16
+python main_pretrain.py --dataset packed --data-path P ...
+
+Images whose shorter side is above --short-side are resized (antialiased) and encoded anew as JPEG; smaller
+ones, and all with --short-side 0, keep their bytes. --raw stores pixels instead. The file appears under its
+name only when it is complete and has been read back. The same command goes on where it was stopped, whatever
+stopped it, and writes the same bytes.
+"""
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.packing import SKIPPED, Partial, Progress, difference  # noqa: E402
+
+if TYPE_CHECKING:
+    from data.packed import PackIndex
+    from data.source import Source
+
+_TASK = 16  # images that a worker encodes at once
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pack, or only verify; return the exit code."""
+    args = _parse(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        verify(args.output) if args.verify else pack(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+        return 130
+    except (ValueError, OSError) as error:
+        again = "" if isinstance(error, ValueError) else "; free space or mend it, the same command goes on"
+        print(f"\nerror: {error}{again}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data-path", default="", help="root folder of the data set")
+    parser.add_argument("--dataset", default="imagefolder", help="as in training")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--output", type=Path, required=True, help="the pack, e.g. P/train.pack")
+    parser.add_argument("--short-side", type=int, default=0, help="resize larger images to it; 0: keep them")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs that are encoded anew")
+    parser.add_argument("--raw", action="store_true", help="store pixels: four times as fast to read, larger")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
+    parser.add_argument("--verify", action="store_true", help="only read an existing --output and check it")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not read the file back before it is done"
+    )
+    args = parser.parse_args(argv)
+    for flag, value, least, most in (
+        ("--short-side", args.short_side, 0, 1 << 16),
+        ("--quality", args.quality, 1, 100),
+        ("--workers", args.workers, 0, 1024),
+    ):
+        if not least <= value <= most:
+            parser.error(f"{flag} {value} must be from {least} to {most}")
+    return args
+
+
+# ---- the parts of the work -------------------------------------------------------------------------------
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Write `args.output`, going on with what an earlier call left."""
+    from data.datasets import build_source
+    from utils.atomic import sync_folder
+
+    source = build_source(args.dataset, args.data_path, args.split, index_cache="")
+    settings = _settings(args, source)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.output.exists():
+        _finished(args.output, settings)
+        return
+    partial = Partial.open(args.output, settings, len(source), args.skip_unreadable)
+    try:
+        _encode_rest(partial, source, settings, args)
+        left_out = [source.name(int(i)) for i in np.flatnonzero(partial.rows["length"] == SKIPPED)]
+        described = {"split": args.split, "raw": args.raw, "classes": source.classes}
+        partial.close_file(_index(partial, source), {**described, "settings": settings, "skipped": left_out})
+        if not args.no_verify:
+            verify(partial.path)
+        os.replace(partial.path, args.output)
+        sync_folder(args.output.parent)
+        partial.journal_path.unlink(missing_ok=True)
+    finally:
+        partial.close()
+    size = args.output.stat().st_size
+    print(f"{args.output}: {len(source) - len(left_out)} images, {size / 2**30:.2f} GiB")
+    for name in left_out:
+        print(f"left out, unreadable: {name}")
+
+
+def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
+    """Return all that the bytes of the pack depend on."""
+    from PIL import __version__, features
+
+    if not args.raw and source.images is not None:
+        raise ValueError(f"--dataset {args.dataset} holds pixels, not JPEGs: add --raw")
+    settings = {name: getattr(args, name) for name in ("dataset", "split", "short_side", "raw")}
+    if args.short_side and not args.raw:
+        settings["quality"] = args.quality
+    if args.short_side or args.raw:
+        settings["codecs"] = f"Pillow {__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    return {**settings, "source": source.fingerprint()}
+
+
+def _finished(output: Path, settings: dict[str, Any]) -> None:
+    """Accept a pack of the same settings that is there already; ``ValueError`` for any other file."""
+    from data.packed import PackedSource
+
+    found = PackedSource(output).header.get("settings")
+    if found != settings:
+        raise ValueError(
+            f"--output {output} exists and was packed otherwise ({difference(found, settings)}): choose "
+            "another name or remove it"
+        )
+    Partial.journal_of(output).unlink(missing_ok=True)  # of a call that was killed after its last step
+    print(f"{output} is complete")
+
+
+def _encode_rest(
+    partial: "Partial", source: "Source", settings: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """Encode what is missing, in order, and append it."""
+    import torch
+
+    from data.loader import LoaderError, fetch_in_order
+    from data.sampler import Request
+
+    partial.commit()  # workers that are forked now inherit no bytes that wait to be written
+    first, count = partial.done, len(source)
+    tasks = [Request(0, 0, np.arange(i, min(i + _TASK, count))) for i in range(first, count, _TASK)]
+    progress = Progress("packing", count, first)
+    encoder: Any = Encoder(source, settings)
+    try:
+        for encoded in fetch_in_order(encoder, tasks, args.workers, 600.0, torch.device("cpu")):
+            for index, (data, height, width, reason) in enumerate(encoded, start=partial.done):
+                if reason and not args.skip_unreadable:
+                    partial.commit()
+                    raise ValueError(
+                        f"cannot read {source.name(index)}: {reason}. Repair or remove it, or leave such "
+                        "images out with --skip-unreadable"
+                    )
+                partial.add(None if reason else data, height, width)
+                progress.show(index + 1)
+    except LoaderError as error:
+        raise OSError(
+            f"a worker ended ({error.__cause__}): memory may have run out, use fewer --workers"
+        ) from error
+    partial.commit()
+    progress.end()
+
+
+def _index(partial: "Partial", source: "Source") -> "PackIndex":
+    from data.files import FileSource
+    from data.listing import PackedStrings
+    from data.packed import HEAD, PackIndex
+
+    kept = np.flatnonzero(partial.rows["length"] != SKIPPED)
+    if not len(kept):
+        raise ValueError("no image can be read: nothing to pack")
+    rows = partial.rows[kept]
+    names: Any = source.paths if isinstance(source, FileSource) else getattr(source, "names", None)
+    name = source.name if names is None else names.__getitem__
+    packed = PackedStrings([name(int(i)) for i in kept])
+    return PackIndex(
+        offsets=np.cumsum(np.concatenate([[len(HEAD)], rows["length"]]), dtype=np.int64),
+        labels=source.labels.numpy()[kept],
+        names_at=packed.offsets,
+        sizes=np.stack([rows["height"], rows["width"]], axis=1),
+        checksums=rows["checksum"],
+        names=packed.blob,
+    )
+
+
+def verify(path: Path) -> None:
+    """Read a whole pack and compare it with its digests; ``ValueError`` names what is wrong."""
+    from data.packed import PackedSource
+
+    source = PackedSource(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+    os.close(descriptor)
+    progress = Progress("verifying", len(source))
+    for index in range(len(source)):
+        try:
+            source.record(index)
+        except OSError as error:
+            raise ValueError(f"{error}: pack it again (remove {path} first)") from error
+        progress.show(index + 1)
+    if source.index.content(source.classes, source.header["raw"]) != source.fingerprint():
+        raise ValueError(f"{path}: its digest is another: pack it again")
+    progress.end()
+
+
+class Encoder:
+    """Turns image indices into records, in a worker; (bytes, height, width, why it cannot be read) each."""
+
+    def __init__(self, source: "Source", settings: dict[str, Any]) -> None:
+        self.source, self.settings = source, settings
+
+    def __getitem__(self, request: Any) -> list[tuple[bytes, int, int, str]]:
+        """Encode the images of a request."""
+        return [self._record(int(index)) for index in request.indices]
+
+    def _record(self, index: int) -> tuple[bytes, int, int, str]:
+        try:
+            return self._encode(index)
+        except Exception as error:  # whatever a decoder may raise: the file is bad
+            return b"", 0, 0, f"{type(error).__name__}: {error}"
+
+    def _encode(self, index: int) -> tuple[bytes, int, int, str]:
+        from PIL import Image
+
+        from data.augment import resized_shape
+        from data.files import decode_rgb
+        from data.views import Resize
+
+        data = self.source.encoded(index)
+        if data is None and not self.settings["raw"]:
+            raise ValueError("only its pixels are stored: add --raw")
+        image = self.source.load(index) if data is None else decode_rgb(data)
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        height, width = pixels.shape[:2]
+        side = self.settings["short_side"]
+        if side and min(height, width) > side:
+            height, width = resized_shape(height, width, Resize(side))
+            smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+            pixels = np.asarray(smaller)
+            if not self.settings["raw"]:
+                buffer = io.BytesIO()
+                smaller.save(buffer, "JPEG", quality=self.settings["quality"])
+                data = buffer.getvalue()
+        return pixels.tobytes() if data is None or self.settings["raw"] else data, height, width, ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

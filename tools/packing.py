@@ -1,0 +1,175 @@
+"""What a pack in the making leaves on the disk, so that a kill at any instant loses only the last seconds."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from data.packed import PackIndex
+
+SKIPPED = -1  # the length of an image that was left out
+_ROW = np.dtype(
+    [
+        *(("index", "<i8"), ("length", "<i8")),  # of the image in the source; of its record
+        *(("checksum", "<u4"), ("height", "<u4"), ("width", "<u4"), ("unused", "<u4")),
+    ]
+)
+_COMMIT_BYTES = 64 << 20  # forced to the disk together, or what was written within
+_COMMIT_SECONDS = 10.0
+_LINE_SECONDS = 20.0  # between lines where there is no terminal
+
+
+@dataclass
+class Partial:
+    """A pack in the making: its records in order, and a journal with a row for each that is on the disk."""
+
+    path: Path
+    journal_path: Path
+    data: Any
+    journal: Any
+    rows: np.ndarray
+    done: int  # images of the source with a row
+    committed: int = 0
+    pending: int = 0  # bytes since the last commit
+    since: float = field(default_factory=time.monotonic)  # the last commit
+
+    @staticmethod
+    def journal_of(output: Path) -> Path:
+        """Return where the journal of a pack stands."""
+        return output.with_name(f"{output.name}.partial.journal")
+
+    @classmethod
+    def open(cls, output: Path, settings: dict[str, Any], count: int, skip: bool) -> "Partial":
+        """Go on with what is there, or begin; ``ValueError`` if it is another's or of other settings."""
+        from data.packed import HEAD
+
+        path = output.with_name(f"{output.name}.partial")
+        journal = cls.journal_of(output).open("a+b")
+        _lock(journal, path)
+        found = _read_journal(journal, path, settings)
+        if len(found) and not skip and (found["length"] == SKIPPED).any():
+            raise ValueError(f"{path} was begun with --skip-unreadable: give it again, or remove {path}")
+        data = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        ends = len(HEAD) + np.cumsum(np.maximum(found["length"], 0))
+        found = found[: np.searchsorted(ends, os.fstat(data.fileno()).st_size, side="right")]
+        line = json.dumps(settings).encode() + b"\n"
+        journal.truncate(len(line) + found.nbytes if len(found) else 0)
+        data.truncate(int(ends[len(found) - 1]) if len(found) else 0)
+        if len(found):
+            print(f"going on after {len(found)} of {count} images")
+        else:
+            data.write(HEAD)
+            journal.write(line)
+        data.seek(0, os.SEEK_END)
+        rows = np.zeros(count, dtype=_ROW)
+        rows[: len(found)] = found
+        return cls(path, cls.journal_of(output), data, journal, rows, len(found), len(found))
+
+    def add(self, record: bytes | None, height: int, width: int) -> None:
+        """Append the record of the next image, or None to leave it out."""
+        from data.mapped import checksum
+
+        length = SKIPPED if record is None else len(record)
+        self.rows[self.done] = (self.done, length, checksum(record or b""), height, width, 0)
+        if record is not None:
+            self.data.write(record)
+            self.pending += len(record)
+        self.done += 1
+        if self.pending >= _COMMIT_BYTES or time.monotonic() - self.since > _COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Force the records to the disk, then their rows: a row never speaks of what is not there."""
+        self.data.flush()
+        os.fsync(self.data.fileno())
+        self.journal.write(self.rows[self.committed : self.done].tobytes())
+        self.journal.flush()
+        os.fsync(self.journal.fileno())
+        self.committed, self.pending, self.since = self.done, 0, time.monotonic()
+
+    def close_file(self, index: "PackIndex", described: dict[str, Any]) -> None:
+        """Write what stands behind the records."""
+        from data.packed import closing
+
+        for part in closing(index, described):
+            self.data.write(part)
+        self.data.flush()
+        os.fsync(self.data.fileno())
+
+    def close(self) -> None:
+        """Close the files; what could not be written is written by the next call."""
+        for file in (self.data, self.journal):
+            with contextlib.suppress(OSError):  # of a full disk, which has been reported
+                file.close()
+
+
+def _lock(journal: Any, path: Path) -> None:
+    """Refuse to write beside another process; the lock is not inherited by workers, which may outlive it."""
+    try:
+        fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: the file system knows no locks
+            raise ValueError(f"{path} is being written by another process ({error})") from error
+
+
+def _read_journal(journal: Any, path: Path, settings: dict[str, Any]) -> np.ndarray:
+    """Return the whole rows of a journal; ``ValueError`` if it is of other settings."""
+    journal.seek(0)
+    content = journal.read()
+    line, newline, rest = content.partition(b"\n")
+    if not newline:
+        return np.zeros(0, dtype=_ROW)
+    found = json.loads(line)
+    if found != settings:
+        raise ValueError(
+            f"{path} was begun otherwise ({difference(found, settings)}): repeat that command, or remove "
+            f"{path} and {journal.name}"
+        )
+    rows = np.frombuffer(rest, dtype=_ROW, count=len(rest) // _ROW.itemsize)
+    wrong = np.flatnonzero((rows["index"] != np.arange(len(rows))) | (rows["length"] == 0))
+    return rows[: wrong[0]] if len(wrong) else rows
+
+
+def difference(old: Any, new: dict[str, Any]) -> str:
+    """Say which settings differ."""
+    old = old if isinstance(old, dict) else {}
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, verb: str, count: int, start: int = 0) -> None:
+        self.verb, self.count, self.start = verb, count, start
+        self.began = self.last = time.monotonic()
+        self.terminal = sys.stdout.isatty()
+
+    def show(self, done: int, last: bool = False) -> None:
+        """Say how far it is, if it is time to."""
+        now = time.monotonic()
+        if not last and now - self.last < (0.2 if self.terminal else _LINE_SECONDS):
+            return
+        self.last = now
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = (self.count - done) / max(rate, 1e-9)
+        share = done / max(self.count, 1)
+        text = f"{self.verb} {done}/{self.count} {share:4.0%} {rate:.0f} images/s, {left / 60:.1f} min left"
+        if self.terminal:
+            bar = "#" * int(30 * share)
+            print(f"\r[{bar:<30}] {text}\x1b[K", end="\n" if last else "", flush=True)
+        else:
+            print(text, flush=True)
+
+    def end(self) -> None:
+        """Say that all is done."""
+        self.show(self.count, last=True)
