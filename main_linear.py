@@ -1,21 +1,37 @@
-"""Linear probe of a pretrained backbone: a grid of learning rates in one pass, exact accuracies, k-NN beside
-them.
+"""Linear probe of a pretrained backbone: a grid of learning rates and weight decays in one pass, exact
+accuracies, k-NN beside them.
 
 python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the checkpoint
 of the pretraining run with the same cfg, output and tag; --pretrained FILE names another. Writes to
-O/<name>/T/linear/.
+O/<name>/T/linear/. Each head trains as if it were alone.
+
+--cached-features trains on features of the images without augmentation, which are computed once, kept in
+O/<name>/T/linear/<weights>-cached/ and used again while weights, images, size and precision are the same.
+Only so --labels 1 10 100 probes with few labels: each percentage is the run that it would be alone, on the
+images that main_semisup.py draws, with LINEAR.EPOCHS epochs of them and a folder of its own.
 """
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import make_parser, parse, run_main
 
 if TYPE_CHECKING:
+    import torch
+
+    from data.features import FeatureLoader
+    from data.loader import Batch, GlobalLoader
+    from data.source import Source
+    from models.classifier import LinearHeads
     from models.parts.backbones import Backbone
+    from utils.engine import TrainState
+    from utils.features import Features, SharedFeatures
+    from utils.probe import GridPoint
     from utils.run import Run
+    from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
 
@@ -24,6 +40,28 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def main() -> int:
     """Probe the pretrained weights, and random ones if asked; print one table; return the exit code."""
+    args, flags = parse(_parser())
+
+    from models import framework_defaults
+    from utils.config import default_config, load_config
+    from utils.probe import find_weights, refuse_contradictions, show_probes
+
+    protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
+    cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
+    refuse_contradictions(cfg.LINEAR)
+    weights = find_weights(cfg, args.pretrained)
+    results = []
+    for path in [weights, None] if args.random_baseline else [weights]:
+        found, exit_code = probe(cfg, args, path)
+        if exit_code:
+            return exit_code
+        results += found
+    if not args.throughput:
+        show_probes(results)
+    return 0
+
+
+def _parser() -> Any:
     parser = make_parser(__doc__, renamed={"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"})
     absent: Any = argparse.SUPPRESS
     parser.add_argument(
@@ -32,92 +70,150 @@ def main() -> int:
     parser.add_argument(
         "--protocol", choices=["moco", "mocov3", "moby"], help="a published protocol, not the recipe's own"
     )
+    for flag, key, text in (
+        ("--lr", "LRS", "learning-rate grid"),
+        ("--weight-decay", "WEIGHT_DECAYS", "each with each learning rate"),
+        ("--labels", "LABEL_PERCENTS", "percent of each class's labels, a probe each"),
+    ):
+        key = f"LINEAR.{key}"
+        parser.add_argument(flag, dest=key, type=float, nargs="+", default=absent, help=f"{text} [{key}]")
     parser.add_argument(
-        "--lr", dest="LINEAR.LRS", type=float, nargs="+", default=absent, help="learning-rate grid"
+        "--cached-features",
+        dest="LINEAR.CACHED_FEATURES",
+        action="store_const",
+        const=True,
+        default=absent,
+        help="train on features of images without augmentation, computed once",
     )
     parser.add_argument(
         "--drop-path-rate", dest="LINEAR.DROP_PATH", type=float, default=absent, help="MoBY: 0.2"
     )
     parser.add_argument("--random-baseline", action="store_true", help="probe the untrained backbone as well")
-    args, flags = parse(parser)
-
-    from models import framework_defaults
-    from utils.config import default_config, load_config
-    from utils.probe import find_weights, show_probes
-
-    protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
-    cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
-    weights = find_weights(cfg, args.pretrained)
-    results = []
-    for path in [weights, None] if args.random_baseline else [weights]:
-        result, exit_code = probe(cfg, args, path)
-        if exit_code:
-            return exit_code
-        results.append(result)
-    if not args.throughput:
-        show_probes(results)
-    return 0
+    return parser
 
 
-def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
-    """Train the grid of heads on weights (``None``: random ones); return the results and an exit code."""
-    import torch
+@dataclass
+class Frozen:
+    """What the probes of one set of weights share: the network, the images, their features."""
 
-    from data.datasets import open_split
-    from data.loader import Batch, GlobalLoader, evaluation_batches
-    from data.views import build_recipe
-    from models.classifier import LinearHeads, grid_loss
-    from utils.engine import TrainState, fit
-    from utils.evaluate import extract_features, knn_accuracy, measure_throughput
-    from utils.optim import build_optimizer
-    from utils.plan import global_batch_size, make_plan
-    from utils.probe import head_accuracies, write_result
+    backbone: "Backbone"
+    name: str  # of the weights, with their sha256
+    train: "Source"
+    bank: "Features | None"  # of the training images, where they are needed
+    queries: list[
+        tuple["torch.Tensor", "torch.Tensor"]
+    ]  # this process's features and labels of the val split
+
+
+def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[list[dict[str, Any]], int]:
+    """Probe ``weights`` (``None``: random ones) with each share of labels; return results and exit code."""
+    from utils.evaluate import measure_throughput
+    from utils.probe import probe_folder
     from utils.run import start_run
-    from utils.schedules import Progress
 
     label = weights.stem if weights else "random"
-    run = start_run(cfg, f"linear/{label}", task="linear", training=not (args.eval or args.throughput))
-    linear = cfg.LINEAR
+    frozen, results = None, []
+    for percent in cfg.LINEAR.LABEL_PERCENTS:
+        folder = probe_folder(cfg.LINEAR, label, percent)
+        run = start_run(cfg, folder, task="linear", training=not (args.eval or args.throughput))
+        if args.throughput:
+            backbone = frozen_backbone(cfg, run, weights)
+            measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
+            return [], 0
+        frozen = frozen or freeze_network(cfg, run, weights)
+        result, exit_code = train_heads(cfg, args, run, frozen, label, percent)
+        if exit_code:
+            return [], exit_code
+        results.append(result)
+    return results, 0
 
+
+def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
+    """Build the backbone, load ``weights`` if any and freeze it."""
+    from models.classifier import freeze, pretrained_backbone
+    from utils.config import section_options
+    from utils.foreign import read_torch
+
+    backbone = pretrained_backbone(
+        section_options(cfg.MODEL.BACKBONE),
+        read_torch(weights) if weights else None,
+        str(weights),
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path=cfg.LINEAR.DROP_PATH,
+    )
+    return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0)
+
+
+def freeze_network(cfg: Any, run: "Run", weights: Path | None) -> Frozen:
+    """Return the frozen backbone and the features that do not change while heads train."""
+    from data.datasets import open_split
+    from data.features import refuse_missing
+    from data.loader import evaluation_batches
+    from data.views import build_recipe
+    from utils.config import section_options
+    from utils.feature_cache import cached_features
+    from utils.features import compute_features
+    from utils.probe import probe_folder, weights_fingerprint
+
+    cached, size = cfg.LINEAR.CACHED_FEATURES, cfg.DATA.IMG_SIZE
     backbone = frozen_backbone(cfg, run, weights)
-    if args.throughput:
-        measure_throughput(backbone, cfg.DATA.IMG_SIZE, linear.BATCH_SIZE, run.device)
-        return {}, 0
+    name = weights_fingerprint(weights)
+    place = run.folder.parents[1] / probe_folder(cfg.LINEAR, weights.stem if weights else "random", 100)
 
-    # data; the features of frozen weights under a fixed transform are computed once
+    def features_of(split: str, source: "Source") -> "Features":
+        def compute() -> "SharedFeatures":
+            batches = evaluation_batches(
+                source,
+                size,
+                batch_size=cfg.LINEAR.BATCH_SIZE,
+                device=run.device,
+                num_workers=cfg.DATA.NUM_WORKERS,
+                timeout=cfg.DATA.TIMEOUT,
+                skip_unreadable=split == "train",  # as in training, where another image stands in
+            )
+            with run.evaluating(backbone):
+                return compute_features(backbone, batches)
+
+        if not cached:
+            return compute()
+        key = {
+            "weights": name if weights else f"{name}, seed {run.seed}",
+            "backbone": section_options(cfg.MODEL.BACKBONE),
+            "data": source.fingerprint(),
+            "view": repr(build_recipe("eval", size)),
+            "precision": run.precision,
+        }
+        return cached_features(place, split, key, source.labels, run.device, compute, write=run.training)
+
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
-    run.fingerprint += f", data {train.fingerprint()}"
-    reading: dict[str, Any] = {
-        "batch_size": linear.BATCH_SIZE,
-        "device": run.device,
-        "num_workers": cfg.DATA.NUM_WORKERS,
-        "timeout": cfg.DATA.TIMEOUT,
-    }
-    with run.evaluating(backbone):
-        queries = extract_features(backbone, evaluation_batches(val, cfg.DATA.IMG_SIZE, **reading))
-        knn = {}
-        if cfg.KNN.K:
-            reading["skip_unreadable"] = True  # as in training, where another image stands in
-            bank = extract_features(backbone, evaluation_batches(train, cfg.DATA.IMG_SIZE, **reading))
-            mine = run.shard(*queries)
-            knn = knn_accuracy(*bank, *mine, train.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
-    loader = GlobalLoader(
-        train,
-        build_recipe("linear", cfg.DATA.IMG_SIZE),
-        global_batch=global_batch_size(linear.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS),
-        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
-        drop_last=False,
-        seed=cfg.SEED,
-        device=run.device,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        timeout=cfg.DATA.TIMEOUT,
-        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
-    )
+    queries = features_of("val", val).blocks()
+    bank = features_of("train", train) if cfg.KNN.K or cached else None
+    if cached and bank is not None:
+        refuse_missing(train, bank.indices, cfg.DATA.MAX_BAD_FRACTION)
+    return Frozen(backbone, name, train, bank, queries)
 
-    # one head a learning rate: a parameter group each, clipped each by itself
-    heads = run.prepare(
-        LinearHeads(backbone.num_features, train.num_classes, len(linear.LRS), linear.HEAD_INIT)
-    )
+
+def train_heads(
+    cfg: Any, args: argparse.Namespace, run: "Run", frozen: Frozen, label: str, percent: float
+) -> tuple[dict[str, Any], int]:
+    """Train the grid of heads on ``percent`` of the labels; return the results and an exit code."""
+    import torch
+
+    from models.classifier import grid_loss
+    from utils.engine import fit
+    from utils.knn import features_knn
+    from utils.plan import make_plan
+    from utils.probe import grid_points, head_accuracies, write_result
+
+    linear, points = cfg.LINEAR, grid_points(cfg.LINEAR)
+    source, bank = labelled_images(frozen, percent, cfg.SEED)
+    run.fingerprint = f"{frozen.name}, data {source.fingerprint()}"
+    knn = {}
+    if cfg.KNN.K and bank is not None:
+        knn = features_knn(bank, frozen.queries, source.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
+    loader = open_loader(cfg, run, source, bank)
+
+    heads = draw_heads(cfg, run, frozen, points)
     plan = make_plan(
         linear.OPTIM,
         linear.SCHEDULE,
@@ -128,20 +224,20 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
         section="LINEAR.",
         accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
     )
-    groups = [{"params": list(pair), "rate": index} for index, pair in enumerate(heads.pairs())]
-    optimizer = build_optimizer(linear.OPTIM, groups)
-    state = TrainState(heads, optimizer, run.wrap(heads), clip_groups=heads.pairs())
+    state = open_state(cfg, run, heads, points)
     resumed = run.resume(state, plan)
-    run.describe(heads, plan, len(train))
+    run.describe(heads, plan, len(source))
 
-    def step(batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
-        with torch.no_grad(), run.autocast():
-            features = backbone(run.views(batch.views[0])).float()
+    def step(batch: "Batch", progress: "Progress") -> dict[str, torch.Tensor]:
+        features = batch.views[0]
+        if not linear.CACHED_FEATURES:
+            with torch.no_grad(), run.autocast():
+                features = frozen.backbone(run.views(features)).float()
         losses = grid_loss(state.model(features), batch.labels, linear.LABEL_SMOOTHING)
         return {"loss": losses.sum(), "best_loss": losses.detach().min()}
 
-    def evaluate(progress: Progress) -> dict[str, float]:
-        return head_accuracies(heads, *queries, linear.LRS)
+    def evaluate(progress: "Progress") -> dict[str, float]:
+        return head_accuracies(heads, frozen.queries, points)
 
     if args.eval and not resumed:
         raise ValueError(
@@ -152,25 +248,77 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dic
         if outcome.value:
             return {}, outcome.value
     final = evaluate(plan.progress(state.step))
-    return write_result(run, label, state.best, final, knn, linear.LRS), 0
+    what = {"weights": label, "labels": f"{percent:g}pct", "images": len(source)}
+    return write_result(run, what, state.best, final, knn, points), 0
 
 
-def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
-    """Build the backbone, load ``weights`` if any and freeze it; note in the run what it is about."""
-    from models.classifier import freeze, pretrained_backbone
-    from utils.config import section_options
-    from utils.foreign import read_torch
-    from utils.probe import weights_fingerprint
+def labelled_images(frozen: Frozen, percent: float, seed: int) -> tuple["Source", "Features | None"]:
+    """Return the training images with labels, and their features: few labels are few for heads and k-NN."""
+    import torch
 
-    backbone = pretrained_backbone(
-        section_options(cfg.MODEL.BACKBONE),
-        read_torch(weights) if weights else None,
-        str(weights),
-        img_size=cfg.DATA.IMG_SIZE,
-        drop_path=cfg.LINEAR.DROP_PATH,
+    from data.datasets import subset
+    from data.labels import label_subset
+
+    if percent == 100:
+        return frozen.train, frozen.bank
+    chosen = label_subset(frozen.train, percent, seed)
+    return subset(frozen.train, chosen), frozen.bank and frozen.bank.select(torch.from_numpy(chosen))
+
+
+def open_loader(
+    cfg: Any, run: "Run", source: "Source", features: "Features | None"
+) -> "GlobalLoader | FeatureLoader":
+    """Return the loader of the heads' batches: augmented images, or features that were computed before."""
+    from data.features import FeatureLoader
+    from data.loader import GlobalLoader
+    from data.views import build_recipe
+    from utils.plan import global_batch_size
+
+    accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+    batches: dict[str, Any] = {
+        "global_batch": global_batch_size(cfg.LINEAR.BATCH_SIZE, accumulation),
+        "accumulation": accumulation,
+        "seed": cfg.SEED,
+    }
+    if cfg.LINEAR.CACHED_FEATURES:
+        assert features is not None
+        return FeatureLoader(features, **batches)
+    return GlobalLoader(
+        source,
+        build_recipe("linear", cfg.DATA.IMG_SIZE),
+        drop_last=False,
+        device=run.device,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        timeout=cfg.DATA.TIMEOUT,
+        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
+        backend=cfg.AUG.BACKEND,
+        **batches,
     )
-    run.fingerprint = weights_fingerprint(weights)
-    return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0)
+
+
+def draw_heads(cfg: Any, run: "Run", frozen: Frozen, points: list["GridPoint"]) -> "LinearHeads":
+    """Return a head for each point of the grid, drawn from a key: alike whatever was computed before."""
+    import torch
+
+    from models.classifier import LinearHeads
+    from utils.distributed import keyed_seed
+
+    torch.manual_seed(keyed_seed("heads", cfg.SEED))
+    num_features, num_classes = frozen.backbone.num_features, frozen.train.num_classes
+    return run.prepare(LinearHeads(num_features, num_classes, len(points), cfg.LINEAR.HEAD_INIT))
+
+
+def open_state(cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoint"]) -> "TrainState":
+    """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
+    from utils.engine import TrainState
+    from utils.optim import build_optimizer
+
+    groups = [
+        {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}
+        for pair, point in zip(heads.pairs(), points, strict=True)
+    ]
+    optimizer = build_optimizer(cfg.LINEAR.OPTIM, groups)
+    return TrainState(heads, optimizer, run.wrap(heads), clip_groups=heads.pairs())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Judge features: exact top-k counts, weighted k-NN, few-label probes, and two alarms for collapse.
+"""Judge features: exact top-k counts, few-label probes, and two alarms for collapse; k-NN: ``utils.knn``.
 
 Accuracies are percentages. Counts are summed before they are divided, so that the number of ranks, the size
 of the last batch and the chunking change nothing.
@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.distributed import all_reduce_sum, gather_uneven, keyed_seed, rank, world_size
+from utils.distributed import all_reduce_sum, keyed_seed, rank, world_size
+from utils.features import compute_features
 
 logger = logging.getLogger("synco")
-
-KNN_KS = (10, 20, 100, 200)
-_CHUNK_ELEMENTS = 1 << 26  # similarities held at a time: 256 MiB of float32
 
 
 class LabelledBatch(Protocol):
@@ -76,85 +74,7 @@ def extract_features(
 
     Samples that several ranks got to fill up their shards count once. The caller sets the eval mode.
     """
-    features, labels, indices = [], [], []
-    for batch in batches:
-        features.append(backbone(batch.views[0]).float())
-        labels.append(batch.labels)
-        indices.append(batch.indices)
-    if not features:
-        raise ValueError("no evaluation batch on this rank; use at most as many ranks as there are images")
-    device = features[0].device
-    order = gather_uneven(torch.cat(indices).to(device))
-    order, rows = torch.sort(order, stable=True)
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = order[1:] != order[:-1]
-    rows = rows[first]
-    return gather_uneven(torch.cat(features))[rows], gather_uneven(torch.cat(labels).to(device))[rows]
-
-
-@torch.no_grad()
-def weighted_knn(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    num_classes: int,
-    ks: Sequence[int] = KNN_KS,
-    temperature: float = 0.07,
-    chunk: int | None = None,
-) -> dict[int, Tensor]:
-    """Return for each k the top min(5, C) classes (Q, 5) of queries (Q, D) among the bank (M, D), best first.
-
-    Each of the k nearest by cosine votes exp(similarity / temperature) for its class (Wu et al. 2018,
-    arXiv:1805.01978). k > M means M. `chunk` queries are compared at a time, as many as fit if None.
-    """
-    _check_bank(bank, bank_labels, queries, num_classes)
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    chunk = chunk or max(1, _CHUNK_ELEMENTS // len(bank))
-    found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in queries.split(chunk):
-        similarity, nearest = (part @ bank.T).topk(min(max(ks), len(bank)), dim=1)
-        # A common factor changes no order, and without it a small temperature overflows.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        classes = bank_labels[nearest]
-        for k in ks:
-            votes = weights.new_zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
-            ranking = votes.sort(dim=1, descending=True, stable=True).indices
-            found[k].append(ranking[:, : min(5, num_classes)])
-    return {k: torch.cat(parts) for k, parts in found.items()}
-
-
-def _check_bank(bank: Tensor, labels: Tensor, queries: Tensor, num_classes: int) -> None:
-    if len(bank) == 0:
-        raise ValueError("k-NN needs a bank of labelled features, but it is empty")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"k-NN bank labels run from {low} to {high}, expected 0 to {num_classes - 1} (-1: unlabelled)"
-        )
-    if not (torch.isfinite(bank).all() and torch.isfinite(queries).all()):
-        raise ValueError("features for k-NN hold NaN or infinity; the backbone has diverged or lacks weights")
-
-
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    num_classes: int,
-    ks: Sequence[int] = KNN_KS,
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """Return {"knn10_top1": percent, "knn10_top5": percent, ...}; queries may be sharded over ranks."""
-    ranking = weighted_knn(bank, bank_labels, queries, num_classes, ks, temperature)
-    right = torch.stack([classes == query_labels.unsqueeze(1) for classes in ranking.values()])  # (K, Q, 5)
-    total = torch.full((1,), len(queries), device=queries.device)
-    counts = all_reduce_sum(torch.cat([right[:, :, 0].sum(1), right.any(2).sum(1), total]))
-    top1, top5 = (100.0 * counts[:-1].double().cpu() / counts[-1].item()).view(2, -1).tolist()
-    return {
-        f"knn{k}_{top}": values[i]
-        for i, k in enumerate(ranking)
-        for top, values in (("top1", top1), ("top5", top5))
-    }
+    return compute_features(backbone, batches).whole()
 
 
 def logistic_probe(

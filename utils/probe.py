@@ -1,10 +1,11 @@
-"""What a linear probe reports: which weights, the accuracy of each head, one table."""
+"""What a linear probe is about and reports: weights, grid, the accuracy of each head, one table."""
 
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from yacs.config import CfgNode
 
 from utils import checkpoint
 from utils.atomic import write_text
-from utils.distributed import is_main, on_main
+from utils.distributed import all_reduce_sum, is_main, on_main
 from utils.evaluate import topk_correct
 from utils.run import Run
 
 logger = logging.getLogger("synco")
+
+_LOGITS = 1 << 24  # of all heads at a time, 64 MiB
 
 
 def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
@@ -40,23 +43,80 @@ def weights_fingerprint(weights: Path | None) -> str:
     return f"weights {on_main(lambda: checkpoint.digest(weights))}" if weights else "random weights"
 
 
+class GridPoint(NamedTuple):
+    """A head's place in the grid: which learning rate, which weight decay, and its name in what is logged."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    rate: int  # the learning rate's number among LINEAR.LRS
+
+
+def grid_points(linear: CfgNode) -> list[GridPoint]:
+    """Return learning rates x weight decays; a name says the weight decay only where there are several.
+
+    Raises ``ValueError`` where a point stands twice or its weight decay is not its own.
+    """
+    decays = linear.WEIGHT_DECAYS or [linear.OPTIM.WEIGHT_DECAY]
+    if linear.WEIGHT_DECAYS and linear.OPTIM.WEIGHT_DECAY_END:
+        raise ValueError(
+            "LINEAR.WEIGHT_DECAYS (--weight-decay): each is constant; set LINEAR.OPTIM.WEIGHT_DECAY_END to 0 "
+            f"instead of {linear.OPTIM.WEIGHT_DECAY_END:g}"
+        )
+    points = [
+        GridPoint(f"lr{lr:g}" + (f"_wd{decay:g}" if len(decays) > 1 else ""), lr, decay, number)
+        for decay in decays
+        for number, lr in enumerate(linear.LRS)
+    ]
+    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"LINEAR.LRS (--lr) or LINEAR.WEIGHT_DECAYS (--weight-decay): {', '.join(twice)} stands twice; "
+            "name each value once (six digits count)"
+        )
+    return points
+
+
+def refuse_contradictions(linear: CfgNode) -> None:
+    """Raise ``ValueError`` for a ``LINEAR`` section whose features or subsets contradict each other."""
+    few = [percent for percent in linear.LABEL_PERCENTS if percent < 100]
+    if few and not linear.CACHED_FEATURES:
+        raise ValueError(
+            f"LINEAR.LABEL_PERCENTS (--labels): {few[0]:g} needs --cached-features; with augmented views use "
+            f"main_semisup.py --weights freeze --train-percent {few[0]:g}"
+        )
+    if linear.CACHED_FEATURES and linear.DROP_PATH:
+        raise ValueError(
+            f"LINEAR.DROP_PATH (--drop-path-rate): {linear.DROP_PATH:g} cannot act in --cached-features, "
+            "computed once in eval mode; add --drop-path-rate 0"
+        )
+
+
+def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
+    """Return the folder of a probe below that of its run: ``linear/<weights>[-cached][-<percent>pct]``."""
+    subset = f"-{percent:g}pct" if percent < 100 else ""
+    return f"linear/{label}{'-cached' if linear.CACHED_FEATURES else ''}{subset}"
+
+
 @torch.no_grad()
 def head_accuracies(
-    heads: nn.Module, features: Tensor, labels: Tensor, rates: Sequence[float]
+    heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Sequence[GridPoint]
 ) -> dict[str, float]:
     """Return percent top-1 and top-5 of each head (``lr30/top1``) and of the best one (``top1``, ``top5``).
 
-    ``features`` (M, F) are those of the whole evaluation set, so the counts are exact on any number of
-    processes.
+    ``blocks`` are this process's (features, labels), on its device; the counts of all processes are summed.
     """
-    counts = sum(
-        topk_correct(heads(part), target, (1, 5))
-        for part, target in zip(features.split(4096), labels.split(4096), strict=True)
-    )
-    accuracy = (100.0 * counts.double() / len(labels)).tolist()  # type: ignore[union-attr]
+    counts = torch.zeros(2 * len(points) + 1, dtype=torch.int64, device=next(heads.parameters()).device)
+    size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))  # weights (C, F) and biases (C,)
+    for features, labels in blocks:
+        for part, target in zip(features.split(size), labels.split(size), strict=True):
+            counts[:-1] += topk_correct(heads(part), target, (1, 5)).flatten()
+        counts[-1] += len(labels)
+    *right, total = all_reduce_sum(counts).tolist()
+    accuracy = [[100.0 * count / total for count in right[i : i + 2]] for i in range(0, len(right), 2)]
     values = {
-        f"lr{rate:g}/top{k}": row[i]
-        for rate, row in zip(rates, accuracy, strict=True)
+        f"{point.name}/top{k}": row[i]
+        for point, row in zip(points, accuracy, strict=True)
         for i, k in ((0, 1), (1, 5))
     }
     best = max(accuracy)
@@ -65,25 +125,30 @@ def head_accuracies(
 
 def write_result(
     run: Run,
-    label: str,
-    best: dict[str, float],
-    final: dict[str, float],
-    knn: dict[str, float],
-    rates: Sequence[float],
+    what: Mapping[str, Any],
+    best: Mapping[str, float],
+    final: Mapping[str, float],
+    knn: Mapping[str, float],
+    points: Sequence[GridPoint],
 ) -> dict[str, Any]:
-    """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by
-    learning rate.
+    """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
+    point.
+
+    ``what`` was probed stands first. Weight decays are named where there are several.
     """
-    chosen = max(rates, key=lambda rate: best.get(f"lr{rate:g}/top1", final[f"lr{rate:g}/top1"]))
+    chosen = max(points, key=lambda point: best.get(f"{point.name}/top1", final[f"{point.name}/top1"]))
+    several = len({point.weight_decay for point in points}) > 1
     result = {
-        "weights": label,
-        "lr": chosen,
+        **what,
+        "lr": chosen.lr,
+        **({"weight_decay": chosen.weight_decay} if several else {}),
         "best_top1": best.get("top1", final["top1"]),
-        "final_top1": final[f"lr{chosen:g}/top1"],
-        "final_top5": final[f"lr{chosen:g}/top5"],
+        "final_top1": final[f"{chosen.name}/top1"],
+        "final_top5": final[f"{chosen.name}/top5"],
         **knn,
-        "final_by_lr": {
-            f"{rate:g}": [final[f"lr{rate:g}/top1"], final[f"lr{rate:g}/top5"]] for rate in rates
+        "final_by_point" if several else "final_by_lr": {
+            point.name if several else f"{point.lr:g}": [final[f"{point.name}/top{k}"] for k in (1, 5)]
+            for point in points
         },
     }
     if is_main():
@@ -93,9 +158,11 @@ def write_result(
 
 
 def show_probes(results: Sequence[dict[str, Any]]) -> None:
-    """Log one line a probed set of weights."""
+    """Log one line a probe: weights, labels where they are not all, and the grid's best."""
     knn = [key for key in results[0] if key.startswith("knn") and key.endswith("top1")]
-    show_table(results, ["weights", "lr", "best_top1", "final_top1", "final_top5", *knn])
+    few = ["labels", "images"] if any(result["labels"] != "100pct" for result in results) else []
+    grid = [key for key in ("lr", "weight_decay") if key in results[0]]
+    show_table(results, ["weights", *few, *grid, "best_top1", "final_top1", "final_top5", *knn])
 
 
 def show_table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -109,4 +176,4 @@ def show_table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> Non
 def _cell(column: str, value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    return f"{value:g}" if column.startswith("lr") else f"{value:.2f}"
+    return f"{value:g}" if column.startswith(("lr", "weight_decay")) else f"{value:.2f}"

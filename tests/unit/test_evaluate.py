@@ -16,11 +16,10 @@ from utils.evaluate import (
     embedding_std,
     extract_features,
     few_label_accuracy,
-    knn_accuracy,
     logistic_probe,
     topk_correct,
-    weighted_knn,
 )
+from utils.knn import knn_accuracy, weighted_knn
 
 
 @dataclass

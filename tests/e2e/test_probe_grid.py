@@ -1,0 +1,135 @@
+"""The linear probe from the command line: a grid, few labels, features that are kept."""
+
+import json
+import re
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import runs
+import torch
+from torch import Tensor
+
+
+class Prober:
+    """Probes the weights of one short pretraining on digits."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        argv = runs.arguments("byol", output, "weights")
+        assert forked.run("main_pretrain", argv, output / "log") == [0]
+        self.weights = output / "byol" / "weights" / f"ckpt_{runs.STEPS:08d}.pt"
+
+    def start(
+        self, tag: str, *flags: str, world: int = 1, prepare: Any = None, **keys: Any
+    ) -> list[forked.Job]:
+        keys = {"LINEAR__EPOCHS": 2, "LINEAR__BATCH_SIZE": 256 // world, "KNN__K": [5], **keys}
+        given = ("--pretrained", str(self.weights), *flags)
+        argv = runs.arguments("byol", self.output, tag, *given, world=world, **keys)
+        return forked.start("main_linear", argv, self.output / "log", ranks=world, prepare=prepare)
+
+    def run(self, tag: str, *flags: str, world: int = 1, **keys: Any) -> str:
+        jobs = self.start(tag, *flags, world=world, **keys)
+        assert [job.wait() for job in jobs] == [0] * world, jobs[0].text()
+        return jobs[0].text()
+
+    def folder(self, tag: str, suffix: str = "-cached") -> Path:
+        return self.output / "byol" / tag / "linear" / f"{self.weights.stem}{suffix}"
+
+    def result(self, tag: str, suffix: str = "-cached") -> dict[str, Any]:
+        return json.loads((self.folder(tag, suffix) / "result.json").read_text())
+
+    def heads(self, tag: str, suffix: str = "-cached") -> dict[str, Tensor]:
+        return runs.final_state(self.folder(tag, suffix))["framework"]
+
+
+GRID = ("--lr", "0.1", "3", "--weight-decay", "0", "0.01", "--cached-features")
+
+
+@pytest.fixture(scope="module")
+def prober(tmp_path_factory: pytest.TempPathFactory) -> Prober:
+    made = Prober(tmp_path_factory.mktemp("probe"))
+    made.run("grid", *GRID, "--labels", "5", "100")
+    return made
+
+
+@pytest.mark.parametrize("suffix", ["-cached", "-cached-5pct"])
+def test_each_head_of_each_subset_is_the_head_of_a_run_alone(prober: Prober, suffix: str) -> None:
+    labels = "5" if suffix.endswith("5pct") else "100"
+    together = prober.heads("grid", suffix)
+    prober.run("alone", "--lr", "3", "--weight-decay", "0.01", "--cached-features", "--labels", labels)
+    alone = prober.heads("alone", suffix)
+    for name in ("weights", "biases"):
+        assert torch.equal(together[f"{name}.3"], alone[f"{name}.0"])
+    assert (together["weights.3"] - together["weights.1"]).abs().max() > 1e-4
+    result, single = prober.result("grid", suffix), prober.result("alone", suffix)
+    assert result["final_by_point"]["lr3_wd0.01"] == single["final_by_lr"]["3"]
+    assert result["knn5_top1"] == single["knn5_top1"]
+    assert result["images"] == {"5": 72, "100": 1438}[labels]
+
+
+def test_a_subset_beside_others_is_the_subset_by_itself(prober: Prober) -> None:
+    prober.run("subset", *GRID, "--labels", "5")
+    assert runs.digest(prober.folder("subset", "-cached-5pct")) == runs.digest(
+        prober.folder("grid", "-cached-5pct")
+    )
+    assert prober.result("subset", "-cached-5pct") == prober.result("grid", "-cached-5pct")
+    knn = [prober.result("grid", suffix)["knn5_top1"] for suffix in ("-cached", "-cached-5pct")]
+    assert knn[0] > knn[1]  # whose neighbours are few
+
+
+def test_features_are_kept_and_verified(prober: Prober) -> None:
+    shutil.copytree(prober.folder("grid").parent, prober.folder("again").parent)
+    for path in prober.folder("again").glob("ckpt_*"):
+        path.unlink()
+    before = runs.digest(prober.folder("grid"))
+    assert "computed" not in prober.run("again", *GRID)
+    assert runs.digest(prober.folder("again")) == before
+    (file,) = prober.folder("again").glob("features_val_*.npy")
+    file.write_bytes(file.read_bytes()[:-1])
+    text = prober.run("again", *GRID)
+    assert re.search(r"features of val are computed for .*damaged", text)
+    assert not re.search(r"features of train are computed", text)
+    assert prober.result("again") == prober.result("grid")
+    assert "computed" not in prober.run("again", *GRID, "--eval")
+    assert re.search(r"train are computed .*none yet", prober.run("again", *GRID, "--precision", "bf16"))
+
+
+def test_two_processes_probe_the_same_features_alike(prober: Prober) -> None:
+    shutil.copytree(prober.folder("grid"), prober.folder("pair"), ignore=shutil.ignore_patterns("ckpt_*"))
+    prober.run("pair", *GRID, world=2)
+    one, two = prober.result("grid"), prober.result("pair")
+    assert one["knn5_top1"] == two["knn5_top1"]
+    for name, value in prober.heads("grid").items():
+        torch.testing.assert_close(prober.heads("pair")[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_killed_between_subsets_and_started_again(prober: Prober) -> None:
+    flags = (*GRID, "--labels", "5", "100")
+    (job,) = prober.start("killed", *flags, prepare=partial(runs.kill_at, step=7))
+    assert job.wait() == -signal.SIGKILL
+    assert runs.status(prober.folder("killed", "-cached-5pct"))["state"] == "done"
+    prober.run("killed", *flags)
+    for suffix in ("-cached", "-cached-5pct"):
+        assert runs.digest(prober.folder("killed", suffix)) == runs.digest(prober.folder("grid", suffix))
+        assert prober.result("killed", suffix) == prober.result("grid", suffix)
+
+
+def test_few_labels_without_kept_features_are_refused(prober: Prober) -> None:
+    (job,) = prober.start("refused", "--labels", "5")
+    assert job.wait() == 2
+    assert "--labels" in job.text()
+    assert "main_semisup.py" in job.text()
+
+
+def test_the_subset_is_that_of_fine_tuning(prober: Prober) -> None:
+    flags = ("--pretrained", "none", "--run-name", "x", "--train-percent", "5", "--epochs", "1")
+    argv = runs.arguments("byol", prober.output, "semisup", *flags)
+    assert forked.run("main_semisup", argv, prober.output / "log") == [0]
+    state = runs.final_state(prober.output / "byol" / "semisup" / "semisup" / "x")
+    subset = runs.final_state(prober.folder("grid", "-cached-5pct"))
+    assert state["dataset"].split()[-1] == subset["dataset"].split()[-1]

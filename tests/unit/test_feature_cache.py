@@ -1,0 +1,163 @@
+"""Features on the disk are used when they are those of the weights and images, and only then."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from torch import Tensor
+
+import utils.feature_cache
+from utils.feature_cache import cached_features
+from utils.features import Features, SharedFeatures
+
+LABELS = torch.arange(10) % 3
+KEY = {
+    "weights": "a" * 64,
+    "data": "10:b",
+    "view": "eval at 8",
+    "precision": "fp32",
+    "backbone": {"stem": "x"},
+}
+
+
+def computed(rows: Tensor | None = None, indices: Tensor | None = None) -> SharedFeatures:
+    rows = torch.arange(40.0).view(10, 4) if rows is None else rows
+    indices = torch.arange(len(rows)) if indices is None else indices
+    return SharedFeatures(rows, LABELS[indices], indices, torch.device("cpu"), torch.arange(len(rows)))
+
+
+def load(folder: Path, key: dict[str, Any] = KEY, split: str = "train", **more: Any) -> tuple[Features, int]:
+    """Return the features and how often they were computed."""
+    calls = []
+
+    def compute() -> SharedFeatures:
+        calls.append(1)
+        return computed()
+
+    found = cached_features(folder, split, key, LABELS, torch.device("cpu"), compute, **more)
+    return found, len(calls)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.name != "features.lock")
+
+
+def test_features_are_computed_once(tmp_path: Path) -> None:
+    (first, times), (second, again) = load(tmp_path), load(tmp_path)
+    assert (times, again) == (1, 0)
+    for features in (first, second):
+        assert torch.equal(features.whole()[0], computed().rows)
+        assert torch.equal(features.labels, LABELS)
+    assert [path.suffix for path in files(tmp_path)] == [".json", ".npy"]
+
+
+@pytest.mark.parametrize("name", KEY)
+def test_other_weights_images_or_options_are_other_features(tmp_path: Path, name: str) -> None:
+    load(tmp_path)
+    assert load(tmp_path, {**KEY, name: "other"})[1] == 1
+    assert load(tmp_path)[1] == 0
+    assert load(tmp_path, split="val")[1] == 1
+
+
+def spoil_byte(data: Path, record: Path) -> None:
+    content = bytearray(data.read_bytes())
+    content[-3] ^= 1
+    data.write_bytes(content)
+
+
+def spoil_key(data: Path, record: Path) -> None:
+    record.write_text(json.dumps({**json.loads(record.read_text()), "key": {}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_byte, "damaged"),
+        (lambda data, record: data.write_bytes(data.read_bytes()[:-4]), "damaged"),
+        (lambda data, record: data.unlink(), "cannot be read"),
+        (lambda data, record: record.write_text("{"), "cannot be read"),
+        (lambda data, record: record.write_text("[]"), "cannot be read"),
+        (lambda data, record: record.unlink(), "none yet"),  # killed before the commit
+        (spoil_key, "something else"),
+    ],
+)
+def test_what_does_not_verify_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any, reason: str
+) -> None:
+    load(tmp_path)
+    record, data = files(tmp_path)
+    spoil(data, record)
+    with caplog.at_level(logging.INFO, logger="synco"):
+        features, times = load(tmp_path)
+    assert times == 1
+    assert reason in caplog.text
+    assert torch.equal(features.whole()[0], computed().rows)
+    assert load(tmp_path)[1] == 0
+
+
+def test_images_without_features_stay_out(tmp_path: Path) -> None:
+    indices = torch.tensor([0, 1, 2, 4, 5, 7, 8, 9])
+    rows = torch.randn(8, 4)
+    for compute in (lambda: computed(rows, indices), None):  # the second time from the file
+        features = cached_features(tmp_path, "train", KEY, LABELS, torch.device("cpu"), compute)
+        assert features.indices.tolist() == indices.tolist()
+        assert torch.equal(features.labels, LABELS[indices])
+        few = features.select(torch.tensor([3, 4, 9]))
+        assert few.indices.tolist() == [4, 9]
+        assert torch.equal(few.whole()[0], rows[[3, 7]])
+
+
+def test_an_evaluation_reads_but_writes_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    assert load(folder, write=False)[1] == 1
+    assert not folder.exists()
+    load(folder)
+    assert load(folder, write=False)[1] == 0
+
+
+def test_a_failed_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.feature_cache, "_fill", full)
+    with pytest.raises(OSError, match="No space"):
+        load(tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        cached_features(
+            tmp_path,
+            "train",
+            KEY,
+            LABELS,
+            torch.device("cpu"),
+            lambda: computed(torch.full((10, 4), torch.nan)),
+        )
+    assert files(tmp_path) == []
+
+
+def hold(folder: Path, ready: Any) -> None:
+    with utils.feature_cache._alone(folder):
+        ready.set()
+        time.sleep(0.5)
+
+
+def test_a_second_run_waits_for_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils.feature_cache, "_POLL", 0.05)
+    ready = forked.context().Event()
+    other = forked.context().Process(target=hold, args=(tmp_path, ready))
+    other.start()
+    assert ready.wait(60)
+    with caplog.at_level(logging.INFO, logger="synco"):
+        load(tmp_path)
+    other.join(60)
+    assert caplog.text.count("waiting") == 1
