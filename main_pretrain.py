@@ -14,6 +14,7 @@ from utils.cli import make_parser, parse, run_main
 logger = logging.getLogger("synco")
 
 HELD_OUT = "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
+REPLAY = "play the batch again that a run stopped on (nonfinite_*.pt), say what went wrong, and stop"
 TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
 
 
@@ -30,7 +31,10 @@ def main() -> int:
         default=absent,
         help=HELD_OUT,
     )
+    parser.add_argument("--replay", metavar="FILE", help=REPLAY)
     args, flags = parse(parser)
+    if args.replay:
+        return replay_batch(args, flags)
     if args.training_mode == "finetune":
         raise ValueError(
             "--training-mode finetune: use main_semisup.py with the same --cfg, --output and --tag"
@@ -43,13 +47,16 @@ def main() -> int:
     from data.loader import Batch, GlobalLoader, evaluation_batches
     from data.preview import first_views, save_grid, save_preview
     from data.views import build_recipe
-    from models import build_framework, framework_defaults
+    from models import framework_defaults
     from models.sit import SiT
-    from utils.config import default_config, load_config, method_section, section_options
+    from utils.config import default_config, load_config
     from utils.engine import Outcome, TrainState, fit
-    from utils.evaluate import extract_features, held_out_losses, knn_accuracy, measure_throughput
+    from utils.evaluate import held_out_losses, measure_throughput
+    from utils.features import SharedFeatures, compute_features
+    from utils.knn import features_knn
     from utils.optim import build_optimizer, parameter_groups
     from utils.plan import global_batch_size, held_out_batch, make_plan
+    from utils.retention import require
     from utils.run import start_run
     from utils.schedules import Progress
 
@@ -75,19 +82,14 @@ def main() -> int:
         seed=cfg.SEED,
         max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         repeated_aug=cfg.DATA.REPEATED_AUG,
+        backend=cfg.AUG.BACKEND,
         **reading,
     )
 
     # model, plan, optimiser
-    framework = build_framework(
-        cfg.MODEL.NAME,
-        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
-        section_options(cfg.MODEL.BACKBONE),
-        batchformer=section_options(cfg.MODEL.BATCHFORMER),
-        img_size=cfg.DATA.IMG_SIZE,
-        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
-    )
-    framework = run.prepare(framework)
+    framework = run.prepare(framework_of(cfg))
+    if cfg.TRAIN.COMPILE:
+        framework.compile_backbones()
     plan = make_plan(
         cfg.OPTIM,
         cfg.SCHEDULE,
@@ -112,7 +114,13 @@ def main() -> int:
         unseen = open_split(cfg.DATA, "val")
         batch_size = held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE)
         held_out = GlobalLoader(
-            unseen, recipe, global_batch=batch_size, seed=cfg.SEED, max_bad_fraction=0.0, **reading
+            unseen,
+            recipe,
+            global_batch=batch_size,
+            seed=cfg.SEED,
+            max_bad_fraction=0.0,
+            backend=cfg.AUG.BACKEND,
+            **reading,
         )
         seen = held_out.steps_per_epoch * batch_size
         logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), batch_size)
@@ -120,7 +128,11 @@ def main() -> int:
         knn["train"] = source if is_labelled(source) else open_split(cfg.DATA, "train", labelled=True)
         knn["val"] = open_split(cfg.DATA, "val", labelled=True)
 
-    def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if not cfg.CHECKPOINT.KEEP_BEST.startswith("held_out_" if held_out else "-"):
+        names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]
+        require(cfg.CHECKPOINT.KEEP_BEST, names if cfg.KNN.EVERY_EPOCHS else [])
+
+    def features(split: str) -> SharedFeatures:
         batches = evaluation_batches(
             knn[split],
             cfg.DATA.IMG_SIZE,
@@ -129,7 +141,7 @@ def main() -> int:
             **reading,
         )
         with run.evaluating(framework.online.backbone) as backbone:
-            return extract_features(backbone, batches)
+            return compute_features(backbone, batches)
 
     def evaluate(progress: Progress) -> dict[str, float]:
         def due(every: int) -> bool:
@@ -137,8 +149,8 @@ def main() -> int:
 
         values: dict[str, float] = {}
         if knn and due(cfg.KNN.EVERY_EPOCHS):
-            bank, queries = features("train"), run.shard(*features("val"))
-            values |= knn_accuracy(*bank, *queries, knn["train"].num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
+            bank, queries = features("train"), features("val").blocks()
+            values |= features_knn(bank, queries, knn["train"].num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
         if held_out and due(cfg.HELD_OUT.EVERY_EPOCHS):
             steps = held_out.from_step(0, held_out.steps_per_epoch)
             views = ([run.views(view) for view in batch.views] for _, batches in steps for batch in batches)
@@ -175,6 +187,43 @@ def main() -> int:
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored()
     return outcome.value
+
+
+def framework_of(cfg: Any) -> Any:
+    """Build the method that a configuration describes."""
+    from models import build_framework
+    from utils.config import method_section, section_options
+
+    return build_framework(
+        cfg.MODEL.NAME,
+        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
+        section_options(cfg.MODEL.BACKBONE),
+        batchformer=section_options(cfg.MODEL.BATCHFORMER),
+        img_size=cfg.DATA.IMG_SIZE,
+        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
+        stack_views=cfg.MODEL.STACK_VIEWS,
+    )
+
+
+def replay_batch(args: argparse.Namespace, flags: dict[str, Any]) -> int:
+    """Play the batch of ``--replay`` again, on one process; all but the device comes from the file."""
+    from pathlib import Path
+
+    from models import framework_defaults
+    from utils.config import default_config, load_saved
+    from utils.distributed import world_size
+    from utils.replay import load_kept, replay
+    from utils.run import start_run
+
+    path = Path(args.replay)
+    kept = load_kept(path)
+    device = {"DEVICE": flags.get("DEVICE", "auto")}
+    cfg = load_saved(default_config(framework_defaults()), kept["config"], path, device)
+    run = start_run(cfg, training=False)
+    if world_size() > 1:
+        raise ValueError("--replay: plays on one process; start it without torchrun")
+    replay(run, run.prepare(framework_of(cfg)), kept, path)
+    return 0
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
         repeated_aug=node.REPEATED_AUG,
         max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         seed=cfg.SEED,
+        backend=cfg.AUG.BACKEND,
         **reading,
     )
 

@@ -5,7 +5,6 @@ python detection/convert_to_detectron2.py pretrained.pt detectron2.pkl
 
 import argparse
 import logging
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -38,7 +37,7 @@ def convert(source: Path, target: Path) -> int:
     """
     from models.weights import backbone_state
     from models.weights_out import to_detectron2
-    from utils.atomic import removed_on_error, sync_folder, tmp_path, write_synced
+    from utils.atomic import write_file
     from utils.foreign import read_torch
 
     if target.suffix != ".pkl":
@@ -48,11 +47,7 @@ def convert(source: Path, target: Path) -> int:
         raise ValueError(f"{source}: its backbone ({layout}) is no ResNet of four stages; convert a ResNet")
     arrays = to_detectron2(state)
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
-    temporary = tmp_path(target)
-    with removed_on_error(temporary):
-        write_synced(temporary, lambda file: pickle.dump(content, file))
-        os.replace(temporary, target)
-    sync_folder(target.parent)
+    write_file(target, lambda file: pickle.dump(content, file))
     logger.info("wrote %d arrays of %s (layout: %s) to %s", len(arrays), source, layout, target)
     return len(arrays)
 

@@ -59,12 +59,21 @@ def write_synced(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
     return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: after a kill it holds the old text or the new one."""
+def write_file(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
+    """Replace `path` by what `fill(file)` writes in one step and return {"bytes", "sha256"}.
+
+    After a kill it holds the old content or the new one.
+    """
     with removed_on_error(tmp_path(path)):
-        write_synced(tmp_path(path), lambda file: file.write(text.encode()))
+        written = write_synced(tmp_path(path), fill)
         os.replace(tmp_path(path), path)
     sync_folder(path.parent)
+    return written
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: after a kill it holds the old text or the new one."""
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def sync_folder(folder: Path) -> None:

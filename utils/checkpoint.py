@@ -12,7 +12,6 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ logger = logging.getLogger("synco")
 _NAME = re.compile(r"ckpt_(\d{8,})\.(pt|json)")
 _RESERVED = ("sha256", "bytes", "step", "replaces", "seal")
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
-_FLOOR = 2  # never keep fewer valid checkpoints than this
 
 
 class CheckpointError(ValueError):
@@ -112,7 +110,7 @@ def _write_record(target: Path, record: dict[str, Any]) -> None:
         record = json.loads(json.dumps(record, allow_nan=False))
     except TypeError as error:
         raise CheckpointError(f"meta must hold JSON values only: {error}") from error
-    write_text(_record_path(target), json.dumps({**record, "seal": _seal(record)}, indent=1))
+    write_text(record_path(target), json.dumps({**record, "seal": _seal(record)}, indent=1))
 
 
 def newest_valid(folder: Path) -> Found | None:
@@ -122,7 +120,7 @@ def newest_valid(folder: Path) -> Found | None:
     Changes nothing in the folder.
     """
     rejected = []
-    for path in _committed(folder):
+    for path in committed(folder):
         try:
             record = _verify(path)
         except (CheckpointError, OSError) as reason:
@@ -136,57 +134,9 @@ def newest_valid(folder: Path) -> Found | None:
             + "\n  ".join(rejected)
             + "\nRestore one from a copy; or, to start from step 0, move them away or use another folder."
         )
-    for path in _uncommitted(folder):
+    for path in uncommitted(folder):
         logger.warning("%s has no .json beside it: its save was never finished, so it does not count", path)
     return None
-
-
-def sweep(folder: Path) -> None:
-    """Remove the *.tmp files that killed saves left; only the owner of the folder may call this."""
-    for path in folder.glob("ckpt_*.tmp"):
-        _remove(path)
-
-
-def set_aside(folder: Path, after: int) -> None:
-    """Move the checkpoints of later steps than ``after`` into ``folder``/set_aside, each JSON first."""
-    later = [path for path in _committed(folder) if _step(path) > after]
-    if later:
-        aside = folder / "set_aside"
-        aside.mkdir(exist_ok=True)
-        for path in later:
-            for part in (_record_path(path), path):
-                os.replace(part, aside / part.name)
-        logger.warning("%d later checkpoint(s) moved to %s", len(later), aside)
-
-
-def prune(
-    folder: Path, keep_last: int, keep_every: int | None = None, protect: Collection[Path] = ()
-) -> None:
-    """Remove old checkpoints, each JSON first, but not the last ones, every `keep_every` steps, or `protect`.
-
-    At least two that verify always stay, whatever is asked for. A file that cannot be removed is a warning.
-    """
-    protected = {path.resolve() for path in protect}
-    committed = _committed(folder)
-    newest = committed[: max(keep_last, _FLOOR)]
-
-    def wanted(path: Path) -> bool:
-        return (
-            path in newest
-            or path.resolve() in protected
-            or bool(keep_every and _step(path) % keep_every == 0)
-        )
-
-    needed = 0 if all(wanted(path) for path in committed) else _FLOOR  # verifying reads whole files
-    for path in committed:
-        if needed > 0 and _is_valid(path):
-            needed -= 1
-        elif not wanted(path):
-            _remove(_record_path(path))
-            _remove(path)
-    for path in _uncommitted(folder):  # a kill between the two removals left it
-        if committed and _step(path) < _step(committed[0]) and path.resolve() not in protected:
-            _remove(path)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -222,7 +172,7 @@ def digest(path: Path) -> str:
 
 def _verify(path: Path) -> dict[str, Any]:
     """Return the record of a checkpoint whose size and sha256 are as written, else raise with the reason."""
-    record = _read_record(path)
+    record = read_record(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file")
     if not path.exists():
@@ -243,8 +193,9 @@ def _verify(path: Path) -> dict[str, Any]:
     return record
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    source = _record_path(path)
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the JSON of a checkpoint, its seal checked; ``CheckpointError`` if it is damaged."""
+    source = record_path(path)
     try:
         record = json.loads(source.read_bytes())
         seal = record.pop("seal")
@@ -263,12 +214,13 @@ def _seal(record: dict[str, Any]) -> str:
 
 def _has_record(path: Path) -> bool:
     """Tell whether a JSON beside `path` vouches for it; an unrelated x.json beside some x.pth does not."""
-    if not _record_path(path).is_file():
+    if not record_path(path).is_file():
         return False
-    return bool(_NAME.fullmatch(path.name)) or b'"sha256"' in _record_path(path).read_bytes()
+    return bool(_NAME.fullmatch(path.name)) or b'"sha256"' in record_path(path).read_bytes()
 
 
-def _is_valid(path: Path) -> bool:
+def is_valid(path: Path) -> bool:
+    """Tell whether a checkpoint verifies, which reads it whole."""
     try:
         _verify(path)
     except (CheckpointError, OSError):
@@ -278,7 +230,7 @@ def _is_valid(path: Path) -> bool:
 
 def _current(target: Path) -> dict[str, Any] | None:
     """Return size and sha256 of the committed file that a save is about to replace, None if there is none."""
-    return {"bytes": target.stat().st_size, "sha256": sha256_of(target)} if _is_valid(target) else None
+    return {"bytes": target.stat().st_size, "sha256": sha256_of(target)} if is_valid(target) else None
 
 
 def _check_zip(path: Path) -> None:
@@ -321,11 +273,13 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
 
 
-def _record_path(path: Path) -> Path:
+def record_path(path: Path) -> Path:
+    """Return the JSON that vouches for a checkpoint."""
     return path.with_suffix(".json")
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step after which a checkpoint is named."""
     name = _NAME.fullmatch(path.name)
     assert name is not None
     return int(name[1])
@@ -341,18 +295,11 @@ def _listed(folder: Path, suffix: str) -> list[Path]:
     ]
 
 
-def _committed(folder: Path) -> list[Path]:
+def committed(folder: Path) -> list[Path]:
+    """Return the .pt paths of the checkpoints whose JSON exists, newest first."""
     return _listed(folder, "json")
 
 
-def _uncommitted(folder: Path) -> list[Path]:
-    return sorted(set(_listed(folder, "pt")) - set(_committed(folder)))
-
-
-def _remove(path: Path) -> None:
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        logger.warning("cannot remove %s: %s", path, error)
+def uncommitted(folder: Path) -> list[Path]:
+    """Return the .pt files without a JSON, oldest first."""
+    return sorted(set(_listed(folder, "pt")) - set(committed(folder)))

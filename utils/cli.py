@@ -18,8 +18,8 @@ _VALUES: dict[str, tuple[str, type, str]] = {
     "--dataset": (
         "DATA.DATASET",
         str,
-        "imagefolder, folder, folder_split, zip, cifar10, cifar100, stl10, tinyimagenet, pets, digits, "
-        "mnist5k",
+        "imagefolder, folder, folder_split, zip, packed, cifar10, cifar100, stl10, tinyimagenet, pets, "
+        "digits, mnist5k",
     ),
     "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
     "--resume": ("RESUME", str, "checkpoint to go on from, instead of the newest of the run's folder"),
@@ -162,9 +162,21 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         return 5, f"a data loader worker failed ({_first_line(text)}); if memory ran out, lower NUM_WORKERS"
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return 4, f"out of memory; {_MEMORY_REMEDY}: {_first_line(text)}"
-    if name in ("DistBackendError", "DistNetworkError") or "gloo" in text:
-        return 5, f"lost the other processes; one of them says why, or was killed: {_first_line(text)}"
+    if lost_processes(error):
+        return 5, f"lost the other processes; {_who_is_missing()}: {_first_line(text)}"
     return None
+
+
+def lost_processes(error: BaseException) -> bool:
+    """Tell whether a collective failed: another process hangs or is gone."""
+    lost = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in lost or "gloo" in str(error)
+
+
+def _who_is_missing() -> str:
+    from utils.heartbeat import missing
+
+    return missing() or "one of them says why, or was killed"
 
 
 def _first_line(text: str) -> str:

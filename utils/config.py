@@ -33,6 +33,7 @@ __all__ = [
     "key_class",
     "leaves",
     "load_config",
+    "load_saved",
     "method_section",
     "section_options",
     "to_yaml",
@@ -75,10 +76,25 @@ def load_config(
     values.update(_checked(((key, _parse_scalar(text, key)) for key, text in pairs), "--opts", known))
     values.update(_checked((flags or {}).items(), "command line", known))
 
+    return _merged(defaults, values, paths[0].stem if paths else "")
+
+
+def load_saved(
+    defaults: CfgNode, text: str, source: str | Path, flags: Mapping[str, Any] | None = None
+) -> CfgNode:
+    """Rebuild the configuration whose YAML ``text`` a file of ours (``source``) holds; ``flags`` win."""
+    known = dict(leaves(defaults))
+    values = dict(_checked(_flatten(_parse_yaml(text, str(source)), str(source), known), str(source), known))
+    values.update(_checked((flags or {}).items(), "command line", known))
+    return _merged(defaults, values)
+
+
+def _merged(defaults: CfgNode, values: Mapping[str, Any], name: str = "") -> CfgNode:
+    """Return the frozen tree of defaults and checked ``values``; ``name`` is the run's if nothing else is."""
     merged = defaults.clone()
     for key, value in values.items():
         _set(merged, key, value)
-    merged.NAME = merged.NAME or (paths[0].stem if paths else merged.MODEL.NAME)
+    merged.NAME = merged.NAME or name or merged.MODEL.NAME
     validate(merged)
     merged.freeze()
     return merged
@@ -196,7 +212,8 @@ def _coerce(default: Any, value: Any, key: str, source: str) -> Any:
     if wanted is float and number:
         return float(value)
     if wanted is list and isinstance(value, (list, tuple)):
-        return [_coerce(default[0], item, key, source) for item in value]
+        entry = default[0] if default else 0.0  # a list that may be empty is one of numbers
+        return [_coerce(entry, item, key, source) for item in value]
     if wanted is str and number and isinstance(value, int):
         return str(value)  # --opts TAG 42
     if type(value) is wanted:

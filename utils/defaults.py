@@ -110,12 +110,14 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "REPEATED_AUG": 1,  # pretraining: copies of an image in an epoch, which holds fewer images
                 "NUM_WORKERS": 8,
                 "CACHE_MODE": "part",  # zip only: no | full | part
+                "INDEX_CACHE": "",  # folder of image listings; empty: ~/.cache/synco; off: none
                 "DOWNLOAD": False,
                 "MAX_BAD_FRACTION": 1e-4,  # of an epoch's images that may be unreadable before the run stops
                 "TIMEOUT": 300.0,  # seconds to wait for a loader worker
             },
             "MODEL": {
                 "NAME": "moco_v2",
+                "STACK_VIEWS": False,  # one pass of the backbone for all views; joint batch norm statistics
                 "BACKBONE": {
                     "NAME": "resnet50",
                     "DROP_PATH": 0.0,
@@ -127,7 +129,11 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                     "FREEZE_PATCH_EMBED": False,
                 },
             },
-            "AUG": {"RECIPE": "moco_v2", "CROP_MIN": 0.0},  # CROP_MIN: smallest crop area; 0: the recipe's
+            "AUG": {
+                "RECIPE": "moco_v2",
+                "CROP_MIN": 0.0,  # smallest crop area; 0: the recipe's
+                "BACKEND": "auto",  # of all programs: auto | torch | fused (by numba, for a CPU)
+            },
             "OPTIM": _optimizer(),
             "SCHEDULE": _schedule(),
             "TRAIN": {
@@ -137,7 +143,9 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "PRECISION": "fp32",  # auto (what the device is fast at) | fp32 | bf16 | fp16
                 "CHANNELS_LAST": True,
                 "USE_CHECKPOINT": False,
+                "COMPILE": False,  # torch.compile of the backbones: for a GPU; on a CPU it gains nothing
                 "DETERMINISTIC": False,  # bit-reproducible kernels, slower on a GPU
+                "RANK_TIMEOUT": 600.0,  # seconds that a process waits for another before it names it
             },
             "KNN": {
                 "EVERY_EPOCHS": 0,  # k-NN accuracy during pretraining; 0: never
@@ -150,10 +158,14 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "EVERY_STEPS": 0,  # also every so many optimiser steps; 0: only by epochs
                 "KEEP_LAST": 2,
                 "KEEP_EVERY_EPOCHS": 0,  # keep these for good; 0: none
+                "KEEP_BEST": "",  # and the one that this evaluation liked best, e.g. knn20_top1; empty: none
             },
             "LOG": {"PRINT_FREQ": 10, "TENSORBOARD": True},
             "LINEAR": {
-                "LRS": [30.0],  # a grid, all trained in one pass over the features
+                "LRS": [30.0],  # a grid with WEIGHT_DECAYS, all trained in one pass over the features
+                "WEIGHT_DECAYS": [],  # empty: OPTIM.WEIGHT_DECAY
+                "CACHED_FEATURES": False,  # of images without augmentation, computed once and kept
+                "LABEL_PERCENTS": [100.0],  # of each class: a run each; all but 100 need CACHED_FEATURES
                 "EPOCHS": 100,
                 "BATCH_SIZE": 256,
                 "HEAD_INIT": "normal",  # normal (std 0.01) | trunc (std 0.02)
@@ -180,14 +192,16 @@ def plain(value: Any) -> Any:
 # Where and with what help it runs: may change, nobody needs to know.
 LOCAL_KEYS = (
     *("NAME", "TAG", "OUTPUT", "DEVICE", "RESUME", "DATA.PATH", "DATA.NUM_WORKERS", "DATA.CACHE_MODE"),
-    *("DATA.DOWNLOAD", "DATA.TIMEOUT", "LOG.*"),
+    *("DATA.INDEX_CACHE", "DATA.DOWNLOAD", "DATA.TIMEOUT", "LOG.*"),
     "FINETUNE.SUBSET",  # where the list is; what it says is part of the data's fingerprint
+    "LINEAR.LABEL_PERCENTS",  # each is a run of its own, and part of its data's fingerprint
 )
 # What is saved and watched, and how a step is computed: may change, and the log says so. The batch sizes are
 # here because the run itself holds their product with the number of processes fixed.
 TUNABLE_KEYS = (
     *("DATA.MAX_BAD_FRACTION", "TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
-    *("TRAIN.USE_CHECKPOINT", "TRAIN.DETERMINISTIC", "KNN.*", "HELD_OUT.*", "CHECKPOINT.*"),
+    *("TRAIN.USE_CHECKPOINT", "TRAIN.COMPILE", "TRAIN.DETERMINISTIC"),
+    *("AUG.BACKEND", "KNN.*", "HELD_OUT.*", "CHECKPOINT.*"),
     *("LINEAR.BATCH_SIZE", "FINETUNE.BATCH_SIZE", "FINETUNE.TEST", "FINETUNE.EVAL_EPOCHS"),
 )
 # Sections of MODEL that every run reads, and whose section a method without one of its own reads.
@@ -236,17 +250,18 @@ MINIMUM = {
     **{name: 1 for name in ("NUM_TOKENS", "NUM_LAYERS", "NUM_HEADS", "DROP_ALIGN")},
     **{name: 1 for name in ("QUEUE_SIZE", "OUT_DIM", "HIDDEN_DIM", "DECAY_EPOCHS", "BN_GROUPS", "NUM_HARD")},
     **{name: 1 for name in ("EVAL_EPOCHS", "REPEATED_AUG")},
-    "TRAIN_PERCENT": 1e-6,
+    **{name: 1e-6 for name in ("TRAIN_PERCENT", "LABEL_PERCENTS")},
     "LAYER_DECAY": 1e-6,
     "KEEP_LAST": 2,  # the newest may be the one that a crash spoilt
     "TEMPERATURE": 1e-6,
     "TIMEOUT": 1.0,
+    "RANK_TIMEOUT": 1.0,
 }
 MAXIMUM = {
     **{name: 1.0 for name in ("DROP_PATH", "TARGET_DROP_PATH", "BASE_MOMENTUM", "MOMENTUM", "CROP_MIN")},
     **{name: 1.0 for name in ("LABEL_SMOOTHING", "MAX_BAD_FRACTION", "DROP_FRACTION", "REPLACE_FRACTION")},
     **{name: 1.0 for name in ("MIXUP_PROB", "SWITCH_PROB", "ERASING", "LAYER_DECAY", "DROPOUT")},
-    "TRAIN_PERCENT": 100.0,
+    **{name: 100.0 for name in ("TRAIN_PERCENT", "LABEL_PERCENTS")},
     "HOLD_OUT": 0.9,
     "BETAS": 0.999999,
 }
@@ -255,6 +270,7 @@ _SCHEDULES = ("cosine", "linear", "step", "milestones", "constant")
 CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "PRECISION": ("auto", "fp32", "bf16", "fp16"),
+    "BACKEND": ("auto", "torch", "fused"),
     "CACHE_MODE": ("no", "full", "part"),
     "HEAD_INIT": ("normal", "trunc"),
     "MODEL.BATCHFORMER.LOSS": ("mean", "sum", "joint"),
@@ -266,4 +282,8 @@ CHOICES = {
     **{f"{section}OPTIM.NAME": _OPTIMIZERS for section in ("", "LINEAR.", "FINETUNE.")},
     **{f"{section}SCHEDULE.NAME": _SCHEDULES for section in ("", "LINEAR.", "FINETUNE.")},
 }
-LENGTHS = {"BETAS": (2, 2), "LRS": (1, 1 << 10), "NUM_SYNTHETIC": (6, 6)}  # least and most entries of a list
+# least and most entries of a list
+LENGTHS = {
+    **{"BETAS": (2, 2), "NUM_SYNTHETIC": (6, 6)},
+    **{"LRS": (1, 1 << 10), "WEIGHT_DECAYS": (0, 1 << 10), "LABEL_PERCENTS": (1, 1 << 6)},
+}

@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from utils import heartbeat
 from utils.distributed import keyed_seed, rank
+from utils.gradients import AveragedGradients
 from utils.guards import FiniteGuard, StopFlag
 from utils.plan import Plan
+from utils.replay import kept_for_replay
 from utils.run import Run
 from utils.schedules import Progress
 
@@ -44,7 +46,7 @@ class Outcome(enum.Enum):
 
 @dataclass
 class TrainState:
-    """All that a checkpoint restores, and ``model``: the module as it is called, wrapped in DDP or not."""
+    """All that a checkpoint restores, and ``model``: the module as it is called, its gradients averaged."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -88,20 +90,25 @@ def fit(
     before its checkpoint, so that a run killed in between evaluates again.
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
-    with run.reporting(state), StopFlag() as stop:
-        for index, micro_batches in loader.from_step(state.step, plan.total_steps):
+    with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
+        first = state.step
+        for index, micro_batches in loader.from_step(first, plan.total_steps):
+            run.begin_step(index, first)
             progress = plan.progress(index)
             seed_step(run.seed, index)
             set_rates(state.optimizer, plan, index)
             out = forward_and_backward(state, micro_batches, step, progress)
-            out["grad_norm"] = update(state, plan, guard, micro_batches)
+            out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
             state.module.after_step(progress)  # type: ignore[operator]
             state.step = index + 1
             run.meter.log(progress, out, plan)
+            is_best = False
             if evaluate is not None and state.step % plan.steps_per_epoch == 0:
-                run.meter.record(progress.next, evaluate(progress.next), state.best)
+                heartbeat.beat(f"the evaluation after {state.step} steps")
+                is_best = run.evaluated(progress.next, evaluate(progress.next), state.best)
             stopping = stop.agreed()
-            if stopping or run.due(state.step, plan):
+            if stopping or run.due(state.step, plan, is_best):
+                heartbeat.beat(f"the checkpoint of step {state.step}")
                 guard.flush()
                 run.checkpoint(state, plan)
             if stopping:
@@ -149,8 +156,17 @@ def forward_and_backward(
     return {**out, "loss": total}
 
 
-def update(state: TrainState, plan: Plan, guard: FiniteGuard, micro_batches: list[Any]) -> Tensor:
-    """Clip, check and apply the gradient; return its norm before clipping."""
+def update(
+    state: TrainState,
+    plan: Plan,
+    guard: FiniteGuard,
+    micro_batches: list[Any],
+    loss: Tensor | None = None,
+) -> Tensor:
+    """Clip, check and apply the gradient; return its norm before clipping.
+
+    ``micro_batches`` and their ``loss`` are for the message about a norm that is not finite.
+    """
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
     trainable = _trainable(state.optimizer)
@@ -161,14 +177,26 @@ def update(state: TrainState, plan: Plan, guard: FiniteGuard, micro_batches: lis
     )
     norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    guard.check(norm, state.step, _sample_names(micro_batches))
+    guard.check(norm, state.step, micro_batches, loss)
     if state.scaler:  # skips a step that overflowed and lowers the scale
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
+        if norm.device.type == "cuda":
+            skip_if_not_finite(state.optimizer, norm)
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Let the device itself skip an update whose gradient norm is not finite, where the optimiser can.
+
+    The host reads the norm a step later; until then the weights stay those of the step before. It is the
+    interface through which a gradient scaler speaks to fused SGD and AdamW.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
 
 
 def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -186,10 +214,5 @@ def _trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _sample_names(micro_batches: list[Any]) -> str:
-    indices = torch.cat([batch.indices for batch in micro_batches]).tolist()
-    return ", ".join(map(str, indices[:16])) + (f", ... ({len(indices)} in all)" if len(indices) > 16 else "")
-
-
 def _no_sync(model: nn.Module) -> AbstractContextManager[Any]:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    return model.no_sync() if isinstance(model, AveragedGradients) else nullcontext()

@@ -5,7 +5,9 @@ finite.
 import logging
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType, TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +21,23 @@ _ECHO_SECONDS = 3.0  # a launcher forwards what the terminal or the scheduler ha
 _MAX_OVERFLOWS = 20  # steps in a row that a gradient scaler may skip
 
 
+class HasIndices(Protocol):
+    """What a message needs of a micro-batch: its samples' places in the data set, on the host."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Return the indices (N,) int64."""
+
+
 class NonFiniteError(RuntimeError):
-    """A gradient that is not finite: training stops before it can reach weights, target and queue."""
+    """A gradient that is not finite: training stops before it can reach weights, target and queue.
+
+    ``step``, ``batches`` (this process's micro-batches of that step) and ``loss`` say what to replay.
+    """
+
+    step = 0
+    batches: Sequence[HasIndices] = ()
+    loss = float("nan")
 
 
 class StopFlag:
@@ -61,23 +78,28 @@ class FiniteGuard:
     """Stop on a gradient norm that is not finite, which all ranks see alike once gradients are averaged.
 
     On a CPU it is read before the update. On a GPU it is read one step late, so that no step waits for the
-    device; the spoilt step is never saved, since checkpoints refuse tensors that are not finite. With a
-    gradient ``scaler``, which skips such steps itself while it finds its scale, only many in a row are an
-    error.
+    device; the spoilt step is never saved, since checkpoints refuse tensors that are not finite. Until then
+    its batch is held: as much memory as one batch of views. With a gradient ``scaler``, which skips such
+    steps itself while it finds its scale, only many in a row are an error.
     """
 
     def __init__(self, scaler: bool = False) -> None:
         self._allowed = _MAX_OVERFLOWS if scaler else 0
         self._in_a_row = 0
-        self._pending: tuple[Tensor, int, str] | None = None
+        self._pending: tuple[Tensor, int, Sequence[HasIndices], Tensor | None] | None = None
 
-    def check(self, norm: Tensor, step: int, samples: str) -> None:
-        """Note the norm of ``step``; raise ``NonFiniteError`` if it, or the pending one, is not finite."""
+    def check(
+        self, norm: Tensor, step: int, batches: Sequence[HasIndices], loss: Tensor | None = None
+    ) -> None:
+        """Note the norm of ``step``; raise ``NonFiniteError`` if it, or the pending one, is not finite.
+
+        ``batches`` and ``loss`` are this process's own, read only for the error.
+        """
         if norm.device.type == "cpu":
-            self._raise_if_bad(norm, step, samples)
+            self._raise_if_bad(norm, step, batches, loss)
             return
         self.flush()
-        self._pending = (norm, step, samples)
+        self._pending = (norm, step, batches, loss)
 
     def flush(self) -> None:
         """Read what is pending, e.g. before a checkpoint."""
@@ -85,12 +107,26 @@ class FiniteGuard:
             pending, self._pending = self._pending, None
             self._raise_if_bad(*pending)
 
-    def _raise_if_bad(self, norm: Tensor, step: int, samples: str) -> None:
+    def _raise_if_bad(
+        self, norm: Tensor, step: int, batches: Sequence[HasIndices], loss: Tensor | None
+    ) -> None:
         self._in_a_row = 0 if torch.isfinite(norm) else self._in_a_row + 1
         if self._in_a_row > self._allowed:
             often = f", for the {self._in_a_row}th step in a row" if self._allowed else ""
-            raise NonFiniteError(
-                f"step {step}: the gradient norm is {float(norm)}{often}; stopped, and the last checkpoint "
-                f"is intact. Samples of this rank: {samples}. Remedies: a lower OPTIM.BASE_LR, a longer "
-                "SCHEDULE.WARMUP_EPOCHS, OPTIM.CLIP_GRAD, or --precision fp32"
+            own = "" if loss is None else f" (this process's loss: {float(loss):.4g})"
+            error = NonFiniteError(
+                f"step {step}: the gradient norm is {float(norm)}{often}{own}; stopped, and the last "
+                f"checkpoint is intact. Samples of this rank: {sample_names(batches)}. Remedies: a lower "
+                "OPTIM.BASE_LR, a longer SCHEDULE.WARMUP_EPOCHS, OPTIM.CLIP_GRAD, or --precision fp32"
             )
+            error.step, error.batches = step, batches
+            error.loss = float("nan") if loss is None else float(loss)
+            raise error
+
+
+def sample_names(batches: Sequence[HasIndices], most: int = 16) -> str:
+    """Return the first indices of a step's samples, and how many there are."""
+    indices = [int(index) for batch in batches for index in batch.indices]
+    return ", ".join(map(str, indices[:most])) + (
+        f", ... ({len(indices)} in all)" if len(indices) > most else ""
+    )

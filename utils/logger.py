@@ -164,7 +164,7 @@ class Metrics:
         """Run `action`; an error of the outside world is warned about once for each output."""
         try:
             action()
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, UnicodeError) as error:  # the last: paths that a C locale cannot spell
             if name == "tensorboard":  # its writer thread is dead after an error
                 self._tensorboard, self._board = False, None
             if name not in self._warned:

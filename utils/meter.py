@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 
 from utils import distributed
-from utils.evaluate import embedding_std
+from utils.collapse import EARLY, HEALTHY, CollapseMonitor
 from utils.logger import Metrics, ProgressLine, format_duration
 from utils.plan import Plan
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
-
-_COLLAPSE_STD = 0.3  # of normalised embeddings x sqrt(D): 1 when spread over the sphere, 0 when collapsed
-_COLLAPSE_CHECKS = 3
 
 
 class Meter:
@@ -27,7 +24,8 @@ class Meter:
         self._line: ProgressLine | None = None
         self._window: list[dict[str, Tensor]] = []
         self._window_start = time.perf_counter()
-        self._spread, self._collapsing = float("inf"), 0
+        self._collapse = CollapseMonitor()
+        self._verdict = HEALTHY
 
     def start(self, total_steps: int) -> None:
         """Begin to measure the pace of a run of ``total_steps``."""
@@ -42,12 +40,15 @@ class Meter:
     def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
         """Note a step's scalars; write means over steps and processes every ``LOG.PRINT_FREQ`` steps."""
         self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
+        if "embedding" in out and distributed.is_main():
+            self._collapse.note(out["embedding"])
         if (progress.step + 1) % self._every and progress.step + 1 != plan.total_steps:
             return
+        distributed.meet()
         values = self._mean_of_window()
-        if "embedding" in out:
-            values["embedding_std"] = float(embedding_std(out["embedding"]))
-            self._watch_collapse(values["embedding_std"])
+        if seen := self._collapse.look():
+            values |= seen
+            self._tell(self._collapse.verdict())
         seconds_per_step = (time.perf_counter() - self._window_start) / len(self._window)
         values["images_per_second"] = plan.global_batch / seconds_per_step
         values["lr"] = plan.rates[0].at(progress.step)
@@ -80,22 +81,23 @@ class Meter:
 
     def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
         hidden = ("epoch", "images_per_second")
+        verdict = f"| embeddings {self._verdict} " if "embedding_std" in values else ""
         shown = " ".join(f"{name} {values[name]:.4g}" for name in sorted(values) if name not in hidden)
         step, rate = progress.step + 1, values["images_per_second"]
         logger.info(
-            "epoch %d step %d/%d %s | %.0f images/s | %s left",
-            *(progress.epoch, step, progress.total_steps, shown, rate, format_duration(seconds_left)),
+            "epoch %d step %d/%d %s %s| %.0f images/s | %s left",
+            *(progress.epoch, step, progress.total_steps, shown, verdict, rate),
+            format_duration(seconds_left),
         )
         if self._line is not None:
             self._line.update(progress.epoch, step, values["loss"], values["lr"], rate)
 
-    def _watch_collapse(self, spread: float) -> None:
-        """Warn of a spread that is small and does not grow: an untrained network's is small but grows."""
-        falling = spread < _COLLAPSE_STD and spread <= 1.02 * self._spread
-        self._spread, self._collapsing = spread, self._collapsing + 1 if falling else 0
-        if self._collapsing == _COLLAPSE_CHECKS and distributed.is_main():
+    def _tell(self, verdict: str) -> None:
+        """Warn when the embeddings begin to collapse; the line of each look has the verdict too."""
+        if verdict not in (HEALTHY, EARLY, self._verdict):
             logger.warning(
-                "the embeddings are collapsing: their spread is %.2f (healthy: near 1) and does not grow; "
-                "the method, its learning rate or its augmentation is broken",
-                spread,
+                "the embeddings are %s, and it does not get better: the method, its learning rate or its "
+                "augmentation is broken",
+                f"in {verdict}" if verdict.startswith("dimensional") else verdict,
             )
+        self._verdict = verdict

@@ -1,27 +1,31 @@
 """A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
 
 import fcntl
-import inspect
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, heartbeat, resume, retention
 from utils.atomic import write_text
-from utils.config import compare_for_resume, to_yaml
+from utils.cli import lost_processes
+from utils.config import to_yaml
 from utils.device import DTYPES, choose_device, resolve_precision
+from utils.gradients import AveragedGradients
 from utils.logger import Metrics, setup_logger
 from utils.meter import Meter
 from utils.plan import Plan
+from utils.schedules import Progress
 
 if TYPE_CHECKING:
     from utils.engine import TrainState
@@ -52,6 +56,7 @@ class Run:
         self._resumed_from: Path | None = None
         self._origin: str | None = None  # the --resume file that the folder's checkpoints descend from
         self._saved_step: int | None = None
+        self._evaluated: tuple[int, dict[str, float]] = (0, {})  # after which step, with what result
 
     # ---- precision and processes ---------------------------------------------------------------------------
 
@@ -79,12 +84,7 @@ class Run:
         """
         if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # torch 2.15 renames broadcast_buffers
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(module, device_ids=ids, **options)
+        return AveragedGradients(module)
 
     def views(self, images: Tensor) -> Tensor:
         """Return images (N, 3, H, W) in the run's memory format."""
@@ -109,7 +109,8 @@ class Run:
             distributed.broadcast(buffer)
         module.eval()
         try:
-            with torch.no_grad(), self.autocast():
+            # compiled for training's shapes and modes, a module would be compiled anew
+            with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):
                 yield module
         finally:
             for part, training in was_training:
@@ -161,8 +162,15 @@ class Run:
         try:
             yield
         except BaseException as error:
-            self.finish("failed", state.step, f"{type(error).__name__}: {error}")
+            lost = f" ({heartbeat.missing()})" if lost_processes(error) else ""
+            self.finish("failed", state.step, f"{type(error).__name__}: {error}{lost}")
             raise
+
+    def begin_step(self, step: int, resumed_at: int) -> None:
+        """Note the step for the other processes; after the first one, which compiles, waits are limited."""
+        heartbeat.beat(f"step {step}")
+        if step == resumed_at + 1:
+            distributed.limit_waits(self.cfg.TRAIN.RANK_TIMEOUT)
 
     def preempted(self, step: int, signal_name: str) -> None:
         """Say that the run stopped on request, and from where it will go on."""
@@ -173,6 +181,13 @@ class Run:
         self.finish("preempted", step, f"asked to stop ({signal_name}), {outcome}")
         message = "asked to stop (%s) at step %d: %s; start the same command again to go on"
         logger.warning(message, signal_name, step, outcome)
+
+    def stop_before_training(self, number: int, frame: FrameType | None) -> NoReturn:
+        """Leave as preempted: a signal while data are listed and the model is built loses nothing."""
+        status = self._status()
+        if status.get("state") == "starting":
+            self.finish("preempted", status["step"], f"{signal.Signals(number).name} before the first step")
+        raise SystemExit(75)
 
     def done(self, step: int) -> None:
         """Say that the run is complete; raise ``OSError`` if its last checkpoint could not be written."""
@@ -202,12 +217,25 @@ class Run:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
-    def due(self, step: int, plan: Plan) -> bool:
-        """Tell whether a checkpoint is due after ``step`` steps."""
+    def due(self, step: int, plan: Plan, is_best: bool = False) -> bool:
+        """Tell whether a checkpoint is due after ``step`` steps: by its number, or as the best so far."""
         every = self.cfg.CHECKPOINT
         by_epoch = every.EVERY_EPOCHS and step % (every.EVERY_EPOCHS * plan.steps_per_epoch) == 0
         by_step = every.EVERY_STEPS and step % every.EVERY_STEPS == 0
-        return bool(by_epoch or by_step or step == plan.total_steps)
+        return bool(by_epoch or by_step or is_best or step == plan.total_steps)
+
+    def evaluated(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> bool:
+        """Log an evaluation; tell whether it is the best so far by ``CHECKPOINT.KEEP_BEST``.
+
+        Raises ``ValueError`` if that names nothing that was measured.
+        """
+        metric = self.cfg.CHECKPOINT.KEEP_BEST
+        if values and self.task != "pretrain":  # which has told at once, and measures now this, now that
+            retention.require(metric, values)
+        is_best = metric in values and retention.improves(metric, values[metric], best.get(metric))
+        self._evaluated = (progress.step, values)
+        self.meter.record(progress, values, best)
+        return is_best
 
     def checkpoint(self, state: "TrainState", plan: Plan) -> None:
         """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
@@ -230,11 +258,14 @@ class Run:
             "best": payload["best"],
             "name": f"{self.cfg.NAME}/{self.cfg.TAG}",
             "origin": self._origin,
+            "evaluated": self._evaluated[1] if self._evaluated[0] == step else {},
         }
-        protect = [self._resumed_from] if self._resumed_from else []
+        keep = self.cfg.CHECKPOINT
         try:
             path = checkpoint.save(self.folder, step, payload, meta=meta)
-            checkpoint.prune(self.folder, self.cfg.CHECKPOINT.KEEP_LAST, keep_every, protect)
+            best = retention.best(self.folder, keep.KEEP_BEST) if keep.KEEP_BEST else None
+            protect = [path for path in (self._resumed_from, best) if path]
+            retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
         except OSError as error:
             return (
                 f"checkpoint of step {step} failed ({error}); the older ones are intact. "
@@ -250,14 +281,18 @@ class Run:
         Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if there are
         checkpoints and none verifies.
         """
-        found = distributed.on_main(self._find)
+        found = distributed.on_main(
+            lambda: resume.find_checkpoint(self.folder, self.cfg.RESUME, self.training)
+        )
         if found is None:
             if self.training:
                 self.metrics.truncate_after(0)  # of a run that was killed before its first checkpoint
             return False
         path, self._origin = found
-        saved = distributed.on_all(lambda: self._load(path, plan))
-        for change in compare_for_resume(saved["config"], self.cfg, self.task):
+        saved, changes = distributed.on_all(
+            lambda: resume.load_own(path, self.cfg, self.task, self.fingerprint, plan)
+        )
+        for change in changes:
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
         logger.info("resumed from %s at step %d", path, state.step)
@@ -265,56 +300,9 @@ class Run:
             return True
         self._resumed_from, self._saved_step = path, state.step
         if self._origin:  # later ones belong to another course of the run, and would be taken for newer
-            distributed.on_main(lambda: checkpoint.set_aside(self.folder, after=state.step))
+            distributed.on_main(lambda: retention.set_aside(self.folder, after=state.step))
         self.metrics.truncate_after(state.step)
         return True
-
-    def _load(self, path: Path, plan: Plan) -> dict[str, Any]:
-        saved = checkpoint.load(path)
-        missing = {"framework", "optimizer", "step", "config", "dataset", "global_batch"} - set(saved)
-        if missing:
-            raise checkpoint.CheckpointError(
-                f"{path} is no checkpoint of such a run (no {', '.join(sorted(missing))}); to start from its "
-                "weights use main_linear.py --pretrained, to resume give a ckpt_*.pt of a run"
-            )
-        compare_for_resume(saved["config"], self.cfg, self.task)
-        self._check_identity(path, saved, plan)
-        return saved
-
-    def _find(self) -> tuple[Path, str | None] | None:
-        """Return the checkpoint to go on from and the ``--resume`` file that it descends from, if any.
-
-        ``--resume`` may stand in a command that is started again and again: once the folder has gone on from
-        it, the folder's own newest is taken.
-        """
-        wanted = str(Path(self.cfg.RESUME).resolve()) if self.cfg.RESUME else None
-        if self.training:
-            checkpoint.sweep(self.folder)
-        elif wanted:
-            return Path(self.cfg.RESUME), wanted
-        try:
-            newest = checkpoint.newest_valid(self.folder)
-        except checkpoint.CheckpointError:
-            if wanted is None:
-                raise
-            return Path(self.cfg.RESUME), wanted  # a copy is the remedy for a folder of damaged ones
-        if newest and (wanted is None or newest.meta.get("origin") == wanted):
-            return newest.path, newest.meta.get("origin")
-        if newest and wanted:
-            logger.warning("--resume %s is used, not the folder's own %s", wanted, newest.path.name)
-        return (Path(self.cfg.RESUME), wanted) if wanted else None
-
-    def _check_identity(self, path: Path, saved: dict[str, Any], plan: Plan) -> None:
-        if saved["dataset"] != self.fingerprint:
-            raise checkpoint.CheckpointError(
-                f"{path} was trained on other data ({saved['dataset']}, now {self.fingerprint}): files were "
-                "added, removed or renamed; restore them, or start a run of its own with another --tag"
-            )
-        if saved["global_batch"] != plan.global_batch:
-            raise checkpoint.CheckpointError(
-                f"{path} was trained with a global batch of {saved['global_batch']}, this command gives "
-                f"{plan.global_batch} (processes x --batch-size x --accumulation-steps); restore the product"
-            )
 
     # ---- what a person sees --------------------------------------------------------------------------------
 
@@ -348,6 +336,9 @@ def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", trainin
     run = Run(cfg, folder, device, task, training)
     if training:
         run.open_folder()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # until fit() takes them
+                signal.signal(number, run.stop_before_training)
     setup_logger(folder if training else None, distributed.is_main())
     logger.info("%s on %s, torch %s", folder, device, torch.__version__)
     return run

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -184,3 +185,63 @@ def vanishes(group: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def resumed_at(text: str) -> int:
+    """Return the step from which a run said it went on; its path has spaces."""
+    found = re.search(r"resumed from .* at step (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+CRASH = """\
+import os, sys
+sys.path[:0] = {paths!r}
+import main_pretrain, runs
+from utils.cli import run_main
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    runs.kill_at(int(os.environ["RANK"]), step=5, ranks=({victim},))
+run_main(main_pretrain.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_the_same(launched: Place, victim: int) -> None:
+    script, tag = launched.root / f"crash{victim}.py", f"restarted{victim}"
+    script.write_text(CRASH.format(paths=[str(forked.ROOT), str(forked.ROOT / "tests")], victim=victim))
+    flags = launched.flags(tag, 4, "--opts", "CHECKPOINT.EVERY_STEPS", "2")
+    process = launched.start(*torchrun("--max-restarts=2", str(script), *flags))
+    text, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, text
+    assert resumed_at(text) == 4, text
+    assert runs.status(launched.folder(tag)) == {"state": "done", "step": 8, "reason": ""}
+    assert runs.digest(launched.folder(tag)) == runs.digest(launched.folder("launch"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
+    launched: Place, number: signal.Signals
+) -> None:
+    options = ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=100"]
+    flags = launched.flags(number.name, 4, "--opts", "TRAIN.EPOCHS", "200")
+    log = launched.folder(number.name) / "log.txt"
+    process = launched.start(*torchrun(*options, PRETRAIN, *flags))
+    deadline = time.monotonic() + LIMIT
+    while not (log.exists() and "step 3/" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1, text  # the agent's, whatever the workers return
+    assert "asked to stop" in text
+    status = runs.status(launched.folder(number.name))
+    assert status["state"] == "preempted"
+    assert runs.steps_saved(launched.folder(number.name))[-1] == status["step"] > 0
+    assert vanishes(process.pid)
+    process = launched.start(*torchrun(*options, PRETRAIN, *flags))
+    deadline = time.monotonic() + LIMIT
+    while f"step {status['step'] + 2}/" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=LIMIT)
+    assert resumed_at(text) == status["step"], text

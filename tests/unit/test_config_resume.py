@@ -21,7 +21,7 @@ DEFAULTS = default_config(framework_defaults())
 # Written out, so that a new key needs a decision here. Sections are meant with all that is in them.
 LOCAL = (
     "NAME TAG OUTPUT DEVICE RESUME DATA.PATH DATA.NUM_WORKERS DATA.CACHE_MODE DATA.DOWNLOAD DATA.TIMEOUT LOG "
-    "FINETUNE.SUBSET"
+    "FINETUNE.SUBSET LINEAR.LABEL_PERCENTS"
 ).split()
 TUNABLE = (
     "DATA.MAX_BAD_FRACTION TRAIN.BATCH_SIZE TRAIN.ACCUMULATION_STEPS TRAIN.PRECISION "
@@ -29,8 +29,8 @@ TUNABLE = (
     "FINETUNE.BATCH_SIZE FINETUNE.TEST FINETUNE.EVAL_EPOCHS"
 ).split()
 LINEAR = (
-    "LINEAR.LRS LINEAR.EPOCHS LINEAR.HEAD_INIT LINEAR.LABEL_SMOOTHING LINEAR.DROP_PATH LINEAR.OPTIM "
-    "LINEAR.SCHEDULE"
+    "LINEAR.LRS LINEAR.WEIGHT_DECAYS LINEAR.CACHED_FEATURES LINEAR.EPOCHS LINEAR.HEAD_INIT "
+    "LINEAR.LABEL_SMOOTHING LINEAR.DROP_PATH LINEAR.OPTIM LINEAR.SCHEDULE"
 ).split()
 FINETUNE = [
     f"FINETUNE.{name}"
@@ -115,7 +115,7 @@ def other_value(key: str, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
-        return [entry / 2 if isinstance(entry, float) else entry + 1 for entry in value]
+        return [entry / 2 if isinstance(entry, float) else entry + 1 for entry in value] or [0.5]
     if isinstance(value, int):
         return value + 1
     return value / 2 + 0.125 if isinstance(value, float) else f"{value}x"

@@ -20,6 +20,7 @@ import main_linear
 import main_pretrain
 import main_semisup
 import utils.config
+import utils.resume
 import utils.run
 from models import FRAMEWORKS, build_framework, framework_defaults
 from models.parts.negatives import SyntheticConfig
@@ -32,14 +33,25 @@ ALL_KEYS = {key for key, _ in leaves(DEFAULTS)}
 
 # What belongs to the other main; together they leave out nothing.
 NOT_PRETRAINING = {key for key in ALL_KEYS if key.startswith(("LINEAR.", "FINETUNE."))}
-_PRETRAINING_ONLY = ("OPTIM.", "SCHEDULE.", "AUG.", *(f"MODEL.{name.upper()}." for name in FRAMEWORKS))
+_PRETRAINING_ONLY = (
+    *("OPTIM.", "SCHEDULE.", "AUG.RECIPE", "AUG.CROP_MIN"),
+    *(f"MODEL.{name.upper()}." for name in FRAMEWORKS),
+)
 NOT_PROBING = {key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "FINETUNE."))} | {
-    *("MODEL.NAME", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "TRAIN.USE_CHECKPOINT", "KNN.EVERY_EPOCHS"),
+    *("MODEL.NAME", "MODEL.STACK_VIEWS", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "TRAIN.USE_CHECKPOINT"),
+    *("TRAIN.COMPILE", "KNN.EVERY_EPOCHS"),
     *("DATA.REPEATED_AUG", "HELD_OUT.EVERY_EPOCHS"),
 }
 NOT_FINETUNING = {
     key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "LINEAR.", "KNN.", "HELD_OUT."))
-} | {"MODEL.NAME", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "DATA.REPEATED_AUG"}
+} | {
+    "MODEL.NAME",
+    "MODEL.STACK_VIEWS",
+    "TRAIN.EPOCHS",
+    "TRAIN.BATCH_SIZE",
+    "TRAIN.COMPILE",
+    "DATA.REPEATED_AUG",
+}
 assert not NOT_PRETRAINING & NOT_PROBING & NOT_FINETUNING
 
 
@@ -86,7 +98,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     monkeypatch.setattr(utils.config, "load_config", load_recording)
     monkeypatch.setattr(utils.run, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
     monkeypatch.setattr(
-        utils.run, "compare_for_resume", lambda saved, cfg, task: compare(saved, plain[id(cfg)], task)
+        utils.resume, "compare_for_resume", lambda saved, cfg, task: compare(saved, plain[id(cfg)], task)
     )
     yield seen
     close_logger()

@@ -87,12 +87,22 @@ def test_a_flag_takes_one_signal_and_its_echo_and_gives_the_handlers_back(
 
 def test_a_guard_allows_a_scaler_its_overflows_but_not_for_ever() -> None:
     with pytest.raises(NonFiniteError, match="step 3"):
-        FiniteGuard().check(NAN, 3, "1, 2")
+        FiniteGuard().check(NAN, 3, [])
     guard = FiniteGuard(scaler=True)
     for step in range(20):
-        guard.check(NAN, step, "")
-    guard.check(torch.tensor(1.0), 20, "")  # a finite one starts the count anew
+        guard.check(NAN, step, [])
+    guard.check(torch.tensor(1.0), 20, [])  # a finite one starts the count anew
     for step in range(20):
-        guard.check(NAN, step, "")
+        guard.check(NAN, step, [])
     with pytest.raises(NonFiniteError, match=r"step 40: .* 21th step in a row"):
-        guard.check(NAN, 40, "")
+        guard.check(NAN, 40, [])
+
+
+def test_a_signal_before_the_first_step_is_a_preemption_and_after_the_last_one_none(run: Run) -> None:
+    run.open_folder()
+    for state in ("preempted", "done"):
+        with pytest.raises(SystemExit) as stop:
+            run.stop_before_training(signal.SIGTERM, None)
+        assert stop.value.code == 75
+        assert runs.status(run.folder)["state"] == state
+        run.finish("done", 9)

@@ -20,7 +20,10 @@ FORBIDDEN_ROOMS = {
     "tools": {"detection"},
     "detection": {"tools"},
 }
-ALLOWED_UTILS = {"data": {"utils.distributed"}, "models": {"utils.distributed", "utils.schedules"}}
+ALLOWED_UTILS = {
+    "data": {"utils.distributed", "utils.atomic"},
+    "models": {"utils.distributed", "utils.schedules"},
+}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -1,0 +1,110 @@
+"""The checkpoint that an evaluation liked best stays; which one it is follows from the folder alone."""
+
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+import main_pretrain
+from utils.checkpoint import committed, save, step_of
+from utils.logger import close_logger
+from utils.retention import best, improves, prune
+
+METRIC = "knn5_top1"
+
+
+def make(folder: Path, step: int, **evaluated: float) -> Path:
+    return save(folder, step, {"weight": torch.ones(3)}, meta={"evaluated": evaluated})
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(map(step_of, committed(folder)))
+
+
+def test_the_best_is_the_highest_and_of_a_loss_the_lowest(tmp_path: Path) -> None:
+    assert best(tmp_path, METRIC) is None
+    for step, (top1, loss) in enumerate([(10.0, 3.0), (30.0, 1.0), (30.0, 2.0), (20.0, 0.5)], start=1):
+        make(tmp_path, step, knn5_top1=top1, held_out_loss=loss)
+    make(tmp_path, 5)  # between two evaluations
+    assert best(tmp_path, METRIC) == tmp_path / "ckpt_00000002.pt"  # of equals the first
+    assert best(tmp_path, "held_out_loss") == tmp_path / "ckpt_00000004.pt"
+    assert best(tmp_path, "other") is None
+
+
+def test_damaged_records_and_values_that_are_no_number_are_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, 1, knn5_top1=10.0)
+    make(tmp_path, 2, knn5_top1=float("nan"))
+    path = make(tmp_path, 3, knn5_top1=90.0)
+    path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace("90.0", "99.0"))
+    assert best(tmp_path, METRIC) == tmp_path / "ckpt_00000001.pt"
+
+
+def test_the_best_is_kept_beside_the_last_and_a_worse_one_goes(tmp_path: Path) -> None:
+    for step, top1 in enumerate([10.0, 30.0, 20.0, 25.0, 40.0, 5.0, 6.0], start=1):
+        make(tmp_path, step, knn5_top1=top1)
+        kept = best(tmp_path, METRIC)
+        assert kept is not None
+        prune(tmp_path, 2, protect=[kept])
+        assert len(steps(tmp_path)) >= min(2, step)
+    assert steps(tmp_path) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "so_far", "expected"),
+    [
+        (METRIC, 1.0, None, True),
+        (METRIC, 1.0, 1.0, False),
+        (METRIC, 2.0, 1.0, True),
+        ("held_out_loss", 2.0, 1.0, False),
+        ("held_out_loss", 0.5, 1.0, True),
+        (METRIC, float("nan"), 1.0, False),
+        (METRIC, float("nan"), None, False),
+    ],
+)
+def test_what_is_better(metric: str, value: float, so_far: float | None, expected: bool) -> None:
+    assert improves(metric, value, so_far) == expected
+
+
+def train(monkeypatch: pytest.MonkeyPatch, output: Path, values: list[float], every: int = 4) -> Path:
+    """Run with evaluations that give ``values``, one an epoch; no checkpoint is due but by the evaluation."""
+    from utils import knn
+
+    given = iter(values)
+    monkeypatch.setattr(knn, "features_knn", lambda *args, **keys: {METRIC: next(given)})
+    keys = {"KNN__EVERY_EPOCHS": 1, "KNN__K": (5,), "CHECKPOINT__EVERY_STEPS": 0, "TRAIN__EPOCHS": 5}
+    keys |= {"CHECKPOINT__EVERY_EPOCHS": every, "CHECKPOINT__KEEP_BEST": METRIC, "TRAIN__BATCH_SIZE": 512}
+    monkeypatch.setattr("sys.argv", ["main_pretrain.py", *runs.arguments("moco_v2", output, "t", **keys)])
+    try:
+        main_pretrain.main()
+    finally:
+        close_logger()
+    return output / "moco_v2" / "t"
+
+
+def test_a_run_keeps_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(monkeypatch, tmp_path, [20.0, 30.0, 25.0, 10.0, 11.0], every=1)
+    assert steps(folder) == [4, 8, 10]
+
+
+def test_a_run_saves_and_keeps_its_best_across_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StopIteration):  # a fault in the evaluation of the third epoch
+        train(monkeypatch, tmp_path, [30.0, 20.0])
+    folder = tmp_path / "moco_v2" / "t"
+    assert steps(folder) == [2]  # the first evaluation made one due, the second did not
+    train(monkeypatch, tmp_path, [20.0, 25.0, 10.0, 11.0])
+    assert steps(folder) == [2, 8, 10]
+    assert best(folder, METRIC) == folder / "ckpt_00000002.pt"
+
+
+def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"KNN__EVERY_EPOCHS": 1, "KNN__K": (5,), "CHECKPOINT__KEEP_BEST": "knn20_top1"}
+    argv = runs.arguments("moco_v2", tmp_path, "t", TRAIN__BATCH_SIZE=512, **keys)
+    monkeypatch.setattr("sys.argv", ["main_pretrain.py", *argv])
+    try:
+        with pytest.raises(ValueError, match=r"CHECKPOINT\.KEEP_BEST: 'knn20_top1'.*knn5_top1"):
+            main_pretrain.main()
+    finally:
+        close_logger()

@@ -1,0 +1,76 @@
+"""Name the process that the others wait for: each notes in the common store what it is doing.
+
+A note is one small message to the store, and nobody waits for it. When a collective fails, those who noticed
+say so; who stays silent is the one that hangs, or is gone.
+"""
+
+import threading
+import time
+
+import torch.distributed as dist
+
+from utils import distributed
+
+_GRACE = 1.0  # seconds that the others have to notice too
+_PATIENCE = 3.0  # seconds for the store to answer: the process that holds it may be the one that hangs
+
+_count = 0  # notes so far; alike on all ranks at the same line of the program
+_told = ""  # what was found out once: asking again would wait again
+
+
+def beat(doing: str) -> None:
+    """Note what this process begins to do (``step 120``)."""
+    global _count
+    if distributed.world_size() > 1:
+        _count += 1
+        _store().set(f"synco/beat/{distributed.rank()}", f"{_count} {time.time()} {doing}")
+
+
+def missing() -> str:
+    """Say, after a collective has failed, who does not answer, since when, and where the others are.
+
+    Empty on a single process, or if all have noticed.
+    """
+    global _told
+    if not _told and distributed.world_size() > 1:
+        answer: list[str] = []
+        thread = threading.Thread(target=lambda: answer.append(_ask()), daemon=True)
+        thread.start()
+        thread.join(_GRACE + _PATIENCE)
+        _told = answer[0] if answer else "the process that holds the common store, rank 0, does not answer"
+    return _told
+
+
+def _ask() -> str:
+    try:
+        store = _store()
+        store.set(f"synco/noticed/{distributed.rank()}", "")
+        time.sleep(_GRACE)
+        ranks = range(distributed.world_size())
+        silent = [r for r in ranks if not store.check([f"synco/noticed/{r}"])]
+        notes = {r: _note(store, r) for r in ranks}
+    except Exception:  # the store is gone with the process that held it
+        return ""
+    behind = min((notes[r][0] for r in silent), default=0)
+    named = [_describe(r, notes[r]) for r in silent if notes[r][0] == behind]
+    ahead = max(notes.values())
+    return "; ".join(named) + (f"; the furthest is at {ahead[2]}" if named and ahead[2] else "")
+
+
+def _note(store: dist.Store, rank: int) -> tuple[int, float, str]:
+    """Return (number, time, what) of a process's last note."""
+    key = f"synco/beat/{rank}"
+    if not store.check([key]):
+        return 0, time.time(), ""
+    number, moment, doing = store.get(key).decode().split(" ", 2)
+    return int(number), float(moment), doing
+
+
+def _describe(rank: int, note: tuple[int, float, str]) -> str:
+    _, moment, doing = note
+    since = f", which began {doing} {max(0.0, time.time() - moment):.0f} s ago" if doing else ""
+    return f"no answer from rank {rank}{since}"
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
