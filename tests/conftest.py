@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep two cores responsive: the tests' networks are too small for more threads."""
+    """Keep two cores responsive, for networks too small for more threads, and the home folder clean."""
     torch.set_num_threads(1)
+    folder = tempfile.TemporaryDirectory(prefix="synco-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["XDG_CACHE_HOME"] = folder.name
 
 
 @pytest.fixture(autouse=True)

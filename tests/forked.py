@@ -27,7 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120.0  # seconds for anything, on a loaded machine
 _PRELOAD = [
     *("pytest", "torch", "torchvision", "timm", "sklearn.datasets"),
-    *("models", "data.loader", "data.preview", "utils.engine", "utils.probe", "main_pretrain", "main_linear"),
+    *(
+        "models",
+        "data.fused",
+        "data.loader",
+        "data.preview",
+        "utils.engine",
+        "utils.probe",
+        "main_pretrain",
+        "main_linear",
+    ),
 ]
 
 
@@ -108,6 +117,18 @@ def start(
 def run(main: str, argv: Sequence[str], log: Path, **options: Any) -> list[int]:
     """Start and wait; return the exit codes."""
     return [job.wait() for job in start(main, argv, log, **options)]
+
+
+def ends(jobs: Sequence[Job], limit: float = LIMIT) -> tuple[list[int], float]:
+    """Wait for all; return the exit codes and the seconds from the first end to the last."""
+    alive = {job.process.sentinel: job for job in jobs}
+    deadline, first = time.monotonic() + limit, None
+    while alive and time.monotonic() < deadline:
+        for sentinel in connection.wait(list(alive), timeout=1.0):
+            del alive[sentinel]  # type: ignore[arg-type]
+            first = first or time.monotonic()
+    seconds = time.monotonic() - (first or time.monotonic())
+    return [job.wait(1.0) for job in jobs], seconds
 
 
 def _run_main(main: str, argv: list[str], log: str, env: dict[str, str], prepare: Any) -> None:

@@ -58,7 +58,7 @@ def arguments(method: str, output: Path, tag: str, *flags: str, world: int = 1, 
         **{f"MODEL.{method_section(method)}.{key}": value for key, value in KEYS[method].items()},
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
-    opts = [str(part) for key, value in settings.items() for part in (key, json.dumps(value))]
+    opts = [str(part) for key, value in settings.items() for part in (key, json.dumps(value, ensure_ascii=False))]
     opts = [part.strip('"') for part in opts]
     return ["--device", "cpu", "--output", str(output), "--tag", tag, *flags, "--opts", *opts]
 
@@ -95,9 +95,9 @@ def final_state(folder: Path) -> dict[str, Any]:
     return checkpoint.load(found.path)
 
 
-def digest(folder: Path) -> str:
-    """Return the sha256 of all state in the newest checkpoint, but for the configuration's local keys."""
-    state = final_state(folder)
+def digest(folder: Path, step: int | None = None) -> str:
+    """Return the sha256 of all state in the newest checkpoint, or of a step, but for the configuration."""
+    state = final_state(folder) if step is None else checkpoint.load(folder / f"ckpt_{step:08d}.pt")
     sha = hashlib.sha256()
     _update(sha, {key: state[key] for key in ("framework", "optimizer", "scaler", "step", "best")})
     return sha.hexdigest()
@@ -156,6 +156,31 @@ def kill_soon(delay: float) -> None:
 def kill_at(rank: int, *, step: int, delay: float = 0.0, ranks: tuple[int, ...] = (0, 1)) -> None:
     """Arrange for a SIGKILL."""
     if rank in ranks:
+        at_step(step, lambda: kill_soon(delay))
+
+
+def note_steps(path: Path) -> None:
+    """Keep the number of the step that has begun in a file, which outlives a SIGKILL."""
+    from utils import engine
+
+    seed_step = engine.seed_step
+
+    def wrapper(seed: int, index: int) -> None:
+        path.write_text(str(index))
+        seed_step(seed, index)
+
+    engine.seed_step = wrapper
+
+
+def killed_somewhere(
+    rank: int, *, step: int | None, delay: float, ranks: tuple[int, ...], note: Path
+) -> None:
+    """Arrange for a SIGKILL ``delay`` seconds after ``step`` begins, or after the process does."""
+    if rank == 0:
+        note_steps(note)
+    if rank in ranks and step is None:
+        kill_soon(delay)
+    elif rank in ranks:
         at_step(step, lambda: kill_soon(delay))
 
 

@@ -11,7 +11,6 @@ takes; --full keeps target, heads and queue too. Nothing of a file is executed.
 
 import argparse
 import json
-import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
@@ -247,15 +246,12 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 def _write(path: Path, fill: Callable[[Any], object]) -> None:
     """Write a file that is whole or not there."""
-    from utils.atomic import removed_on_error, sync_folder, tmp_path, write_synced
+    from utils.atomic import write_file
 
     if path.is_dir():
         raise ValueError(f"--output: {path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with removed_on_error(tmp_path(path)):
-        write_synced(tmp_path(path), fill)
-        os.replace(tmp_path(path), path)
-    sync_folder(path.parent)
+    write_file(path, fill)
 
 
 def _is_queue(name: str, tensor: Any) -> bool:

@@ -1,16 +1,36 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in under ten minutes: bash tools/gpu_check.sh | tee docs/results/gpu.md
+# SHARED_DATA (default ../shared/data) may hold the image packs; without them random images stand in.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+packs=${SHARED_DATA:-../shared/data}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 status=0
-run() { echo; echo "## $*"; "$@" || { echo "FAILED: $*"; status=1; }; }
+run() { echo; echo "## $*"; timeout "${LIMIT:-120}" "$@" || { echo "FAILED ($?): $*"; status=1; }; }
+bench() { run "$python" tools/benchmark.py --device cuda "$@"; }
 
 echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(date -u +%F)"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 "$python" -c "import torch, torchvision, timm; print('torch', torch.__version__, 'torchvision', torchvision.__version__, 'timm', timm.__version__)"
-run "$python" -m pytest tests/gpu tests/parity tests/models -p no:cacheprovider
-run "$python" tools/benchmark.py --device cuda --rounds 20 loss
-run "$python" tools/benchmark.py --device cuda --rounds 20 loss --batch 32
-run "$python" tools/benchmark.py --device cuda --rounds 20 corruption
+LIMIT=180 run "$python" -m pytest tests/gpu tests/parity tests/models -p no:cacheprovider
+bench --rounds 20 loss
+bench --rounds 20 loss --batch 32
+bench --rounds 20 corruption
+bench --rounds 10 step
+bench --rounds 5 epoch --batch 512 --steps 20 --symmetric
+images=$(ls "$packs"/imagenette*.tar* "$packs"/imagenette*.zip 2>/dev/null | head -1)
+if [ -n "$images" ]; then
+  case $images in *.zip) unzip -q "$images" -d "$work" ;; *) tar -xf "$images" -C "$work" ;; esac
+  folder=$(dirname "$(find "$work" -type d -name train | head -1)")
+  bench --rounds 3 epoch --data "$folder" --batch 256 --queue 65536 --steps 10 --workers 16
+else
+  echo "no image pack in $packs: the epoch on real JPEGs is left out"
+fi
+if "$python" -c "import lightly" 2>/dev/null; then
+  bench --rounds 5 peers --backbone resnet50 --size 224 --batch 128 --workers 16
+else
+  echo "lightly is not installed: the comparison with it is left out"
+fi
 exit $status

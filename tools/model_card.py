@@ -9,7 +9,7 @@ from typing import Any
 
 from data.views import IMAGENET_MEAN, IMAGENET_STD
 from models.weights_out import to_huggingface
-from utils.atomic import removed_on_error, tmp_path, write_synced, write_text
+from utils.atomic import write_file, write_text
 from utils.safetensors import safetensors_bytes
 
 PAPERS = {
@@ -40,10 +40,7 @@ def write_huggingface(
         raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
     state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
-    with removed_on_error(tmp_path(weights)):
-        write_synced(tmp_path(weights), lambda file: file.write(safetensors_bytes(state)))
-        tmp_path(weights).replace(weights)
+    write_file(folder / "model.safetensors", lambda file: file.write(safetensors_bytes(state)))
     write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(preprocessing(cfg), indent=2) + "\n")
     # what stands beside a run was measured with its online network

@@ -32,8 +32,9 @@ from utils.cli import make_parser, parse, run_main
 from utils.config import default_config, load_config, section_options
 from utils.device import choose_device
 from utils.distributed import keyed_seed
-from utils.evaluate import extract_features, few_label_accuracy, knn_accuracy, logistic_probe, topk_correct
+from utils.evaluate import extract_features, few_label_accuracy, logistic_probe, topk_correct
 from utils.foreign import read_torch
+from utils.knn import knn_accuracy
 from utils.logger import setup_logger
 from utils.run import Run
 

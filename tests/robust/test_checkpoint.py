@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import CheckpointError, load, newest_valid, prune, save, sweep
+from utils.checkpoint import CheckpointError, load, newest_valid, save
+from utils.retention import prune, sweep
 
 META = {"config_digest": "abc", "metrics": {"loss": 0.5}}
 

@@ -14,6 +14,7 @@ import forked
 import pytest
 import runs
 import torch
+from figures import figure
 from torch import Tensor
 
 from utils import checkpoint
@@ -187,10 +188,20 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_changed_data_set_is_refused(tmp_path: Path) -> None:
     argv = folder_arguments(tmp_path, 0)
     assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
-    image = next((tmp_path / "images" / "train").rglob("*.png"))
-    image.rename(image.with_name("renamed.png"))
-    (line,) = assert_fails(2, argv, "was trained on other data.*renamed", tmp_path)
-    assert line.startswith("error: ")
+    image, *_ = sorted((tmp_path / "images" / "train").rglob("*.png"))
+    other, content = image.with_name("zzz.png"), image.read_bytes()
+    changes: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "renamed": (lambda: image.rename(other), lambda: other.rename(image)),
+        "added": (lambda: other.write_bytes(content), other.unlink),
+        "removed": (image.unlink, lambda: image.write_bytes(content)),
+    }
+    for change, (do, undo) in changes.items():
+        do()
+        (line,) = assert_fails(2, argv, "was trained on other data.*added, removed or renamed", tmp_path)
+        assert line.startswith("error: ")
+        undo()
+        figure(f"data set with a file {change}", "refused")
+    assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
 
 
 def test_a_text_file_is_no_checkpoint(trained: Path, tmp_path: Path) -> None:
@@ -251,6 +262,8 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
     (third,) = forked.start("main_pretrain", argv, tmp_path / "third")
     assert third.wait() == 0
     assert runs.resumed_at(third.text()) == 3
+    figure("second job in the folder", "refused")
+    figure("third job, after a SIGKILL of the first", "resumed")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------

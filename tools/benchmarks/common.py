@@ -15,12 +15,27 @@ class Side(NamedTuple):
     run: Callable[[], object]
 
 
-def measure(sides: list[Side], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Time every side once a round, in turn, after one untimed round; milliseconds by side."""
+def repeated(name: str, run: Callable[[], object], times: int) -> Side:
+    """Return a side that runs several times a round."""
+
+    def once() -> None:
+        for _ in range(times):
+            run()
+
+    return Side(name, once)
+
+
+def measure(
+    sides: list[Side], rounds: int, device: torch.device, wall: bool = False
+) -> dict[str, list[float]]:
+    """Time every side once a round, in turn, after one untimed round; milliseconds by side.
+
+    ``wall``: by the clock, for what also waits for other processes.
+    """
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
         for side in sides:
-            elapsed = _time_once(side.run, device)
+            elapsed = _wall_time(side.run, device) if wall else _time_once(side.run, device)
             if number:
                 times[side.name].append(elapsed)
     return times
@@ -37,6 +52,14 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
     begin = time.thread_time()
     run()
     return (time.thread_time() - begin) * 1e3
+
+
+def _wall_time(run: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) * 1e3
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:

@@ -1,0 +1,120 @@
+"""Twenty thousand steps of the engine with logs, checkpoints and evaluations: memory and open files stay."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import forked
+import numpy as np
+import pytest
+import torch
+from figures import figure
+from training import LayerNormBackbone
+
+EVERY = 1000
+IMAGES, BATCH = 64, 4
+
+
+def resident_kilobytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1024
+
+
+def long_run(root: str, steps: int, every: int) -> None:
+    """Train a tiny network; write memory, open files and threads at every ``every``-th step."""
+    torch.set_num_threads(1)
+    from data.loader import GlobalLoader
+    from data.source import ArraySource
+    from data.views import build_recipe
+    from models import FRAMEWORKS, framework_defaults
+    from utils import engine
+    from utils.config import default_config, load_config
+    from utils.optim import build_optimizer, parameter_groups
+    from utils.plan import make_plan
+    from utils.run import start_run
+
+    flags = {"OUTPUT": root, "NAME": "long", "DEVICE": "cpu", "TRAIN.EPOCHS": steps * BATCH // IMAGES}
+    flags |= {"CHECKPOINT.EVERY_EPOCHS": 0, "CHECKPOINT.EVERY_STEPS": 500, "TRAIN.CHANNELS_LAST": False}
+    cfg = load_config(default_config(framework_defaults()), flags=flags)
+    run = start_run(cfg)
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 8, 8), dtype=np.uint8)
+    source = ArraySource("toy", torch.from_numpy(pixels), torch.zeros(IMAGES, dtype=torch.int64), ["0"])
+    run.fingerprint = source.fingerprint()
+    recipe = build_recipe("linear", 8) * 2  # cheap: what is watched is the engine
+    loader = GlobalLoader(source, recipe, global_batch=BATCH, seed=0, device=run.device)
+    framework = run.prepare(FRAMEWORKS["moco_v2"](LayerNormBackbone(), queue_size=64, out_dim=8))
+    plan = make_plan(
+        cfg.OPTIM, cfg.SCHEDULE, epochs=cfg.TRAIN.EPOCHS, steps_per_epoch=loader.steps_per_epoch,
+        global_batch=BATCH, base_rates=[0.01],
+    )  # fmt: skip
+    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))
+    state = engine.TrainState(framework, optimizer, run.wrap(framework))
+    run.describe(framework, plan, len(source))
+    seen: list[tuple[int, float, int, int]] = []
+    seed_step = engine.seed_step
+
+    def watched(seed: int, index: int) -> None:
+        if index % every == 0:
+            files = len(os.listdir("/proc/self/fd"))
+            seen.append((index, resident_kilobytes(), files, threading.active_count()))
+        seed_step(seed, index)
+
+    def evaluate(progress: Any) -> dict[str, float]:
+        return {"knn5_top1": 50.0} if progress.epoch % 50 == 0 else {}
+
+    engine.seed_step = watched
+    outcome = engine.fit(
+        state,
+        loader,
+        lambda batch, at: state.model([run.views(v) for v in batch.views], at),
+        plan,
+        run,
+        evaluate,
+    )
+    run.close()
+    assert outcome is engine.Outcome.DONE
+    (Path(root) / "seen.json").write_text(json.dumps({"seen": seen, "step": state.step}))
+
+
+def watch(root: Path, steps: int, every: int, limit: float) -> list[list[float]]:
+    process = forked.context().Process(target=long_run, args=(str(root), steps, every))
+    process.start()
+    process.join(limit)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+    result = json.loads((root / "seen.json").read_text())
+    assert result["step"] == steps
+    return result["seen"]
+
+
+def slope(seen: list[list[float]], column: int) -> float:
+    """Return the growth per 1,000 steps of a straight line through the second half and the quarter before."""
+    rows = np.array(seen[len(seen) // 4 :])
+    return float(1000 * np.polyfit(rows[:, 0], rows[:, column], 1)[0])
+
+
+def test_a_thousand_steps_open_no_file_more(tmp_path: Path) -> None:
+    seen = watch(tmp_path, 1000, 100, 120)
+    assert len({row[2] for row in seen[3:]}) == 1, seen
+    assert len({row[3] for row in seen[3:]}) == 1, seen
+
+
+@pytest.mark.slow
+def test_twenty_thousand_steps_without_growth(tmp_path: Path) -> None:
+    steps = 20_000
+    seen = watch(tmp_path, steps, EVERY, 1500)
+    memory, files, threads = (slope(seen, column) for column in (1, 2, 3))
+    figure(
+        "steps",
+        f"{steps:,}",
+        f"(metrics every 10, a checkpoint every 500, {steps * BATCH // IMAGES:,} epochs)",
+    )
+    figure("growth of memory per 1,000 steps", f"{memory:.1f}", f"KiB of {seen[-1][1] / 1024:.0f} MiB")
+    figure("growth of open files per 1,000 steps", f"{files:.2f}")
+    figure("growth of threads per 1,000 steps", f"{threads:.2f}")
+    assert memory < 50
+    assert files == pytest.approx(0, abs=1e-9)
+    assert threads == pytest.approx(0, abs=1e-9)
