@@ -1,12 +1,13 @@
 # make demo   pretrain and probe a small backbone on embedded real images, no download
 # make test   the tests         make test-slow   the long ones too         make check   lint, format, types
+# make reliability   kills, crashes and damage counted, into docs/results/reliability.md
 # All build a virtual environment in .venv first; VENV=/path uses or builds another.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.synco-ready
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow reliability check format clean
 
 $(READY): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +19,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+reliability: $(READY)
+	$(BIN)/python tools/reliability.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or not slow"
