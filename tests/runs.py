@@ -58,7 +58,9 @@ def arguments(method: str, output: Path, tag: str, *flags: str, world: int = 1, 
         **{f"MODEL.{method_section(method)}.{key}": value for key, value in KEYS[method].items()},
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
-    opts = [str(part) for key, value in settings.items() for part in (key, json.dumps(value, ensure_ascii=False))]
+    opts = [
+        str(part) for key, value in settings.items() for part in (key, json.dumps(value, ensure_ascii=False))
+    ]
     opts = [part.strip('"') for part in opts]
     return ["--device", "cpu", "--output", str(output), "--tag", tag, *flags, "--opts", *opts]
 

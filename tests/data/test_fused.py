@@ -127,6 +127,25 @@ def test_images_of_any_shape(size: tuple[int, int]) -> None:
     assert_near(fused(images, view, draws), photometric(images, view, draws, "torch"), view)
 
 
+_OPS = {
+    "jitter": ColorJitter(0.6, 0.6, 0.6, 0.2, p=0.9),
+    "blur": GaussianBlur((0.3, 2.0), p=0.8),
+    "gray": Grayscale(0.3),
+    "solarize": Solarize(100, 0.5),
+    "flip": HorizontalFlip(0.5),
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["blur jitter solarize", "solarize blur gray jitter flip", "flip gray jitter blur", "blur flip gray"],
+)
+def test_operations_run_in_the_order_of_the_view(crops: Tensor, names: str) -> None:
+    view = tuple(_OPS[name] for name in names.split())
+    draws = drawn(view)
+    assert_near(fused(crops, view, draws), photometric(crops, view, draws, "torch"), view)
+
+
 def test_extreme_colours() -> None:
     levels = torch.tensor([0, 1, 127, 128, 254, 255], dtype=torch.uint8)
     images = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 12, 18).repeat(COUNT, 1, 1, 1)
@@ -161,7 +180,10 @@ def test_erasing_follows_the_fused_operations(crops: Tensor) -> None:
     view = (*build_recipe("linear", 80)[0], RandomErasing(0.9))
     images = crops[:, :, :, :80].contiguous()
     draws = drawn(view)
-    assert_near(fused(images, view, draws), photometric(images, view, draws, "torch"), view)
+    erased = fused(images, view, draws)
+    assert_near(erased, photometric(images, view, draws, "torch"), view)
+    touched = (erased != fused(images, view[:-1], draws)).flatten(1).any(1)
+    assert touched.tolist() == draws["erase"].tolist()
 
 
 def _in_child(connection: object, images: Tensor, view: View, draws: Draws) -> None:
