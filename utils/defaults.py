@@ -192,7 +192,7 @@ def plain(value: Any) -> Any:
 # Where and with what help it runs: may change, nobody needs to know.
 LOCAL_KEYS = (
     *("NAME", "TAG", "OUTPUT", "DEVICE", "RESUME", "DATA.PATH", "DATA.NUM_WORKERS", "DATA.CACHE_MODE"),
-    *("DATA.INDEX_CACHE", "DATA.DOWNLOAD", "DATA.TIMEOUT", "LOG.*"),
+    *("DATA.INDEX_CACHE", "DATA.DOWNLOAD", "DATA.TIMEOUT", "TRAIN.RANK_TIMEOUT", "LOG.*"),
     "FINETUNE.SUBSET",  # where the list is; what it says is part of the data's fingerprint
     "LINEAR.LABEL_PERCENTS",  # each is a run of its own, and part of its data's fingerprint
 )

@@ -97,7 +97,7 @@ def slope(seen: list[list[float]], column: int) -> float:
 
 
 def test_a_thousand_steps_open_no_file_more(tmp_path: Path) -> None:
-    seen = watch(tmp_path, 1000, 100, 120)
+    seen = watch(tmp_path, 1008, 100, 120)  # 63 epochs
     assert len({row[2] for row in seen[3:]}) == 1, seen
     assert len({row[3] for row in seen[3:]}) == 1, seen
 
