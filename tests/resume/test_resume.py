@@ -84,6 +84,16 @@ def test_two_ranks_killed_and_resumed(killed: tuple[int, ...], output: Path) -> 
     assert runs.digest(output / "moco_v2" / tag) == whole
 
 
+def test_four_ranks_killed_and_resumed(output: Path) -> None:
+    """A sum of four gradients depends on its order, which must not depend on where the run began."""
+    whole = uninterrupted("moby", output, world=4)
+    argv = runs.arguments("moby", output, "four", world=4)
+    fault = partial(runs.kill_at, step=7, ranks=(0, 1, 2, 3))
+    assert forked.run("main_pretrain", argv, output / "log", ranks=4, prepare=fault) == [-signal.SIGKILL] * 4
+    assert finish(argv, output / "moby" / "four", output / "log", world=4) == 6
+    assert runs.digest(output / "moby" / "four") == whole
+
+
 def test_world_size_and_accumulation_may_change_on_resume(output: Path) -> None:
     """The global batch stays: the same images, another split. Not bit-identical, but the run goes on."""
     argv = runs.arguments("synco", output, "elastic", world=2)
