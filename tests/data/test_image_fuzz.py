@@ -17,8 +17,8 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import draw_photo
 from figures import figure
+from photos import draw_photo
 from PIL import Image
 
 SUFFIXES = ("jpg", "png")
