@@ -98,8 +98,10 @@ def slope(seen: list[list[float]], column: int) -> float:
 
 def test_a_thousand_steps_open_no_file_more(tmp_path: Path) -> None:
     seen = watch(tmp_path, 1008, 100, 120)  # 63 epochs
-    assert len({row[2] for row in seen[3:]}) == 1, seen
-    assert len({row[3] for row in seen[3:]}) == 1, seen
+    early, late = seen[1:6], seen[6:]
+    # the least of several: a checkpoint under way holds a file and a thread open for a moment, a leak for good
+    for column, what in ((2, "open files"), (3, "threads")):
+        assert min(row[column] for row in late) <= min(row[column] for row in early), (what, seen)
 
 
 @pytest.mark.slow
