@@ -1,11 +1,13 @@
 # make demo   pretrain and probe a small backbone on embedded real images, no download
 # make test   the tests         make test-slow   the long ones too         make check   lint, format, types
 # make reliability   kills, crashes and damage counted, into docs/results/reliability.md
-# All build a virtual environment in .venv first; VENV=/path uses or builds another.
+# All build a virtual environment in .venv first; VENV=/path uses or builds another. JOBS: tests at a time.
 VENV ?= .venv
+JOBS ?= 2
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.synco-ready
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo test test-slow reliability check format clean
 
@@ -18,13 +20,13 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 reliability: $(READY)
 	$(BIN)/python tools/reliability.py
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -127,10 +127,12 @@ def method_section(method: str) -> str:
 def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -> list[str]:
     """Return the tunable changes against the saved configuration; refuse a change of the ``task``'s identity.
 
-    Options of methods that are not selected are no part of a run. Raises ``ConfigError`` naming each identity
+    Options of methods that are not selected are no part of a run. A key that the code did not have when it
+    saved had its default then: what a key adds is off by default. Raises ``ConfigError`` naming each identity
     key with its old and new value.
     """
-    saved = dict(_flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint"))
+    saved = dict(leaves(default_config({})))
+    saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
     current = dict(leaves(tree))
     tunable: list[str] = []
     fatal: list[str] = []
@@ -139,7 +141,7 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
         kind = key_class(key, task)
         if old == new or kind == "local" or _of_another_method(key, tree.MODEL.NAME):
             continue
-        kind = "tunable" if old == "absent" else kind  # a key that the code did not have then
+        kind = "tunable" if old == "absent" else kind  # an option that the method did not have then
         (fatal if kind == "identity" else tunable).append(f"{key}: {old!r} -> {new!r}")
     if fatal:
         raise ConfigError(

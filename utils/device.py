@@ -1,6 +1,9 @@
 """Which device a process uses, and which arithmetic: what the configuration says, or what is fast there."""
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from utils import distributed
 
@@ -40,3 +43,30 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("cuda", distributed.local_rank())
         torch.cuda.set_device(device)
     return device
+
+
+def refuse_wrong_gradients(module: nn.Module) -> None:
+    """Let each convolution of ``module`` refuse a map for which a CPU's bf16 gradients are wrong.
+
+    Where the stride exceeds the map's width, the weight's gradient is what was in memory before (oneDNN, seen
+    with torch 2.15). The ``ValueError`` comes in the forward.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d) and part.stride[1] > 1 and part.kernel_size[1] > 1:
+            part.register_forward_pre_hook(_Refusal(name))
+
+
+class _Refusal:
+    """The hook of one convolution."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, conv: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        width, stride = inputs[0].shape[-1], conv.stride[1]
+        if width < stride and torch.is_grad_enabled() and conv.weight.requires_grad:
+            raise ValueError(
+                f"TRAIN.PRECISION: bf16 on a CPU gives {self.name}, a convolution of stride {stride} over a "
+                f"map {width} wide, wrong gradients; use --precision fp32, or a larger DATA.IMG_SIZE"
+            )

@@ -20,7 +20,7 @@ from utils import checkpoint, distributed, heartbeat, resume, retention
 from utils.atomic import write_text
 from utils.cli import lost_processes
 from utils.config import to_yaml
-from utils.device import DTYPES, choose_device, resolve_precision
+from utils.device import DTYPES, choose_device, refuse_wrong_gradients, resolve_precision
 from utils.gradients import AveragedGradients
 from utils.logger import Metrics, setup_logger
 from utils.meter import Meter
@@ -75,6 +75,8 @@ class Run:
             module = module.to(memory_format=torch.channels_last)
         module = module.to(self.device)
         distributed.broadcast_module(module)
+        if self.device.type == "cpu" and self.precision == "bf16":
+            refuse_wrong_gradients(module)
         return module
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -91,11 +93,6 @@ class Run:
         return (
             images.contiguous(memory_format=torch.channels_last) if self.cfg.TRAIN.CHANNELS_LAST else images
         )
-
-    def shard(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's share of rows that all ranks hold; the last shares may be shorter."""
-        mine = slice(distributed.rank(), None, distributed.world_size())
-        return features[mine], labels[mine]
 
     @contextmanager
     def evaluating(self, module: M) -> Iterator[M]:

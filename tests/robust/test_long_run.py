@@ -99,7 +99,7 @@ def slope(seen: list[list[float]], column: int) -> float:
 def test_a_thousand_steps_open_no_file_more(tmp_path: Path) -> None:
     seen = watch(tmp_path, 1008, 100, 120)  # 63 epochs
     early, late = seen[1:6], seen[6:]
-    # the least of several: a checkpoint under way holds a file and a thread open for a moment, a leak for good
+    # the least of several: a checkpoint under way holds a file and a thread for a moment, a leak for good
     for column, what in ((2, "open files"), (3, "threads")):
         assert min(row[column] for row in late) <= min(row[column] for row in early), (what, seen)
 

@@ -161,10 +161,17 @@ def test_options_of_methods_that_are_not_selected_are_no_part_of_a_run() -> None
     assert compare_for_resume(to_yaml(changed), saved) == []
 
 
-def test_a_key_that_the_code_did_not_have_is_told_and_one_that_is_gone_refused() -> None:
+def test_a_key_that_the_code_did_not_have_had_its_default_and_one_that_is_gone_is_refused() -> None:
     cfg = load_config(DEFAULTS)
     text = to_yaml(cfg)
-    assert compare_for_resume(text.replace("SEED: 0\n", ""), cfg) == ["SEED: 'absent' -> 0"]
+    older = text.replace("SEED: 0\n", "")
+    assert older != text
+    assert compare_for_resume(older, cfg) == []
+    with pytest.raises(ConfigError, match="SEED: 0 -> 3"):
+        compare_for_resume(older, load_config(DEFAULTS, flags={"SEED": 3}))
+    assert compare_for_resume(text.replace("    QUEUE_SIZE: 65536\n", ""), cfg) == [
+        "MODEL.MOCO_V2.QUEUE_SIZE: 'absent' -> 65536"
+    ]
     with pytest.raises(ConfigError, match=r"EXTRA: 3 -> 'absent'"):
         compare_for_resume(f"{text}EXTRA: 3\n", cfg)
     with pytest.raises(ConfigError, match="configuration"):

@@ -26,6 +26,29 @@ def run(tmp_path: Path) -> Run:
     return Run(default_config(framework_defaults()), tmp_path / "run", CPU)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_bf16_on_a_cpu_refuses_the_maps_that_its_gradients_are_wrong_for(
+    precision: str, width: int, tmp_path: Path
+) -> None:
+    """Where the run goes on, the gradients are those of fp32; oneDNN's for the refused map are not."""
+    cfg = default_config(framework_defaults())
+    cfg.TRAIN.PRECISION = precision
+    run = Run(cfg, tmp_path / "run", CPU)
+    network = run.prepare(nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1)))
+    images = torch.randn(8, 16, width, width)
+    with run.autocast():
+        if precision == "bf16" and width == 1:
+            with pytest.raises(ValueError, match=r"--precision fp32"):
+                network(images)
+            with torch.no_grad():
+                assert network(images).shape == (8, 32, 1, 1)  # an evaluation has no gradients
+            return
+        network(images).float().sum().backward()
+    expected = torch.nn.functional.unfold(images, 3, padding=1, stride=2).sum((0, 2)).view(16, 3, 3)
+    torch.testing.assert_close(network[0].weight.grad, expected.expand(32, 16, 3, 3), rtol=0.02, atol=0.05)
+
+
 def test_an_evaluation_leaves_every_part_in_its_mode(run: Run) -> None:
     """The batch norms of a frozen backbone whose drop path is active are not in its mode."""
     backbone = freeze(
