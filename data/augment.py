@@ -49,37 +49,48 @@ def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto")
     """
     ops = device_ops(view)
     work = tuple(op for op in ops if not isinstance(op, RandomErasing))
-    if work and choose_backend(backend, images.device) == "fused":
-        from data.fused import fused_photometric
-
-        x = fused_photometric(images, work, draws)
-    else:
-        x = _in_chunks(images, work, draws)
+    fused = bool(work) and choose_backend(backend, images.device) == "fused"
+    x = (_fused if fused else _in_chunks)(images, work, draws)
     return erase_(x, draws) if len(work) < len(ops) else x
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """Return "fused" (compiled by numba, for a CPU) or "torch"; "auto" is the former where it can run.
+    """Return "fused" (compiled by numba for a CPU, by Triton for a GPU) or "torch".
 
-    A ValueError where "fused" is asked for and cannot run.
+    "auto" is "fused" on a CPU that has numba, else "torch": the kernels for a GPU have been interpreted and
+    compiled, but not yet run on one. A ValueError where "fused" is asked for and cannot run.
     """
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
-    if device.type != "cpu":
-        raise ValueError(f"AUG.BACKEND 'fused' runs on a CPU, not on {device}: use 'auto' or 'torch'")
-    if _has_numba():
+    package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    if package is None:
+        raise ValueError(f"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on {device}: use 'torch'")
+    if _has(package):
         return "fused"
     if backend == "fused":
-        raise ValueError("AUG.BACKEND 'fused' needs numba: pip install numba, or use 'auto' or 'torch'")
+        raise ValueError(
+            f"AUG.BACKEND 'fused' needs {package}: pip install {package}, or use 'auto' or 'torch'"
+        )
     return "torch"
 
 
 @functools.cache
-def _has_numba() -> bool:
-    found = importlib.util.find_spec("numba") is not None
+def _has(package: str) -> bool:
+    found = importlib.util.find_spec(package) is not None
     if not found:
-        logger.info("numba is not installed: augmentation on the CPU is several times slower without it")
+        logger.info("%s is not installed: the augmentation is several times slower without it", package)
     return found
+
+
+def _fused(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
+    if images.device.type == "cpu":
+        from data.fused import fused_photometric
+
+        return fused_photometric(images, ops, draws)
+    from data.fused_cuda import can_run
+    from data.fused_cuda import fused_photometric as fused_on_gpu
+
+    return (fused_on_gpu if can_run(ops) else _in_chunks)(images, ops, draws)
 
 
 def _in_chunks(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:

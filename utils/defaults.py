@@ -132,7 +132,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
             "AUG": {
                 "RECIPE": "moco_v2",
                 "CROP_MIN": 0.0,  # smallest crop area; 0: the recipe's
-                "BACKEND": "auto",  # of all programs: auto | torch | fused (by numba, for a CPU)
+                "BACKEND": "auto",  # of all programs: auto | torch | fused (numba on a CPU, Triton on a GPU)
             },
             "OPTIM": _optimizer(),
             "SCHEDULE": _schedule(),

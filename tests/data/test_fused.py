@@ -295,9 +295,9 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [choose_backend(name, cpu) for name in ("auto", "fused", "torch")] == ["fused", "fused", "torch"]
     assert [choose_backend(name, gpu) for name in ("auto", "torch")] == ["torch", "torch"]
-    with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' runs on a CPU, not on cuda"):
-        choose_backend("fused", gpu)
-    data.augment._has_numba.cache_clear()
+    with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on mps"):
+        choose_backend("fused", torch.device("mps"))
+    data.augment._has.cache_clear()
     monkeypatch.setattr("data.augment.importlib.util.find_spec", lambda name: None)
     try:
         with caplog.at_level(logging.INFO, logger="synco"):
@@ -305,8 +305,13 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
         assert caplog.text.count("numba is not installed") == 1
         with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' needs numba: pip install numba"):
             choose_backend("fused", cpu)
+        with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' needs triton: pip install triton"):
+            choose_backend("fused", gpu)
+        monkeypatch.setattr("data.augment.importlib.util.find_spec", lambda name: name == "triton")
+        data.augment._has.cache_clear()
+        assert choose_backend("fused", gpu) == "fused"
     finally:
-        data.augment._has_numba.cache_clear()
+        data.augment._has.cache_clear()
 
 
 def test_loaders_pass_their_backend_on() -> None:

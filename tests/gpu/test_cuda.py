@@ -50,6 +50,23 @@ def test_views_equal_those_of_the_cpu(recipe: str) -> None:
         assert (ours - theirs).abs().mean() < 1e-3  # a crop may round to the neighbouring level
 
 
+@pytest.mark.parametrize("recipe", ["moco_v2", "byol", "moco_v1"])
+def test_views_of_the_four_kernels_equal_those_of_the_batched_operations(recipe: str) -> None:
+    views = []
+    for backend in ("torch", "fused"):
+        loader = GlobalLoader(
+            small_source(),
+            build_recipe(recipe, 224),
+            global_batch=32,
+            seed=0,
+            device=torch.device("cuda"),
+            backend=backend,
+        )
+        views.append(next(iter(loader.from_step(0, 1)))[1][0].views)
+    for ours, theirs in zip(*views, strict=True):
+        assert ((ours - theirs).abs() > 1e-3).float().mean() < 1e-5  # levels at the threshold of Solarize
+
+
 def test_corruption_at_once_equals_the_loop_over_images() -> None:
     images, drawn = torch.randn(9, 3, 96, 96, device="cuda"), draw_corruption(9, 96, 96)
     noise = torch.randn_like(images)
