@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 COMMANDS = {
     "decode": "one core's JPEGs a second: PIL, torchvision, simplejpeg, ours",
     "views": "two augmented views from a JPEG: the published pipeline, ours for a device, ours on a CPU",
+    "augment": "photometric operations of a batch: torch's batched ones, fused",
     "loss": "MoCo's and SynCo's losses, forward and backward: published, ours",
     "step": "target average and optimiser; a training step of a small CNN",
     "epoch": "images a second of real epochs over those of the bare step",

@@ -15,6 +15,8 @@ echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(date -
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 "$python" -c "import torch, torchvision, timm; print('torch', torch.__version__, 'torchvision', torchvision.__version__, 'timm', timm.__version__)"
 LIMIT=180 run "$python" -m pytest tests/gpu tests/parity tests/models -p no:cacheprovider
+bench --rounds 20 augment --batch 256
+bench --rounds 20 augment --batch 256 --recipe byol
 bench --rounds 20 loss
 bench --rounds 20 loss --batch 32
 bench --rounds 20 corruption
