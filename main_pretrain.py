@@ -83,13 +83,14 @@ def main() -> int:
         max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         repeated_aug=cfg.DATA.REPEATED_AUG,
         backend=cfg.AUG.BACKEND,
+        decode=cfg.DATA.DECODE,
         **reading,
     )
 
     # model, plan, optimiser
     framework = run.prepare(framework_of(cfg))
-    if cfg.TRAIN.COMPILE:
-        framework.compile_backbones()
+    if cfg.TRAIN.COMPILE or cfg.TRAIN.CUDA_GRAPHS:
+        framework.compile_backbones(cuda_graphs=cfg.TRAIN.CUDA_GRAPHS)
     plan = make_plan(
         cfg.OPTIM,
         cfg.SCHEDULE,
@@ -120,6 +121,7 @@ def main() -> int:
             seed=cfg.SEED,
             max_bad_fraction=0.0,
             backend=cfg.AUG.BACKEND,
+            decode=cfg.DATA.DECODE,
             **reading,
         )
         seen = held_out.steps_per_epoch * batch_size

@@ -113,11 +113,11 @@ def erase_(x: Tensor, draws: Draws) -> Tensor:
     chosen = np.flatnonzero(draws["erase"])
     if not len(chosen):
         return x
-    index = _send(chosen, x.device)
-    top, left, height, width = _send(draws["erase_box"][chosen], x.device)[:, :, None].unbind(1)
+    index = send(chosen, x.device)
+    top, left, height, width = send(draws["erase_box"][chosen], x.device)[:, :, None].unbind(1)
     row, col = (torch.arange(side, device=x.device) for side in x.shape[-2:])
     rows, cols = ((row >= top) & (row < top + height), (col >= left) & (col < left + width))
-    noise = keyed_normal(_send(draws["erase_key"][chosen].view(np.int64), x.device), tuple(x.shape[1:]))
+    noise = keyed_normal(send(draws["erase_key"][chosen].view(np.int64), x.device), tuple(x.shape[1:]))
     inside = (rows[:, :, None] & cols[:, None, :])[:, None]
     return x.index_copy_(0, index, torch.where(inside, noise, x.index_select(0, index)))
 
@@ -133,7 +133,7 @@ def _apply(op: PhotometricOp, x: Tensor, draws: Draws) -> None:
     chosen = np.flatnonzero(draws[name])
     if not len(chosen):
         return
-    index = _send(chosen, x.device)
+    index = send(chosen, x.device)
     part = x if len(chosen) == len(x) else x.index_select(0, index)
     match op:
         case HorizontalFlip():
@@ -143,7 +143,7 @@ def _apply(op: PhotometricOp, x: Tensor, draws: Draws) -> None:
         case Grayscale():
             part = luma(part).expand_as(part)
         case GaussianBlur():
-            part = gaussian_blur(part, _send(draws["sigma"][chosen], x.device), op.sigma[1])
+            part = gaussian_blur(part, send(draws["sigma"][chosen], x.device), op.sigma[1])
         case Solarize():
             part = part.lerp(1.0 - part, (part >= op.threshold / 255).to(part.dtype))
     x[index] = part
@@ -158,7 +158,7 @@ _MASKS: dict[type, str] = {
 }
 
 
-def _send(values: np.ndarray, device: torch.device) -> Tensor:
+def send(values: np.ndarray, device: torch.device) -> Tensor:
     """Copy a host array to `device` without waiting for it; floats become float32."""
     tensor = torch.from_numpy(values.astype(np.float32) if values.dtype.kind == "f" else values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -181,13 +181,13 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
     before = [
         int((hue_place > slot).sum()) for slot in (2, 1, 0)
     ]  # samples with 3, 2, 1 operations before hue
-    factors = _send(_slot_factors({name: values[ranking] for name, values in draws.items()}), x.device)
-    index = _send(ranking, x.device)
+    factors = send(_slot_factors({name: values[ranking] for name, values in draws.items()}), x.device)
+    index = send(ranking, x.device)
     y = x.index_select(0, index)
     for slot, count in enumerate(before):
         _affine_(y[:count], factors[slot, :, :count])
     if np.any(draws["hue"]):
-        y = adjust_hue(y, _send(draws["hue"][ranking], x.device))
+        y = adjust_hue(y, send(draws["hue"][ranking], x.device))
     for slot, count in enumerate(before, start=3):
         _affine_(y[count:], factors[slot, :, count:])
     return torch.empty_like(y).index_copy_(0, index, y)
@@ -280,7 +280,7 @@ def _resize(images: Tensor, op: Resize) -> Tensor:
 def shift_crop(images: Tensor, boxes: np.ndarray, op: RandomCropPad) -> Tensor:
     """Cut the windows `boxes` (N,4) out of uint8 images (N,3,H,W) with black around them: (N,3,S,S)."""
     padded = F.pad(images, [op.padding] * 4)
-    corner = _send(np.ascontiguousarray(boxes[:, :2]), images.device)
+    corner = send(np.ascontiguousarray(boxes[:, :2]), images.device)
     side = torch.arange(op.size, device=images.device)
     row, col = (corner[:, :1] + side)[:, None, :, None], (corner[:, 1:] + side)[:, None, None, :]
     sample, channel = (torch.arange(n, device=images.device) for n in padded.shape[:2])

@@ -109,7 +109,7 @@ class Fetcher(Dataset[Fetched]):
         sizes = [view_size(view) for view in self.recipe]
         views = [torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2) for size in sizes]
         for place, wanted in enumerate(request.indices.tolist()):
-            index, image = self._load(request.epoch, wanted, failures)
+            index, image = self.load(request.epoch, wanted, failures)
             loaded.append(index)
             for crop, view in zip(croppers, views, strict=True):
                 if image is None:
@@ -118,12 +118,21 @@ class Fetcher(Dataset[Fetched]):
                     crop(image, place, view[place])
         return views, loaded
 
-    def _load(self, epoch: int, wanted: int, failures: list[tuple[str, str]]) -> tuple[int, Tensor | None]:
-        """Return the index that was loaded and its image (3,H,W); None for a bad one of an evaluation."""
-        index = wanted
+    def load(
+        self,
+        epoch: int,
+        wanted: int,
+        failures: list[tuple[str, str]],
+        read: Callable[[int], Tensor] | None = None,
+    ) -> tuple[int, Tensor | None]:
+        """Return the index that was loaded and its image (3,H,W); None for a bad one of an evaluation.
+
+        ``read`` may replace the source's ``load``.
+        """
+        index, read = wanted, read or self.source.load
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return index, self.source.load(index)
+                return index, read(index)
             except Exception as error:  # whatever a decoder may raise: the file is bad
                 failures.append((self.source.name(index), f"{type(error).__name__}: {error}"))
             if self.seed is None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.augment import send
 from data.parameters import Draws
 from data.programs import BLUR, CONTRAST, END, SCALE, SHIFT, Programs, programs
 from data.triton_kernels import HEADER, blur_columns, blur_rows, grey_sums, points
@@ -34,7 +35,7 @@ def fused_photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Dra
     plane, blocks = height * width, -(-height * width // BLOCK)
     sizes = {"K": ints.shape[1] - HEADER, "INTS": ints.shape[1], "FLOATS": floats.shape[1], "BLOCK": BLOCK}
     sizes |= {"enable_fp_fusion": True}  # Triton's default changes with its version
-    table, numbers = _send(ints, images.device), _send(floats, images.device)
+    table, numbers = send(ints, images.device), send(floats, images.device)
     sums = torch.empty((count, blocks), device=images.device)
     grid, shape = (count, blocks), (width, plane, *images.stride())
     constants = _constants(images.device)
@@ -68,11 +69,6 @@ def tables(plan: Programs) -> tuple[np.ndarray, np.ndarray, int]:
     header = np.stack([contrast, blur, end, plan.flips, plan.reaches, row], axis=1)
     ints = np.concatenate([codes, header], axis=1).astype(np.int32)
     return ints, np.concatenate([plan.values, plan.taps], axis=1), int(blurs.sum())
-
-
-def _send(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @functools.lru_cache

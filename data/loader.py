@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import utils.distributed as distributed
 from data.augment import choose_backend, photometric, spatial
+from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.fetch import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
 from data.parameters import draw_photometric, sample_keys
 from data.sampler import BatchPlan, Request, RequestSampler
@@ -58,7 +59,8 @@ class GlobalLoader:
     `num_workers` processes, and so are arrays where the recipe works on single images (RandAugment). With
     `drop_last=False` an epoch's last batch is filled up from the epoch's start. `repeated_aug` puts so many
     differently augmented copies of an image into an epoch of unchanged length. `backend` says what augments
-    the views (`data.augment.choose_backend`).
+    the views (`data.augment.choose_backend`). With `decode` "device" the workers only read files
+    (`data.device_decode`); images held as one array are not decoded.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class GlobalLoader:
         resident: bool | None = None,
         repeated_aug: int = 1,
         backend: str = "auto",
+        decode: str = "worker",
         rank: int | None = None,
         world: int | None = None,
     ) -> None:
@@ -96,6 +99,9 @@ class GlobalLoader:
         can_stay = source.images is not None and not needs_pil(recipe)
         self.resident = can_stay if resident is None else resident
         self._images = source.images.to(self.device) if self.resident and source.images is not None else None
+        self.decodes = decode == "device" and source.images is None
+        if self.decodes:
+            check_decodable(recipe, source)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,10 +120,14 @@ class GlobalLoader:
             for request in requests:
                 yield self._resident_batch(request, self._images)
             return
-        fetcher = Fetcher(self.source, self.recipe, self.seed)
-        with contextlib.closing(
-            fetch_in_order(fetcher, requests, self.num_workers, self.timeout, self.device)
-        ) as fetched:
+        host = Fetcher(self.source, self.recipe, self.seed)
+        if self.decodes:
+            reader = FileReader(host)
+            read = fetch_in_order(reader, requests, self.num_workers, self.timeout, self.device)
+            fetched = decode_in_order(read, host, self.device)
+        else:
+            fetched = fetch_in_order(host, requests, self.num_workers, self.timeout, self.device)
+        with contextlib.closing(fetched):
             for item in fetched:
                 self.bad.count(item)
                 yield self._finish(item)

@@ -86,6 +86,10 @@ class Subset(Source):
         """Load from the full source."""
         return self.source.load(int(self.indices[index]))
 
+    def encoded(self, index: int) -> bytes | None:
+        """Read from the full source."""
+        return self.source.encoded(int(self.indices[index]))
+
     def fingerprint(self) -> str:
         """Digest the full source's fingerprint and the choice."""
         return digest(len(self), self.source.fingerprint().encode(), self.indices)

@@ -137,9 +137,9 @@ class SiT(MomentumFramework):
         """Return the loss and, apart, what it is made of."""
         return self._student_and_teacher(views) if self.variant == "gmml" else self._three_tasks(views)
 
-    def compile_backbones(self, backend: str = "inductor") -> None:
+    def compile_backbones(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
         """Refuse: what is compiled is a backbone's pooled output, and SiT reads its tokens and its map."""
-        raise ValueError("TRAIN.COMPILE: SiT cannot be compiled; set it to False")
+        raise ValueError("TRAIN.COMPILE, TRAIN.CUDA_GRAPHS: SiT cannot be compiled; set them to False")
 
     def after_step(self, progress: Progress) -> None:
         """Average the target: the whole state where it only follows, the weights where it is a teacher.

@@ -22,11 +22,15 @@ bench --rounds 20 loss --batch 32
 bench --rounds 20 corruption
 bench --rounds 10 step
 bench --rounds 5 epoch --batch 512 --steps 20 --symmetric
+bench --rounds 5 epoch --batch 512 --steps 20 --symmetric --backend fused
+bench --rounds 5 epoch --batch 32 --steps 50
+bench --rounds 5 epoch --batch 32 --steps 50 --compile graphs
 images=$(ls "$packs"/imagenette*.tar* "$packs"/imagenette*.zip 2>/dev/null | head -1)
 if [ -n "$images" ]; then
   case $images in *.zip) unzip -q "$images" -d "$work" ;; *) tar -xf "$images" -C "$work" ;; esac
   folder=$(dirname "$(find "$work" -type d -name train | head -1)")
   bench --rounds 3 epoch --data "$folder" --batch 256 --queue 65536 --steps 10 --workers 16
+  bench --rounds 3 epoch --data "$folder" --batch 256 --queue 65536 --steps 10 --workers 4 --decode device --backend fused
 else
   echo "no image pack in $packs: the epoch on real JPEGs is left out"
 fi

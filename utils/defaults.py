@@ -109,6 +109,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "IMG_SIZE": 224,
                 "REPEATED_AUG": 1,  # pretraining: copies of an image in an epoch, which holds fewer images
                 "NUM_WORKERS": 8,
+                "DECODE": "worker",  # pretraining's JPEGs: worker | device (by nvJPEG on a GPU)
                 "CACHE_MODE": "part",  # zip only: no | full | part
                 "INDEX_CACHE": "",  # folder of image listings; empty: ~/.cache/synco; off: none
                 "DOWNLOAD": False,
@@ -144,6 +145,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "CHANNELS_LAST": True,
                 "USE_CHECKPOINT": False,
                 "COMPILE": False,  # torch.compile of the backbones: for a GPU; on a CPU it gains nothing
+                "CUDA_GRAPHS": False,  # the same, replayed as graphs: for small batches
                 "DETERMINISTIC": False,  # bit-reproducible kernels, slower on a GPU
                 "RANK_TIMEOUT": 600.0,  # seconds that a process waits for another before it names it
             },
@@ -200,8 +202,8 @@ LOCAL_KEYS = (
 # here because the run itself holds their product with the number of processes fixed.
 TUNABLE_KEYS = (
     *("DATA.MAX_BAD_FRACTION", "TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
-    *("TRAIN.USE_CHECKPOINT", "TRAIN.COMPILE", "TRAIN.DETERMINISTIC"),
-    *("AUG.BACKEND", "KNN.*", "HELD_OUT.*", "CHECKPOINT.*"),
+    *("TRAIN.USE_CHECKPOINT", "TRAIN.COMPILE", "TRAIN.CUDA_GRAPHS", "TRAIN.DETERMINISTIC"),
+    *("AUG.BACKEND", "DATA.DECODE", "KNN.*", "HELD_OUT.*", "CHECKPOINT.*"),
     *("LINEAR.BATCH_SIZE", "FINETUNE.BATCH_SIZE", "FINETUNE.TEST", "FINETUNE.EVAL_EPOCHS"),
 )
 # Sections of MODEL that every run reads, and whose section a method without one of its own reads.
@@ -271,6 +273,7 @@ CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "PRECISION": ("auto", "fp32", "bf16", "fp16"),
     "BACKEND": ("auto", "torch", "fused"),
+    "DECODE": ("worker", "device"),
     "CACHE_MODE": ("no", "full", "part"),
     "HEAD_INIT": ("normal", "trunc"),
     "MODEL.BATCHFORMER.LOSS": ("mean", "sum", "joint"),

@@ -46,10 +46,16 @@ class MomentumFramework(nn.Module):
         self.online.batchformer = batchformer
         self.target.batchformer = copy.deepcopy(batchformer).requires_grad_(False)
 
-    def compile_backbones(self, backend: str = "inductor") -> None:
-        """Let ``torch.compile`` fuse both backbones at their first call; names and state stay as they are."""
+    def compile_backbones(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
+        """Let ``torch.compile`` fuse both backbones at their first call; names and state stay as they are.
+
+        With ``cuda_graphs`` a GPU replays their kernels as graphs, whose outputs last until the next step.
+        """
+        options = {"mode": "reduce-overhead"} if cuda_graphs else {"backend": backend}
         for encoder in (self.online, self.target):
-            encoder.backbone.compile(backend=backend)
+            encoder.backbone.compile(**options)
+        if cuda_graphs:
+            self.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
     def stack_views(self) -> None:
         """Let all views go through a backbone in one pass; raise ``ValueError`` where the method cannot."""

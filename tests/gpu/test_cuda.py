@@ -1,11 +1,13 @@
 """What only a GPU can show; skipped elsewhere. Run by tools/gpu_check.sh."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from data.datasets import ArraySource
+from data.files import imagefolder
 from data.loader import GlobalLoader
 from data.views import build_recipe
 from models import FRAMEWORKS, build_framework
@@ -95,6 +97,52 @@ def test_three_steps_repeat(method: str, precision: torch.dtype | None) -> None:
         states.append([p.detach().clone() for p in framework.parameters()])
     assert all(torch.isfinite(p).all() for p in states[0])
     torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_compiled_steps_train_as_plain_ones(cuda_graphs: bool) -> None:
+    start = build_framework("moco_v2", {"queue_size": 64}, {"name": "resnet18", "stem": "cifar"}).cuda()
+    losses = {}
+    for compiled in (False, True):
+        framework = copy.deepcopy(start)
+        if compiled:
+            framework.compile_backbones(cuda_graphs=cuda_graphs)
+        optimizer = torch.optim.SGD([p for p in framework.parameters() if p.requires_grad], 0.05, fused=True)
+        losses[compiled] = []
+        for step in range(6):  # graphs are warmed up, recorded, replayed
+            torch.manual_seed(step)
+            images = [torch.randn(16, 3, 32, 32, device="cuda") for _ in range(2)]
+            loss = framework(images, Progress(step, 4, 8))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            framework.after_step(Progress(step, 4, 8))
+            losses[compiled].append(float(loss))
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+
+
+def test_jpegs_decoded_on_the_device_give_nearly_the_same_views(tmp_path: Path) -> None:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in range(8):
+        coarse = torch.rand((1, 3, 12, 15), generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, (240, 300 + number), mode="bicubic").clamp(0, 1)
+        pixels = (smooth[0].permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / "train" / "a" / f"{number}.jpg", quality=95)
+    views = []
+    for decode in ("worker", "device"):
+        loader = GlobalLoader(
+            imagefolder(str(tmp_path), "train"),
+            build_recipe("linear", 64),
+            global_batch=8,
+            seed=0,
+            device=torch.device("cuda"),
+            decode=decode,
+        )
+        views.append(next(iter(loader.from_step(0, 1)))[1][0].views[0])
+    assert (views[0] - views[1]).abs().mean() < 0.02
 
 
 def _options(method: str) -> dict[str, object]:

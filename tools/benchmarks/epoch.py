@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=2, help="a round")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--decode", default="worker", help="DATA.DECODE of --data: worker or device")
+    parser.add_argument("--backend", default="auto", help="AUG.BACKEND: auto, torch or fused")
+    parser.add_argument("--compile", choices=("", "kernels", "graphs"), default="", help="the backbones")
     parser.add_argument("--symmetric", action="store_true", help="MoCo v2's loss in both directions")
 
 
@@ -55,7 +58,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     backbone = {"name": args.backbone or ("resnet50" if args.data else "resnet18"), "stem": stem}
     ours = _Ours(args, backbone, device)
     loader = GlobalLoader(
-        source, recipe, global_batch=args.batch, seed=0, device=device, num_workers=args.workers
+        source,
+        recipe,
+        global_batch=args.batch,
+        seed=0,
+        device=device,
+        num_workers=args.workers,
+        decode=args.decode,
+        backend=args.backend,
     )
     supply = (batches[0] for _, batches in loader.from_step(0, 1 << 40))
     ready = next(supply)
@@ -101,6 +111,8 @@ class _Ours:
         self.device, self.precision = device, resolve_precision("auto", device)
         module = build_framework("moco_v2", options, backbone).to(device)
         self.module: Any = module.to(memory_format=torch.channels_last)
+        if args.compile:
+            module.compile_backbones(cuda_graphs=args.compile == "graphs")
         optimizer = torch.optim.SGD(module.online.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.state = TrainState(self.module, optimizer, self.module)
 

@@ -1,0 +1,187 @@
+"""JPEGs decoded where the networks run (`DATA.DECODE` device): workers only read files.
+
+On a GPU torchvision hands a batch to nvJPEG, which has hardware of its own; its levels differ from libjpeg's
+by a few, and damage that only a decoder notices may pass. Elsewhere the same code decodes on the CPU. Crops
+have the draws of `data.fetch`, and within one level its pixels.
+"""
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.augment import send
+from data.fetch import Fetched, Fetcher
+from data.files import decode_rgb, fast_jpeg
+from data.parameters import draw_crop, sample_keys
+from data.resample import crop_resize
+from data.sampler import Request
+from data.source import Source
+from data.views import RandomResizedCrop, Recipe, needs_pil, spatial_ops
+
+_PIXELS_AT_ONCE = 1 << 24  # of a padded batch of crops: 200 MB of floats
+
+
+class Encoded(TypedDict):
+    """A micro-batch as a worker read it; the names of `data.fetch.Fetched` mean the same."""
+
+    blob: Tensor  # uint8: the files one after another; few tensors, because each costs a descriptor
+    ends: Tensor  # (N,) where each file ends in it
+    pixels: dict[int, Tensor]  # uint8 (3,H,W) of the places that only the host decodes: PNG, CMYK, damage
+    epoch: int
+    wanted: Tensor
+    copies: Tensor
+    indices: Tensor
+    failures: list[tuple[str, str]]
+
+
+def check_decodable(recipe: Recipe, source: Source) -> None:
+    """Refuse what cannot be decoded on the device, with a ValueError that names the key."""
+    if needs_pil(recipe) or not all(isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe):
+        raise ValueError(
+            "DATA.DECODE 'device' runs views that start with a random resized crop and have no RandAugment; "
+            "use 'worker'"
+        )
+    if fast_jpeg() is None:
+        raise ValueError("DATA.DECODE 'device' needs simplejpeg: pip install simplejpeg, or use 'worker'")
+    if source.encoded(0) is None:
+        raise ValueError("DATA.DECODE 'device' needs a data set of encoded images; use 'worker'")
+
+
+class FileReader(Dataset[Encoded]):
+    """Turn a request into encoded images; what the device will not decode comes as pixels.
+
+    Bad images are replaced by the rule of `host`.
+    """
+
+    def __init__(self, host: Fetcher) -> None:
+        self.host = host
+
+    def __getitem__(self, request: Request) -> Encoded:
+        """Read the images of a request."""
+        failures: list[tuple[str, str]] = []
+        files: list[Tensor] = []
+        pixels: dict[int, Tensor] = {}
+        loaded: list[int] = []
+        for place, wanted in enumerate(request.indices.tolist()):
+            index, image = self.host.load(request.epoch, wanted, failures, self.read)
+            assert image is not None  # there is a seed: bad images are replaced
+            loaded.append(index)
+            if image.ndim == 3:
+                pixels[place] = image
+            files.append(image if image.ndim == 1 else image.new_empty(0))
+        return {
+            "blob": torch.cat(files),
+            "ends": torch.tensor([len(file) for file in files]).cumsum(0),
+            "pixels": pixels,
+            "epoch": request.epoch,
+            "wanted": torch.from_numpy(request.indices),
+            "copies": torch.from_numpy(np.broadcast_to(request.copies, len(request.indices)).copy()),
+            "indices": torch.tensor(loaded),
+            "failures": failures,
+        }
+
+    def read(self, index: int) -> Tensor:
+        """Return a whole, plain JPEG as uint8 (bytes,), another image as uint8 (3,H,W)."""
+        data = self.host.source.encoded(index)
+        assert data is not None
+        if is_plain_jpeg(data):
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_rgb(data)
+
+
+def is_plain_jpeg(data: bytes | memoryview) -> bool:
+    """Tell whether a file is a grey or YCbCr JPEG that ends as one: others are for the host's decoder."""
+    if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
+        return False
+    try:
+        height, width, colours, _ = fast_jpeg().decode_jpeg_header(data)
+    except ValueError:
+        return False
+    return colours in ("YCbCr", "Gray") and height * width <= _PIXELS_AT_ONCE
+
+
+def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:
+    """Decode a micro-batch: uint8 (3,H,W) each, on `device`.
+
+    If the batch fails, `host` decodes each of it, and replaces a bad one as a worker would: `item` gets the
+    failure, and the index of what was taken.
+    """
+    files = torch.tensor_split(item["blob"], item["ends"][:-1])
+    images = dict(item["pixels"])
+    encoded = [place for place in range(len(files)) if place not in images]
+    try:
+        images |= zip(encoded, _decode_jpegs([files[place] for place in encoded], device), strict=True)
+    except RuntimeError:
+        for place in encoded:
+            index, image = host.load(item["epoch"], int(item["wanted"][place]), item["failures"])
+            assert image is not None  # there is a seed
+            item["indices"][place], images[place] = index, image
+    return [images[place].to(device, non_blocking=True) for place in range(len(files))]
+
+
+def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return decode_jpeg(files, mode=ImageReadMode.RGB, device=device) if files else []
+
+
+def decode_in_order(
+    items: Generator[Encoded, None, None], host: Fetcher, device: torch.device
+) -> Generator[Fetched, None, None]:
+    """Decode and crop what workers read: `host`, which gives recipe and seed, would have made the same."""
+    with contextlib.closing(items):
+        for item in items:
+            images = decode(item, host, device)
+            yield {
+                "views": crops(images, item, host.recipe, host.seed or 0),
+                "epoch": item["epoch"],
+                "wanted": item["wanted"],
+                "copies": item["copies"],
+                "indices": item["indices"],
+                "failures": item["failures"],
+            }
+
+
+def crops(images: Sequence[Tensor], item: Encoded, recipe: Recipe, seed: int) -> list[Tensor]:
+    """Cut and resize every view of `recipe` from uint8 images (3,H,W) of any size: uint8 (N,3,S,S) each."""
+    heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
+    views = []
+    for number, view in enumerate(recipe):
+        op = spatial_ops(view)[0]
+        assert isinstance(op, RandomResizedCrop)
+        keys = sample_keys(seed, item["epoch"], item["wanted"].numpy(), number, item["copies"].numpy())
+        views.append(_crop_ragged(images, draw_crop(op, keys, heights, widths), op))
+    return views
+
+
+def _crop_ragged(images: Sequence[Tensor], boxes: np.ndarray, op: RandomResizedCrop) -> Tensor:
+    """Resize the windows `boxes` (N,4) of images of different sizes, those of like height together."""
+    device = images[0].device
+    out = torch.empty((len(images), 3, op.size, op.size), dtype=torch.uint8, device=device)
+    for group in _groups(boxes[:, 2], boxes[:, 3]):
+        height, width = boxes[group, 2:].max(axis=0).tolist()
+        padded = torch.zeros((len(group), 3, height, width), dtype=torch.uint8, device=device)
+        for target, place in zip(padded, group.tolist(), strict=True):
+            top, left, h, w = boxes[place].tolist()
+            target[:, :h, :w] = images[place][:, top : top + h, left : left + w]
+        whole = np.concatenate([np.zeros((len(group), 2), dtype=np.int64), boxes[group, 2:]], axis=1)
+        out[send(group, device)] = crop_resize(padded, whole, op.size, op.interpolation)
+    return out
+
+
+def _groups(heights: np.ndarray, widths: np.ndarray) -> list[np.ndarray]:
+    """Return the places in groups of like height whose padded batch is not too large."""
+    groups, start = [], 0
+    order = np.argsort(-heights, kind="stable")
+    for stop in range(1, len(order) + 1):
+        following = order[start : stop + 1]
+        pixels = len(following) * int(heights[following].max()) * int(widths[following].max())
+        if stop == len(order) or pixels > _PIXELS_AT_ONCE:
+            groups.append(order[start:stop])
+            start = stop
+    return groups

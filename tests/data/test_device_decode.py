@@ -1,0 +1,123 @@
+"""JPEGs decoded on the device, here the CPU: the workers' draws and samples, their pixels to one level."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photos import draw_photo
+from PIL import Image
+
+import data.device_decode
+from data.device_decode import check_decodable, is_plain_jpeg
+from data.files import imagefolder
+from data.loader import Batch, GlobalLoader
+from data.source import subset
+from data.views import IMAGENET_STD, RandAugment, RandomResizedCrop, Recipe, build_recipe
+
+pytest.importorskip("simplejpeg", reason="DATA.DECODE 'device' needs simplejpeg")
+
+CPU = torch.device("cpu")
+SMALL: Recipe = ((RandomResizedCrop(24),), (RandomResizedCrop(16, (0.5, 1.0), interpolation="bicubic"),))
+
+
+@pytest.fixture
+def mixed(image_folder: Path) -> Path:
+    """Give class folders with a grey JPEG, a CMYK one, a PNG, and files of which some damage shows early."""
+    first = image_folder / "train" / "c0"
+    Image.fromarray(draw_photo(50, 40, 90)).convert("L").save(first / "grey.jpg")
+    Image.fromarray(draw_photo(50, 40, 91)).convert("CMYK").save(first / "inks.jpg")
+    Image.fromarray(draw_photo(50, 40, 92)).save(first / "plain.png")
+    whole = sorted(first.glob("*.JPEG"))[0].read_bytes()
+    (first / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (first / "empty.jpg").write_bytes(b"")
+    return image_folder
+
+
+def batches(root: Path, decode: str, recipe: Recipe = SMALL, **options: object) -> list[Batch]:
+    loader = GlobalLoader(
+        imagefolder(str(root), "train"), recipe, global_batch=8, seed=3, device=CPU, decode=decode, **options
+    )  # type: ignore[arg-type]
+    return [batch for _, parts in loader.from_step(0, 5) for batch in parts]
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch], levels: float) -> None:
+    unit = 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.labels, b.labels)
+        for x, y in zip(a.views, b.views, strict=True):
+            assert ((x - y).abs() * unit).max() <= levels + 1e-3
+
+
+def test_views_are_those_of_the_workers_to_one_level(mixed: Path) -> None:
+    assert_same(batches(mixed, "device"), batches(mixed, "worker"), 1.0)
+
+
+def test_workers_and_groups_change_nothing(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = batches(mixed, "device")
+    assert_same(batches(mixed, "device", num_workers=2), expected, 0.0)
+    monkeypatch.setattr("data.device_decode._PIXELS_AT_ONCE", 5000)  # two or three windows at once
+    assert_same(batches(mixed, "device"), expected, 0.0)
+
+
+def test_copies_of_a_sample_have_views_of_their_own(mixed: Path) -> None:
+    repeated = batches(mixed, "device", repeated_aug=2)
+    assert_same(repeated, batches(mixed, "worker", repeated_aug=2), 1.0)
+
+
+def test_only_files_that_the_device_reads_reach_it(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[bytes] = set()
+    decode = data.device_decode._decode_jpegs
+
+    def watched(files: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        seen.update(file.numpy().tobytes() for file in files)
+        return decode(files, device)
+
+    monkeypatch.setattr("data.device_decode._decode_jpegs", watched)
+    batches(mixed, "device")
+    names = {path.read_bytes(): path.name for path in (mixed / "train").rglob("*.*")}
+    read = {names[content] for content in seen}
+    assert "grey.jpg" in read
+    assert len(read) > 8
+    assert not read & {"inks.jpg", "plain.png", "cut.jpg", "empty.jpg"}
+
+
+def test_a_batch_that_fails_is_decoded_on_the_host_and_the_bad_image_replaced(
+    mixed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    victim = sorted((mixed / "train" / "c1").glob("*.JPEG"))[0]
+    content = bytearray(victim.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 40] = b"\xff\xc4\x00\x04" * 10  # markers inside the picture; the end is whole
+    victim.write_bytes(content)
+    assert is_plain_jpeg(bytes(content))
+    ours = batches(mixed, "device")
+    assert f"unreadable image replaced: {victim}" in caplog.text
+    assert_same(ours, batches(mixed, "worker"), 1.0)
+
+
+def test_a_subset_and_a_real_recipe(mixed: Path) -> None:
+    source = subset(imagefolder(str(mixed), "train"), np.arange(1, 14, 2))
+    views = {}
+    for decode in ("device", "worker"):
+        loader = GlobalLoader(
+            source, build_recipe("moco_v2", 32), global_batch=6, seed=0, device=CPU, decode=decode
+        )
+        views[decode] = next(iter(loader.from_step(0, 1)))[1][0].views
+    for ours, theirs in zip(views["device"], views["worker"], strict=True):
+        error = ((ours - theirs) * torch.tensor(IMAGENET_STD)[:, None, None]).square().mean()
+        assert -10 * error.log10() >= 44
+
+
+def test_what_the_device_cannot_do_is_refused(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = imagefolder(str(mixed), "train")
+    for view in (build_recipe("eval", 32)[0], (RandomResizedCrop(24), RandAugment("rand-m9"))):
+        with pytest.raises(ValueError, match=r"DATA.DECODE 'device' runs views that start with"):
+            check_decodable((view,), source)
+    monkeypatch.setattr(source, "encoded", lambda index: None)
+    with pytest.raises(ValueError, match=r"DATA.DECODE 'device' needs a data set of encoded images"):
+        check_decodable(SMALL, source)
+    monkeypatch.setattr("data.device_decode.fast_jpeg", lambda: None)
+    with pytest.raises(ValueError, match=r"needs simplejpeg: pip install simplejpeg"):
+        check_decodable(SMALL, source)
