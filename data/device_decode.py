@@ -6,6 +6,8 @@ have the draws of `data.fetch`, and within one level its pixels.
 """
 
 import contextlib
+import functools
+import logging
 from collections.abc import Generator, Sequence
 from typing import TypedDict
 
@@ -22,6 +24,8 @@ from data.resample import crop_resize
 from data.sampler import Request
 from data.source import Source
 from data.views import RandomResizedCrop, Recipe, needs_pil, spatial_ops
+
+logger = logging.getLogger("synco")
 
 _PIXELS_AT_ONCE = 1 << 24  # of a padded batch of crops: 200 MB of floats
 
@@ -116,12 +120,23 @@ def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:
     encoded = [place for place in range(len(files)) if place not in images]
     try:
         images |= zip(encoded, _decode_jpegs([files[place] for place in encoded], device), strict=True)
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        _report(str(error).splitlines()[0])
         for place in encoded:
             index, image = host.load(item["epoch"], int(item["wanted"][place]), item["failures"])
             assert image is not None  # there is a seed
             item["indices"][place], images[place] = index, image
     return [images[place].to(device, non_blocking=True) for place in range(len(files))]
+
+
+@functools.cache
+def _report(reason: str) -> None:
+    """Log each reason once: a batch now and then is a bad file, every batch a decoder that is missing."""
+    logger.warning(
+        "DATA.DECODE: the device cannot decode a batch (%s); the host decodes such batches", reason
+    )
 
 
 def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:

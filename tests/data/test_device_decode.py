@@ -94,6 +94,7 @@ def test_a_batch_that_fails_is_decoded_on_the_host_and_the_bad_image_replaced(
     assert is_plain_jpeg(bytes(content))
     ours = batches(mixed, "device")
     assert f"unreadable image replaced: {victim}" in caplog.text
+    assert caplog.text.count("the device cannot decode a batch") == 1
     assert_same(ours, batches(mixed, "worker"), 1.0)
 
 
