@@ -1,7 +1,7 @@
 """Run the tests that provoke failures and write what they measured to docs/results/reliability.md.
 
-python tools/reliability.py needs two cores and about half an hour; --only PATTERN runs the rows whose failure
-or tests match and prints them instead. The exit code is 1 if a test failed or is missing.
+python tools/reliability.py needs two cores and about half an hour, two tests at a time; --only PATTERN runs the
+rows whose failure or tests match and prints them instead. The exit code is 1 if a test failed or is missing.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def run(rows: Sequence[Row]) -> tuple[int, list[Result]]:
     with tempfile.TemporaryDirectory() as folder:
         figures, report = Path(folder) / "figures.jsonl", Path(folder) / "report.xml"
         figures.touch()
-        options = ["-v", "--tb=short", "-m", "slow or not slow", f"--junitxml={report}"]
+        options = ["-n", "2", "--dist", "worksteal", "--tb=short", "-m", "slow or not slow"]
+        options += ["--durations=25", f"--junitxml={report}"]
         code = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *sorted(f"tests/{test}" for test in there)],
             cwd=ROOT,
@@ -154,7 +155,7 @@ def render(rows: Sequence[Row], results: Sequence[Result], minutes: float, load:
         f"Written by `{COMMAND}` on {datetime.date.today().isoformat()} in {minutes:.0f} minutes, from "
         f"commit {commit()}. Every figure is noted by the assertion that it passed through.",
         "",
-        f"- machine: {machine()}; load {load:.1f} at the start",
+        f"- machine: {machine()}; load {load:.1f} at the start, two tests at a time",
         f"- versions: {versions()}",
         f"- tests: {tally['passed']} passed, {tally['failed']} failed, {tally['skipped']} skipped",
         "",
