@@ -1,7 +1,7 @@
 """Run the tests that provoke failures and write what they measured to docs/results/reliability.md.
 
-python tools/reliability.py needs two cores and about half an hour, two tests at a time; --only PATTERN runs the
-rows whose failure or tests match and prints them instead. The exit code is 1 if a test failed or is missing.
+It needs two cores and about half an hour, for two tests at a time. --only PATTERN runs the rows whose failure
+or tests match and prints them instead. The exit code is 1 if a test failed or is missing.
 """
 
 import argparse
