@@ -20,19 +20,7 @@ TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main
 
 def main() -> int:
     """Build the pieces in order, then hand them to the engine; return the exit code."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE)
-    absent: Any = argparse.SUPPRESS
-    parser.add_argument(
-        "--held-out",
-        dest="HELD_OUT.EVERY_EPOCHS",
-        action="store_const",
-        const=1,
-        default=absent,
-        help=HELD_OUT,
-    )
-    parser.add_argument("--replay", metavar="FILE", help=REPLAY)
-    args, flags = parse(parser)
+    args, flags = parse(_parser())
     if args.replay:
         return replay_batch(args, flags)
     if args.training_mode == "finetune":
@@ -41,24 +29,16 @@ def main() -> int:
         )
 
     # after the flags are parsed, so that --help and a mistyped flag answer at once
-    import torch
-
-    from data.datasets import is_labelled, open_split
-    from data.loader import Batch, GlobalLoader, evaluation_batches
-    from data.preview import first_views, save_grid, save_preview
+    from data.datasets import open_split
+    from data.preview import save_preview
     from data.views import build_recipe
     from models import framework_defaults
-    from models.sit import SiT
     from utils.config import default_config, load_config
     from utils.engine import Outcome, TrainState, fit
-    from utils.evaluate import held_out_losses, measure_throughput
-    from utils.features import SharedFeatures, compute_features
-    from utils.knn import features_knn
+    from utils.evaluate import measure_throughput
     from utils.optim import build_optimizer, parameter_groups
-    from utils.plan import global_batch_size, held_out_batch, make_plan
-    from utils.retention import require
+    from utils.plan import global_batch_size, make_plan
     from utils.run import start_run
-    from utils.schedules import Progress
 
     cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
     run = start_run(cfg, training=not (args.eval or args.throughput))
@@ -67,24 +47,16 @@ def main() -> int:
     source = open_split(cfg.DATA, "train")
     run.fingerprint = source.fingerprint()
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
-
     accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-    reading: dict[str, Any] = {
-        "device": run.device,
-        "num_workers": cfg.DATA.NUM_WORKERS,
-        "timeout": cfg.DATA.TIMEOUT,
-    }
-    loader = GlobalLoader(
+    loader = loader_of(
+        cfg,
         source,
         recipe,
+        run.device,
         global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, accumulation),
         accumulation=accumulation,
-        seed=cfg.SEED,
         max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         repeated_aug=cfg.DATA.REPEATED_AUG,
-        backend=cfg.AUG.BACKEND,
-        decode=cfg.DATA.DECODE,
-        **reading,
     )
 
     # model, plan, optimiser
@@ -104,73 +76,11 @@ def main() -> int:
     state = TrainState(framework, optimizer, run.wrap(framework), run.scaler())
     resumed = run.resume(state, plan)
     run.describe(framework, plan, len(source))
+    evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, at_once=args.eval)
 
-    def step(batch: Batch, progress: Progress) -> dict[str, torch.Tensor]:
+    def step(batch: Any, progress: Any) -> dict[str, Any]:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
-
-    # evaluations now and then; a split that is missing is refused now, not after the first epochs
-    knn, held_out = {}, None
-    if cfg.HELD_OUT.EVERY_EPOCHS:
-        unseen = open_split(cfg.DATA, "val")
-        batch_size = held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE)
-        held_out = GlobalLoader(
-            unseen,
-            recipe,
-            global_batch=batch_size,
-            seed=cfg.SEED,
-            max_bad_fraction=0.0,
-            backend=cfg.AUG.BACKEND,
-            decode=cfg.DATA.DECODE,
-            **reading,
-        )
-        seen = held_out.steps_per_epoch * batch_size
-        logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), batch_size)
-    if cfg.KNN.EVERY_EPOCHS or (args.eval and not held_out):
-        knn["train"] = source if is_labelled(source) else open_split(cfg.DATA, "train", labelled=True)
-        knn["val"] = open_split(cfg.DATA, "val", labelled=True)
-
-    if not cfg.CHECKPOINT.KEEP_BEST.startswith("held_out_" if held_out else "-"):
-        names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]
-        require(cfg.CHECKPOINT.KEEP_BEST, names if cfg.KNN.EVERY_EPOCHS else [])
-
-    def features(split: str) -> SharedFeatures:
-        batches = evaluation_batches(
-            knn[split],
-            cfg.DATA.IMG_SIZE,
-            batch_size=cfg.TRAIN.BATCH_SIZE,
-            skip_unreadable=split == "train",
-            **reading,
-        )
-        with run.evaluating(framework.online.backbone) as backbone:
-            return compute_features(backbone, batches)
-
-    def evaluate(progress: Progress) -> dict[str, float]:
-        def due(every: int) -> bool:
-            return args.eval or progress.epoch % every == 0 or progress.epoch == plan.epochs
-
-        values: dict[str, float] = {}
-        if knn and due(cfg.KNN.EVERY_EPOCHS):
-            bank, queries = features("train"), features("val").blocks()
-            values |= features_knn(bank, queries, knn["train"].num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
-        if held_out and due(cfg.HELD_OUT.EVERY_EPOCHS):
-            steps = held_out.from_step(0, held_out.steps_per_epoch)
-            views = ([run.views(view) for view in batch.views] for _, batches in steps for batch in batches)
-            with run.evaluating(framework):
-                values |= held_out_losses(lambda seen: framework(seen, progress), views, cfg.SEED)
-        return values
-
-    def show_restored() -> None:
-        """Let a method that restores images show clean, corrupted and restored ones."""
-        if isinstance(framework, SiT):
-            clean = first_views(source, recipe, cfg.SEED)[0]
-            with run.evaluating(framework):
-                seen, restored = framework.restore(run.views(clean.to(run.device)), cfg.SEED)
-            columns = torch.stack([clean, seen.cpu(), restored.cpu()], dim=1)
-            titles = ["clean", "corrupted", "reconstruction"]
-            run.write_extra(
-                f"reconstruction_{state.step:07d}.png", lambda path: save_grid(path, columns, titles)
-            )
 
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:
@@ -184,11 +94,138 @@ def main() -> int:
         return 0
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
-        show_restored()
+        show_restored(run, framework, source, recipe, state.step)
     outcome = fit(state, loader, step, plan, run, evaluate)
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
-        show_restored()
+        show_restored(run, framework, source, recipe, state.step)
     return outcome.value
+
+
+def _parser() -> Any:
+    parser = make_parser(__doc__)
+    parser.add_argument("--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE)
+    absent: Any = argparse.SUPPRESS
+    parser.add_argument(
+        "--held-out",
+        dest="HELD_OUT.EVERY_EPOCHS",
+        action="store_const",
+        const=1,
+        default=absent,
+        help=HELD_OUT,
+    )
+    parser.add_argument("--replay", metavar="FILE", help=REPLAY)
+    return parser
+
+
+def loader_of(cfg: Any, source: Any, recipe: Any, device: Any, **options: Any) -> Any:
+    """Return the loader of a recipe's views that a configuration describes."""
+    from data.loader import GlobalLoader
+
+    return GlobalLoader(
+        source,
+        recipe,
+        seed=cfg.SEED,
+        device=device,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        timeout=cfg.DATA.TIMEOUT,
+        backend=cfg.AUG.BACKEND,
+        decode=cfg.DATA.DECODE,
+        **options,
+    )
+
+
+class Evaluations:
+    """What is measured now and then while a method trains: k-NN, and its own losses on held-out images.
+
+    A split that is missing is refused when this is made, not after the first epochs. ``at_once``: whatever is
+    configured is due at every call.
+    """
+
+    def __init__(
+        self, cfg: Any, run: Any, framework: Any, source: Any, recipe: Any, epochs: int, at_once: bool
+    ) -> None:
+        from data.datasets import is_labelled, open_split
+        from utils.plan import held_out_batch
+        from utils.retention import require
+
+        self.cfg, self.run, self.framework = cfg, run, framework
+        self.epochs, self.at_once = epochs, at_once
+        self.held_out, self.knn = None, {}
+        if cfg.HELD_OUT.EVERY_EPOCHS:
+            unseen = open_split(cfg.DATA, "val")
+            size = held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE)
+            self.held_out = loader_of(
+                cfg, unseen, recipe, run.device, global_batch=size, max_bad_fraction=0.0
+            )
+            seen = self.held_out.steps_per_epoch * size
+            logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), size)
+        if cfg.KNN.EVERY_EPOCHS or (at_once and not self.held_out):
+            labelled = is_labelled(source)
+            self.knn["train"] = source if labelled else open_split(cfg.DATA, "train", labelled=True)
+            self.knn["val"] = open_split(cfg.DATA, "val", labelled=True)
+        if not cfg.CHECKPOINT.KEEP_BEST.startswith("held_out_" if self.held_out else "-"):
+            names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]
+            require(cfg.CHECKPOINT.KEEP_BEST, names if cfg.KNN.EVERY_EPOCHS else [])
+
+    def __call__(self, progress: Any) -> dict[str, float]:
+        """Return the values that are due after an epoch."""
+        values: dict[str, float] = {}
+        if self.knn and self._due(self.cfg.KNN.EVERY_EPOCHS, progress):
+            values |= self._neighbours()
+        if self.held_out and self._due(self.cfg.HELD_OUT.EVERY_EPOCHS, progress):
+            values |= self._losses(progress)
+        return values
+
+    def _due(self, every: int, progress: Any) -> bool:
+        return self.at_once or progress.epoch % every == 0 or progress.epoch == self.epochs
+
+    def _neighbours(self) -> dict[str, float]:
+        from utils.knn import features_knn
+
+        bank, queries, knn = self._features("train"), self._features("val").blocks(), self.cfg.KNN
+        return features_knn(bank, queries, self.knn["train"].num_classes, knn.K, knn.TEMPERATURE)
+
+    def _features(self, split: str) -> Any:
+        from data.loader import evaluation_batches
+        from utils.features import compute_features
+
+        batches = evaluation_batches(
+            self.knn[split],
+            self.cfg.DATA.IMG_SIZE,
+            batch_size=self.cfg.TRAIN.BATCH_SIZE,
+            skip_unreadable=split == "train",
+            device=self.run.device,
+            num_workers=self.cfg.DATA.NUM_WORKERS,
+            timeout=self.cfg.DATA.TIMEOUT,
+        )
+        with self.run.evaluating(self.framework.online.backbone) as backbone:
+            return compute_features(backbone, batches)
+
+    def _losses(self, progress: Any) -> dict[str, float]:
+        from utils.evaluate import held_out_losses
+
+        assert self.held_out is not None
+        steps = self.held_out.from_step(0, self.held_out.steps_per_epoch)
+        views = ([self.run.views(v) for v in batch.views] for _, batches in steps for batch in batches)
+        with self.run.evaluating(self.framework) as framework:
+            return held_out_losses(lambda seen: framework(seen, progress), views, self.cfg.SEED)
+
+
+def show_restored(run: Any, framework: Any, source: Any, recipe: Any, step: int) -> None:
+    """Let a method that restores images show clean, corrupted and restored ones."""
+    import torch
+
+    from data.preview import first_views, save_grid
+    from models.sit import SiT
+
+    if not isinstance(framework, SiT):
+        return
+    clean = first_views(source, recipe, run.seed)[0]
+    with run.evaluating(framework):
+        seen, restored = framework.restore(run.views(clean.to(run.device)), run.seed)
+    columns = torch.stack([clean, seen.cpu(), restored.cpu()], dim=1)
+    titles = ["clean", "corrupted", "reconstruction"]
+    run.write_extra(f"reconstruction_{step:07d}.png", lambda path: save_grid(path, columns, titles))
 
 
 def framework_of(cfg: Any) -> Any:

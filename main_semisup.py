@@ -9,16 +9,19 @@ in O/<name>/T/semisup/, and the same command goes on where it stopped.
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import make_parser, parse, run_main
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-    from data.loader import Batch
+    from data.loader import Batch, GlobalLoader
     from data.source import Source
+    from utils.run import Run
     from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
@@ -86,93 +89,126 @@ def _parser() -> Any:
     return parser
 
 
-def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
-    """Train from ``weights`` (``None``: random ones); return the results and an exit code."""
+@dataclass
+class Splits:
+    """The labels that may be used, those held out of them, and the test split."""
+
+    source: "Source"  # the whole training split
+    chosen: "np.ndarray"  # its indices whose labels may be used
+    train: "Source"
+    watched: "Source"  # what is evaluated while it trains
+    prefix: str  # of its accuracies' names
+    test: Any  # None where it may not be looked at
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes."""
+        return self.source.num_classes
+
+
+def _splits(cfg: Any) -> Splits:
     from data.datasets import open_split, subset
-    from data.labels import hold_out, label_subset, write_subset
-    from data.loader import GlobalLoader, evaluation_batches
-    from data.mixing import Mixing
+    from data.labels import hold_out, label_subset
+
+    node = cfg.FINETUNE
+    source = open_split(cfg.DATA, "train", labelled=True)
+    chosen = label_subset(source, node.TRAIN_PERCENT, cfg.SEED, node.SUBSET)
+    test = open_split(cfg.DATA, "val", labelled=True) if node.TEST or not node.HOLD_OUT else None
+    if not node.HOLD_OUT:
+        assert test is not None
+        return Splits(source, chosen, subset(source, chosen), test, "test_", test)
+    kept, held = hold_out(source, chosen, node.HOLD_OUT, cfg.SEED)
+    return Splits(source, chosen, subset(source, kept), subset(source, held), "val_", test)
+
+
+def _reading(cfg: Any) -> dict[str, Any]:
+    return {key: cfg.DATA[key.upper()] for key in ("num_workers", "timeout")}
+
+
+def _loader(cfg: Any, train: "Source", even: bool, device: "torch.device") -> "GlobalLoader":
+    """Return the loader of the training images; ``even`` batches can be mixed in pairs."""
+    from data.loader import GlobalLoader
     from data.views import finetune_recipe
-    from models.classifier import Classifier, freeze, layer_ids, pretrained_backbone, soft_loss
     from utils.config import section_options
     from utils.distributed import world_size
-    from utils.engine import TrainState, fit
-    from utils.evaluate import measure_throughput
-    from utils.finetune import (
-        Frozen,
-        accuracy,
-        finetune_groups,
-        fitting_batch,
-        refuse_contradictions,
-        run_name,
-        summarise,
-    )
-    from utils.foreign import read_torch
-    from utils.optim import build_optimizer
-    from utils.plan import make_plan
-    from utils.probe import weights_fingerprint
-    from utils.run import start_run
+    from utils.finetune import fitting_batch
 
     node, accumulation = cfg.FINETUNE, cfg.TRAIN.ACCUMULATION_STEPS
-    refuse_contradictions(node)
-    name = args.run_name or run_name(cfg, weights)
-    if args.run_name and args.random_baseline and weights is None:
-        name += "-random"
-    run = start_run(cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput))
-
-    # model
-    frozen = node.WEIGHTS == "freeze"
-    backbone = pretrained_backbone(
-        section_options(cfg.MODEL.BACKBONE),
-        read_torch(weights) if weights else None,
-        str(weights),
-        img_size=cfg.DATA.IMG_SIZE,
-        drop_path=node.DROP_PATH,
-        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT and not frozen,
-    ).requires_grad_(True)  # fixed positions and patch embeddings are a matter of pretraining
-    if args.throughput:
-        backbone = run.prepare(backbone).eval()
-        measure_throughput(backbone, cfg.DATA.IMG_SIZE, node.BATCH_SIZE, run.device)
-        return {}, 0
-
-    # data: the labels that may be used, those held out of them, and the test split
-    source = open_split(cfg.DATA, "train", labelled=True)
-    chosen = kept = label_subset(source, node.TRAIN_PERCENT, cfg.SEED, node.SUBSET)
-    if node.HOLD_OUT:
-        kept, held = hold_out(source, chosen, node.HOLD_OUT, cfg.SEED)
-        watched, prefix = subset(source, held), "val_"
-    if node.TEST or not node.HOLD_OUT:
-        test = open_split(cfg.DATA, "val", labelled=True)
-    if not node.HOLD_OUT:
-        watched, prefix = test, "test_"
-    train = subset(source, kept)
-    run.fingerprint = f"{weights_fingerprint(weights)}, labels {train.fingerprint()}"
-    reading: dict[str, Any] = {key: cfg.DATA[key.upper()] for key in ("num_workers", "timeout")}
-    reading["device"] = run.device
-    mixing = Mixing(
-        source.num_classes,
-        **{key: node[key.upper()] for key in ("mixup", "cutmix", "switch_prob")},
-        **{"prob": node.MIXUP_PROB, "mode": node.MIXUP_MODE, "smoothing": node.LABEL_SMOOTHING},
-        seed=cfg.SEED,
-    )
     share = accumulation * world_size()
-    loader = GlobalLoader(
+    return GlobalLoader(
         train,
         finetune_recipe(cfg.DATA.IMG_SIZE, **section_options(node.AUG)),
-        global_batch=fitting_batch(len(train), node.BATCH_SIZE * share, share, mixing.active),
+        global_batch=fitting_batch(len(train), node.BATCH_SIZE * share, share, even),
         drop_last=False,
         accumulation=accumulation,
         repeated_aug=node.REPEATED_AUG,
         max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         seed=cfg.SEED,
         backend=cfg.AUG.BACKEND,
-        **reading,
+        device=device,
+        **_reading(cfg),
     )
+
+
+def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
+    """Train from ``weights`` (``None``: random ones); return the results and an exit code."""
+    from models.classifier import pretrained_backbone
+    from utils.config import section_options
+    from utils.evaluate import measure_throughput
+    from utils.finetune import refuse_contradictions, run_name
+    from utils.foreign import read_torch
+    from utils.run import start_run
+
+    node = cfg.FINETUNE
+    refuse_contradictions(node)
+    name = args.run_name or run_name(cfg, weights)
+    if args.run_name and args.random_baseline and weights is None:
+        name += "-random"
+    run = start_run(cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput))
+    backbone = pretrained_backbone(
+        section_options(cfg.MODEL.BACKBONE),
+        read_torch(weights) if weights else None,
+        str(weights),
+        img_size=cfg.DATA.IMG_SIZE,
+        drop_path=node.DROP_PATH,
+        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT and node.WEIGHTS != "freeze",
+    ).requires_grad_(True)  # fixed positions and patch embeddings are a matter of pretraining
+    if args.throughput:
+        backbone = run.prepare(backbone).eval()
+        measure_throughput(backbone, cfg.DATA.IMG_SIZE, node.BATCH_SIZE, run.device)
+        return {}, 0
+    return _train_and_test(cfg, run, backbone, weights, train=not args.eval)
+
+
+def _train_and_test(
+    cfg: Any, run: "Run", backbone: Any, weights: Path | None, train: bool
+) -> tuple[dict[str, Any], int]:
+    """Train a head and, unless it is frozen, the backbone, or only look at what is there; as ``finetune``."""
+    from data.labels import write_subset
+    from data.loader import evaluation_batches
+    from data.mixing import Mixing
+    from models.classifier import Classifier, freeze, layer_ids, soft_loss
+    from utils.engine import TrainState, fit
+    from utils.finetune import Frozen, accuracy, finetune_groups, summarise
+    from utils.optim import build_optimizer
+    from utils.plan import make_plan
+    from utils.probe import weights_fingerprint
+
+    node, frozen = cfg.FINETUNE, cfg.FINETUNE.WEIGHTS == "freeze"
+    splits = _splits(cfg)
+    run.fingerprint = f"{weights_fingerprint(weights)}, labels {splits.train.fingerprint()}"
+    mixing = Mixing(
+        splits.num_classes,
+        **{key: node[key.upper()] for key in ("mixup", "cutmix", "switch_prob")},
+        **{"prob": node.MIXUP_PROB, "mode": node.MIXUP_MODE, "smoothing": node.LABEL_SMOOTHING},
+        seed=cfg.SEED,
+    )
+    loader = _loader(cfg, splits.train, mixing.active, run.device)
 
     # classifier, plan, optimiser
     classifier = Classifier(
         freeze(backbone, node.DROP_PATH > 0) if frozen else backbone,
-        source.num_classes,
+        splits.num_classes,
         representation_size=node.REPRESENTATION_SIZE,
         init=node.HEAD_INIT,
     )
@@ -185,22 +221,22 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
         epochs=node.EPOCHS,
         steps_per_epoch=loader.steps_per_epoch,
         global_batch=loader.plan.global_batch,
-        accumulation=accumulation,
+        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
     )
     layers = layer_ids(backbone) if node.LAYER_DECAY < 1 else None
     groups = finetune_groups(backbone, classifier.heads, node, layers)
     optimizer = build_optimizer(node.OPTIM, groups, fused=run.scaler() is None)
     state = TrainState(classifier, optimizer, run.wrap(classifier), run.scaler())
-    if not run.resume(state, plan) and args.eval:
+    if not run.resume(state, plan) and not train:
         others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"
         raise ValueError(
             f"--eval: {run.folder} holds no checkpoint; run it without --eval first, with as many processes, "
             f"or name a run with --run-name (there are: {others})"
         )
     unmoved = Frozen(backbone) if frozen else None
-    run.describe(classifier, plan, len(train))
-    if not args.eval:
-        run.write_extra("subset.txt", lambda path: write_subset(path, source, chosen))
+    run.describe(classifier, plan, len(splits.train))
+    if train:
+        run.write_extra("subset.txt", lambda path: write_subset(path, splits.source, splits.chosen))
 
     def step(batch: "Batch", progress: "Progress") -> dict[str, "torch.Tensor"]:
         images, targets = mixing(batch.views[0], batch.labels, batch.indices, progress.step)
@@ -210,7 +246,12 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
 
     def measure(split: "Source", prefix: str) -> dict[str, float]:
         batches = evaluation_batches(
-            split, cfg.DATA.IMG_SIZE, batch_size=node.BATCH_SIZE, skip_unreadable=prefix == "val_", **reading
+            split,
+            cfg.DATA.IMG_SIZE,
+            batch_size=node.BATCH_SIZE,
+            skip_unreadable=prefix == "val_",
+            device=run.device,
+            **_reading(cfg),
         )
         with run.evaluating(classifier):
             return accuracy(classifier.predict, batches, prefix, run.device)
@@ -222,17 +263,17 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
             unmoved.check()
         if progress.epoch % node.EVAL_EPOCHS and progress.epoch < plan.epochs:
             return {}
-        last.update(measure(watched, prefix))
+        last.update(measure(splits.watched, splits.prefix))
         return last
 
-    if not args.eval:
+    if train:
         outcome = fit(state, loader, step, plan, run, evaluate)
         if outcome.value:
             return {}, outcome.value
-    accuracies = last or measure(watched, prefix)  # nothing was left to train
+    accuracies = last or measure(splits.watched, splits.prefix)  # nothing was left to train
     if node.HOLD_OUT and node.TEST:
-        accuracies |= measure(test, "test_")
-    images = (len(train), len(chosen) - len(train))
+        accuracies |= measure(splits.test, "test_")
+    images = (len(splits.train), len(splits.chosen) - len(splits.train))
     complete = state.step == plan.total_steps
     return summarise(run, weights, images, accuracies, state.best, write=complete), 0
 

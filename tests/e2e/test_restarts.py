@@ -50,7 +50,7 @@ def wait_for_step(place: Place, tag: str, step: int, agent: int) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_workers_are_started_again(place: Place) -> None:
-    more = ("--epochs", "40", "--opts", "CHECKPOINT.EVERY_STEPS", "1", "MODEL.BACKBONE.STEM", "cifar_stride2")
+    more = ("--epochs", "16", "--opts", "CHECKPOINT.EVERY_STEPS", "1", "MODEL.BACKBONE.STEM", "cifar_stride2")
     place.run(*torchrun(PRETRAIN, *place.flags("whole", 4, *more)))
     command = torchrun("--max-restarts=3", PRETRAIN, *place.flags("killed", 4, *more))
     process = place.start(*command)
