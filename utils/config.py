@@ -131,9 +131,9 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
     saved had its default then: what a key adds is off by default. Raises ``ConfigError`` naming each identity
     key with its old and new value.
     """
-    saved = dict(leaves(default_config({})))
-    saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
     current = dict(leaves(tree))
+    saved = {key: value for key, value in leaves(default_config({})) if key in current}
+    saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
     tunable: list[str] = []
     fatal: list[str] = []
     for key in dict.fromkeys([*current, *saved]):
