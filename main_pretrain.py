@@ -48,6 +48,11 @@ def main() -> int:
     run.fingerprint = source.fingerprint()
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
     accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+    if cfg.TRAIN.CUDA_GRAPHS and accumulation > 1:
+        raise ValueError(
+            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to False, or "
+            "TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
+        )
     loader = loader_of(
         cfg,
         source,

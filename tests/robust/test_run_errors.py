@@ -72,6 +72,12 @@ BAD_INPUT: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "recipe": ([], {"AUG__RECIPE": "mocov2"}, r"AUG.RECIPE.*mocov2.*moco_v2"),
     "batch": ([], {"TRAIN__BATCH_SIZE": 5000}, r"1438 images.*TRAIN.BATCH_SIZE"),
     "queue": ([], {"MODEL__MOBY__QUEUE_SIZE": 500}, r"QUEUE_SIZE: 500.*512"),
+    "graphs": (
+        [],
+        {"TRAIN__CUDA_GRAPHS": True, "TRAIN__ACCUMULATION_STEPS": 2},
+        r"TRAIN.CUDA_GRAPHS.*TRAIN.ACCUMULATION_STEPS",
+    ),
+    "bf16": ([], {"TRAIN__PRECISION": "bf16"}, r"TRAIN.PRECISION: bf16 on a CPU.*--precision fp32"),
     "file": (["--cfg", "/no/such.yaml"], {}, r"/no/such.yaml.*--cfg"),
     "python file": (["--cfg", __file__], {}, r"\.yaml file"),
     "flag": (["--epoch", "3"], {}, r"--epoch.*--epochs"),
