@@ -54,6 +54,7 @@ def test_the_cases_reach_what_they_are_for(interpreted: dict[str, Tensor]) -> No
 
 
 def test_numbers_of_the_operations_are_those_of_the_programs() -> None:
+    pytest.importorskip("numba", reason="data.kernels needs numba")
     import data.kernels
     import data.programs
     import data.triton_kernels
