@@ -23,7 +23,7 @@ test: $(READY)
 	$(PYTEST)
 
 reliability: $(READY)
-	$(BIN)/python tools/reliability.py
+	$(BIN)/python tests/reliability/driver.py
 
 test-slow: $(READY)
 	$(PYTEST) -m "slow or not slow"

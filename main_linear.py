@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from data.features import FeatureLoader
     from data.loader import Batch, GlobalLoader
-    from data.source import Source
+    from data.sources.base import Source
+    from engine.loop import TrainState
+    from engine.run import Run
+    from evaluation.features import Features, SharedFeatures
+    from evaluation.probe import GridPoint
     from models.classifier import LinearHeads
     from models.parts.backbones import Backbone
-    from utils.engine import TrainState
-    from utils.features import Features, SharedFeatures
-    from utils.probe import GridPoint
-    from utils.run import Run
     from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
@@ -42,9 +42,9 @@ def main() -> int:
     """Probe the pretrained weights, and random ones if asked; print one table; return the exit code."""
     args, flags = parse(_parser())
 
+    from evaluation.probe import find_weights, refuse_contradictions, show_probes
     from models import framework_defaults
-    from utils.config import default_config, load_config
-    from utils.probe import find_weights, refuse_contradictions, show_probes
+    from utils.config.load import default_config, load_config
 
     protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
     cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
@@ -107,9 +107,9 @@ class Frozen:
 
 def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[list[dict[str, Any]], int]:
     """Probe ``weights`` (``None``: random ones) with each share of labels; return results and exit code."""
-    from utils.evaluate import measure_throughput
-    from utils.probe import probe_folder
-    from utils.run import start_run
+    from engine.run import start_run
+    from evaluation.accuracy import measure_throughput
+    from evaluation.probe import probe_folder
 
     label = weights.stem if weights else "random"
     frozen, results = None, []
@@ -131,8 +131,8 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[lis
 def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
     """Build the backbone, load ``weights`` if any and freeze it."""
     from models.classifier import freeze, pretrained_backbone
-    from utils.config import section_options
-    from utils.foreign import read_torch
+    from utils.checkpoints.foreign import read_torch
+    from utils.config.load import section_options
 
     backbone = pretrained_backbone(
         section_options(cfg.MODEL.BACKBONE),
@@ -146,14 +146,14 @@ def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
 
 def freeze_network(cfg: Any, run: "Run", weights: Path | None) -> Frozen:
     """Return the frozen backbone and the features that do not change while heads train."""
-    from data.datasets import open_split
+    from data.augment.recipes import build_recipe
     from data.features import refuse_missing
     from data.loader import evaluation_batches
-    from data.views import build_recipe
-    from utils.config import section_options
-    from utils.feature_cache import cached_features
-    from utils.features import compute_features
-    from utils.probe import probe_folder, weights_fingerprint
+    from data.sources import open_split
+    from evaluation.feature_cache import cached_features
+    from evaluation.features import compute_features
+    from evaluation.probe import probe_folder, weights_fingerprint
+    from utils.config.load import section_options
 
     cached, size = cfg.LINEAR.CACHED_FEATURES, cfg.DATA.IMG_SIZE
     backbone = frozen_backbone(cfg, run, weights)
@@ -199,11 +199,11 @@ def train_heads(
     """Train the grid of heads on ``percent`` of the labels; return the results and an exit code."""
     import torch
 
+    from engine.loop import fit
+    from engine.plan import make_plan
+    from evaluation.knn import features_knn
+    from evaluation.probe import grid_points, head_accuracies, write_result
     from models.classifier import grid_loss
-    from utils.engine import fit
-    from utils.knn import features_knn
-    from utils.plan import make_plan
-    from utils.probe import grid_points, head_accuracies, write_result
 
     linear, points = cfg.LINEAR, grid_points(cfg.LINEAR)
     source, bank = labelled_images(frozen, percent, cfg.SEED)
@@ -256,8 +256,8 @@ def labelled_images(frozen: Frozen, percent: float, seed: int) -> tuple["Source"
     """Return the training images with labels, and their features: few labels are few for heads and k-NN."""
     import torch
 
-    from data.datasets import subset
     from data.labels import label_subset
+    from data.sources import subset
 
     if percent == 100:
         return frozen.train, frozen.bank
@@ -269,10 +269,10 @@ def open_loader(
     cfg: Any, run: "Run", source: "Source", features: "Features | None"
 ) -> "GlobalLoader | FeatureLoader":
     """Return the loader of the heads' batches: augmented images, or features that were computed before."""
+    from data.augment.recipes import build_recipe
     from data.features import FeatureLoader
     from data.loader import GlobalLoader
-    from data.views import build_recipe
-    from utils.plan import global_batch_size
+    from engine.plan import global_batch_size
 
     accumulation = cfg.TRAIN.ACCUMULATION_STEPS
     batches: dict[str, Any] = {
@@ -310,8 +310,8 @@ def draw_heads(cfg: Any, run: "Run", frozen: Frozen, points: list["GridPoint"]) 
 
 def open_state(cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoint"]) -> "TrainState":
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
-    from utils.engine import TrainState
-    from utils.optim import build_optimizer
+    from engine.loop import TrainState
+    from engine.optim import build_optimizer
 
     groups = [
         {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}

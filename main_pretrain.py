@@ -29,16 +29,16 @@ def main() -> int:
         )
 
     # after the flags are parsed, so that --help and a mistyped flag answer at once
-    from data.datasets import open_split
-    from data.preview import save_preview
-    from data.views import build_recipe
+    from data.augment.preview import save_preview
+    from data.augment.recipes import build_recipe
+    from data.sources import open_split
+    from engine.loop import Outcome, TrainState, fit
+    from engine.optim import build_optimizer, parameter_groups
+    from engine.plan import global_batch_size, make_plan
+    from engine.run import start_run
+    from evaluation.accuracy import measure_throughput
     from models import framework_defaults
-    from utils.config import default_config, load_config
-    from utils.engine import Outcome, TrainState, fit
-    from utils.evaluate import measure_throughput
-    from utils.optim import build_optimizer, parameter_groups
-    from utils.plan import global_batch_size, make_plan
-    from utils.run import start_run
+    from utils.config.load import default_config, load_config
 
     cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
     run = start_run(cfg, training=not (args.eval or args.throughput))
@@ -149,9 +149,9 @@ class Evaluations:
     def __init__(
         self, cfg: Any, run: Any, framework: Any, source: Any, recipe: Any, epochs: int, at_once: bool
     ) -> None:
-        from data.datasets import is_labelled, open_split
-        from utils.plan import held_out_batch
-        from utils.retention import require
+        from data.sources import is_labelled, open_split
+        from engine.plan import held_out_batch
+        from utils.checkpoints.folder import require
 
         self.cfg, self.run, self.framework = cfg, run, framework
         self.epochs, self.at_once = epochs, at_once
@@ -185,14 +185,14 @@ class Evaluations:
         return self.at_once or progress.epoch % every == 0 or progress.epoch == self.epochs
 
     def _neighbours(self) -> dict[str, float]:
-        from utils.knn import features_knn
+        from evaluation.knn import features_knn
 
         bank, queries, knn = self._features("train"), self._features("val").blocks(), self.cfg.KNN
         return features_knn(bank, queries, self.knn["train"].num_classes, knn.K, knn.TEMPERATURE)
 
     def _features(self, split: str) -> Any:
         from data.loader import evaluation_batches
-        from utils.features import compute_features
+        from evaluation.features import compute_features
 
         batches = evaluation_batches(
             self.knn[split],
@@ -207,7 +207,7 @@ class Evaluations:
             return compute_features(backbone, batches)
 
     def _losses(self, progress: Any) -> dict[str, float]:
-        from utils.evaluate import held_out_losses
+        from evaluation.accuracy import held_out_losses
 
         assert self.held_out is not None
         steps = self.held_out.from_step(0, self.held_out.steps_per_epoch)
@@ -220,7 +220,7 @@ def show_restored(run: Any, framework: Any, source: Any, recipe: Any, step: int)
     """Let a method that restores images show clean, corrupted and restored ones."""
     import torch
 
-    from data.preview import first_views, save_grid
+    from data.augment.preview import first_views, save_grid
     from models.sit import SiT
 
     if not isinstance(framework, SiT):
@@ -236,7 +236,7 @@ def show_restored(run: Any, framework: Any, source: Any, recipe: Any, step: int)
 def framework_of(cfg: Any) -> Any:
     """Build the method that a configuration describes."""
     from models import build_framework
-    from utils.config import method_section, section_options
+    from utils.config.load import method_section, section_options
 
     return build_framework(
         cfg.MODEL.NAME,
@@ -253,11 +253,11 @@ def replay_batch(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Play the batch of ``--replay`` again, on one process; all but the device comes from the file."""
     from pathlib import Path
 
+    from engine.replay import load_kept, replay
+    from engine.run import start_run
     from models import framework_defaults
-    from utils.config import default_config, load_saved
+    from utils.config.load import default_config, load_saved
     from utils.distributed import world_size
-    from utils.replay import load_kept, replay
-    from utils.run import start_run
 
     path = Path(args.replay)
     kept = load_kept(path)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from data.loader import Batch, GlobalLoader
-    from data.source import Source
-    from utils.run import Run
+    from data.sources.base import Source
+    from engine.run import Run
     from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
@@ -43,10 +43,10 @@ def main() -> int:
     """Train on the pretrained weights, and on random ones if asked; log one table; return the exit code."""
     args, flags = parse(_parser())
 
+    from evaluation.finetune import columns_of
+    from evaluation.probe import find_weights, show_table
     from models import framework_defaults
-    from utils.config import default_config, load_config
-    from utils.finetune import columns_of
-    from utils.probe import find_weights, show_table
+    from utils.config.load import default_config, load_config
 
     protocol = PROTOCOLS / f"finetune_{args.protocol}.yaml" if args.protocol else None
     cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
@@ -107,8 +107,8 @@ class Splits:
 
 
 def _splits(cfg: Any) -> Splits:
-    from data.datasets import open_split, subset
     from data.labels import hold_out, label_subset
+    from data.sources import open_split, subset
 
     node = cfg.FINETUNE
     source = open_split(cfg.DATA, "train", labelled=True)
@@ -127,11 +127,11 @@ def _reading(cfg: Any) -> dict[str, Any]:
 
 def _loader(cfg: Any, train: "Source", even: bool, device: "torch.device") -> "GlobalLoader":
     """Return the loader of the training images; ``even`` batches can be mixed in pairs."""
+    from data.augment.recipes import finetune_recipe
     from data.loader import GlobalLoader
-    from data.views import finetune_recipe
-    from utils.config import section_options
+    from evaluation.finetune import fitting_batch
+    from utils.config.load import section_options
     from utils.distributed import world_size
-    from utils.finetune import fitting_batch
 
     node, accumulation = cfg.FINETUNE, cfg.TRAIN.ACCUMULATION_STEPS
     share = accumulation * world_size()
@@ -152,12 +152,12 @@ def _loader(cfg: Any, train: "Source", even: bool, device: "torch.device") -> "G
 
 def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
     """Train from ``weights`` (``None``: random ones); return the results and an exit code."""
+    from engine.run import start_run
+    from evaluation.accuracy import measure_throughput
+    from evaluation.finetune import refuse_contradictions, run_name
     from models.classifier import pretrained_backbone
-    from utils.config import section_options
-    from utils.evaluate import measure_throughput
-    from utils.finetune import refuse_contradictions, run_name
-    from utils.foreign import read_torch
-    from utils.run import start_run
+    from utils.checkpoints.foreign import read_torch
+    from utils.config.load import section_options
 
     node = cfg.FINETUNE
     refuse_contradictions(node)
@@ -184,15 +184,15 @@ def _train_and_test(
     cfg: Any, run: "Run", backbone: Any, weights: Path | None, train: bool
 ) -> tuple[dict[str, Any], int]:
     """Train a head and, unless it is frozen, the backbone, or only look at what is there; as ``finetune``."""
+    from data.augment.mixing import Mixing
     from data.labels import write_subset
     from data.loader import evaluation_batches
-    from data.mixing import Mixing
+    from engine.loop import TrainState, fit
+    from engine.optim import build_optimizer
+    from engine.plan import make_plan
+    from evaluation.finetune import Frozen, accuracy, finetune_groups, summarise
+    from evaluation.probe import weights_fingerprint
     from models.classifier import Classifier, freeze, layer_ids, soft_loss
-    from utils.engine import TrainState, fit
-    from utils.finetune import Frozen, accuracy, finetune_groups, summarise
-    from utils.optim import build_optimizer
-    from utils.plan import make_plan
-    from utils.probe import weights_fingerprint
 
     node, frozen = cfg.FINETUNE, cfg.FINETUNE.WEIGHTS == "freeze"
     splits = _splits(cfg)

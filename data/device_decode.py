@@ -2,7 +2,7 @@
 
 On a GPU torchvision hands a batch to nvJPEG, which has hardware of its own; its levels differ from libjpeg's
 by a few, and damage that only a decoder notices may pass. Elsewhere the same code decodes on the CPU. Crops
-have the draws of `data.fetch`, and within one level its pixels.
+have the draws of `data.worker`, and within one level its pixels.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import send
-from data.fetch import Fetched, Fetcher
-from data.files import decode_rgb, fast_jpeg
-from data.parameters import draw_crop, sample_keys
-from data.resample import crop_resize
+from data.augment.ops import send
+from data.augment.parameters import draw_crop, sample_keys
+from data.augment.recipes import RandomResizedCrop, Recipe, needs_pil, spatial_ops
+from data.augment.resample import crop_resize
 from data.sampler import Request
-from data.source import Source
-from data.views import RandomResizedCrop, Recipe, needs_pil, spatial_ops
+from data.sources.base import Source
+from data.sources.folder import decode_rgb, fast_jpeg
+from data.worker import Fetched, Fetcher
 
 logger = logging.getLogger("synco")
 
@@ -31,7 +31,7 @@ _PIXELS_AT_ONCE = 1 << 24  # of a padded batch of crops: 200 MB of floats
 
 
 class Encoded(TypedDict):
-    """A micro-batch as a worker read it; the names of `data.fetch.Fetched` mean the same."""
+    """A micro-batch as a worker read it; the names of `data.worker.Fetched` mean the same."""
 
     blob: Tensor  # uint8: the files one after another; few tensors, because each costs a descriptor
     ends: Tensor  # (N,) where each file ends in it

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import utils.distributed as distributed
-from data.fetch import BadImages, BadImagesError
 from data.loader import Batch
 from data.sampler import BatchPlan, RequestSampler
-from data.source import Source
+from data.sources.base import Source
+from data.worker import BadImages, BadImagesError
 
 
 class Rows(Protocol):

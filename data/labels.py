@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data.parameters import hashed
-from data.source import Source
+from data.augment.parameters import hashed
+from data.sources.base import Source
 
 _ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name of any system
 

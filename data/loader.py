@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import utils.distributed as distributed
-from data.augment import choose_backend, photometric, spatial
+from data.augment.ops import choose_backend, photometric, spatial
+from data.augment.parameters import draw_photometric, sample_keys
+from data.augment.recipes import Recipe, build_recipe, check_view, is_random, needs_pil
 from data.device_decode import FileReader, check_decodable, decode_in_order
-from data.fetch import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
-from data.parameters import draw_photometric, sample_keys
 from data.sampler import BatchPlan, Request, RequestSampler
-from data.source import Source
-from data.views import Recipe, build_recipe, check_view, is_random, needs_pil
+from data.sources.base import Source
+from data.worker import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
 
 logger = logging.getLogger("synco")
 
@@ -59,7 +59,7 @@ class GlobalLoader:
     `num_workers` processes, and so are arrays where the recipe works on single images (RandAugment). With
     `drop_last=False` an epoch's last batch is filled up from the epoch's start. `repeated_aug` puts so many
     differently augmented copies of an image into an epoch of unchanged length. `backend` says what augments
-    the views (`data.augment.choose_backend`). With `decode` "device" the workers only read files
+    the views (`data.augment.ops.choose_backend`). With `decode` "device" the workers only read files
     (`data.device_decode`); images held as one array are not decoded.
     """
 
@@ -147,7 +147,7 @@ class GlobalLoader:
         """Augment cropped uint8 views (N,3,S,S) on the device; a CPU does that here too, not in the workers.
 
         Two views of 224 cost both sides 0.6 ms an image to hand over as uint8 and 2.1 ms as float32
-        (tools/benchmark.py views), which is more than the 1.2 ms that the augmentation itself takes.
+        (-m benchmarks views), which is more than the 1.2 ms that the augmentation itself takes.
         """
         wanted, copies = item["wanted"].numpy(), item["copies"].numpy()
         views = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.parameters import hashed
+from data.augment.parameters import hashed
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from data.files import decode_rgb
-from data.source import digest
+from data.sources.base import digest
+from data.sources.folder import decode_rgb
 
 logger = logging.getLogger("synco")
 

@@ -35,10 +35,10 @@ def convert(source: Path, target: Path) -> int:
     Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}. Raises
     ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no ResNet.
     """
-    from models.weights import backbone_state
-    from models.weights_out import to_detectron2
-    from utils.atomic import write_file
-    from utils.foreign import read_torch
+    from models.weights.export import to_detectron2
+    from models.weights.load import backbone_state
+    from utils.checkpoints.atomic import write_file
+    from utils.checkpoints.foreign import read_torch
 
     if target.suffix != ".pkl":
         raise ValueError(f"{target}: Detectron2 reads this layout from a .pkl only; name the file so")

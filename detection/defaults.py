@@ -2,7 +2,7 @@
 
 from yacs.config import CfgNode
 
-from utils.config import ConfigError, default_config, load_config
+from utils.config.load import ConfigError, default_config, load_config
 
 # Options of the detector, the section MODEL.RCNN.
 RCNN = {

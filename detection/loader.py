@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data import loader as batches
-from data.fetch import BadImages, BadImagesError, replacement
-from data.parameters import sample_keys, uniform
+from data.augment.parameters import sample_keys, uniform
 from data.sampler import BatchPlan, Request, RequestSampler
+from data.worker import BadImages, BadImagesError, replacement
 from detection.annotations import DetectionData, Objects
 from utils import distributed
 
-_FLIP, _SIZE = 1, 2  # streams of draws, see data.parameters
+_FLIP, _SIZE = 1, 2  # streams of draws, see data.augment.parameters
 _FINER = 3  # odd, so that a pixel's centre is one of the finer pixels' centre
 _ATTEMPTS = 20  # replacements for one image before giving up
 
@@ -151,7 +151,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
 
 
 class DetectionLoader:
-    """Endless supply of a run's batches, a pure function of (seed, step), for ``utils.engine.fit``."""
+    """Endless supply of a run's batches, a pure function of (seed, step), for ``engine.loop.fit``."""
 
     def __init__(self, data: DetectionData, cfg: CfgNode, *, global_batch: int, device: torch.device) -> None:
         self.device = device

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from detection.annotations import DetectionData
     from detection.loader import DetectionBatch
-    from utils.plan import Plan
-    from utils.run import Run
+    from engine.plan import Plan
+    from engine.run import Run
     from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
@@ -40,12 +40,12 @@ def main() -> int:
     from detection.evaluation import coco_api, evaluate
     from detection.loader import DetectionLoader
     from detection.model import build_detector
-    from utils.engine import Outcome, TrainState, fit
-    from utils.evaluate import measure_throughput
-    from utils.optim import build_optimizer, parameter_groups
-    from utils.plan import global_batch_size
-    from utils.probe import find_weights, weights_fingerprint
-    from utils.run import start_run
+    from engine.loop import Outcome, TrainState, fit
+    from engine.optim import build_optimizer, parameter_groups
+    from engine.plan import global_batch_size
+    from engine.run import start_run
+    from evaluation.accuracy import measure_throughput
+    from evaluation.probe import find_weights, weights_fingerprint
 
     cfg = load_detection_config([args.cfg], args.opts, flags)
     if not args.pretrained:
@@ -108,7 +108,7 @@ def main() -> int:
 
 def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
     """Derive the plan: steps are iterations, and what the log calls an epoch is one ``EVAL_PERIOD``."""
-    from utils.plan import Plan
+    from engine.plan import Plan
     from utils.schedules import LearningRate
 
     optim, detection = cfg.OPTIM, cfg.DETECTION
@@ -140,7 +140,7 @@ def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
 
 def write_result(run: "Run", result: dict[str, Any]) -> None:
     """Write ``result.json``: the weights it started from and the final metrics in percent."""
-    from utils.atomic import write_text
+    from utils.checkpoints.atomic import write_text
 
     run.write_extra("result.json", lambda path: write_text(path, json.dumps(result, indent=1)))
 

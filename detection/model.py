@@ -30,9 +30,9 @@ from detection.backbones import (
 )
 from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
-from models.weights import backbone_state, load_backbone
-from utils.config import section_options
-from utils.foreign import read_torch
+from models.weights.load import backbone_state, load_backbone
+from utils.checkpoints.foreign import read_torch
+from utils.config.load import section_options
 
 logger = logging.getLogger("synco")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, build_backbone
-from models.weights import backbone_state, load_backbone
+from models.weights.load import backbone_state, load_backbone
 
 logger = logging.getLogger("synco")
 

@@ -1,4 +1,4 @@
-"""Figures that assertions measure, noted for the page that tools/reliability.py writes."""
+"""Figures that assertions measure, noted for the page that tests/reliability/driver.py writes."""
 
 import json
 import os

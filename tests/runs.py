@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from utils import checkpoint
-from utils.config import method_section
+from utils.checkpoints import file as checkpoint
+from utils.config.load import method_section
 
 STEPS = 11  # of an epoch of digits at a global batch of 128
 KEYS = {
@@ -131,7 +131,7 @@ def resumed_at(text: str) -> int:
 
 def at_step(step: int, action: Callable[[], object]) -> None:
     """Call ``action`` when optimiser step ``step`` begins."""
-    from utils import engine
+    from engine import loop as engine
 
     seed_step = engine.seed_step
 
@@ -163,7 +163,7 @@ def kill_at(rank: int, *, step: int, delay: float = 0.0, ranks: tuple[int, ...] 
 
 def note_steps(path: Path) -> None:
     """Keep the number of the step that has begun in a file, which outlives a SIGKILL."""
-    from utils import engine
+    from engine import loop as engine
 
     seed_step = engine.seed_step
 
@@ -198,7 +198,7 @@ def signal_at(
 ) -> None:
     """Arrange for ``times`` signals, ``pause`` seconds apart; within ``echo`` seconds they count as one."""
     if echo is not None:
-        from utils import guards
+        from engine import guards
 
         guards._ECHO_SECONDS = echo
 
@@ -213,7 +213,8 @@ def signal_at(
 
 def signal_during(rank: int, *, where: str) -> None:
     """Arrange for a SIGTERM in the middle of a save or of an evaluation, on rank 0."""
-    from utils import engine, meter
+    from engine import loop as engine
+    from engine import meter
 
     owner, name = {
         "save": (checkpoint, "save"),

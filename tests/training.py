@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import loop as engine
+from engine.guards import FiniteGuard
+from engine.optim import build_optimizer, parameter_groups
+from engine.plan import Plan
+from engine.run import Run
 from models import FRAMEWORKS, framework_defaults
 from models.parts.backbones import build_backbone
 from models.parts.norm import convert_sync_batch_norm
-from utils import distributed, engine
-from utils.config import default_config
-from utils.guards import FiniteGuard
-from utils.optim import build_optimizer, parameter_groups
-from utils.plan import Plan
-from utils.run import Run
+from utils import distributed
+from utils.config.load import default_config
 from utils.schedules import LearningRate
 
 # float64 is asked for, sizes are the smallest that keep each method's parts

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 
 _STATE = ("framework", "optimizer", "scaler", "step", "best")
 

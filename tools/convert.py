@@ -75,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def inspect_file(args: argparse.Namespace) -> None:
     """Print what a file holds: entries, layout, number of tensors and values, the likely architecture."""
-    from models.weights import backbone_state, tensors_of
-    from models.weights_out import describe
+    from models.weights.export import describe
+    from models.weights.load import backbone_state, tensors_of
 
     checkpoint = _read(args.source)
     print(f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors")
@@ -94,8 +94,8 @@ def inspect_file(args: argparse.Namespace) -> None:
 
 def import_file(args: argparse.Namespace) -> None:
     """Write a foreign file as one of ours, after loading it into the configured model."""
-    from models.published import framework_state
-    from models.weights import backbone_state, load_backbone
+    from models.weights.load import backbone_state, load_backbone
+    from models.weights.pretraining_state import framework_state
 
     cfg = _config(args)
     checkpoint = _read(args.source)
@@ -120,8 +120,8 @@ def import_file(args: argparse.Namespace) -> None:
 
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
-    from models import weights_out
-    from models.weights import backbone_state, load_backbone
+    from models.weights import export as weights_out
+    from models.weights.load import backbone_state, load_backbone
 
     source = _checkpoint_of(args.source)
     cfg = _config(args)
@@ -145,7 +145,7 @@ def export_file(args: argparse.Namespace) -> None:
 
 def _converted(to: str, own: Mapping[str, Any], head: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
     """Return the contents of the file for a layout that is a torch file."""
-    from models import weights_out
+    from models.weights import export as weights_out
 
     if to == "moco":
         return {"arch": cfg.MODEL.BACKBONE.NAME, "state_dict": weights_out.to_moco(own, head)}
@@ -174,8 +174,8 @@ def _hint(to: str, cfg: Any) -> str:
 
 def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
     """Return the projector of one of our MoCo checkpoints as ``fc.*``; empty for other files."""
-    from models.weights import tensors_of
-    from models.weights_out import moco_head
+    from models.weights.export import moco_head
+    from models.weights.load import tensors_of
 
     prefix = f"{which}.projector."
     tensors = tensors_of(checkpoint.get("framework"))
@@ -190,7 +190,7 @@ def _listing(report: Any) -> str:
 
 def _config(args: argparse.Namespace) -> Any:
     from models import framework_defaults
-    from utils.config import default_config, load_config
+    from utils.config.load import default_config, load_config
 
     own = args.source / "config.yaml"
     if args.cfg is None and not own.is_file():
@@ -200,7 +200,7 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _backbone(cfg: Any) -> Any:
     from models.parts.backbones import build_backbone
-    from utils.config import section_options
+    from utils.config.load import section_options
 
     options = section_options(cfg.MODEL.BACKBONE)
     del options["target_drop_path"]
@@ -209,7 +209,7 @@ def _backbone(cfg: Any) -> Any:
 
 def _framework(cfg: Any) -> Any:
     from models import build_framework
-    from utils.config import method_section, section_options
+    from utils.config.load import method_section, section_options
 
     return build_framework(
         cfg.MODEL.NAME,
@@ -221,7 +221,7 @@ def _framework(cfg: Any) -> Any:
 
 
 def _checkpoint_of(source: Path) -> Path:
-    from utils import checkpoint
+    from utils.checkpoints import file as checkpoint
 
     if not source.is_dir() or (source / "model.safetensors").is_file():
         return source
@@ -232,7 +232,7 @@ def _checkpoint_of(source: Path) -> Path:
 
 
 def _read(source: Path) -> Mapping[str, Any]:
-    from utils.foreign import read_torch
+    from utils.checkpoints.foreign import read_torch
 
     source = _checkpoint_of(source)
     return read_torch(source / "model.safetensors" if source.is_dir() else source)
@@ -246,7 +246,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 def _write(path: Path, fill: Callable[[Any], object]) -> None:
     """Write a file that is whole or not there."""
-    from utils.atomic import write_file
+    from utils.checkpoints.atomic import write_file
 
     if path.is_dir():
         raise ValueError(f"--output: {path} is a folder; name a file")

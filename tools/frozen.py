@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.precision import choose_device
+from engine.run import Run
+from evaluation.probe import find_weights
 from models import framework_defaults
 from models.classifier import freeze, pretrained_backbone
 from models.parts.backbones import Backbone
-from utils import checkpoint
-from utils.config import default_config, load_config, section_options
-from utils.device import choose_device
-from utils.foreign import read_torch
+from utils.checkpoints import file as checkpoint
+from utils.checkpoints.foreign import read_torch
+from utils.config.load import default_config, load_config, section_options
 from utils.logger import setup_logger
-from utils.probe import find_weights
-from utils.run import Run
 
 
 @dataclass(frozen=True)

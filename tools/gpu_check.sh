@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 status=0
 run() { echo; echo "## $*"; timeout "${LIMIT:-120}" "$@" || { echo "FAILED ($?): $*"; status=1; }; }
-bench() { run "$python" tools/benchmark.py --device cuda "$@"; }
+bench() { run "$python" -m benchmarks --device cuda "$@"; }
 
 echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(date -u +%F)"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.views import IMAGENET_MEAN, IMAGENET_STD
-from models.weights_out import to_huggingface
-from utils.atomic import write_file, write_text
-from utils.safetensors import safetensors_bytes
+from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD
+from models.weights.export import to_huggingface
+from utils.checkpoints.atomic import write_file, write_text
+from utils.checkpoints.safetensors import safetensors_bytes
 
 PAPERS = {
     "moco_v2": ("MoCo v2", "2003.04297"),

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from tools.packing import SKIPPED, Partial, Progress, difference  # noqa: E402
 
 if TYPE_CHECKING:
-    from data.packed import PackIndex
-    from data.source import Source
+    from data.sources.base import Source
+    from data.sources.packed import PackIndex
 
 _TASK = 16  # images that a worker encodes at once
 
@@ -87,8 +87,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def pack(args: argparse.Namespace) -> None:
     """Write `args.output`, going on with what an earlier call left."""
-    from data.datasets import build_source
-    from utils.atomic import sync_folder
+    from data.sources import build_source
+    from utils.checkpoints.atomic import sync_folder
 
     source = build_source(args.dataset, args.data_path, args.split, index_cache="")
     settings = _settings(args, source)
@@ -131,7 +131,7 @@ def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
 
 def _finished(output: Path, settings: dict[str, Any]) -> None:
     """Accept a pack of the same settings that is there already; ``ValueError`` for any other file."""
-    from data.packed import PackedSource
+    from data.sources.packed import PackedSource
 
     found = PackedSource(output).header.get("settings")
     if found != settings:
@@ -177,9 +177,9 @@ def _encode_rest(
 
 
 def _index(partial: "Partial", source: "Source") -> "PackIndex":
-    from data.files import FileSource
-    from data.listing import PackedStrings
-    from data.packed import HEAD, PackIndex
+    from data.sources.folder import FileSource
+    from data.sources.folder_index import PackedStrings
+    from data.sources.packed import HEAD, PackIndex
 
     kept = np.flatnonzero(partial.rows["length"] != SKIPPED)
     if not len(kept):
@@ -200,7 +200,7 @@ def _index(partial: "Partial", source: "Source") -> "PackIndex":
 
 def verify(path: Path) -> None:
     """Read a whole pack and compare it with its digests; ``ValueError`` names what is wrong."""
-    from data.packed import PackedSource
+    from data.sources.packed import PackedSource
 
     source = PackedSource(path)
     descriptor = os.open(path, os.O_RDONLY)
@@ -237,9 +237,9 @@ class Encoder:
     def _encode(self, index: int) -> tuple[bytes, int, int, str]:
         from PIL import Image
 
-        from data.augment import resized_shape
-        from data.files import decode_rgb
-        from data.views import Resize
+        from data.augment.ops import resized_shape
+        from data.augment.recipes import Resize
+        from data.sources.folder import decode_rgb
 
         data = self.source.encoded(index)
         if data is None and not self.settings["raw"]:

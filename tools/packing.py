@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from data.packed import PackIndex
+    from data.sources.packed import PackIndex
 
 SKIPPED = -1  # the length of an image that was left out
 _ROW = np.dtype(
@@ -50,7 +50,7 @@ class Partial:
     @classmethod
     def open(cls, output: Path, settings: dict[str, Any], count: int, skip: bool) -> "Partial":
         """Go on with what is there, or begin; ``ValueError`` if it is another's or of other settings."""
-        from data.packed import HEAD
+        from data.sources.packed import HEAD
 
         path = output.with_name(f"{output.name}.partial")
         journal = cls.journal_of(output).open("a+b")
@@ -76,7 +76,7 @@ class Partial:
 
     def add(self, record: bytes | None, height: int, width: int) -> None:
         """Append the record of the next image, or None to leave it out."""
-        from data.mapped import checksum
+        from data.sources.mmap import checksum
 
         length = SKIPPED if record is None else len(record)
         self.rows[self.done] = (self.done, length, checksum(record or b""), height, width, 0)
@@ -98,7 +98,7 @@ class Partial:
 
     def close_file(self, index: "PackIndex", described: dict[str, Any]) -> None:
         """Write what stands behind the records."""
-        from data.packed import closing
+        from data.sources.packed import closing
 
         for part in closing(index, described):
             self.data.write(part)

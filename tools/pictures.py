@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.source import Source
+from data.sources.base import Source
 from utils.distributed import keyed_seed
 from utils.logger import METRICS_FILE
 

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augment import normalise_
-from data.fetch import resize_one
-from data.files import decode_rgb
+from data.augment.ops import normalise_
+from data.sources.folder import decode_rgb
+from data.worker import resize_one
+from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.frozen import Frozen, open_frozen
-from utils.atomic import write_text
+from utils.checkpoints.atomic import write_text
 from utils.cli import make_parser, parse, run_main
-from utils.propagate import enlarge_labels, propagate, shrink_mask, video_quality
 
 logger = logging.getLogger("synco")
 

@@ -18,25 +18,25 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
-from data.datasets import open_split
+from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD
 from data.loader import evaluation_batches
-from data.source import Source
-from data.views import IMAGENET_MEAN, IMAGENET_STD
+from data.sources import open_split
+from data.sources.base import Source
+from engine.precision import choose_device
+from engine.run import Run
+from evaluation.accuracy import extract_features, few_label_accuracy, logistic_probe, topk_correct
+from evaluation.knn import knn_accuracy
 from models import framework_defaults
 from models.parts.backbones import build_backbone
-from models.weights import backbone_state, load_backbone
+from models.weights.load import backbone_state, load_backbone
 from tools.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
-from utils import checkpoint
-from utils.atomic import write_text
+from utils.checkpoints import file as checkpoint
+from utils.checkpoints.atomic import write_text
+from utils.checkpoints.foreign import read_torch
 from utils.cli import make_parser, parse, run_main
-from utils.config import default_config, load_config, section_options
-from utils.device import choose_device
+from utils.config.load import default_config, load_config, section_options
 from utils.distributed import keyed_seed
-from utils.evaluate import extract_features, few_label_accuracy, logistic_probe, topk_correct
-from utils.foreign import read_torch
-from utils.knn import knn_accuracy
 from utils.logger import setup_logger
-from utils.run import Run
 
 logger = logging.getLogger("synco")
 

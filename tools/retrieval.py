@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from data.files import FileSource
 from data.loader import evaluation_batches
+from data.sources.folder import FileSource
+from evaluation.accuracy import extract_features
+from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
 from models.parts.backbones import Backbone
 from models.parts.resolution import at_size, size_multiple
 from tools.frozen import Frozen, open_frozen
-from utils.atomic import write_text
+from utils.checkpoints.atomic import write_text
 from utils.cli import make_parser, parse, run_main
-from utils.evaluate import extract_features
-from utils.retrieval import Box, read_ground_truth, retrieval_scores
 
 SETS = ("roxford5k", "rparis6k")
 MULTI_SCALE = (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)

@@ -36,7 +36,7 @@ _GRACE = 120.0  # seconds that stopped runs get to save
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid, then the choices; print and write the table; return the exit code."""
     args, extra = _parse(argv)
-    from utils.atomic import write_text
+    from utils.checkpoints.atomic import write_text
 
     folder, shared, weights, content = _place(args, extra)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made a background job ignore it
@@ -217,10 +217,10 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     """Return the folder of the runs, the flags they share, the weights, fixed for the whole sweep, and a
     digest of the files' contents.
     """
+    from evaluation.probe import find_weights
     from models import framework_defaults
     from utils.cli import make_parser
-    from utils.config import default_config, load_config
-    from utils.probe import find_weights
+    from utils.config.load import default_config, load_config
 
     named = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
     given = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
@@ -240,8 +240,8 @@ def _content(cfg: Any, args: argparse.Namespace, weights: str) -> str:
 
     A finished run is skipped by its name, so the name has to change with any of them.
     """
-    from utils.config import leaves
-    from utils.defaults import key_class
+    from utils.config.load import leaves
+    from utils.config.schema import key_class
 
     values = {key: value for key, value in leaves(cfg) if key_class(key, "semisup") == "identity"}
     files = [] if weights == "none" else [Path(weights)]

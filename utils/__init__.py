@@ -1,1 +1,1 @@
-"""What would not change if the method changed: config, engine, checkpoints, schedules, evaluation."""
+"""Small general modules: command line, processes, logs, schedules, configuration, checkpoint files."""

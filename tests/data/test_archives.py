@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.archives import ZipSource, zipped
-from data.datasets import Source, build_source
+from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
-from data.views import build_recipe
+from data.sources import Source, build_source
+from data.sources.zip import ZipSource, zipped
 
 
 @pytest.fixture(params=[zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -10,11 +10,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from data.augment import adjust_hue, color_jitter, normalise_, photometric, spatial
-from data.fetch import crop_one
-from data.parameters import JITTER_OPS, Draws, draw_crop, draw_photometric, sample_keys
-from data.resample import crop_resize, gaussian_blur
-from data.views import (
+from data.augment.ops import adjust_hue, color_jitter, normalise_, photometric, spatial
+from data.augment.parameters import JITTER_OPS, Draws, draw_crop, draw_photometric, sample_keys
+from data.augment.recipes import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     CenterCrop,
@@ -28,6 +26,8 @@ from data.views import (
     View,
     build_recipe,
 )
+from data.augment.resample import crop_resize, gaussian_blur
+from data.worker import crop_one
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -212,7 +212,7 @@ def test_a_sample_does_not_depend_on_its_batch(photos: np.ndarray, monkeypatch: 
     images = to_tensor(photos[:, :48, :48].copy()).repeat(8, 1, 1, 1)
     draws = draw_photometric(view, sample_keys(3, 0, np.arange(48), 1))
     whole = photometric(images, view, draws, "torch")
-    monkeypatch.setattr("data.resample._CHUNK_BYTES", 5 * 4 * 3 * 48 * 48)
+    monkeypatch.setattr("data.augment.resample._CHUNK_BYTES", 5 * 4 * 3 * 48 * 48)
     torch.testing.assert_close(photometric(images, view, draws, "torch"), whole, rtol=0, atol=1e-5)
 
 

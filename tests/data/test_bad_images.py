@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.datasets import Source, build_source, subset
-from data.fetch import BadImages, Fetched
+from data.augment.recipes import build_recipe
 from data.loader import BadImagesError, Batch, GlobalLoader, LoaderError, evaluation_batches
-from data.views import build_recipe
+from data.sources import Source, build_source, subset
+from data.worker import BadImages, Fetched
 
 CPU = torch.device("cpu")
 BAD = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torchvision import datasets as tv_datasets
 
-from data import arrays
-from data.datasets import ArraySource, Source, build_source, subset
+from data.sources import ArraySource, Source, build_source, subset
+from data.sources import in_memory as arrays
 
 
 def test_imagefolder_lists_and_decodes_like_torchvision(image_folder: Path) -> None:

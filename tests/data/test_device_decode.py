@@ -9,11 +9,11 @@ from photos import draw_photo
 from PIL import Image
 
 import data.device_decode
+from data.augment.recipes import IMAGENET_STD, RandAugment, RandomResizedCrop, Recipe, build_recipe
 from data.device_decode import check_decodable, is_plain_jpeg
-from data.files import imagefolder
 from data.loader import Batch, GlobalLoader
-from data.source import subset
-from data.views import IMAGENET_STD, RandAugment, RandomResizedCrop, Recipe, build_recipe
+from data.sources.base import subset
+from data.sources.folder import imagefolder
 
 pytest.importorskip("simplejpeg", reason="DATA.DECODE 'device' needs simplejpeg")
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.fetch import Fetcher, crop_one
-from data.parameters import CropDraws, draw_crop, sample_keys
-from data.randaugment import host_augment
+from data.augment.parameters import CropDraws, draw_crop, sample_keys
+from data.augment.randaugment import host_augment
+from data.augment.recipes import RandomResizedCrop, Recipe, build_recipe, finetune_recipe
 from data.sampler import Request
-from data.source import Source
-from data.views import RandomResizedCrop, Recipe, build_recipe, finetune_recipe
+from data.sources.base import Source
+from data.worker import Fetcher, crop_one
 
 SIZES = [(40, 60), (96, 128), (33, 33), (32, 32), (90, 20), (64, 64), (5, 7)]
 

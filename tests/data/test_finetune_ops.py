@@ -11,13 +11,10 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from data.augment import photometric, spatial
-from data.datasets import ArraySource, build_source
-from data.fetch import crop_one, draw_boxes
-from data.loader import GlobalLoader
-from data.noise import keyed_normal
-from data.noise import mix as tensor_mix
-from data.parameters import (
+from data.augment.noise import keyed_normal
+from data.augment.noise import mix as tensor_mix
+from data.augment.ops import photometric, spatial
+from data.augment.parameters import (
     RAND_AUGMENT,
     draw_erasing,
     draw_photometric,
@@ -26,9 +23,8 @@ from data.parameters import (
     sample_keys,
     stream_keys,
 )
-from data.randaugment import host_augment, rand_augmenter, seeded_globals
-from data.reference import reference_transform
-from data.views import (
+from data.augment.randaugment import host_augment, rand_augmenter, seeded_globals
+from data.augment.recipes import (
     ColorJitter,
     HorizontalFlip,
     RandAugment,
@@ -44,6 +40,10 @@ from data.views import (
     is_random,
     needs_pil,
 )
+from data.augment.reference import reference_transform
+from data.loader import GlobalLoader
+from data.sources import ArraySource, build_source
+from data.worker import crop_one, draw_boxes
 
 CPU = torch.device("cpu")
 RAND = "rand-m9-mstd0.5-inc1"

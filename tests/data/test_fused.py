@@ -11,12 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import data.augment
-from data.augment import choose_backend, photometric
-from data.loader import GlobalLoader
-from data.parameters import JITTER_OPS, Draws, draw_photometric, sample_keys
-from data.source import ArraySource
-from data.views import (
+import data.augment.ops
+from data.augment.ops import choose_backend, photometric
+from data.augment.parameters import JITTER_OPS, Draws, draw_photometric, sample_keys
+from data.augment.recipes import (
     IMAGENET_STD,
     RECIPES,
     ColorJitter,
@@ -30,10 +28,12 @@ from data.views import (
     build_recipe,
     device_ops,
 )
+from data.loader import GlobalLoader
+from data.sources.base import ArraySource
 
 pytest.importorskip("numba", reason="the fused path needs numba")
 
-import data.fused
+import data.augment.fused.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 24
@@ -164,7 +164,7 @@ def test_bits_depend_on_the_sample_alone(crops: Tensor, name: str, monkeypatch: 
         assert torch.equal(part, whole[chosen])
     assert torch.equal(fused(crops.contiguous(memory_format=torch.channels_last), view, draws), whole)
     assert torch.equal(fused(crops[:, :, :, ::1].flip(-1).flip(-1), view, draws), whole)
-    monkeypatch.setattr("data.fused._SMALL_BATCH", 0)
+    monkeypatch.setattr("data.augment.fused.cpu._SMALL_BATCH", 0)
     for threads in (2, 3, 40):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert torch.equal(fused(crops, view, draws), whole)
@@ -191,7 +191,7 @@ def _in_child(connection: object, images: Tensor, view: View, draws: Draws) -> N
 
 
 def test_a_forked_process_gives_the_same_bits(crops: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.fused._SMALL_BATCH", 0)
+    monkeypatch.setattr("data.augment.fused.cpu._SMALL_BATCH", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     view = build_recipe("byol", 80)[1]
     draws = drawn(view)
@@ -208,7 +208,7 @@ def test_a_forked_process_gives_the_same_bits(crops: Tensor, monkeypatch: pytest
 def test_a_cache_that_cannot_be_used_costs_only_the_compilation(
     crops: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernel, asked = data.fused._kernel(), []
+    kernel, asked = data.augment.fused.cpu._kernel(), []
 
     def compiled(cache: bool) -> object:
         asked.append(cache)
@@ -216,15 +216,15 @@ def test_a_cache_that_cannot_be_used_costs_only_the_compilation(
             raise OSError("no space left on device")
         return kernel
 
-    monkeypatch.setattr("data.fused.compiled", compiled)
-    data.fused._kernel.cache_clear()
+    monkeypatch.setattr("data.augment.fused.cpu.compiled", compiled)
+    data.augment.fused.cpu._kernel.cache_clear()
     view = build_recipe("cifar", 80)[0]
     try:
         with caplog.at_level(logging.INFO, logger="synco"):
             assert fused(crops, view, drawn(view)).isfinite().all()
             fused(crops, view, drawn(view))
     finally:
-        data.fused._kernel.cache_clear()
+        data.augment.fused.cpu._kernel.cache_clear()
     assert asked == [True, False]
     assert caplog.text.count("cannot be kept on disk (no space left on device)") == 1
 
@@ -232,7 +232,7 @@ def test_a_cache_that_cannot_be_used_costs_only_the_compilation(
 def test_a_long_compilation_is_logged_once(
     crops: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernel = data.fused._kernel()
+    kernel = data.augment.fused.cpu._kernel()
     noticed = []
 
     class Timer:
@@ -246,16 +246,16 @@ def test_a_long_compilation_is_logged_once(
         def cancel(self) -> None:
             noticed.append("cancelled")
 
-    monkeypatch.setattr("data.fused.threading.Timer", Timer)
-    monkeypatch.setattr("data.fused.compiled", lambda cache: kernel)
-    data.fused._kernel.cache_clear()
+    monkeypatch.setattr("data.augment.fused.cpu.threading.Timer", Timer)
+    monkeypatch.setattr("data.augment.fused.cpu.compiled", lambda cache: kernel)
+    data.augment.fused.cpu._kernel.cache_clear()
     view = build_recipe("cifar", 80)[0]
     try:
         with caplog.at_level(logging.INFO, logger="synco"):
             for _ in range(2):
                 fused(crops, view, drawn(view))
     finally:
-        data.fused._kernel.cache_clear()
+        data.augment.fused.cpu._kernel.cache_clear()
     assert caplog.text.count("compiling the fused augmentation, once") == 1
     assert noticed[-1] == "cancelled"
 
@@ -269,8 +269,8 @@ def test_the_kernel_is_compiled_anew_where_nothing_can_be_written(tmp_path: Path
         "from numba.core import caching\n"
         "caching._CacheLocator.ensure_cache_path = refuse\n"
         "import torch, numpy as np\n"
-        "from data.augment import photometric\n"
-        "from data.views import HorizontalFlip\n"
+        "from data.augment.ops import photometric\n"
+        "from data.augment.recipes import HorizontalFlip\n"
         "images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)\n"
         "flips = {'flip': np.array([True, False])}\n"
         "print(photometric(images, (HorizontalFlip(),), flips, 'fused').shape)\n"
@@ -281,8 +281,8 @@ def test_the_kernel_is_compiled_anew_where_nothing_can_be_written(tmp_path: Path
 
 def test_numba_is_imported_only_when_something_is_augmented() -> None:
     code = (
-        "import sys, torch, numpy as np, data.loader, data.preview\n"
-        "from data.augment import photometric\n"
+        "import sys, torch, numpy as np, data.loader, data.augment.preview\n"
+        "from data.augment.ops import photometric\n"
         "photometric(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (), {})\n"
         "assert 'numba' not in sys.modules\n"
     )
@@ -297,8 +297,8 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
     assert [choose_backend(name, gpu) for name in ("auto", "torch")] == ["torch", "torch"]
     with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on mps"):
         choose_backend("fused", torch.device("mps"))
-    data.augment._has.cache_clear()
-    monkeypatch.setattr("data.augment.importlib.util.find_spec", lambda name: None)
+    data.augment.ops._has.cache_clear()
+    monkeypatch.setattr("data.augment.ops.importlib.util.find_spec", lambda name: None)
     try:
         with caplog.at_level(logging.INFO, logger="synco"):
             assert [choose_backend("auto", cpu) for _ in range(3)] == ["torch"] * 3
@@ -307,11 +307,11 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
             choose_backend("fused", cpu)
         with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' needs triton: pip install triton"):
             choose_backend("fused", gpu)
-        monkeypatch.setattr("data.augment.importlib.util.find_spec", lambda name: name == "triton")
-        data.augment._has.cache_clear()
+        monkeypatch.setattr("data.augment.ops.importlib.util.find_spec", lambda name: name == "triton")
+        data.augment.ops._has.cache_clear()
         assert choose_backend("fused", gpu) == "fused"
     finally:
-        data.augment._has.cache_clear()
+        data.augment.ops._has.cache_clear()
 
 
 def test_loaders_pass_their_backend_on() -> None:
@@ -333,4 +333,4 @@ def test_all_operations_of_recipes_are_known(crops: Tensor) -> None:
     kinds = {type(op) for name in RECIPES for view in build_recipe(name, 80) for op in device_ops(view)}
     assert kinds == {HorizontalFlip, ColorJitter, Grayscale, GaussianBlur, Solarize}
     with pytest.raises(AssertionError, match="RandomResizedCrop"):
-        data.fused.fused_photometric(crops, (RandomResizedCrop(80),), {})
+        data.augment.fused.cpu.fused_photometric(crops, (RandomResizedCrop(80),), {})

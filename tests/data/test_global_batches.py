@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.datasets import ArraySource, Source, build_source
+from data.augment.recipes import build_recipe
 from data.loader import Batch, GlobalLoader, evaluation_batches
 from data.sampler import BatchPlan, epoch_order
-from data.views import build_recipe
+from data.sources import ArraySource, Source, build_source
 
 CPU = torch.device("cpu")
 RECIPE = build_recipe("byol", 16)

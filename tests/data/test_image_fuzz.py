@@ -73,7 +73,7 @@ def spoilt(rng: random.Random, data: bytes) -> bytes:
 
 def decode_many(count: int, path: str) -> None:
     """Decode ``count`` spoilt files in this process; write the tally and a digest of all outcomes."""
-    from data.files import decode_rgb
+    from data.sources.folder import decode_rgb
 
     rng, kinds = random.Random(count), originals()
     sha, tally, slowest, odd = hashlib.sha256(), Counter(), 0.0, []
@@ -188,9 +188,9 @@ def special_folder(root: Path) -> tuple[Path, set[str]]:
 
 
 def batches_of(folder: Path, workers: int, prepare: Callable[[Path], None]) -> list[Any]:
-    from data.datasets import build_source
+    from data.augment.recipes import build_recipe
     from data.loader import GlobalLoader
-    from data.views import build_recipe
+    from data.sources import build_source
 
     source = build_source("imagefolder", str(folder), "train")
     prepare(folder / "train" / "a")
@@ -237,7 +237,7 @@ def test_special_files_are_read_or_replaced_alike_with_workers(
 def read_as_nobody(folder: str, result: str) -> None:
     os.setgid(65534)
     os.setuid(65534)
-    from data.files import FileSource
+    from data.sources.folder import FileSource
 
     source = FileSource(Path(folder), ["locked.png"], [0], ["a"])
     try:

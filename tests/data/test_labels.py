@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.datasets import ArraySource, Source, build_source, subset
 from data.labels import hold_out, label_subset, write_subset
+from data.sources import ArraySource, Source, build_source, subset
 
 
 def toy(labels: list[int]) -> ArraySource:

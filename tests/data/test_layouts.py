@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision import datasets as tv_datasets
 
-from data.datasets import build_source, is_labelled, open_split
-from data.layouts import PET_BREEDS
+from data.sources import build_source, is_labelled, open_split
+from data.sources.named_sets import PET_BREEDS
 
 
 def save(path: Path, level: int) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import files, listing
-from data.datasets import Source, build_source, subset
-from data.mapped import checksum, file_systems, on_network
+from data.sources import Source, build_source, subset
+from data.sources import folder as files
+from data.sources import folder_index as listing
+from data.sources.mmap import checksum, file_systems, on_network
 from tests import forked
 
 
@@ -293,7 +294,7 @@ def test_a_run_refuses_to_go_on_with_changed_data(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
     import main_pretrain
-    from utils.checkpoint import CheckpointError
+    from utils.checkpoints.file import CheckpointError
     from utils.logger import close_logger
 
     for number in range(9):

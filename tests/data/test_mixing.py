@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.mixing import Mixing
+from data.augment.mixing import Mixing
 
 IMAGES = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).contiguous()
 LABELS = torch.arange(4)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.datasets import Source, build_source, subset
-from data.fetch import BadImagesError
+from data.augment.recipes import build_recipe
 from data.labels import read_subset, write_subset
 from data.loader import Batch, GlobalLoader, evaluation_batches
-from data.packed import PackedSource
-from data.views import build_recipe
+from data.sources import Source, build_source, subset
+from data.sources.packed import PackedSource
+from data.worker import BadImagesError
 from tests import forked
 from tools import pack
 

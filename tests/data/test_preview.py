@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import normalise_
-from data.datasets import build_source
-from data.preview import save_grid, save_preview
-from data.views import build_recipe, finetune_recipe
+from data.augment.ops import normalise_
+from data.augment.preview import save_grid, save_preview
+from data.augment.recipes import build_recipe, finetune_recipe
+from data.sources import build_source
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.datasets import ArraySource, Source, build_source
+from data.augment.recipes import ColorJitter, RandomResizedCrop, Resize, build_recipe, finetune_recipe
 from data.loader import GlobalLoader
 from data.sampler import BatchPlan, RequestSampler, epoch_order
-from data.views import ColorJitter, RandomResizedCrop, Resize, build_recipe, finetune_recipe
+from data.sources import ArraySource, Source, build_source
 
 CPU = torch.device("cpu")
 RECIPE = build_recipe("byol", 16)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from triton_cases import BLOCK, CASES, COUNT, HEIGHT, WIDTH, drawn, images
 
-from data.augment import photometric
-from data.parameters import JITTER_OPS
-from data.programs import programs
-from data.views import IMAGENET_STD, ColorJitter, GaussianBlur, Solarize
+from data.augment.fused.opcodes import programs
+from data.augment.ops import photometric
+from data.augment.parameters import JITTER_OPS
+from data.augment.recipes import IMAGENET_STD, ColorJitter, GaussianBlur, Solarize
 
 triton = pytest.importorskip("triton", reason="the GPU's kernels need Triton")
 
@@ -54,34 +54,34 @@ def test_the_cases_reach_what_they_are_for(interpreted: dict[str, Tensor]) -> No
 
 
 def test_numbers_of_the_operations_are_those_of_the_programs() -> None:
-    pytest.importorskip("numba", reason="data.kernels needs numba")
-    import data.kernels
-    import data.programs
-    import data.triton_kernels
+    pytest.importorskip("numba", reason="data.augment.fused.numba_kernels needs numba")
+    import data.augment.fused.numba_kernels
+    import data.augment.fused.opcodes
+    import data.augment.fused.triton_kernels
 
     names = ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "GRAY", "SOLARIZE", "BLUR", "NOTHING", "END")
     for name in names:
-        number = getattr(data.programs, name)
-        assert getattr(data.kernels, name) == number
-        assert getattr(data.triton_kernels, name).value == number
+        number = getattr(data.augment.fused.opcodes, name)
+        assert getattr(data.augment.fused.numba_kernels, name) == number
+        assert getattr(data.augment.fused.triton_kernels, name).value == number
     assert names[: len(JITTER_OPS)] == tuple(name.upper() for name in JITTER_OPS)
-    assert data.kernels.PAIR == data.programs.PAIR
+    assert data.augment.fused.numba_kernels.PAIR == data.augment.fused.opcodes.PAIR
 
 
 def test_a_blur_before_a_contrast_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import data.augment
-    from data.fused_cuda import can_run, tables
+    import data.augment.ops
+    from data.augment.fused.gpu import can_run, tables
 
     jitter, blur = ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0), GaussianBlur(p=1.0)
     assert can_run((jitter, blur))
     assert can_run((blur, Solarize()))
     assert not can_run((blur, Solarize(), jitter))
     asked = []
-    monkeypatch.setattr("data.fused_cuda.fused_photometric", lambda *_: asked.append("fused"))
-    monkeypatch.setattr("data.augment._in_chunks", lambda *_: asked.append("torch"))
+    monkeypatch.setattr("data.augment.fused.gpu.fused_photometric", lambda *_: asked.append("fused"))
+    monkeypatch.setattr("data.augment.ops._in_chunks", lambda *_: asked.append("torch"))
     on_gpu = torch.empty(1, 3, 4, 4, dtype=torch.uint8, device="meta")
     for ops in ((jitter, blur), (blur, jitter)):
-        data.augment._fused(on_gpu, ops, {})
+        data.augment.ops._fused(on_gpu, ops, {})
     assert asked == ["fused", "torch"]
     plan = programs(CASES["moco_v2 1"], drawn("moco_v2 1"), COUNT)
     assert tables(plan)[2] == drawn("moco_v2 1")["blur"].sum()
@@ -93,10 +93,10 @@ def test_the_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: p
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    import data.triton_kernels
+    import data.augment.fused.triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(data.triton_kernels, name)
+    kernel = getattr(data.augment.fused.triton_kernels, name)
     sizes = {"K": 8, "INTS": 14, "FLOATS": 18, "BLOCKS": 64, "BLOCK": 1024}
     parameters = list(inspect.signature(kernel.fn).parameters)
     pointers = {*POINTERS, "floats", "sums", "constants", "out", "between"}

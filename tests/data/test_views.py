@@ -3,15 +3,8 @@
 import pytest
 from torchvision import transforms
 
-from data.reference import reference_transform
-from data.views import (
-    RECIPES,
-    RandomResizedCrop,
-    Recipe,
-    build_recipe,
-    check_view,
-    view_size,
-)
+from data.augment.recipes import RECIPES, RandomResizedCrop, Recipe, build_recipe, check_view, view_size
+from data.augment.reference import reference_transform
 
 CROP, FLIP, JITTER, GRAY, BLUR, SOLARIZE = (
     "RandomResizedCrop",

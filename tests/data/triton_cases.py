@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.parameters import JITTER_OPS, Draws, draw_photometric, sample_keys
-from data.views import (
+from data.augment.parameters import JITTER_OPS, Draws, draw_photometric, sample_keys
+from data.augment.recipes import (
     RECIPES,
     ColorJitter,
     GaussianBlur,
@@ -72,7 +72,7 @@ def drawn(case: str) -> Draws:
 
 def main(file: Path) -> None:
     """Run all cases."""
-    from data import fused_cuda
+    from data.augment.fused import gpu as fused_cuda
 
     fused_cuda.BLOCK = BLOCK
     torch.save(

@@ -13,7 +13,7 @@ from detection.defaults import load_detection_config
 from detection.model import Detector, build_detector
 from models.parts.backbones import build_backbone
 from models.parts.norm import SyncBatchNorm
-from utils.config import ConfigError
+from utils.config.load import ConfigError
 
 KINDS: dict[str, dict[str, Any]] = {
     "fpn": {"MODEL__BACKBONE__NAME": "timm/test_resnet", "MODEL__RCNN__NECK": "fpn"},

@@ -15,8 +15,8 @@ from torch import nn
 from detection import train_net
 from detection.convert_to_detectron2 import convert
 from models.parts.backbones import build_backbone
-from models.weights import backbone_state
-from utils import strict_yaml
+from models.weights.load import backbone_state
+from utils.config import strict_yaml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "detection" / "configs" / "detectron2"

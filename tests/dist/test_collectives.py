@@ -7,7 +7,7 @@ from forked import Pool
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.checkpoint import CheckpointError
+from utils.checkpoints.file import CheckpointError
 
 
 def whoami() -> tuple[int, int, bool, bool]:

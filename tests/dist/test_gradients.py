@@ -6,7 +6,7 @@ from forked import Pool
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.gradients import AveragedGradients
+from engine.gradients import AveragedGradients
 
 
 class Net(nn.Module):

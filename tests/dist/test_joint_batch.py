@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from models.parts.losses import unit
-from utils import distributed, engine
+from utils import distributed
+from engine import loop as engine
 
 NO_SYNTHETICS = {"warmup_epochs": 1000}
 NO_NORM_HEADS = {"proj_num_layers": 1, "pred_num_layers": 1}

@@ -10,12 +10,12 @@ import torch
 from forked import Pool
 from torch import Tensor
 
-import utils.feature_cache
-import utils.features
+import evaluation.feature_cache
+import evaluation.features
 from utils.distributed import rank, world_size
-from utils.feature_cache import cached_features
-from utils.features import SharedFeatures, WholeFeatures, compute_features
-from utils.knn import features_knn, nearest
+from evaluation.feature_cache import cached_features
+from evaluation.features import SharedFeatures, WholeFeatures, compute_features
+from evaluation.knn import features_knn, nearest
 
 TOTAL, QUERIES, WIDTH = 203, 61, 24
 
@@ -45,13 +45,13 @@ def share(total: int, seed: int, unreadable: int = -1) -> SharedFeatures:
 
 @contextmanager
 def small_pieces() -> Iterator[None]:
-    saved = utils.features._CHUNK_BYTES, utils.features._TILE_ELEMENTS
-    utils.features._CHUNK_BYTES = 4 * WIDTH * 32  # 32 rows
-    utils.features._TILE_ELEMENTS = 32 * 7  # 7 queries
+    saved = evaluation.features._CHUNK_BYTES, evaluation.features._TILE_ELEMENTS
+    evaluation.features._CHUNK_BYTES = 4 * WIDTH * 32  # 32 rows
+    evaluation.features._TILE_ELEMENTS = 32 * 7  # 7 queries
     try:
         yield
     finally:
-        utils.features._CHUNK_BYTES, utils.features._TILE_ELEMENTS = saved
+        evaluation.features._CHUNK_BYTES, evaluation.features._TILE_ELEMENTS = saved
 
 
 @small_pieces()
@@ -99,13 +99,13 @@ def failing(folder: Path) -> str:
         next(chunks)
         raise OSError(28, "No space left on device")
 
-    original, utils.feature_cache._fill = utils.feature_cache._fill, full
+    original, evaluation.feature_cache._fill = evaluation.feature_cache._fill, full
     try:
         stored(folder)
     except OSError as error:
         return str(error)
     finally:
-        utils.feature_cache._fill = original
+        evaluation.feature_cache._fill = original
     return "no error"
 
 

@@ -70,7 +70,7 @@ def test_eval_measures_and_leaves_the_run_alone(runner: Runner, world: int) -> N
 
 def refuse_training_mode(rank: int) -> None:
     """Fail where batch norms would wait for the other ranks, which measure at a pace of their own."""
-    from utils import evaluate
+    from evaluation import accuracy as evaluate
 
     measure = evaluate.measure_throughput
 

@@ -18,7 +18,8 @@ LIMIT = 30.0
 
 def hang(rank: int, *, where: str, victim: int) -> None:
     """Let ``victim`` sleep in a step, in an evaluation or in a save."""
-    from utils import checkpoint, engine
+    from engine import loop as engine
+    from utils.checkpoints import file as checkpoint
 
     def sleep() -> None:
         print("asleep", time.time(), flush=True)

@@ -13,7 +13,7 @@ import pytest
 import runs
 import torch
 
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 
 SMALL_VIT = {"MODEL__BACKBONE__PATCH_SIZE": 4, "CHECKPOINT__EVERY_STEPS": 0}
 
@@ -36,7 +36,7 @@ def spoil_an_image(rank: int, *, step: int, ranks: tuple[int, ...] = (0, 1), whe
 
 def spoil_a_weight(rank: int, *, step: int, value: float) -> None:
     """Set one weight of the online projector before a step."""
-    from utils import engine
+    from engine import loop as engine
 
     original = engine.forward_and_backward
 
@@ -157,7 +157,7 @@ def test_only_two_files_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["synco", "sit"])
 def test_the_replay_has_the_loss_of_the_run(method: str, tmp_path: Path) -> None:
     """With the draws of the step: synthetic negatives, drop path, corruption."""
-    from utils import replay
+    from engine import replay
 
     argv = runs.arguments(method, tmp_path, "t")
     fault = partial(overflow_gradient, step=4)
@@ -170,7 +170,7 @@ def test_the_replay_has_the_loss_of_the_run(method: str, tmp_path: Path) -> None
 
 def overflow_gradient(rank: int, *, step: int) -> None:
     """Spoil the gradient, not the loss."""
-    from utils import engine
+    from engine import loop as engine
 
     original = engine.forward_and_backward
 

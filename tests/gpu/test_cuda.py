@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.datasets import ArraySource
-from data.files import imagefolder
+from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
-from data.views import build_recipe
+from data.sources import ArraySource
+from data.sources.folder import imagefolder
 from models import FRAMEWORKS, build_framework
 from models.parts.corruption import corrupt, corrupt_plain, draw_corruption
 from models.parts.losses import queue_contrast, queue_contrast_plain

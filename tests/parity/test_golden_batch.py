@@ -11,11 +11,11 @@ from hashed import Trunk, checksum, det, fill, grad_norm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from engine.optim import LARS
 from models.mocov3 import MoCoV3
 from models.parts.batchformer import BatchFormer
 from models.parts.corruption import Blocks, Corruption, corrupt, corrupt_plain
 from models.sit import Outputs, SiT, rotate, uncertainty_weighted
-from utils.optim import LARS
 from utils.schedules import LearningRate, Progress
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,7 @@ import pytest
 import runs
 from figures import figure, spread
 
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 
 EVERY = 3  # steps between checkpoints
 KILLS = {

@@ -13,7 +13,7 @@ import torch
 from figures import figure
 
 from models import FRAMEWORKS
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import runs
 
 import main_pretrain
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 from utils.logger import close_logger
 
 

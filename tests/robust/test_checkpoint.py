@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import CheckpointError, load, newest_valid, save
-from utils.retention import prune, sweep
+from utils.checkpoints.file import CheckpointError, load, newest_valid, save
+from utils.checkpoints.folder import prune, sweep
 
 META = {"config_digest": "abc", "metrics": {"loss": 0.5}}
 

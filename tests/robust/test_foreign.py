@@ -26,9 +26,9 @@ from torch import nn
 from yacs.config import CfgNode
 
 from tools import convert
-from utils.checkpoint import CheckpointError
-from utils.foreign import read_pickle, read_torch
-from utils.inert import ForeignFileError, StandIn
+from utils.checkpoints.file import CheckpointError
+from utils.checkpoints.foreign import read_pickle, read_torch
+from utils.checkpoints.inert import ForeignFileError, StandIn
 
 # ---- what honest files hold ------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "safetensors"])
 def test_damaged_files_raise_only_our_error(form: str, tmp_path: Path) -> None:
-    from utils.safetensors import safetensors_bytes
+    from utils.checkpoints.safetensors import safetensors_bytes
 
     path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pth")
     if form == "safetensors":
@@ -358,7 +358,7 @@ def test_what_is_no_file_of_weights_is_called_what_it_is(
 
 def test_safetensors_are_what_the_library_reads_and_writes(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.torch")
-    from utils.safetensors import safetensors_bytes
+    from utils.checkpoints.safetensors import safetensors_bytes
 
     state = {
         "a": torch.randn(3, 2),

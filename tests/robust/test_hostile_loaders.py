@@ -24,7 +24,7 @@ def pretraining(file: Path, root: Path, tag: str) -> list[str]:
 
 def resuming(file: Path, root: Path, tag: str) -> list[str]:
     """Put the file into the run's folder as a checkpoint that has its record."""
-    from utils import checkpoint
+    from utils.checkpoints import file as checkpoint
 
     folder = root / "moby" / tag
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,15 +25,15 @@ def resident_kilobytes() -> float:
 def long_run(root: str, steps: int, every: int) -> None:
     """Train a tiny network; write memory, open files and threads at every ``every``-th step."""
     torch.set_num_threads(1)
+    from data.augment.recipes import build_recipe
     from data.loader import GlobalLoader
-    from data.source import ArraySource
-    from data.views import build_recipe
+    from data.sources.base import ArraySource
+    from engine import loop as engine
+    from engine.optim import build_optimizer, parameter_groups
+    from engine.plan import make_plan
+    from engine.run import start_run
     from models import FRAMEWORKS, framework_defaults
-    from utils import engine
-    from utils.config import default_config, load_config
-    from utils.optim import build_optimizer, parameter_groups
-    from utils.plan import make_plan
-    from utils.run import start_run
+    from utils.config.load import default_config, load_config
 
     flags = {"OUTPUT": root, "NAME": "long", "DEVICE": "cpu", "TRAIN.EPOCHS": steps * BATCH // IMAGES}
     flags |= {"CHECKPOINT.EVERY_EPOCHS": 0, "CHECKPOINT.EVERY_STEPS": 500, "TRAIN.CHANNELS_LAST": False}

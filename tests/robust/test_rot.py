@@ -13,7 +13,7 @@ import runs
 import torch
 from figures import figure
 
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from figures import figure
 from torch import Tensor
 
-from utils import checkpoint
+from utils.checkpoints import file as checkpoint
 
 
 def assert_fails(
@@ -279,7 +279,7 @@ def poison_loss(
     rank: int, *, step: int, ranks: tuple[int, ...] = (0, 1), value: float = float("nan")
 ) -> None:
     """Multiply the loss by ``value`` from ``step`` on."""
-    from utils import engine
+    from engine import loop as engine
 
     original = engine.forward_and_backward
 

@@ -12,7 +12,7 @@ IMAGES, BATCH, CLASSES = 101, 8, 7
 
 
 def source() -> Any:
-    from data.source import ArraySource
+    from data.sources.base import ArraySource
 
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 8, 8), dtype=np.uint8)
     labels = torch.arange(IMAGES) % CLASSES
@@ -27,7 +27,7 @@ def model(images: torch.Tensor) -> torch.Tensor:
 
 def evaluated() -> dict[str, float]:
     from data.loader import evaluation_batches
-    from utils.finetune import accuracy
+    from evaluation.finetune import accuracy
 
     device = torch.device("cpu")
     return accuracy(model, evaluation_batches(source(), 8, batch_size=BATCH, device=device), "test_", device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.classifier import LinearHeads, grid_loss
-from models.weights import backbone_state, load_backbone
+from models.weights.load import backbone_state, load_backbone
 
 State = dict[str, Tensor]
 

@@ -46,7 +46,7 @@ def test_a_flag_reaches_its_key_and_no_other(argv: list[str], key: str, value: o
 
 def test_every_flag_names_a_key_of_the_tree() -> None:
     from models import framework_defaults
-    from utils.config import default_config, leaves
+    from utils.config.load import default_config, leaves
 
     known = {key for key, _ in leaves(default_config(framework_defaults()))}
     named = {key for key, *_ in [*cli._VALUES.values(), *cli._SWITCHES.values()]}
@@ -182,7 +182,7 @@ def test_help_names_every_flag_with_its_key(capsys: pytest.CaptureFixture[str]) 
 
 
 class NonFiniteError(RuntimeError):
-    """Stands for utils.guards.NonFiniteError, which cli knows by name, so as not to import torch."""
+    """Stands for engine.guards.NonFiniteError, which cli knows by name, so as not to import torch."""
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_an_error_only_we_can_mend_keeps_its_traceback() -> None:
 def test_one_rank_says_what_all_ranks_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from utils.config import ConfigError
+    from utils.config.load import ConfigError
 
     monkeypatch.setenv("RANK", "1")
     for error, expected in ((ConfigError("common"), ""), (ValueError("own"), "error (rank 1): own\n")):

@@ -11,19 +11,19 @@ from figures import figure
 from torch import Tensor, nn
 
 import main_pretrain
-from data.datasets import open_split
+from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
-from data.views import build_recipe
+from data.sources import open_split
+from engine import loop as engine
+from engine.collapse import EARLY, HEALTHY, CollapseMonitor, _Watched
+from engine.guards import FiniteGuard
+from engine.meter import Meter
+from engine.optim import build_optimizer, parameter_groups
+from engine.plan import make_plan
 from models import framework_defaults
 from models.parts.losses import cosine_regression, unit
-from utils import engine
-from utils.collapse import EARLY, HEALTHY, CollapseMonitor, _Watched
-from utils.config import default_config, load_config, method_section
-from utils.guards import FiniteGuard
+from utils.config.load import default_config, load_config, method_section
 from utils.logger import Metrics
-from utils.meter import Meter
-from utils.optim import build_optimizer, parameter_groups
-from utils.plan import make_plan
 
 POINT = "collapsing to a point"
 
@@ -183,7 +183,7 @@ def test_healthy_runs_raise_no_alarm(method: str, seed: int) -> None:
 
 
 def test_views_that_are_all_the_same_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from data.preview import warn_of_identical_views
+    from data.augment.preview import warn_of_identical_views
 
     view = torch.randn(4, 3, 8, 8)
     with caplog.at_level(logging.WARNING, logger="synco"):

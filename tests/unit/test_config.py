@@ -8,7 +8,7 @@ import yaml
 from yacs.config import CfgNode
 
 from models import framework_defaults
-from utils.config import (
+from utils.config.load import (
     ConfigError,
     compare_for_resume,
     default_config,

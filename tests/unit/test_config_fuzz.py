@@ -12,7 +12,7 @@ import pytest
 from figures import figure
 
 from models import framework_defaults
-from utils.config import ConfigError, compare_for_resume, default_config, leaves, load_config, to_yaml
+from utils.config.load import ConfigError, compare_for_resume, default_config, leaves, load_config, to_yaml
 
 DEFAULTS = default_config(framework_defaults())
 CONFIGS = Path(__file__).parents[2] / "configs"

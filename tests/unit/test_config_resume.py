@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from models import FRAMEWORKS, framework_defaults
-from utils.config import (
+from utils.config.load import (
     ConfigError,
     compare_for_resume,
     default_config,
@@ -14,7 +14,7 @@ from utils.config import (
     load_config,
     to_yaml,
 )
-from utils.defaults import IDENTITY_KEYS, LOCAL_KEYS, TUNABLE_KEYS
+from utils.config.schema import IDENTITY_KEYS, LOCAL_KEYS, TUNABLE_KEYS
 
 DEFAULTS = default_config(framework_defaults())
 

@@ -18,11 +18,11 @@ from yacs.config import CfgNode
 
 from models.parts import backbones
 from models.parts.backbones import build_backbone
-from models.weights import backbone_state, load_backbone
+from models.weights.load import backbone_state, load_backbone
 from tools import convert
-from utils import checkpoint
-from utils.config import default_config, load_config, to_yaml
-from utils.foreign import read_pickle, read_torch
+from utils.checkpoints import file as checkpoint
+from utils.checkpoints.foreign import read_pickle, read_torch
+from utils.config.load import default_config, load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]

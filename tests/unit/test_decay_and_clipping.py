@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from engine.guards import FiniteGuard
+from engine.loop import TrainState, set_rates, update
+from engine.optim import build_optimizer, parameter_groups
+from engine.plan import Plan, held_out_batch, make_plan
 from models import framework_defaults
-from utils.config import default_config, load_config
-from utils.engine import TrainState, set_rates, update
-from utils.guards import FiniteGuard
-from utils.optim import build_optimizer, parameter_groups
-from utils.plan import Plan, held_out_batch, make_plan
+from utils.config.load import default_config, load_config
 
 BATCH = SimpleNamespace(indices=torch.arange(2))
 DEFAULTS = default_config(framework_defaults())

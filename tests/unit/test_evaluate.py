@@ -9,17 +9,16 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.evaluate import (
+from engine.collapse import effective_rank, embedding_std
+from evaluation.accuracy import (
     _fit_logistic,
     class_balanced_draws,
-    effective_rank,
-    embedding_std,
     extract_features,
     few_label_accuracy,
     logistic_probe,
     topk_correct,
 )
-from utils.knn import knn_accuracy, weighted_knn
+from evaluation.knn import knn_accuracy, weighted_knn
 
 
 @dataclass

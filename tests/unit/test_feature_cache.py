@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import utils.feature_cache
-from utils.feature_cache import cached_features
-from utils.features import Features, SharedFeatures
+import evaluation.feature_cache
+from evaluation.feature_cache import cached_features
+from evaluation.features import Features, SharedFeatures
 
 LABELS = torch.arange(10) % 3
 KEY = {
@@ -124,7 +124,7 @@ def test_a_failed_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.feature_cache, "_fill", full)
+    monkeypatch.setattr(evaluation.feature_cache, "_fill", full)
     with pytest.raises(OSError, match="No space"):
         load(tmp_path)
     assert files(tmp_path) == []
@@ -144,7 +144,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 def hold(folder: Path, ready: Any) -> None:
-    with utils.feature_cache._alone(folder):
+    with evaluation.feature_cache._alone(folder):
         ready.set()
         time.sleep(0.5)
 
@@ -152,7 +152,7 @@ def hold(folder: Path, ready: Any) -> None:
 def test_a_second_run_waits_for_the_first(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(utils.feature_cache, "_POLL", 0.05)
+    monkeypatch.setattr(evaluation.feature_cache, "_POLL", 0.05)
     ready = forked.context().Event()
     other = forked.context().Process(target=hold, args=(tmp_path, ready))
     other.start()

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from engine.loop import set_rates
+from engine.optim import build_optimizer
+from engine.plan import make_plan
+from evaluation import finetune
 from models import framework_defaults
 from models.classifier import Classifier, layer_ids
 from models.parts.backbones import build_backbone
-from utils import finetune
-from utils.config import ConfigError, default_config, leaves, load_config
-from utils.engine import set_rates
-from utils.optim import build_optimizer
-from utils.plan import make_plan
+from utils.config.load import ConfigError, default_config, leaves, load_config
+from utils.config.strict_yaml import load
 from utils.schedules import cosine
-from utils.strict_yaml import load
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "_base_"
 PROTOCOLS = sorted(path.stem.removeprefix("finetune_") for path in CONFIGS.glob("finetune_*.yaml"))

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
 
+import engine.checkpointing
+import engine.run
 import main_linear
 import main_pretrain
 import main_semisup
-import utils.config
-import utils.resume
-import utils.run
+import utils.config.load
 from models import FRAMEWORKS, build_framework, framework_defaults
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import SplitBatchNorm2d
-from utils.config import default_config, leaves, method_section, section_options
+from utils.config.load import default_config, leaves, method_section, section_options
 from utils.logger import close_logger
 
 DEFAULTS = default_config(framework_defaults())
@@ -88,7 +88,11 @@ def recording(node: CfgNode, seen: set[str], path: str = "") -> Recorder:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """Yield the keys that mains read from now on; loading, writing and comparing the tree do not count."""
     seen: set[str] = set()
-    load, to_yaml, compare = utils.config.load_config, utils.config.to_yaml, utils.config.compare_for_resume
+    load, to_yaml, compare = (
+        utils.config.load.load_config,
+        utils.config.load.to_yaml,
+        utils.config.load.compare_for_resume,
+    )
     plain: dict[int, CfgNode] = {}
 
     def load_recording(*args: Any, **kwargs: Any) -> CfgNode:
@@ -97,10 +101,12 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         plain[id(recorder)] = cfg
         return recorder
 
-    monkeypatch.setattr(utils.config, "load_config", load_recording)
-    monkeypatch.setattr(utils.run, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
+    monkeypatch.setattr(utils.config.load, "load_config", load_recording)
+    monkeypatch.setattr(engine.run, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
     monkeypatch.setattr(
-        utils.resume, "compare_for_resume", lambda saved, cfg, task: compare(saved, plain[id(cfg)], task)
+        engine.checkpointing,
+        "compare_for_resume",
+        lambda saved, cfg, task: compare(saved, plain[id(cfg)], task),
     )
     yield seen
     close_logger()

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils.features
-from tools.benchmarks.common import peak_memory
-from utils.features import WholeFeatures
-from utils.knn import features_knn, knn_accuracy, nearest, weighted_knn
+import evaluation.features
+from benchmarks.common import peak_memory
+from evaluation.features import WholeFeatures
+from evaluation.knn import features_knn, knn_accuracy, nearest, weighted_knn
 
 
 def plain(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -75,8 +75,8 @@ def test_a_selection_votes_as_a_bank_of_its_own() -> None:
 
 
 def test_a_larger_bank_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.features, "_CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(utils.features, "_TILE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(evaluation.features, "_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(evaluation.features, "_TILE_ELEMENTS", 1 << 14)
     queries = WholeFeatures.of(torch.randn(64, 16), torch.randint(4, (64,))).blocks()
     peaks = []
     for size in (1 << 13, 1 << 16):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from engine.meter import Meter
+from engine.plan import Plan
 from utils.logger import Metrics
-from utils.meter import Meter
-from utils.plan import Plan
 from utils.schedules import LearningRate, Progress
 
 PLAN = Plan(2, 4, 8, 1, 0.0, (LearningRate("constant", 0.5, 0.0, 0.0, 0, 8, 4),))

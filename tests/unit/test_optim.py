@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from engine.optim import LARS, build_optimizer, parameter_groups
 from models import build_framework, framework_defaults
 from models.parts.backbones import build_backbone
-from utils.config import ConfigError, default_config, load_config
-from utils.optim import LARS, build_optimizer, parameter_groups
+from utils.config.load import ConfigError, default_config, load_config
 
 DEFAULTS = default_config(framework_defaults())
 

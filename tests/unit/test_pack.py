@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.datasets import build_source
-from data.packed import PackedSource
+from data.sources import build_source
+from data.sources.packed import PackedSource
 from tests import forked
 from tools import pack, packing
 

@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from data.augment.recipes import build_recipe
 from data.features import FeatureLoader, refuse_missing
-from data.fetch import BadImagesError
 from data.loader import GlobalLoader
-from data.source import ArraySource
-from data.views import build_recipe
-from models import framework_defaults
-from models.classifier import LinearHeads, grid_loss
-from utils.config import default_config, load_config
-from utils.engine import clip_gradient
-from utils.evaluate import topk_correct
-from utils.features import WholeFeatures
-from utils.optim import build_optimizer
-from utils.probe import (
+from data.sources.base import ArraySource
+from data.worker import BadImagesError
+from engine.loop import clip_gradient
+from engine.optim import build_optimizer
+from evaluation.accuracy import topk_correct
+from evaluation.features import WholeFeatures
+from evaluation.probe import (
     GridPoint,
     grid_points,
     head_accuracies,
@@ -32,6 +29,9 @@ from utils.probe import (
     show_probes,
     write_result,
 )
+from models import framework_defaults
+from models.classifier import LinearHeads, grid_loss
+from utils.config.load import default_config, load_config
 
 DEFAULTS = default_config(framework_defaults())
 
@@ -154,7 +154,7 @@ def test_accuracies_are_exact_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> 
         counts = topk_correct(heads.head(i)(x), y, (1, 5)).tolist()
         assert [whole[f"{point.name}/top{k}"] for k in (1, 5)] == [2.0 * count for count in counts]
     assert whole["top1"] == max(whole[f"{point.name}/top1"] for point in points)
-    monkeypatch.setattr("utils.probe._LOGITS", 3 * 6 * 4)
+    monkeypatch.setattr("evaluation.probe._LOGITS", 3 * 6 * 4)
     assert head_accuracies(heads, [(x[:20], y[:20]), (x[20:], y[20:])], points) == whole
 
 

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tools import propagate as tool
-from utils.propagate import (
+from evaluation.propagation import (
     PropagationConfig,
     carry_labels,
     contour,
@@ -23,6 +22,7 @@ from utils.propagate import (
     shrink_mask,
     video_quality,
 )
+from tools import propagate as tool
 
 
 def slow_carry(target: Tensor, sources: Tensor, labels: Tensor, config: PropagationConfig) -> Tensor:
@@ -55,7 +55,7 @@ def test_labels_are_carried_as_by_the_slow_oracle(
     labels = torch.rand(3, 4, 5, 7)
     expected = slow_carry(target, sources, labels, config)
     torch.testing.assert_close(carry_labels(target, sources, labels, config), expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("utils.propagate._CHUNK_ELEMENTS", 3 * 35 * 4)  # four cells at a time
+    monkeypatch.setattr("evaluation.propagation._CHUNK_ELEMENTS", 3 * 35 * 4)  # four cells at a time
     torch.testing.assert_close(carry_labels(target, sources, labels, config), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
-from data.views import build_recipe
+from data.augment.recipes import build_recipe
+from engine.optim import build_optimizer, parameter_groups
+from engine.plan import Plan, make_plan
 from models import build_framework, framework_defaults
 from models.parts.momentum import MomentumFramework
-from utils.config import default_config, leaves, load_config, method_section, section_options
-from utils.optim import build_optimizer, parameter_groups
-from utils.plan import Plan, make_plan
-from utils.strict_yaml import load
+from utils.config.load import default_config, leaves, load_config, method_section, section_options
+from utils.config.strict_yaml import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULTS = default_config(framework_defaults())

@@ -12,14 +12,15 @@ from PIL import Image
 from yacs.config import CfgNode
 
 import main_pretrain
-from data.source import ArraySource
+from data.sources.base import ArraySource
+from engine import precision as device
+from engine.run import Run
 from models import build_framework, framework_defaults
 from tools import demo, pictures, report
-from utils import checkpoint, device
+from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
-from utils.config import ConfigError, default_config, load_config, section_options
+from utils.config.load import ConfigError, default_config, load_config, section_options
 from utils.distributed import keyed_seed
-from utils.run import Run
 
 TINY = """
 NAME: tiny
@@ -300,9 +301,9 @@ def test_a_run_computes_in_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
     cfg = load_config(default_config(framework_defaults()), (), ("TRAIN.PRECISION", "auto"))
-    monkeypatch.setattr("utils.device.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: True)
     assert dtype_of(cfg) is torch.bfloat16
-    monkeypatch.setattr("utils.device.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: False)
     assert dtype_of(cfg) is torch.float32
 
 

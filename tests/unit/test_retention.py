@@ -7,9 +7,9 @@ import runs
 import torch
 
 import main_pretrain
-from utils.checkpoint import committed, save, step_of
+from utils.checkpoints.file import committed, save, step_of
+from utils.checkpoints.folder import best, improves, prune
 from utils.logger import close_logger
-from utils.retention import best, improves, prune
 
 METRIC = "knn5_top1"
 
@@ -68,7 +68,7 @@ def test_what_is_better(metric: str, value: float, so_far: float | None, expecte
 
 def train(monkeypatch: pytest.MonkeyPatch, output: Path, values: list[float], every: int = 4) -> Path:
     """Run with evaluations that give ``values``, one an epoch; no checkpoint is due but by the evaluation."""
-    from utils import knn
+    from evaluation import knn
 
     given = iter(values)
     monkeypatch.setattr(knn, "features_knn", lambda *args, **keys: {METRIC: next(given)})

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.retrieval import read_ground_truth, retrieval_scores
 from models.parts.backbones import build_backbone
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools import retrieval
 from tools.retrieval import MULTI_SCALE, BoxedSource, scaled_features
-from utils.retrieval import read_ground_truth, retrieval_scores
 
 TINY = """
 NAME: tiny

@@ -10,12 +10,12 @@ import runs
 import torch
 from torch import nn
 
+from engine import guards
+from engine.guards import FiniteGuard, NonFiniteError, StopFlag
+from engine.run import Run
 from models import framework_defaults
 from models.classifier import freeze
-from utils import guards
-from utils.config import default_config
-from utils.guards import FiniteGuard, NonFiniteError, StopFlag
-from utils.run import Run
+from utils.config.load import default_config
 
 CPU = torch.device("cpu")
 NAN = torch.tensor(float("nan"))

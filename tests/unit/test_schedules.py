@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from engine.plan import Plan, make_plan
 from models import framework_defaults
-from utils.config import default_config, load_config
-from utils.defaults import CHOICES
-from utils.plan import Plan, make_plan
+from utils.config.load import default_config, load_config
+from utils.config.schema import CHOICES
 from utils.schedules import SCHEDULES, LearningRate, Progress, cosine, momentum_at
 
 DEFAULTS = default_config(framework_defaults())

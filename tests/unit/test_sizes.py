@@ -2,8 +2,9 @@
 
 import pytest
 
-from utils import distributed, resume
-from utils.plan import Plan
+from engine import checkpointing as resume
+from engine.plan import Plan
+from utils import distributed
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import replay
-from utils.replay import Finding, verdict
+from engine import replay
+from engine.replay import Finding, verdict
 
 NAN = float("nan")
 
@@ -101,7 +101,7 @@ def test_a_state_read_a_step_late(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_update_that_is_not_finite_is_skipped_by_the_optimiser_itself(name: str) -> None:
     """What the engine asks of a GPU, where the host reads the norm later; fused CPU kernels can do it too."""
-    from utils.engine import skip_if_not_finite
+    from engine.loop import skip_if_not_finite
 
     weight = nn.Parameter(torch.ones(3))
     make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]

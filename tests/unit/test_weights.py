@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from models import build_framework
 from models.parts.backbones import build_backbone, sincos_positions
-from models.published import framework_state
-from models.weights import backbone_state, load_backbone
+from models.weights.load import backbone_state, load_backbone
+from models.weights.pretraining_state import framework_state
 
 State = dict[str, Tensor]
 

@@ -14,9 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.namings import NAMINGS, in_our_names
-from models.weights import backbone_state, load_backbone
-from models.weights_out import (
+from models.weights.export import (
     describe,
     family,
     moco_head,
@@ -28,6 +26,8 @@ from models.weights_out import (
     to_original_swin,
     to_torchvision,
 )
+from models.weights.load import backbone_state, load_backbone
+from models.weights.naming import NAMINGS, in_our_names
 
 State = dict[str, Tensor]
 
@@ -145,7 +145,7 @@ def test_what_torchvision_does_not_have_is_refused() -> None:
 @torch.no_grad()
 def test_transformers_load_the_folder_and_give_the_same_features(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    from utils.safetensors import safetensors_bytes
+    from utils.checkpoints.safetensors import safetensors_bytes
 
     backbone = {
         "resnet18": resnet,

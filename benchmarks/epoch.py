@@ -1,0 +1,185 @@
+"""Images a second of real steps, data included, over those of the bare step on batches that lie ready.
+
+Without --data: CIFAR-10 (--cifar FOLDER, or random images), ResNet-18, images resident on the device.
+With --data FOLDER of class folders: ResNet-50 (or --backbone) on JPEGs through workers, against the published
+pipeline as well: PIL transforms in workers, float32, NCHW, loops.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.common import Side, measure, ratio, repeated
+from benchmarks.loss import published_loss
+from benchmarks.step import average_in_a_loop, show
+from data.augment.recipes import Recipe, build_recipe
+from data.augment.reference import reference_transform
+from data.loader import Batch, GlobalLoader
+from data.sources import build_source
+from data.sources.base import ArraySource, Source
+from engine.loop import TrainState, forward_and_backward
+from engine.precision import DTYPES, resolve_precision
+from models import build_framework
+from utils.schedules import Progress
+
+_EPOCHS = 200  # of which the time is derived for CIFAR-10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add data and sizes."""
+    parser.add_argument("--cifar", metavar="FOLDER", help="that holds cifar-10-batches-py")
+    parser.add_argument("--data", metavar="FOLDER", help="of class folders, with train/ inside")
+    parser.add_argument("--backbone", default="", help="default: resnet18 for CIFAR-10, resnet50 for --data")
+    parser.add_argument("--size", type=int, default=0, help="of the views; default 32, or 224 with --data")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--queue", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=2, help="a round")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--decode", default="worker", help="DATA.DECODE of --data: worker or device")
+    parser.add_argument("--backend", default="auto", help="AUG.BACKEND: auto, torch or fused")
+    parser.add_argument("--compile", choices=("", "kernels", "graphs"), default="", help="the backbones")
+    parser.add_argument("--symmetric", action="store_true", help="MoCo v2's loss in both directions")
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Measure the bare step, the real one and, with ``--data``, the published pipeline."""
+    device = torch.device(args.device)
+    size = args.size or (224 if args.data else 32)
+    recipe = build_recipe("moco_v2" if args.data else "cifar", size)
+    source = _source(args)
+    stem = "cifar" if size <= 64 else "imagenet"
+    backbone = {"name": args.backbone or ("resnet50" if args.data else "resnet18"), "stem": stem}
+    ours = _Ours(args, backbone, device)
+    loader = GlobalLoader(
+        source,
+        recipe,
+        global_batch=args.batch,
+        seed=0,
+        device=device,
+        num_workers=args.workers,
+        decode=args.decode,
+        backend=args.backend,
+    )
+    supply = (batches[0] for _, batches in loader.from_step(0, 1 << 40))
+    ready = next(supply)
+    sides = [
+        repeated("bare step", lambda: ours.step(ready), args.steps),
+        repeated("real step, data included", lambda: ours.step(next(supply)), args.steps),
+    ]
+    if args.data:
+        sides.append(_published(args, backbone, source, recipe, device))
+    times = measure(sides, args.rounds, device, wall=args.workers > 0 or device.type == "cuda")
+    supply.close()
+    show(times)
+    images = args.steps * args.batch
+    rate = {side.name: 1e3 * images / statistics.median(times[side.name]) for side in sides}
+    print(f"{len(source)} images, {backbone['name']}, {size} px, batch {args.batch}, {ours.precision}")
+    result = {
+        "epoch_over_step": ratio(times, *(s.name for s in sides[:2])),
+        "images_per_s": rate[sides[1].name],
+    }
+    result["data_wait_share"] = max(0.0, 1.0 - result["epoch_over_step"])
+    if args.data:
+        result["epoch_speedup"] = ratio(times, sides[2].name, sides[1].name)
+    else:
+        result["cifar_minutes_200_epochs"] = _EPOCHS * 50_000 / result["images_per_s"] / 60.0
+    return result
+
+
+def _source(args: argparse.Namespace) -> Source:
+    if args.data:
+        return build_source("imagefolder", args.data, "train")
+    if args.cifar:
+        return build_source("cifar10", args.cifar, "train")
+    print("no --cifar: random images in their place")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5000, 3, 32, 32), dtype=np.uint8))
+    return ArraySource("random", images, torch.zeros(5000, dtype=torch.int64), ["0"])
+
+
+class _Ours:
+    """MoCo v2's step as the engine does it, in the precision that suits the device."""
+
+    def __init__(self, args: argparse.Namespace, backbone: dict[str, Any], device: torch.device) -> None:
+        options = {"queue_size": args.queue, "symmetric": args.symmetric}
+        self.device, self.precision = device, resolve_precision("auto", device)
+        module = build_framework("moco_v2", options, backbone).to(device)
+        self.module: Any = module.to(memory_format=torch.channels_last)
+        if args.compile:
+            module.compile_backbones(cuda_graphs=args.compile == "graphs")
+        optimizer = torch.optim.SGD(module.online.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.state = TrainState(self.module, optimizer, self.module)
+
+    def step(self, batch: Batch) -> None:
+        progress = Progress(0, 100, 1000)
+        forward_and_backward(self.state, [batch], self._forward, progress)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+        self.module.after_step(progress)
+
+    def _forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        dtype = DTYPES.get(self.precision)
+        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
+            return self.module(views, progress)
+
+
+# ---- the published side ------------------------------------------------------------------------------------
+
+
+class _TwoViews(Dataset[list[Tensor]]):
+    """An image file as two float views, through PIL and torchvision's transforms."""
+
+    def __init__(self, source: Source, recipe: Recipe) -> None:
+        self.names = [source.name(index) for index in range(len(source))]
+        self.transforms = [reference_transform(view) for view in recipe]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        from PIL import Image
+
+        image = Image.open(self.names[index]).convert("RGB")
+        return [transform(image) for transform in self.transforms]
+
+
+def _published(
+    args: argparse.Namespace, backbone: dict[str, Any], source: Source, recipe: Recipe, device: torch.device
+) -> Side:
+    """Return MoCo v2 in float32 with the published loader, loss, average and optimiser."""
+    loader = DataLoader(
+        _TwoViews(source, recipe),
+        batch_size=args.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=args.workers > 0,
+    )
+    supply: Iterator[list[Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
+    framework: Any = build_framework("moco_v2", {"queue_size": args.queue}, backbone).to(device)
+    online, target, queue = framework.online, framework.target, framework.queue
+    optimizer = torch.optim.SGD(online.parameters(), lr=1e-3, momentum=0.9, foreach=False)
+
+    def once() -> None:
+        query_view, key_view = (view.to(device, non_blocking=True) for view in next(supply))
+        queries = nn.functional.normalize(online(query_view), dim=1)
+        with torch.no_grad():
+            average_in_a_loop(online, target)
+            keys = nn.functional.normalize(target(key_view), dim=1)
+        loss = published_loss(queries, keys, queue.keys, 0.2, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        queue.hold(keys)
+        queue.flush()
+        loss.item()
+
+    return repeated("published pipeline and step", once, args.steps)

@@ -1,0 +1,110 @@
+"""Listing a large image folder the plain way, by our scan and by its index; opening a pack of as many images.
+
+The tree is of empty files in a temporary folder. Times are wall clock, since waiting for the file system
+counts; imports are not in them.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import ratio
+from data.sources import build_source
+from data.sources import folder_index as listing
+from data.sources.folder_index import IMG_EXTENSIONS, PackedStrings
+from data.sources.packed import HEAD, PackedSource, PackIndex, closing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the size of the tree."""
+    parser.add_argument("--files", type=int, default=1_280_000)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument(
+        "--folder", help="where to build the tree, removed afterwards [the system's temporary]"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Compare the ways on one tree, in turns."""
+    with tempfile.TemporaryDirectory(prefix="synco-index-", dir=args.folder) as made:
+        root = Path(made)
+        _build(root, args.files, args.classes)
+        time.sleep(listing._RACY_NS / 1e9 + 0.1)  # a tree that has just been written is not trusted
+        cache, pack = root / "cache", root / "train.pack"
+        known = build_source("imagefolder", made, "train", index_cache=str(cache))
+        _write_pack(pack, known.labels.numpy(), known.classes)
+        sides: dict[str, Callable[[], object]] = {
+            "plain walk": lambda: plain_walk(root / "train"),
+            "our scan": lambda: build_source("imagefolder", made, "train"),
+            "our index": lambda: build_source("imagefolder", made, "train", index_cache=str(cache)),
+            "a pack": lambda: PackedSource(pack),
+        }
+        times = _measure(sides, args.rounds)
+        size = next(cache.iterdir()).stat().st_size
+    print(f"{args.files} files in {args.classes} folders; the index has {size / 2**20:.1f} MiB")
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    for name, median in medians.items():
+        print(f"{name:12s} {median:9.1f} ms")
+    return {
+        "index_open_ms": medians["our index"],
+        "folder_scan_ms": medians["plain walk"],
+        "index_speedup": ratio(times, "plain walk", "our index"),
+        "our_scan_ms": medians["our scan"],
+        "scan_speedup": ratio(times, "plain walk", "our scan"),
+        "pack_open_ms": medians["a pack"],
+    }
+
+
+def plain_walk(folder: Path) -> list[tuple[str, int]]:
+    """List (path, label) as torchvision's ImageFolder does: a walk and a Python object for each file."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    samples = []
+    for label, name in enumerate(classes):
+        for root, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            for file in sorted(files):
+                path = os.path.join(root, file)
+                if path.lower().endswith(IMG_EXTENSIONS):
+                    samples.append((path, label))
+    return samples
+
+
+def _measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time every side once a round, in turn, after one untimed round; wall milliseconds by side."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            begin = time.perf_counter()
+            result = side()
+            elapsed = (time.perf_counter() - begin) * 1e3
+            del result
+            if number:
+                times[name].append(elapsed)
+    return times
+
+
+def _build(root: Path, files: int, classes: int) -> None:
+    share = -(-files // classes)
+    for number in range(classes):
+        folder = root / "train" / f"n{number:08d}"
+        folder.mkdir(parents=True)
+        for index in range(number * share, min((number + 1) * share, files)):
+            os.close(os.open(folder / f"n{number:08d}_{index}.JPEG", os.O_CREAT | os.O_WRONLY))
+
+
+def _write_pack(path: Path, labels: np.ndarray, classes: list[str]) -> None:
+    """Write a pack with an index of full size over records of eight bytes."""
+    count = len(labels)
+    names = PackedStrings(f"n{label:08d}/n{label:08d}_{i}.JPEG" for i, label in enumerate(labels))
+    offsets = len(HEAD) + 8 * np.arange(count + 1, dtype=np.int64)
+    sizes, checksums = np.full((count, 2), 500, np.uint32), np.arange(count, dtype=np.uint32)
+    index = PackIndex(offsets, labels, names.offsets, sizes, checksums, names.blob)
+    with path.open("wb") as file:
+        file.write(HEAD + bytes(8 * count))
+        for part in closing(index, {"classes": classes, "raw": False, "split": "train"}):
+            file.write(part)

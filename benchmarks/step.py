@@ -1,0 +1,163 @@
+"""What a step costs beside forward and backward (target average, optimiser), and a step of a small CNN."""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Side, measure, ratio
+from engine.optim import build_optimizer, parameter_groups
+from engine.precision import DTYPES, resolve_precision
+from models import build_framework, framework_defaults
+from models.parts.backbones import build_backbone
+from utils.config.load import default_config, load_config
+from utils.schedules import Progress
+
+MOMENTUM = 0.99
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes."""
+    parser.add_argument("--batch", type=int, default=64, help="of the small CNN's step")
+    parser.add_argument("--large-batch", type=int, default=256, help="of ResNet-50 at 224 px, on a GPU only")
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Measure both parts; on a GPU also whole steps of MoCo v2 and SynCo with a ResNet-50."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    result = update_speedup(device, args.rounds) | cnn_step(device, args.batch, args.rounds)
+    if device.type == "cuda":
+        result |= whole_steps(device, args.large_batch, args.rounds)
+    return result
+
+
+def show(times: dict[str, list[float]]) -> None:
+    """Print each side's median."""
+    for name, values in times.items():
+        print(f"{name:44s} {statistics.median(values):9.1f} ms")
+
+
+# ---- target average and optimiser ------------------------------------------------------------------------
+
+
+def update_speedup(device: torch.device, rounds: int) -> dict[str, float]:
+    """Compare the published loops over ResNet-50's parameters with multi-tensor operations; AdamW."""
+
+    def side(name: str, average: Callable[[nn.Module, nn.Module], None], fused: bool) -> Side:
+        online = build_backbone("resnet50").to(device)
+        target = copy.deepcopy(online).requires_grad_(False)
+        for parameter in online.parameters():
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+        if fused:
+            node = load_config(default_config(framework_defaults()), flags={"OPTIM.NAME": "adamw"}).OPTIM
+            optimizer = build_optimizer(node, parameter_groups(online, node))
+        else:
+            optimizer = torch.optim.AdamW(online.parameters(), lr=0.0, foreach=False, fused=False)
+
+        def once() -> None:
+            optimizer.step()
+            average(online, target)
+
+        return Side(name, once)
+
+    sides = [
+        side("ResNet-50 average + AdamW, published loops", average_in_a_loop, fused=False),
+        side("ResNet-50 average + AdamW, ours", average_at_once, fused=True),
+    ]
+    times = measure(sides, rounds, device)
+    show(times)
+    return {"ema_optimizer_speedup": ratio(times, sides[0].name, sides[1].name)}
+
+
+@torch.no_grad()
+def average_in_a_loop(online: nn.Module, target: nn.Module) -> None:
+    """Average parameter by parameter, as the published codes do."""
+    for ours, theirs in zip(online.parameters(), target.parameters(), strict=True):
+        theirs.data = theirs.data * MOMENTUM + ours.data * (1.0 - MOMENTUM)
+
+
+@torch.no_grad()
+def average_at_once(online: nn.Module, target: nn.Module) -> None:
+    """Average as ``MomentumFramework.update_target`` does."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - MOMENTUM)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
+    """Compare forward, backward and SGD of a ResNet-18 at 32 px in several precisions and memory formats."""
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    auto = resolve_precision("auto", device)
+
+    def side(name: str, precision: str, channels_last: bool) -> Side:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        net = build_backbone("resnet18", stem="cifar").to(device).to(memory_format=layout)
+        views = images.contiguous(memory_format=layout)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, foreach=False)
+        dtype = DTYPES.get(precision)
+
+        def once() -> None:
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                features = net(views)
+            features.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Side(name, once)
+
+    plain = "ResNet-18 step, fp32 NCHW"
+    best, ours = "ResNet-18 step, bf16 channels last", f"ResNet-18 step, {auto} channels last (auto)"
+    sides = [side(plain, "fp32", False), side(best, "bf16", True)]
+    if auto != "bf16":
+        sides.append(side(ours, auto, True))
+    times = measure(sides, rounds, device)
+    show(times)
+    print(f"precision auto is {auto} here")
+    result = {"cnn_step_speedup": ratio(times, plain, best)}
+    return result | {"cnn_step_auto_speedup": ratio(times, plain, sides[-1].name)}
+
+
+def whole_steps(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
+    """Time whole ResNet-50 steps at 224 px in bf16, channels last: MoCo v2, SynCo, MoCo v2 compiled."""
+    views = [
+        torch.randn(batch, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
+
+    def side(name: str, method: str, compiled: bool = False) -> Side:
+        options = {"warmup_epochs": 0} if method == "synco" else {}
+        framework: Any = build_framework(method, options, {"name": "resnet50"})
+        framework = framework.to(device).to(memory_format=torch.channels_last)
+        if compiled:
+            framework.compile_backbones()
+        optimizer = torch.optim.SGD(framework.online.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+        def once() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                loss: Tensor = framework(views, Progress(0, 10, 100))["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            framework.after_step(Progress(0, 10, 100))
+
+        return Side(name, once)
+
+    sides = [
+        side("MoCo v2 ResNet-50 step", "moco_v2"),
+        side("SynCo ResNet-50 step", "synco"),
+        side("MoCo v2 ResNet-50 step, compiled", "moco_v2", compiled=True),
+    ]
+    times = measure(sides, rounds, device)
+    show(times)
+    moco, synco, compiled = (side.name for side in sides)
+    return {
+        "synco_over_moco_step": ratio(times, synco, moco),
+        "compile_speedup": ratio(times, moco, compiled),
+        "moco_step_images_per_s": 1e3 * batch / statistics.median(times[moco]),
+    }

@@ -1,0 +1,138 @@
+"""Two augmented views of 224 pixels from JPEGs in memory, on one core: the published pipeline and ours.
+
+The reference is PIL's decoder and torchvision's transforms of PIL images, to normalised float32. "For a
+device" is what a worker does where a GPU augments: decode once, two crops of uint8, ready to be handed over.
+"All on a CPU" adds the photometric operations, to normalised float32.
+"""
+
+import argparse
+import io
+import resource
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.common import ratio
+from benchmarks.decode import add_arguments as add_data_arguments
+from benchmarks.decode import interleaved, load_photos, print_rates, rate
+from data.augment.ops import choose_backend, photometric
+from data.augment.parameters import draw_photometric, sample_keys
+from data.augment.recipes import build_recipe
+from data.augment.reference import reference_transform
+from data.sampler import Request
+from data.sources.base import Source
+from data.sources.folder import decode_rgb
+from data.worker import Fetcher
+
+_SEED = 0
+_HAND_OVER = 32  # images of a batch that is handed over
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the images, the recipe and its size."""
+    add_data_arguments(parser)
+    parser.add_argument("--recipe", default="moco_v2")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--backend", default="auto", help="of the CPU path: auto, torch or fused")
+
+
+class _Memory(Source):
+    """JPEGs in memory."""
+
+    def __init__(self, files: list[bytes]) -> None:
+        super().__init__(torch.full((len(files),), -1), [])
+        self.files = files
+
+    def load(self, index: int) -> Tensor:
+        return decode_rgb(self.files[index])
+
+
+def run(args: argparse.Namespace) -> dict[str, float]:
+    """Compare the pipelines chunk by chunk on the same bytes; then what handing over costs."""
+    torch.set_num_threads(1)
+    photos = load_photos(args.data, args.images)
+    recipe = build_recipe(args.recipe, args.size)
+    references = [reference_transform(view) for view in recipe]
+    fetcher = Fetcher(_Memory(photos.files), recipe, _SEED)
+    backend = choose_backend(args.backend, torch.device("cpu"))
+
+    def reference(_pass: int, _place: slice, files: list[bytes]) -> None:
+        for file in files:
+            image = Image.open(io.BytesIO(file)).convert("RGB")
+            for transform in references:
+                transform(image)
+
+    def crops(number: int, place: slice) -> tuple[Request, list[Tensor]]:
+        request = Request(number, number, np.arange(len(photos.files))[place])
+        fetched = fetcher[request]
+        assert not fetched["failures"]
+        return request, fetched["views"]
+
+    def for_device(number: int, place: slice, _files: list[bytes]) -> None:
+        crops(number, place)
+
+    def on_cpu(number: int, place: slice, _files: list[bytes]) -> None:
+        request, views = crops(number, place)
+        for index, (view, images) in enumerate(zip(recipe, views, strict=True)):
+            keys = sample_keys(_SEED, number, request.indices, index)
+            photometric(images, view, draw_photometric(view, keys), backend)
+
+    def decode_only(_pass: int, _place: slice, files: list[bytes]) -> None:
+        for file in files:
+            decode_rgb(file)
+
+    names = ("reference", "ours, for a device", f"ours, all on a CPU ({backend})", "decoding alone")
+    times = interleaved(
+        list(zip(names, (reference, for_device, on_cpu, decode_only), strict=True)), photos.files, args.rounds
+    )
+    print(f"{photos.describe()}; {len(recipe)} views of {args.size}, recipe {args.recipe}, one core")
+    print_rates(times, photos, "reference")
+    return {
+        "views_speedup": ratio(times, names[0], names[1]),
+        "views_cpu_speedup": ratio(times, names[0], names[2]),
+        "decode_fraction": ratio(times, names[3], names[1]),
+        "views_per_s": rate(times[names[1]], photos),
+        "views_cpu_per_s": rate(times[names[2]], photos),
+        "views_reference_per_s": rate(times[names[0]], photos),
+        "megapixels": photos.megapixels(),
+        "real_images": float(not photos.origin.startswith("made up")),
+        **_hand_over(len(recipe), args.size),
+    }
+
+
+class _Ready(Dataset[list[Tensor]]):
+    """Views that cost nothing but to be handed over: uint8 as they are, or made float32 by the worker."""
+
+    def __init__(self, views: int, size: int, dtype: torch.dtype) -> None:
+        self.views = [torch.zeros((_HAND_OVER, 3, size, size), dtype=dtype) for _ in range(views)]
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return [view.clone() for view in self.views]
+
+
+def _hand_over(views: int, size: int) -> dict[str, float]:
+    """Return the processor's milliseconds, on both sides, to hand over the views of an image, by type."""
+    result = {}
+    for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
+        dataset = _Ready(views, size, dtype)
+        few, many = (_processor_time(dataset, batches) for batches in (2, 18))
+        result[f"hand_over_{name}_ms"] = (many - few) / (16 * _HAND_OVER) * 1e3
+        print(f"hand-over of {name:8s} {result[f'hand_over_{name}_ms']:8.2f} ms an image")
+    return result
+
+
+def _processor_time(dataset: Dataset[list[Tensor]], batches: int) -> float:
+    """Return the seconds of this process and of a worker that hands `batches` over."""
+    before = _used()
+    for batch in DataLoader(dataset, sampler=range(batches), batch_size=None, num_workers=1):
+        for view in batch:
+            view[:, :, ::64].sum()  # touch it, as a consumer does
+    return _used() - before
+
+
+def _used() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

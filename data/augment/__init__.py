@@ -1,0 +1,1 @@
+"""View recipes, keyed draws, and their application to batches."""

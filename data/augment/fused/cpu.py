@@ -1,0 +1,71 @@
+"""The photometric operations of a view fused for a CPU; importing this imports numba, an optional package.
+
+Same draws, laws and order as the batched operations of `data.augment`, the plain twin. A sample is the work
+of one thread, in an order of its own: its bits depend neither on the batch around it nor on the threads.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.augment.fused.numba_kernels import compiled
+from data.augment.fused.opcodes import SCALE, SHIFT, programs
+from data.augment.parameters import Draws
+from data.augment.recipes import PhotometricOp
+
+logger = logging.getLogger("synco")
+
+_SMALL_BATCH = 1 << 20  # pixels; starting threads for fewer costs more than it saves
+_PATIENCE = 1.5  # seconds to get the compiled kernel before it is logged that this takes longer
+
+
+def fused_photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
+    """Apply `ops` (RandomErasing is none of them) as drawn, and normalise.
+
+    `images` uint8 (N,3,H,W) on the CPU, planar or channels last; returns float32 (N,3,H,W), planar.
+    """
+    assert images.shape[1] == 3
+    assert images.dtype == torch.uint8
+    count, _, height, width = images.shape
+    interleaved = images.stride(1) == 1 and images.is_contiguous(memory_format=torch.channels_last)
+    levels = (images.permute(0, 2, 3, 1) if interleaved else images.contiguous()).reshape(count, -1).numpy()
+    out = _aligned(count * 3 * height * width).reshape(count, 3, height, width)
+    plan = programs(ops, draws, count)
+    work = (plan.flips, plan.codes, plan.values, plan.taps, plan.reaches)
+    run = functools.partial(_kernel(), levels, interleaved, *work, SCALE, SHIFT, out)
+    threads = 1 if count * height * width < _SMALL_BATCH else min(count, torch.get_num_threads())
+    if threads == 1:
+        run(0, count)
+    else:
+        edges = [count * part // threads for part in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:  # made anew each time: threads do not survive a fork
+            list(pool.map(run, edges[:-1], edges[1:]))
+    return torch.from_numpy(out)
+
+
+def _aligned(count: int) -> np.ndarray:
+    """Return float32 numbers, the first on a cache line; NumPy, unlike torch, asks for large pages."""
+    raw = np.empty(count + 16, dtype=np.float32)
+    skipped = (-raw.ctypes.data % 64) // 4
+    return raw[skipped : skipped + count]
+
+
+@functools.cache
+def _kernel() -> Callable[..., None]:
+    """Return the compiled kernel; compiling it takes a while and is logged, once for a machine."""
+    notice = threading.Timer(_PATIENCE, logger.info, ["compiling the fused augmentation, once"])
+    notice.daemon = True
+    notice.start()
+    try:
+        return compiled(cache=True)
+    except Exception as error:  # a folder that cannot be written, a full disk, a spoilt file
+        logger.info("the compiled augmentation cannot be kept on disk (%s)", error)
+        return compiled(cache=False)
+    finally:
+        notice.cancel()

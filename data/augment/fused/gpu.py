@@ -1,0 +1,77 @@
+"""The photometric operations of a view in four kernels for a GPU; importing this imports Triton.
+
+Same draws, laws and order as the batched operations of `ops`, the plain twin, which take hundreds of
+kernels. A view moves its bytes once in, once out and, where it is blurred, once more between the passes.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.augment.fused.opcodes import BLUR, CONTRAST, END, SCALE, SHIFT, Programs, programs
+from data.augment.fused.triton_kernels import HEADER, blur_columns, blur_rows, grey_sums, points
+from data.augment.ops import send
+from data.augment.parameters import Draws
+from data.augment.recipes import PhotometricOp
+
+BLOCK = 1024  # pixels of a program: eight of each channel a thread
+
+
+def fused_photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
+    """Apply `ops` (RandomErasing is none of them) as drawn, and normalise.
+
+    `images` uint8 (N,3,H,W) of any strides; returns float32 (N,3,H,W), planar. A blur may not come before a
+    contrast: see `can_run`.
+    """
+    assert images.dtype == torch.uint8
+    assert images.shape[1] == 3
+    count, _, height, width = images.shape
+    out = torch.empty((count, 3, height, width), device=images.device)
+    if not out.numel():
+        return out
+    ints, floats, blurred = tables(programs(ops, draws, count))
+    plane, blocks = height * width, -(-height * width // BLOCK)
+    sizes = {"K": ints.shape[1] - HEADER, "INTS": ints.shape[1], "FLOATS": floats.shape[1], "BLOCK": BLOCK}
+    sizes |= {"enable_fp_fusion": True}  # Triton's default changes with its version
+    table, numbers = send(ints, images.device), send(floats, images.device)
+    sums = torch.empty((count, blocks), device=images.device)
+    grid, shape = (count, blocks), (width, plane, *images.stride())
+    constants = _constants(images.device)
+    if np.any(ints[:, sizes["K"]] >= 0):
+        grey_sums[grid](images, table, numbers, sums, *shape, **sizes)
+    points[grid](
+        images, table, numbers, sums, constants, out, *shape, **sizes, BLOCKS=1 << (blocks - 1).bit_length()
+    )  # fmt: skip
+    if blurred:
+        between = torch.empty((blurred, 3, height, width), device=images.device)
+        blur_rows[(count, blocks, 3)](table, numbers, out, between, width, plane, **sizes)
+        blur_columns[grid](table, numbers, between, constants, out, width, plane, **sizes)
+    return out
+
+
+def can_run(ops: tuple[PhotometricOp, ...]) -> bool:
+    """Tell whether the kernels can run `ops`: the grey mean of a contrast is taken before any blur."""
+    names = [type(op).__name__ for op in ops]
+    both = {"ColorJitter", "GaussianBlur"} <= set(names)
+    return not both or names.index("ColorJitter") < names.index("GaussianBlur")
+
+
+def tables(plan: Programs) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the programs as `ints` and `floats` of `triton_kernels.py`, and how many are blurred."""
+    codes = plan.codes
+    contrast = np.where((codes == CONTRAST).any(axis=1), (codes == CONTRAST).argmax(axis=1), -1)
+    end = (codes == END).argmax(axis=1)
+    blurs = (codes == BLUR).any(axis=1)
+    blur = np.where(blurs, (codes == BLUR).argmax(axis=1), end)
+    row = np.where(blurs, np.cumsum(blurs) - 1, -1)
+    header = np.stack([contrast, blur, end, plan.flips, plan.reaches, row], axis=1)
+    ints = np.concatenate([codes, header], axis=1).astype(np.int32)
+    return ints, np.concatenate([plan.values, plan.taps], axis=1), int(blurs.sum())
+
+
+@functools.lru_cache
+def _constants(device: torch.device) -> Tensor:
+    """Return scale (3) and shift (3); cached, because a copy would wait for the device."""
+    return torch.from_numpy(np.concatenate([SCALE, SHIFT])).to(device)

@@ -1,0 +1,84 @@
+"""Pictures of what the network sees: what a recipe does to images, or any grid of normalised images."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from data.loader import GlobalLoader
+from data.sources.base import Source
+
+logger = logging.getLogger("synco")
+
+_SIDE = 96  # small images are enlarged to at least this many pixels
+
+
+def save_preview(path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> None:
+    """Write a grid, one row an image of the first batch, one column a view, as the network sees them."""
+    views = first_views(source, recipe, seed, num_images)
+    warn_of_identical_views(views)
+    save_grid(path, torch.stack(views, dim=1))
+
+
+def warn_of_identical_views(views: Sequence[Tensor]) -> None:
+    """Warn if all views (N,3,S,S) of every image are the same: then a method learns nothing.
+
+    The embeddings of such a run do not collapse, so nothing else would tell.
+    """
+    if len(views) > 1 and all(torch.equal(view, views[0]) for view in views[1:]):
+        logger.warning(
+            "the two views of an image are identical: the augmentation does nothing, and the method has "
+            "nothing to learn; look at views.png and AUG.RECIPE"
+        )
+
+
+def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> list[Tensor]:
+    """Return the views (N,3,S,S) of the first images of a run, on the host, the same on every rank."""
+    num_images = min(num_images, len(source))
+    loader = GlobalLoader(
+        source, recipe, global_batch=num_images, seed=seed, device=torch.device("cpu"), rank=0, world=1
+    )
+    _, (batch,) = next(iter(loader.from_step(0, 1)))
+    return batch.views
+
+
+def save_grid(path: Path, rows: Tensor, titles: Sequence[str] | None = None) -> None:
+    """Write normalised images (N,V,3,S,S) as a grid, one row a first index; `titles` (V) stand above.
+
+    Raises ValueError if there are not as many titles as columns.
+    """
+    if titles is not None and len(titles) != rows.shape[1]:
+        raise ValueError(f"save_grid: {len(titles)} titles for {rows.shape[1]} columns")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    levels = rows.detach().float().cpu() * std + mean
+    framed = torch.nn.functional.pad(levels, (1, 1, 1, 1), value=1.0)
+    grid = framed.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    image = Image.fromarray((grid.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    zoom = max(1, _SIDE // rows.shape[-1])
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    (image if titles is None else _titled(image, titles)).save(path)
+
+
+def _titled(image: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """Return the grid below a white band with each title over the middle of its column, cut to its width."""
+    font = ImageFont.load_default()
+    column = image.width / len(titles)
+    fitting = [_cut(title, font, column - 4) for title in titles]
+    top = max(int(font.getbbox(title)[3]) for title in [*fitting, "Ag"]) + 6
+    page = Image.new("RGB", (image.width, image.height + top), "white")
+    page.paste(image, (0, top))
+    draw = ImageDraw.Draw(page)
+    for number, title in enumerate(fitting):
+        left = number * column + (column - font.getlength(title)) / 2
+        draw.text((left, 3), title, fill="black", font=font)
+    return page
+
+
+def _cut(title: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    while title and font.getlength(title) > width:
+        title = title[:-1]
+    return title

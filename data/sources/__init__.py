@@ -1,0 +1,114 @@
+"""The registry of image sources: a name and a path become a `Source`."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from data.sources import folder as files
+from data.sources import in_memory as arrays
+from data.sources import named_sets as layouts
+from data.sources import packed
+from data.sources import zip as archives
+from data.sources.base import ArraySource, Source, Subset, subset
+
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "Source",
+    "Subset",
+    "build_source",
+    "is_labelled",
+    "open_split",
+    "subset",
+]
+
+Builder: TypeAlias = Callable[..., Source]
+
+# Each builder takes (path, split); the options it also understands are those named in `_OPTIONS`.
+SOURCES: dict[str, Builder] = {
+    "imagefolder": files.imagefolder,
+    "imagenet": files.imagefolder,
+    "folder": files.folder,
+    "folder_split": layouts.folder_split,
+    "zip": archives.zipped,
+    "packed": packed.packed,
+    "cifar10": arrays.cifar10,
+    "cifar100": arrays.cifar100,
+    "stl10": arrays.stl10,
+    "stl10_labelled": arrays.stl10_labelled,
+    "tinyimagenet": layouts.tinyimagenet,
+    "pets": layouts.pets,
+    "digits": arrays.digits,
+    "mnist5k": arrays.mnist5k,
+}
+_INDEXED = {"imagefolder", "imagenet", "folder", "tinyimagenet"}  # folders whose listing is worth keeping
+_BUNDLED = {"digits", "mnist5k"}  # ship with a library: need no path
+_DOWNLOADABLE = {"cifar10", "cifar100", "stl10", "stl10_labelled", "pets"}
+_LABELLED = {"stl10": "stl10_labelled"}  # pretraining adds images without labels
+SPLITS = ("train", "val")
+
+
+def build_source(
+    dataset: str,
+    path: str,
+    split: str,
+    *,
+    cache_mode: str = "part",
+    download: bool = False,
+    index_cache: str = "off",
+) -> Source:
+    """Open `split` ("train" or "val") of data set `dataset` below `path`; only that split has to exist.
+
+    `cache_mode` concerns zip archives, `download` the torchvision sets, `index_cache` folders of images (the
+    folder of their indexes, "" for the user's own, "off" for none); a ValueError names the key to change.
+    """
+    if dataset not in SOURCES:
+        near = difflib.get_close_matches(dataset, SOURCES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"DATA.DATASET {dataset!r} is unknown; did you mean {near!r}? Known: {', '.join(SOURCES)}"
+        )
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    if dataset in _BUNDLED:
+        return SOURCES[dataset](path, split)
+    if not path:
+        raise ValueError(f"DATA.PATH (--data-path) is empty: DATA.DATASET {dataset!r} needs a folder")
+    if dataset in _DOWNLOADABLE:
+        return SOURCES[dataset](path, split, download=download)
+    if not Path(path).is_dir() and not (dataset == "packed" and Path(path).is_file()):
+        raise ValueError(
+            f"DATA.PATH (--data-path) {path!r} is not a folder: DATA.DATASET {dataset!r} needs one"
+        )
+    if dataset in _INDEXED:
+        return SOURCES[dataset](path, split, index_cache=index_cache)
+    if dataset == "zip":
+        return SOURCES[dataset](path, split, cache_mode=cache_mode)
+    return SOURCES[dataset](path, split)
+
+
+def open_split(node: Any, split: str, labelled: bool = False) -> Source:
+    """Open a split of the data set that a ``DATA`` section names; ``labelled``: for a probe.
+
+    Raises ``ValueError`` where labels are asked for and there are none.
+    """
+    name = _LABELLED.get(node.DATASET, node.DATASET) if labelled else node.DATASET
+    source = build_source(
+        name,
+        node.PATH,
+        split,
+        cache_mode=node.CACHE_MODE,
+        download=node.DOWNLOAD,
+        index_cache=node.INDEX_CACHE,
+    )
+    if labelled and not is_labelled(source):
+        raise ValueError(
+            f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders, or "
+            "--held-out for the method's own losses"
+        )
+    return source
+
+
+def is_labelled(source: Source) -> bool:
+    """Tell whether every image of a source has a label."""
+    return source.num_classes > 0 and not bool((source.labels < 0).any())

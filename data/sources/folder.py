@@ -1,0 +1,175 @@
+"""Image files: decoding to RGB, and sources that read a folder."""
+
+import contextlib
+import functools
+import io
+import logging
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data.sources.base import Source, digest
+from data.sources.folder_index import IMG_EXTENSIONS, PackedStrings, list_images
+
+logger = logging.getLogger("synco")
+
+
+def decode_rgb(data: bytes | memoryview) -> Tensor:
+    """Decode an encoded image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
+
+    EXIF orientation is not applied, truncated files and decompression bombs are refused (PIL's limits).
+    JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not read is PIL's to judge.
+    """
+    simple = fast_jpeg()
+    if simple is not None and data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(ValueError):  # damaged; some damage PIL reads past
+            height, width, colours, _ = simple.decode_jpeg_header(data)
+            if colours in _PLAIN_COLOURS and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+                return torch.from_numpy(simple.decode_jpeg(data)).permute(2, 0, 1)
+    try:
+        opened = Image.open(io.BytesIO(data))  # reads the header only; refuses bombs
+    except UnidentifiedImageError:
+        raise OSError(f"not an image ({len(data)} bytes)") from None
+    with opened as image:
+        decode = _torchvision_jpeg() if simple is None else None
+        if decode is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            return decode(data)
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+_PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
+
+
+@functools.cache
+def fast_jpeg() -> Any:
+    """Return the module simplejpeg, or None; its absence is logged once, by the main process."""
+    try:
+        import simplejpeg
+    except ImportError:
+        if multiprocessing.parent_process() is None:
+            logger.info("simplejpeg is not installed: JPEGs are decoded more slowly without it")
+        return None
+    return simplejpeg
+
+
+@functools.cache
+def _torchvision_jpeg() -> Callable[[bytes | memoryview], Tensor] | None:
+    """Return torchvision's decoder: the same libjpeg result as PIL's, a little faster; None if it has none.
+
+    From 0.29 on torchvision announces that its decoders will go.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+
+    def decode(data: bytes | memoryview) -> Tensor:
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+
+    return decode
+
+
+class FileSource(Source):
+    """Images in files below `root`; `paths` are relative to it.
+
+    `paths` and `labels` may be arrays mapped from an index, whose `fingerprint` is then known.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: PackedStrings | Sequence[str],
+        labels: np.ndarray | Sequence[int],
+        classes: Sequence[str],
+        fingerprint: str = "",
+    ) -> None:
+        numbers = labels if isinstance(labels, np.ndarray) else np.array(labels, dtype=np.int64)
+        super().__init__(torch.from_numpy(numbers), classes)
+        self.root = root
+        self.paths = paths if isinstance(paths, PackedStrings) else PackedStrings(paths)
+        self._fingerprint = fingerprint
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.root / self.paths[index])
+
+    def encoded(self, index: int) -> bytes:
+        """Read the file of one image."""
+        return (self.root / self.paths[index]).read_bytes()
+
+    def load(self, index: int) -> Tensor:
+        """Read and decode one image as uint8 (3,H,W) RGB."""
+        return decode_rgb(self.encoded(index))
+
+    def fingerprint(self) -> str:
+        """Digest the relative paths and the labels."""
+        if not self._fingerprint:
+            self._fingerprint = digest(len(self), self.paths.blob, self.paths.offsets, self.labels.numpy())
+        return self._fingerprint
+
+
+def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
+    """Read <path>/<split>/<class>/**: the class index is the rank of the class folder's name in train/."""
+    folder = Path(path) / split
+    found = _class_names(folder)
+    train = Path(path) / "train"
+    classes = _class_names(train) if split != "train" and train.is_dir() else found
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise ValueError(f"DATA.PATH (--data-path): {folder} has classes that {train} lacks: {unknown[:5]}")
+    present = set(found)
+    groups = [(name, label) for label, name in enumerate(classes) if name in present]
+    listing = list_images(folder, groups, index_cache)
+    for (name, _), count in zip(groups, listing.counts, strict=True):
+        if not count and split == "train":
+            refuse_empty(folder / name, "remove the folder: it would count as a class")
+    if not len(listing.paths):
+        refuse_empty(folder, "expected <class>/<image> below it")
+    return FileSource(folder, listing.paths, listing.labels, classes, listing.fingerprint)
+
+
+def _class_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ValueError(
+            f"DATA.PATH (--data-path): {folder} does not exist; DATA.DATASET 'imagefolder' expects "
+            f"{folder.name}/<class>/<image> there (use 'folder' for images without classes)"
+        )
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not names:
+        refuse_empty(folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes")
+    return names
+
+
+def refuse_empty(folder: Path, remedy: str) -> None:
+    """Raise the ValueError of a folder without images."""
+    raise ValueError(
+        f"DATA.PATH (--data-path): no images in {folder}: {remedy} (extensions: {' '.join(IMG_EXTENSIONS)})"
+    )
+
+
+def folder(path: str, split: str, index_cache: str = "off") -> FileSource:
+    """Read all images below <path>/<split>, or below <path> itself as train: unlabelled, for pretraining."""
+    root = Path(path)
+    inside = root / split
+    if not inside.is_dir() and split != "train":
+        raise ValueError(
+            f"DATA.PATH (--data-path): {inside} does not exist: DATA.DATASET 'folder' has no val split"
+        )
+    if inside.is_dir():
+        root = inside
+    if not root.is_dir():
+        raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")
+    listing = list_images(root, [("", -1)], index_cache)
+    if not len(listing.paths):
+        refuse_empty(root, "expected image files below it")
+    return FileSource(root, listing.paths, listing.labels, [], listing.fingerprint)

@@ -1,0 +1,141 @@
+"""Files in a published layout of their own: Oxford pets, Tiny-ImageNet, one flat folder cut in two."""
+
+import os
+from pathlib import Path
+
+from data.sources.folder import FileSource, refuse_empty
+from data.sources.folder_index import IMG_EXTENSIONS, list_images
+from utils.distributed import on_main
+
+# By class id, 1 to 37: alphabetical whatever the case; capitals mark the cats.
+PET_BREEDS = (
+    *("Abyssinian", "american_bulldog", "american_pit_bull_terrier", "basset_hound", "beagle", "Bengal"),
+    *("Birman", "Bombay", "boxer", "British_Shorthair", "chihuahua", "Egyptian_Mau"),
+    *("english_cocker_spaniel", "english_setter", "german_shorthaired", "great_pyrenees", "havanese"),
+    *("japanese_chin", "keeshond", "leonberger", "Maine_Coon", "miniature_pinscher", "newfoundland"),
+    *("Persian", "pomeranian", "pug", "Ragdoll", "Russian_Blue", "saint_bernard", "samoyed"),
+    *("scottish_terrier", "shiba_inu", "Siamese", "Sphynx", "staffordshire_bull_terrier"),
+    *("wheaten_terrier", "yorkshire_terrier"),
+)
+_PETS, _TINY = "oxford-iiit-pet", "tiny-imagenet-200"
+
+
+def pets(path: str, split: str, download: bool = False) -> FileSource:
+    """Return the Oxford-IIIT pets, 37 breeds: train = trainval, val = test.
+
+    `path` is the folder oxford-iiit-pet or the one that holds it; only the main process downloads.
+    """
+    if download:
+        parent = Path(path).parent if Path(path).name == _PETS else Path(path)
+        on_main(lambda: _download_pets(parent))
+    root = _inside(path, _PETS, "pets", ", or set DATA.DOWNLOAD")
+    listing = root / "annotations" / {"train": "trainval.txt", "val": "test.txt"}[split]
+    rows = [line.split() for line in _read(listing, "pets") if not line.startswith("#")]
+    wrong = [row for row in rows if len(row) < 2 or row[1] not in _PET_IDS]
+    if wrong:
+        raise ValueError(f"{listing}: {' '.join(wrong[0])!r} is not <image> <class id from 1 to 37> ...")
+    names = [f"{row[0]}.jpg" for row in rows]
+    _refuse_missing(root / "images", names, listing)
+    return FileSource(root / "images", names, [int(row[1]) - 1 for row in rows], list(PET_BREEDS))
+
+
+_PET_IDS = {str(number) for number in range(1, len(PET_BREEDS) + 1)}
+
+
+def _download_pets(parent: Path) -> bool:
+    from torchvision.datasets import OxfordIIITPet
+
+    return bool(OxfordIIITPet(str(parent), download=True))
+
+
+def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
+    """Return Tiny-ImageNet, 200 classes in the order of their wnids: train, and val for val.
+
+    `path` is the folder tiny-imagenet-200 or the one that holds it. Classes are named by the first word of
+    words.txt.
+    """
+    root = _inside(path, _TINY, "tinyimagenet")
+    wnids = sorted(_read(root / "wnids.txt", "tinyimagenet"))
+    words = dict(line.split("\t", 1) for line in _read(root / "words.txt", "tinyimagenet") if "\t" in line)
+    classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    if split == "train":
+        return _tiny_train(root, wnids, classes, index_cache)
+    rows = _tiny_val(root)
+    unknown = sorted({wnid for _, wnid in rows} - set(wnids))
+    if unknown:
+        raise ValueError(f"{root}: {split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}")
+    label = {wnid: number for number, wnid in enumerate(wnids)}
+    return FileSource(root, [name for name, _ in rows], [label[wnid] for _, wnid in rows], classes)
+
+
+def _tiny_train(root: Path, wnids: list[str], classes: list[str], index_cache: str) -> FileSource:
+    """Return the images of train/<wnid>/images/*."""
+    groups = [(os.path.join("train", wnid, "images"), label) for label, wnid in enumerate(wnids)]
+    listing = list_images(root, groups, index_cache)
+    for (folder, _), count in zip(groups, listing.counts, strict=True):
+        if not count:
+            refuse_empty(root / folder, "unpack tiny-imagenet-200.zip again")
+    return FileSource(root, listing.paths, listing.labels, classes, listing.fingerprint)
+
+
+def _tiny_val(root: Path) -> list[tuple[str, str]]:
+    """Return (path, wnid) of val/images/*, which val/val_annotations.txt labels."""
+    listing = root / "val" / "val_annotations.txt"
+    rows = [line.split("\t") for line in _read(listing, "tinyimagenet")]
+    short = [row for row in rows if len(row) < 2]
+    if short:
+        raise ValueError(f"{listing}: {short[0][0]!r} is not <image> TAB <wnid> ...")
+    _refuse_missing(root / "val" / "images", [row[0] for row in rows], listing)
+    return [(os.path.join("val", "images", row[0]), row[1]) for row in rows]
+
+
+def folder_split(path: str, split: str) -> FileSource:
+    """Return nine tenths (train) or the rest (val) of the images right in `path`, without labels.
+
+    The split of SiT's cows (spec E4): in the order of the reversed file names, whose ends are hashes; each
+    part then by name.
+    """
+    names = [e.name for e in os.scandir(path) if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
+    names.sort(key=lambda name: name[::-1])
+    cut = int(0.9 * len(names))
+    chosen = sorted(names[:cut] if split == "train" else names[cut:])
+    if not chosen:
+        refuse_empty(Path(path), f"DATA.DATASET 'folder_split' needs at least 2 of them, not {len(names)}")
+    return FileSource(Path(path), chosen, [-1] * len(chosen), [])
+
+
+def _inside(path: str, name: str, dataset: str, remedy: str = "") -> Path:
+    """Return the folder `name` in `path`, or `path` where it is that folder itself, whatever it is called."""
+    inside = Path(path) / name
+    root = inside if inside.is_dir() else Path(path)
+    marker = {"pets": "annotations", "tinyimagenet": "wnids.txt"}[dataset]
+    if not (root / marker).exists():
+        raise ValueError(
+            f"DATA.PATH (--data-path) {path!r}: DATA.DATASET {dataset!r} needs {name}/ there, with {marker} "
+            f"in it{remedy}"
+        )
+    return root
+
+
+def _read(listing: Path, dataset: str) -> list[str]:
+    """Return the lines of a listing that are not empty."""
+    try:
+        text = listing.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"DATA.PATH (--data-path): {listing} cannot be read; DATA.DATASET {dataset!r} needs it ({error})"
+        ) from error
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{listing} is empty: unpack the data set again")
+    return lines
+
+
+def _refuse_missing(folder: Path, names: list[str], listing: Path) -> None:
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise ValueError(
+            f"{listing} lists {len(missing)} images that are not in {folder}, such as {missing[0]}: unpack "
+            "the data set again"
+        )

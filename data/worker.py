@@ -1,0 +1,244 @@
+"""What a worker does for one micro-batch of files: decode once, crop every view, replace bad images."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.augment.ops import center_crop, resized_shape, spatial
+from data.augment.parameters import CropDraws, draw_crop, draw_shift, hashed, sample_keys
+from data.augment.randaugment import host_augment
+from data.augment.recipes import (
+    CenterCrop,
+    RandomCropPad,
+    RandomResizedCrop,
+    Recipe,
+    Resize,
+    View,
+    host_ops,
+    spatial_ops,
+    view_size,
+)
+from data.sampler import Request
+from data.sources.base import Source
+from data.sources.folder import fast_jpeg
+
+logger = logging.getLogger("synco")
+
+Box: TypeAlias = tuple[int, ...] | np.ndarray  # top, left, height, width
+Cropper: TypeAlias = Callable[[Tensor, int, Tensor], object]  # image (3,H,W), its place, view (3,S,S)
+
+_ATTEMPTS = 20  # replacements for one image before giving up
+_MIN_TOLERATED = 10  # bad images per process and epoch, however small the data set
+
+
+class BadImagesError(ValueError):
+    """Too many images could not be read, or one of an evaluation."""
+
+
+class Fetched(TypedDict):
+    """A micro-batch on the host; a dict, because the loader's pinning understands it."""
+
+    views: list[Tensor]  # uint8 (N,3,S,S) each, cropped, the host's operations done
+    epoch: int
+    wanted: Tensor  # (N,) indices that the sampler asked for: with the copies the keys of all draws
+    copies: Tensor  # (N,) which repetition of its sample each is
+    indices: Tensor  # (N,) indices that were loaded: differs where a bad image was replaced
+    failures: list[tuple[str, str]]  # (name, reason) of the images that could not be read
+
+
+def draw_boxes(view: View, keys: np.ndarray, shape: tuple[int, int] | torch.Size) -> np.ndarray | None:
+    """Draw the crops (N,4) of `view` for images of one (height, width); None if the crop is not random."""
+    height, width = shape
+    for op in spatial_ops(view):
+        match op:
+            case Resize():
+                height, width = resized_shape(height, width, op)
+            case RandomResizedCrop():
+                return draw_crop(op, keys, np.full(len(keys), height), np.full(len(keys), width))
+            case RandomCropPad():
+                return draw_shift(op, keys, height, width)
+    return None
+
+
+def replacement(seed: int, epoch: int, index: int, attempt: int, count: int) -> int:
+    """Return the index in [0, count) that replaces bad image `index`, fixed by the arguments."""
+    return int(hashed(np.array([index]), "replacement", seed, epoch, attempt)[0] % np.uint64(count))
+
+
+class Fetcher(Dataset[Fetched]):
+    """Turn a request into cropped uint8 views; picklable, so that it reaches workers however they start.
+
+    With `seed=None` (evaluation) a bad image is reported and not replaced.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, seed: int | None) -> None:
+        self.source, self.recipe, self.seed = source, recipe, seed
+        if source.images is None:
+            fast_jpeg()  # found, or missed in the log, before any worker starts
+
+    def __getitem__(self, request: Request) -> Fetched:
+        """Load and crop the images of a request."""
+        failures: list[tuple[str, str]] = []
+        if self.source.images is not None and self.seed is None:
+            views, loaded = (self._rows(request, self.source.images), list(request.indices))
+        else:
+            views, loaded = self._samples(request, failures)
+        return {
+            "views": views,
+            "epoch": request.epoch,
+            "wanted": torch.from_numpy(request.indices),
+            "copies": torch.from_numpy(np.broadcast_to(request.copies, len(request.indices)).copy()),
+            "indices": torch.tensor(loaded),
+            "failures": failures,
+        }
+
+    def _rows(self, request: Request, images: Tensor) -> list[Tensor]:
+        rows = images[torch.from_numpy(request.indices)]
+        return [spatial(rows, view, None) for view in self.recipe]
+
+    def _samples(self, request: Request, failures: list[tuple[str, str]]) -> tuple[list[Tensor], list[int]]:
+        """Return the views (N,3,S,S), channels last as they are decoded, and the indices that were loaded."""
+        count, loaded = len(request.indices), []
+        croppers = [self._cropper(request, number) for number in range(len(self.recipe))]
+        sizes = [view_size(view) for view in self.recipe]
+        views = [torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2) for size in sizes]
+        for place, wanted in enumerate(request.indices.tolist()):
+            index, image = self.load(request.epoch, wanted, failures)
+            loaded.append(index)
+            for crop, view in zip(croppers, views, strict=True):
+                if image is None:
+                    view[place].zero_()
+                else:
+                    crop(image, place, view[place])
+        return views, loaded
+
+    def load(
+        self,
+        epoch: int,
+        wanted: int,
+        failures: list[tuple[str, str]],
+        read: Callable[[int], Tensor] | None = None,
+    ) -> tuple[int, Tensor | None]:
+        """Return the index that was loaded and its image (3,H,W); None for a bad one of an evaluation.
+
+        ``read`` may replace the source's ``load``.
+        """
+        index, read = wanted, read or self.source.load
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return index, read(index)
+            except Exception as error:  # whatever a decoder may raise: the file is bad
+                failures.append((self.source.name(index), f"{type(error).__name__}: {error}"))
+            if self.seed is None:
+                return index, None
+            index = replacement(self.seed, epoch, wanted, attempt, len(self.source))
+        raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}")
+
+    def _cropper(self, request: Request, number: int) -> Cropper:
+        """Return what crops an image for the sample at a place of the request into its view.
+
+        All that can be drawn before the image's size is known is drawn here, for the whole request.
+        """
+        view = self.recipe[number]
+        if self.seed is None:
+            return lambda image, place, out: out.copy_(crop_one(image, view, None))
+        keys = sample_keys(self.seed, request.epoch, request.indices, number, request.copies)
+        first = spatial_ops(view)[0]
+        if isinstance(first, RandomResizedCrop) and not host_ops(view):
+            return _resizing_cropper(first, CropDraws(first, keys))
+
+        def crop(image: Tensor, place: int, out: Tensor) -> None:
+            key = keys[place : place + 1]
+            boxes = draw_boxes(view, key, image.shape[-2:])
+            box = None if boxes is None else boxes[0]
+            out.copy_(host_augment(crop_one(image, view, box), view, key))
+
+        return crop
+
+
+def _resizing_cropper(op: RandomResizedCrop, draws: CropDraws) -> Cropper:
+    """Return a cropper for a view that only crops: what takes a worker's time beside decoding."""
+    resize = _RESIZE[op.interpolation]
+    size = [op.size, op.size]
+
+    def crop(image: Tensor, place: int, out: Tensor) -> None:
+        box = draws.box(place, image.shape[1], image.shape[2])
+        if image.stride(0) == out.stride(0) == 1:  # channels last, as decoded
+            resize(_window(image, box)[None], size, False, None, None, out=out[None])
+        else:
+            out.copy_(resize_one(_window(image, box), (op.size, op.size), op.interpolation))
+
+    return crop
+
+
+# What F.interpolate calls, into memory that is there already: it spares an allocation and a copy.
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+
+
+def _window(image: Tensor, box: Box) -> Tensor:
+    top, left, height, width = (int(value) for value in box)
+    return image[:, top : top + height, left : left + width]
+
+
+def crop_one(image: Tensor, view: View, box: Box | None) -> Tensor:
+    """Run the crop and resize operations of `view` on one uint8 image (3,H,W) -> (3,S,S)."""
+    for op in spatial_ops(view):
+        match op:
+            case RandomResizedCrop():
+                assert box is not None
+                image = resize_one(_window(image, box), (op.size, op.size), op.interpolation)
+            case Resize():
+                size = resized_shape(image.shape[1], image.shape[2], op)
+                image = resize_one(image, size, op.interpolation)
+            case CenterCrop():
+                image = center_crop(image, op.size)
+            case RandomCropPad():
+                assert box is not None
+                image = _window(F.pad(image, [op.padding] * 4), box)
+    return image
+
+
+def resize_one(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize uint8 (3,H,W) with antialiasing, the kernel of torchvision, to (3,*size)."""
+    if image.shape[1:] == size:
+        return image
+    return F.interpolate(image[None], size=size, mode=interpolation, antialias=True)[0]
+
+
+class BadImages:
+    """Counts unreadable images by epoch, logs each once, and stops the run past the budget.
+
+    Tolerated per epoch and process: `max_fraction` of the `seen` images, but at least 10; 0 tolerates none.
+    """
+
+    def __init__(self, max_fraction: float, seen: int) -> None:
+        self.limit = max(_MIN_TOLERATED, int(max_fraction * seen)) if max_fraction > 0 else 0
+        self.seen = seen
+        self.epoch = -1
+        self.names: set[str] = set()
+        self.logged: set[str] = set()
+
+    def count(self, item: Any) -> None:
+        """Note the failures of one micro-batch; raise `BadImagesError` past the limit."""
+        if item["epoch"] != self.epoch:
+            self.epoch, self.names = item["epoch"], set()
+        for name, reason in item["failures"]:
+            self.names.add(name)
+            if name not in self.logged:
+                self.logged.add(name)
+                logger.warning("unreadable image replaced: %s (%s)", name, reason)
+        if len(self.names) > self.limit:
+            raise BadImagesError(
+                f"{len(self.names)} unreadable images in epoch {self.epoch}, at most {self.limit} of "
+                f"{self.seen} may be: repair or remove them or raise DATA.MAX_BAD_FRACTION; one is "
+                f"{min(self.names)}"
+            )

@@ -1,0 +1,1 @@
+"""How any model trains: loop, optimisers, precision, checkpointing. Knows no method and no data set."""

@@ -1,0 +1,218 @@
+"""One optimiser step after another: what stays the same when the method changes."""
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.gradients import AveragedGradients
+from engine.guards import FiniteGuard, StopFlag
+from engine.plan import Plan
+from engine.replay import kept_for_replay
+from engine.run import Run
+from utils import heartbeat
+from utils.distributed import keyed_seed, rank
+from utils.schedules import Progress
+
+
+class Framework(Protocol):
+    """What the engine asks of a method: an update that is no gradient step."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Update what follows the optimiser step: target, queue."""
+
+
+class Loader(Protocol):
+    """What the engine asks of a loader."""
+
+    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (optimiser step, its micro-batches) from ``step`` on."""
+
+
+StepFunction = Callable[[Any, Progress], dict[str, Tensor]]
+Evaluation = Callable[[Progress], dict[str, float]]
+
+
+class Outcome(enum.Enum):
+    """How a run ended; the value is the exit code."""
+
+    DONE = 0
+    PREEMPTED = 75  # EX_TEMPFAIL: start me again
+
+
+@dataclass
+class TrainState:
+    """All that a checkpoint restores, and ``model``: the module as it is called, its gradients averaged."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    model: nn.Module
+    scaler: torch.amp.GradScaler | None = None
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)  # highest value of each evaluation so far
+    clip_groups: Sequence[Sequence[nn.Parameter]] | None = None  # clipped apart; None: all together
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {
+            "framework": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
+            "step": self.step,
+            "best": dict(self.best),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a checkpoint; every key and shape must match."""
+        self.module.load_state_dict(state["framework"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.best = dict(state["best"])
+
+
+def fit(
+    state: TrainState,
+    loader: Loader,
+    step: StepFunction,
+    plan: Plan,
+    run: Run,
+    evaluate: Evaluation | None = None,
+) -> Outcome:
+    """Train from ``state.step`` to the end of the plan, or until a stop signal.
+
+    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch,
+    before its checkpoint, so that a run killed in between evaluates again.
+    """
+    guard = FiniteGuard(scaler=state.scaler is not None)
+    with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
+        first = state.step
+        for index, micro_batches in loader.from_step(first, plan.total_steps):
+            run.begin_step(index, first)
+            progress = plan.progress(index)
+            seed_step(run.seed, index)
+            set_rates(state.optimizer, plan, index)
+            out = forward_and_backward(state, micro_batches, step, progress)
+            out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
+            state.module.after_step(progress)  # type: ignore[operator]
+            state.step = index + 1
+            run.meter.log(progress, out, plan)
+            is_best = False
+            if evaluate is not None and state.step % plan.steps_per_epoch == 0:
+                heartbeat.beat(f"the evaluation after {state.step} steps")
+                is_best = run.evaluated(progress.next, evaluate(progress.next), state.best)
+            stopping = stop.agreed()
+            if stopping or run.due(state.step, plan, is_best):
+                heartbeat.beat(f"the checkpoint of step {state.step}")
+                guard.flush()
+                run.checkpoint(state, plan)
+            if stopping:
+                run.preempted(state.step, stop.received or "a signal to another rank")
+                return Outcome.PREEMPTED
+        guard.flush()
+        run.done(state.step)
+    return Outcome.DONE
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Key the step's draws (drop path, synthetic negatives) to (seed, step, rank): no generator state is
+    saved.
+    """
+    torch.manual_seed(keyed_seed("step", seed, step, rank()))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
+    """Give each parameter group the learning rate and weight decay of ``step``; its ``rate`` says which
+    schedule, its ``lr_scale`` (layer decay) how much of it.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rates[group.get("rate", 0)].at(step) * group.get("lr_scale", 1.0)
+        if plan.weight_decay_end and not group.get("exempt"):
+            group["weight_decay"] = plan.weight_decay_at(step)
+
+
+def forward_and_backward(
+    state: TrainState, micro_batches: list[Any], step: StepFunction, progress: Progress
+) -> dict[str, Tensor]:
+    """Accumulate the gradient of the mean loss over micro-batches; return the last one's outputs, the loss
+    averaged.
+
+    Gradients travel between processes once, with the last micro-batch.
+    """
+    total: Tensor | None = None
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with nullcontext() if last else _no_sync(state.model):
+            out = step(batch, progress)
+            loss = out["loss"] / len(micro_batches)
+            (state.scaler.scale(loss) if state.scaler else loss).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return {**out, "loss": total}
+
+
+def update(
+    state: TrainState,
+    plan: Plan,
+    guard: FiniteGuard,
+    micro_batches: list[Any],
+    loss: Tensor | None = None,
+) -> Tensor:
+    """Clip, check and apply the gradient; return its norm before clipping.
+
+    ``micro_batches`` and their ``loss`` are for the message about a norm that is not finite.
+    """
+    if state.scaler:
+        state.scaler.unscale_(state.optimizer)
+    trainable = _trainable(state.optimizer)
+    groups = (
+        [[p] for p in trainable if p.grad is not None]
+        if plan.clip_per_tensor
+        else state.clip_groups or [trainable]
+    )
+    norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    guard.check(norm, state.step, micro_batches, loss)
+    if state.scaler:  # skips a step that overflowed and lowers the scale
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        if norm.device.type == "cuda":
+            skip_if_not_finite(state.optimizer, norm)
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Let the device itself skip an update whose gradient norm is not finite, where the optimiser can.
+
+    The host reads the norm a step later; until then the weights stay those of the step before. It is the
+    interface through which a gradient scaler speaks to fused SGD and AdamW.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+
+
+def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global L2 norm of at most ``max_norm`` (0: leave them) and return the norm
+    before.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _no_sync(model: nn.Module) -> AbstractContextManager[Any]:
+    return model.no_sync() if isinstance(model, AveragedGradients) else nullcontext()

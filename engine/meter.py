@@ -1,0 +1,103 @@
+"""What a person sees of a run: means of its metrics, progress, time left, and a warning when it collapses."""
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from engine.collapse import EARLY, HEALTHY, CollapseMonitor
+from engine.plan import Plan
+from utils import distributed
+from utils.logger import Metrics, ProgressLine, format_duration
+from utils.schedules import Progress
+
+logger = logging.getLogger("synco")
+
+
+class Meter:
+    """Gathers a step's metrics on the device and reads them only when they are shown."""
+
+    def __init__(self, metrics: Metrics, every: int) -> None:
+        self.metrics = metrics
+        self._every = every
+        self._line: ProgressLine | None = None
+        self._window: list[dict[str, Tensor]] = []
+        self._window_start = time.perf_counter()
+        self._collapse = CollapseMonitor()
+        self._verdict = HEALTHY
+
+    def start(self, total_steps: int) -> None:
+        """Begin to measure the pace of a run of ``total_steps``."""
+        self._line = ProgressLine(total_steps) if distributed.is_main() else None
+        self._window_start = time.perf_counter()
+
+    def close_line(self) -> None:
+        """Wipe the progress line."""
+        if self._line is not None:
+            self._line.close()
+
+    def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
+        """Note a step's scalars; write means over steps and processes every ``LOG.PRINT_FREQ`` steps."""
+        self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
+        if "embedding" in out and distributed.is_main():
+            self._collapse.note(out["embedding"])
+        if (progress.step + 1) % self._every and progress.step + 1 != plan.total_steps:
+            return
+        distributed.meet()
+        values = self._mean_of_window()
+        if seen := self._collapse.look():
+            values |= seen
+            self._tell(self._collapse.verdict())
+        seconds_per_step = (time.perf_counter() - self._window_start) / len(self._window)
+        values["images_per_second"] = plan.global_batch / seconds_per_step
+        values["lr"] = plan.rates[0].at(progress.step)
+        values["epoch"] = progress.next.epoch_position
+        self._window.clear()
+        self.metrics.write(progress.step + 1, values)
+        self._say(progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step)
+        self._window_start = time.perf_counter()
+
+    def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
+        """Log an epoch's evaluation, if there was one; ``best`` keeps the best of each value: of a loss the
+        lowest.
+        """
+        if not values:
+            return
+        for name, value in values.items():
+            best[name] = (min if "loss" in name else max)(best.get(name, value), value)
+        self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
+        shown = ", ".join(
+            f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name
+        )
+        logger.info("epoch %d done: %s", progress.epoch - 1, shown)
+        self._window_start = time.perf_counter()  # the evaluation's time is not training's
+
+    def _mean_of_window(self) -> dict[str, float]:
+        names = sorted(self._window[-1])
+        table = torch.stack([torch.stack([row[name] for name in names]) for row in self._window]).mean(0)
+        table = distributed.all_reduce_sum(table) / distributed.world_size()
+        return dict(zip(names, table.tolist(), strict=True))
+
+    def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
+        hidden = ("epoch", "images_per_second")
+        verdict = f"| embeddings {self._verdict} " if "embedding_std" in values else ""
+        shown = " ".join(f"{name} {values[name]:.4g}" for name in sorted(values) if name not in hidden)
+        step, rate = progress.step + 1, values["images_per_second"]
+        logger.info(
+            "epoch %d step %d/%d %s %s| %.0f images/s | %s left",
+            *(progress.epoch, step, progress.total_steps, shown, verdict, rate),
+            format_duration(seconds_left),
+        )
+        if self._line is not None:
+            self._line.update(progress.epoch, step, values["loss"], values["lr"], rate)
+
+    def _tell(self, verdict: str) -> None:
+        """Warn when the embeddings begin to collapse; the line of each look has the verdict too."""
+        if verdict not in (HEALTHY, EARLY, self._verdict):
+            logger.warning(
+                "the embeddings are %s, and it does not get better: the method, its learning rate or its "
+                "augmentation is broken",
+                f"in {verdict}" if verdict.startswith("dimensional") else verdict,
+            )
+        self._verdict = verdict

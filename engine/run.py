@@ -1,0 +1,350 @@
+"""A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from engine import checkpointing as resume
+from engine.gradients import AveragedGradients
+from engine.meter import Meter
+from engine.plan import Plan
+from engine.precision import DTYPES, choose_device, refuse_wrong_gradients, resolve_precision
+from utils import distributed, heartbeat
+from utils.checkpoints import file as checkpoint
+from utils.checkpoints import folder as retention
+from utils.checkpoints.atomic import write_text
+from utils.cli import lost_processes
+from utils.config.load import to_yaml
+from utils.logger import Metrics, setup_logger
+from utils.schedules import Progress
+
+if TYPE_CHECKING:
+    from engine.loop import TrainState
+
+logger = logging.getLogger("synco")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Run:
+    """The place and the means of one run; only rank 0 writes."""
+
+    def __init__(
+        self, cfg: CfgNode, folder: Path, device: torch.device, task: str = "pretrain", training: bool = True
+    ) -> None:
+        self.cfg = cfg
+        self.task = task  # decides which keys are its identity, see utils.config.schema
+        self.folder = folder
+        self.device = device
+        self.precision = resolve_precision(cfg.TRAIN.PRECISION, device)
+        self.seed: int = cfg.SEED
+        self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
+        self.training = training  # an evaluation looks at a folder that may be another process's
+        writes = training and distributed.is_main()
+        self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD)
+        self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
+        self._lock: IO[str] | None = None
+        self._resumed_from: Path | None = None
+        self._origin: str | None = None  # the --resume file that the folder's checkpoints descend from
+        self._saved_step: int | None = None
+        self._evaluated: tuple[int, dict[str, float]] = (0, {})  # after which step, with what result
+
+    # ---- precision and processes ---------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward in ``TRAIN.PRECISION``."""
+        dtype = DTYPES.get(self.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Return a gradient scaler for fp16, which needs one."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
+    def prepare(self, module: M) -> M:
+        """Move a module to the device, in the memory format of the run, equal on all ranks."""
+        if self.cfg.TRAIN.CHANNELS_LAST:
+            module = module.to(memory_format=torch.channels_last)
+        module = module.to(self.device)
+        distributed.broadcast_module(module)
+        if self.device.type == "cpu" and self.precision == "bf16":
+            refuse_wrong_gradients(module)
+        return module
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Wrap a prepared module for gradient averaging if there are several processes.
+
+        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be local.
+        """
+        if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        return AveragedGradients(module)
+
+    def views(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) in the run's memory format."""
+        return (
+            images.contiguous(memory_format=torch.channels_last) if self.cfg.TRAIN.CHANNELS_LAST else images
+        )
+
+    @contextmanager
+    def evaluating(self, module: M) -> Iterator[M]:
+        """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
+
+        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the others' may
+        differ.
+        """
+        was_training = [(part, part.training) for part in module.modules()]
+        for buffer in module.buffers():
+            distributed.broadcast(buffer)
+        module.eval()
+        try:
+            with torch.no_grad(), self.autocast(), _uncompiled(module):
+                yield module
+        finally:
+            for part, training in was_training:
+                part.training = training
+
+    # ---- the folder ----------------------------------------------------------------------------------------
+
+    def open_folder(self) -> None:
+        """Create the folder and take its lock: one folder, one run."""
+        distributed.on_main(self._open_folder)
+
+    def _open_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("a+")
+        except OSError as error:
+            raise ValueError(
+                f"--output: {self.folder} cannot be written ({error}); choose another folder"
+            ) from error
+        try:
+            # The kernel releases it with the process; loader workers do not inherit it, as they do flock's.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
+            ) from error
+        if self._status().get("state") != "done":  # e.g. preempted: a start that fails must not be requeued
+            self.finish("starting", 0)
+
+    def _status(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def write_extra(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let rank 0 ``write(path)`` a file that the run can do without: a disk that fails is a warning."""
+        if distributed.is_main():
+            try:
+                write(self.folder / name)
+            except OSError as error:
+                logger.warning("cannot write %s (%s)", self.folder / name, error)
+
+    @contextmanager
+    def reporting(self, state: "TrainState") -> Iterator[None]:
+        """Write the configuration, now accepted, and keep ``status.json`` true while a block trains."""
+        self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
+        self.finish("running", state.step)
+        try:
+            yield
+        except BaseException as error:
+            lost = f" ({heartbeat.missing()})" if lost_processes(error) else ""
+            self.finish("failed", state.step, f"{type(error).__name__}: {error}{lost}")
+            raise
+
+    def begin_step(self, step: int, resumed_at: int) -> None:
+        """Note the step for the other processes; after the first one, which compiles, waits are limited."""
+        heartbeat.beat(f"step {step}")
+        if step == resumed_at + 1:
+            distributed.limit_waits(self.cfg.TRAIN.RANK_TIMEOUT)
+
+    def preempted(self, step: int, signal_name: str) -> None:
+        """Say that the run stopped on request, and from where it will go on."""
+        if self._saved_step == step:
+            outcome = "saved"
+        else:
+            outcome = "NOT saved, it will go on from the checkpoint before"
+        self.finish("preempted", step, f"asked to stop ({signal_name}), {outcome}")
+        message = "asked to stop (%s) at step %d: %s; start the same command again to go on"
+        logger.warning(message, signal_name, step, outcome)
+
+    def stop_before_training(self, number: int, frame: FrameType | None) -> NoReturn:
+        """Leave as preempted: a signal while data are listed and the model is built loses nothing."""
+        status = self._status()
+        if status.get("state") == "starting":
+            self.finish("preempted", status["step"], f"{signal.Signals(number).name} before the first step")
+        raise SystemExit(75)
+
+    def done(self, step: int) -> None:
+        """Say that the run is complete; raise ``OSError`` if its last checkpoint could not be written."""
+        if self._saved_step != step:
+            error = OSError(f"{self.folder}: training is complete, but its last checkpoint was not saved")
+            error.reporter = 0  # type: ignore[attr-defined]  # all ranks know it, one says it
+            raise error
+        self.finish("done", step)
+
+    def finish(self, state: str, step: int, reason: str = "") -> None:
+        """Write ``status.json``, which a requeue script reads.
+
+        The state is starting, running, done, preempted (the same command goes on from here) or failed.
+        """
+        self.meter.close_line()
+        if not self.training:
+            return
+        status = json.dumps({"state": state, "step": step, "reason": reason})
+        self.write_extra("status.json", lambda path: write_text(path, status))
+
+    def close(self) -> None:
+        """Close the logs and release the folder."""
+        self.metrics.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def due(self, step: int, plan: Plan, is_best: bool = False) -> bool:
+        """Tell whether a checkpoint is due after ``step`` steps: by its number, or as the best so far."""
+        every = self.cfg.CHECKPOINT
+        by_epoch = every.EVERY_EPOCHS and step % (every.EVERY_EPOCHS * plan.steps_per_epoch) == 0
+        by_step = every.EVERY_STEPS and step % every.EVERY_STEPS == 0
+        return bool(by_epoch or by_step or is_best or step == plan.total_steps)
+
+    def evaluated(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> bool:
+        """Log an evaluation; tell whether it is the best so far by ``CHECKPOINT.KEEP_BEST``.
+
+        Raises ``ValueError`` if that names nothing that was measured.
+        """
+        metric = self.cfg.CHECKPOINT.KEEP_BEST
+        if values and self.task != "pretrain":  # which has told at once, and measures now this, now that
+            retention.require(metric, values)
+        is_best = metric in values and retention.improves(metric, values[metric], best.get(metric))
+        self._evaluated = (progress.step, values)
+        self.meter.record(progress, values, best)
+        return is_best
+
+    def checkpoint(self, state: "TrainState", plan: Plan) -> None:
+        """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
+        keep_every = self.cfg.CHECKPOINT.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
+        payload = {
+            **state.state_dict(),
+            "config": to_yaml(self.cfg),
+            "dataset": self.fingerprint,
+            "global_batch": plan.global_batch,
+        }
+        problem = distributed.on_main(lambda: self._save(state.step, payload, keep_every))
+        if not problem:
+            self._saved_step = state.step
+        elif distributed.is_main():
+            logger.error("%s", problem)
+
+    def _save(self, step: int, payload: dict[str, Any], keep_every: int | None) -> str:
+        meta = {
+            "torch": torch.__version__,
+            "best": payload["best"],
+            "name": f"{self.cfg.NAME}/{self.cfg.TAG}",
+            "origin": self._origin,
+            "evaluated": self._evaluated[1] if self._evaluated[0] == step else {},
+        }
+        keep = self.cfg.CHECKPOINT
+        try:
+            path = checkpoint.save(self.folder, step, payload, meta=meta)
+            best = retention.best(self.folder, keep.KEEP_BEST) if keep.KEEP_BEST else None
+            protect = [path for path in (self._resumed_from, best) if path]
+            retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
+        except OSError as error:
+            return (
+                f"checkpoint of step {step} failed ({error}); the older ones are intact. "
+                "Free space: the run goes on"
+            )
+        logger.info("checkpoint %s", path)
+        return ""
+
+    def resume(self, state: "TrainState", plan: Plan) -> bool:
+        """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was
+        one.
+
+        Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if there are
+        checkpoints and none verifies.
+        """
+        found = distributed.on_main(
+            lambda: resume.find_checkpoint(self.folder, self.cfg.RESUME, self.training)
+        )
+        if found is None:
+            if self.training:
+                self.metrics.truncate_after(0)  # of a run that was killed before its first checkpoint
+            return False
+        path, self._origin = found
+        saved, changes = distributed.on_all(
+            lambda: resume.load_own(path, self.cfg, self.task, self.fingerprint, plan)
+        )
+        for change in changes:
+            logger.warning("resuming with a changed %s", change)
+        state.load_state_dict(saved)
+        logger.info("resumed from %s at step %d", path, state.step)
+        if not self.training:
+            return True
+        self._resumed_from, self._saved_step = path, state.step
+        if self._origin:  # later ones belong to another course of the run, and would be taken for newer
+            distributed.on_main(lambda: retention.set_aside(self.folder, after=state.step))
+        self.metrics.truncate_after(state.step)
+        return True
+
+    # ---- what a person sees --------------------------------------------------------------------------------
+
+    def describe(self, module: nn.Module, plan: Plan, num_images: int) -> None:
+        """Say what is about to be trained, on what, for how long."""
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        logger.info(
+            "%s with %.2f M trained parameters, %s",
+            type(module).__name__,
+            trained / 1e6,
+            self.precision,
+        )
+        logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
+        self.meter.start(plan.total_steps)
+
+
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which compiled parts run as they are: an evaluation's shapes would compile anew."""
+    compiled = any(part._compiled_call_impl is not None for part in module.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True) -> Run:
+    """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``.
+
+    Without ``training`` (``--eval``, ``--throughput``) nothing is locked or written.
+    """
+    device = choose_device(cfg.DEVICE)
+    distributed.init_processes(device)
+    torch.manual_seed(distributed.keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
+    if cfg.TRAIN.DETERMINISTIC != torch.are_deterministic_algorithms_enabled():  # imports the compiler
+        torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC
+    elif distributed.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.world_size()))
+    folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / subfolder
+    run = Run(cfg, folder, device, task, training)
+    if training:
+        run.open_folder()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # until fit() takes them
+                signal.signal(number, run.stop_before_training)
+    setup_logger(folder if training else None, distributed.is_main())
+    logger.info("%s on %s, torch %s", folder, device, torch.__version__)
+    return run

@@ -1,0 +1,1 @@
+"""How features are judged: accuracy, k-NN, few labels, probes, retrieval, propagation."""

@@ -1,0 +1,194 @@
+"""Judge features: exact top-k counts and few-label probes; k-NN: ``evaluation.knn``.
+
+Accuracies are percentages. Counts are summed before they are divided, so that the number of ranks, the size
+of the last batch and the chunking change nothing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.features import compute_features
+from utils.distributed import all_reduce_sum, keyed_seed, rank, world_size
+
+logger = logging.getLogger("synco")
+
+
+class LabelledBatch(Protocol):
+    """Describe what evaluation needs of a batch: one view, labels, and places in the data set."""
+
+    @property
+    def views(self) -> Sequence[Tensor]:
+        """Return the views, (N, 3, S, S) each; only the first is used."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Return the labels, (N,) int64."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Return the indices into the data set, (N,) int64."""
+
+
+def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
+    """Count the rows of logits (..., N, C) whose label (N,) is among the k largest: int64 (..., len(ks)).
+
+    Ties go to the smaller class index, NaN ranks above all, a label of -1 is never right; k > C means C.
+    """
+    known = labels >= 0
+    places = labels.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1)
+    own = logits.gather(-1, places)
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    better = (logits > own) | ((logits == own) & (classes < places)) | logits.isnan()
+    position = better.sum(-1).masked_fill(~known, logits.shape[-1])
+    return torch.stack([(position < min(k, logits.shape[-1])).sum(-1) for k in ks], dim=-1)
+
+
+def held_out_losses(
+    forward: Callable[[list[Tensor]], dict[str, Tensor]], batches: Iterable[list[Tensor]], seed: int
+) -> dict[str, float]:
+    """Return a method's scalars as ``held_out_<name>``, means over batches of views and over processes.
+
+    Each batch draws from a key of its own, so that two evaluations compare.
+    """
+    rows: list[dict[str, Tensor]] = []
+    for number, views in enumerate(batches):
+        torch.manual_seed(keyed_seed("held out", seed, number, rank()))
+        rows.append({name: value.float() for name, value in forward(views).items() if value.ndim == 0})
+    names = sorted(rows[0])
+    means = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).mean(0)
+    means = all_reduce_sum(means) / world_size()
+    return {f"held_out_{name}": value for name, value in zip(names, means.tolist(), strict=True)}
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: Callable[[Tensor], Tensor], batches: Iterable[LabelledBatch]
+) -> tuple[Tensor, Tensor]:
+    """Return float32 features (M, F) and labels (M,) of all ranks' batches in the order of the data set.
+
+    Samples that several ranks got to fill up their shards count once. The caller sets the eval mode.
+    """
+    return compute_features(backbone, batches).whole()
+
+
+def logistic_probe(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, num_classes: int, l2: float = 1e-2
+) -> Tensor:
+    """Return logits (Q, C) for test_x (Q, D) of a logistic regression on train_x (N, D), train_y (N,).
+
+    Minimises mean cross-entropy + l2/2 |W|^2, features standardised by train_x; full batch, deterministic.
+    """
+    mean, scale = _moments(train_x)
+    weight, bias = _fit_logistic((train_x.double() - mean) / scale, train_y, num_classes, l2)
+    return ((test_x.double() - mean) / scale @ weight + bias).float()
+
+
+def few_label_accuracy(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    num_classes: int,
+    per_class: int,
+    draws: int,
+    seed: int,
+    l2: float = 1e-2,
+) -> tuple[float, float]:
+    """Return mean and standard deviation (percent) over `draws` of a probe with `per_class` labels a class.
+
+    Features are standardised by all of train_x, which needs no labels. A draw is a function of
+    (seed, per_class, draw).
+    """
+    mean, scale = _moments(train_x)
+    chosen = class_balanced_draws(train_y, num_classes, per_class, draws, seed).to(train_x.device)  # (R, n)
+    weight, bias = _fit_logistic((train_x[chosen].double() - mean) / scale, train_y[chosen], num_classes, l2)
+    queries = (test_x.double() - mean) / scale
+    counts = torch.stack(
+        [topk_correct(queries @ w + b, test_y, (1,)) for w, b in zip(weight, bias, strict=True)]
+    )
+    accuracy = 100.0 * counts.double() / len(test_y)
+    return accuracy.mean().item(), accuracy.std().item() if draws > 1 else 0.0
+
+
+def class_balanced_draws(labels: Tensor, num_classes: int, per_class: int, draws: int, seed: int) -> Tensor:
+    """Return indices (draws, num_classes * per_class), `per_class` of each class; ValueError if too few."""
+    labels = labels.cpu()
+    counts = torch.bincount(labels[labels >= 0], minlength=num_classes)
+    if len(counts) > num_classes or counts.min() < per_class:
+        raise ValueError(
+            f"cannot draw {per_class} labels of each of {num_classes} classes: class {int(counts.argmin())}"
+            f" has {int(counts.min())}, the largest label is {len(counts) - 1}; draw fewer or use more data"
+        )
+    rows = []
+    for draw in range(draws):
+        generator = torch.Generator().manual_seed(keyed_seed(seed, per_class, draw))
+        order = torch.randperm(len(labels), generator=generator)
+        rows.append(torch.cat([order[labels[order] == c][:per_class] for c in range(num_classes)]))
+    return torch.stack(rows)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (D,) in float64; a constant feature, which says nothing, gets 1."""
+    scale, mean = torch.std_mean(x.double(), dim=0, correction=0)
+    return mean, torch.where(scale > 1e-6, scale, torch.ones_like(scale))
+
+
+def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Tensor, Tensor]:
+    """Fit (..., n, D), (..., n) for all leading dimensions at once: weights (..., D, C), biases (..., 1, C).
+
+    With fewer samples than features the solution lies in their span, so that n coordinates are enough.
+    """
+    x = x.detach()
+    basis = torch.linalg.qr(x.mT).Q if x.shape[-2] < x.shape[-1] else None  # (..., D, n)
+    inputs = x if basis is None else x @ basis
+    weight = inputs.new_zeros(*x.shape[:-2], inputs.shape[-1], num_classes, requires_grad=True)
+    bias = inputs.new_zeros(*x.shape[:-2], 1, num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=300,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = inputs @ weight + bias
+        fit = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum") / x.shape[-2]
+        loss = fit + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    step: Any = optimizer.step
+    step(closure)
+    weight, bias = weight.detach(), bias.detach()
+    return (weight if basis is None else basis @ weight), bias
+
+
+def measure_throughput(
+    backbone: Callable[[Tensor], Tensor],
+    img_size: int,
+    batch_size: int,
+    device: torch.device,
+    seconds: float = 5.0,
+) -> float:
+    """Log and return the images/s of ``backbone`` on random images, after a warm-up, in inference."""
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    rate = 0.0
+    with torch.inference_mode():
+        for budget in (seconds / 5, seconds):  # the first round warms up
+            batches, start = 0, time.perf_counter()
+            while time.perf_counter() - start < budget:
+                backbone(images)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                batches += 1
+            rate = batches * batch_size / (time.perf_counter() - start)
+    logger.info("throughput: %.1f images/s at batch size %d, %d px", rate, batch_size, img_size)
+    return rate

@@ -1,0 +1,170 @@
+"""Features of a frozen network: shared among the processes or whole, walked through in pieces that are the
+same on any number of processes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from utils.distributed import gather_rows, gather_uneven, rank, world_size
+
+if TYPE_CHECKING:
+    from evaluation.accuracy import LabelledBatch
+
+_CHUNK_BYTES = 1 << 26  # of features on the device at a time
+_TILE_ELEMENTS = 1 << 24  # of similarities, 64 MiB
+_MOST_ROWS = 1 << 16
+
+
+def chunk_rows(width: int) -> int:
+    """Return how many features of ``width`` numbers a chunk holds: 64 MiB of them, at most 65536."""
+    return max(1, min(_MOST_ROWS, _CHUNK_BYTES // (4 * width)))
+
+
+def block_rows(width: int) -> int:
+    """Return how many queries are compared with a chunk at a time; not the machine but the width decides."""
+    return max(1, _TILE_ELEMENTS // chunk_rows(width))
+
+
+@dataclass
+class Features:
+    """Features (M, F) float32 of labelled images in the order of the data set; see the two kinds below."""
+
+    rows: Tensor  # on the host: those that this process holds
+    labels: Tensor  # (M,) int64 on the host, of all
+    indices: Tensor  # (M,) int64 on the host: places in the data set
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Return the number of features of all processes."""
+        return len(self.labels)
+
+    @property
+    def width(self) -> int:
+        """Return F."""
+        return self.rows.shape[1]
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Return features ``start`` to ``stop`` on the device of every process, which all call it."""
+        raise NotImplementedError
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """Return features number (n,) on the device, in that order."""
+        raise NotImplementedError
+
+    def chunks(self, size: int | None = None) -> Iterator[Tensor]:
+        """Yield all features in order, ``size`` (64 MiB) at a time; all processes do so together."""
+        size = size or chunk_rows(self.width)
+        for start in range(0, len(self), size):
+            yield self.chunk(start, min(start + size, len(self)))
+
+    def select(self, indices: Tensor) -> "Features":
+        """Return those of the images at ``indices`` of the data set, as far as they could be read."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Return this process's blocks of (features, labels) on the device: every W-th of equal cuts.
+
+        A block holds the same rows whatever the number of processes, so what is computed from it is
+        bit-identical.
+        """
+        size, mine = block_rows(self.width), []
+        for number, features in enumerate(self.chunks(size)):
+            if number % world_size() == rank():
+                labels = self.labels[number * size : number * size + len(features)]
+                mine.append((features, labels.to(self.device)))
+        return mine
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return all features (M, F) and labels (M,) on the device of every process."""
+        return torch.cat(list(self.chunks())), self.labels.to(self.device)
+
+
+@dataclass
+class SharedFeatures(Features):
+    """Features of which each process holds the rows that it computed."""
+
+    places: Tensor  # (m,) ascending: which of the M are the rows held here
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Gather the chunk: beyond its share a process holds it for a moment, twice."""
+        first, last = torch.searchsorted(self.places, torch.tensor([start, stop])).tolist()
+        mine = self.rows[first:last].to(self.device)
+        if world_size() == 1:
+            return mine
+        places = gather_uneven((self.places[first:last] - start).to(self.device))
+        gathered = gather_uneven(mine)
+        return torch.empty_like(gathered).index_copy_(0, places, gathered)
+
+    def select(self, indices: Tensor) -> "SharedFeatures":
+        """Return those of the images at ``indices`` of the data set, as far as they could be read."""
+        kept = torch.isin(self.indices, indices)
+        mine = kept[self.places]
+        places = (kept.cumsum(0) - 1)[self.places[mine]]
+        return SharedFeatures(self.rows[mine], self.labels[kept], self.indices[kept], self.device, places)
+
+
+@dataclass
+class WholeFeatures(Features):
+    """Features that every process can read: a file mapped into memory, or a tensor."""
+
+    chosen: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64)
+    )  # (M,) of rows; none: all
+
+    @classmethod
+    def of(cls, rows: Tensor, labels: Tensor) -> "WholeFeatures":
+        """Wrap features (M, F) and labels (M,)."""
+        return cls(rows.float(), labels.cpu(), torch.arange(len(labels)), rows.device)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Read the chunk."""
+        return (
+            self.at(torch.arange(start, stop)) if len(self.chosen) else self.rows[start:stop].to(self.device)
+        )
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """Return features number (n,) on the device, in that order."""
+        rows = self.rows[self.chosen[numbers] if len(self.chosen) else numbers]
+        return rows.to(self.device)
+
+    def select(self, indices: Tensor) -> "WholeFeatures":
+        """Return those of the images at ``indices`` of the data set, as far as they could be read."""
+        chosen = torch.nonzero(torch.isin(self.indices, indices)).flatten()
+        rows = self.chosen[chosen] if len(self.chosen) else chosen
+        return WholeFeatures(self.rows, self.labels[chosen], self.indices[chosen], self.device, rows)
+
+
+@torch.no_grad()
+def compute_features(
+    backbone: Callable[[Tensor], Tensor], batches: Iterable["LabelledBatch"]
+) -> SharedFeatures:
+    """Return float32 features of all processes' batches; each keeps its own on the host.
+
+    Samples that several processes got to fill up their shards count once. The caller sets the eval mode.
+    Raises ``ValueError`` where a process has no batch.
+    """
+    features, labels, indices = [], [], []
+    for batch in batches:
+        features.append(backbone(batch.views[0]).float().cpu())
+        labels.append(batch.labels)
+        indices.append(batch.indices)
+        device = batch.labels.device
+    if not features:
+        raise ValueError("no evaluation batch on this rank; use at most as many ranks as there are images")
+    own = torch.cat(indices).to(device)
+    order, origin = torch.sort(gather_uneven(own), stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = order[1:] != order[:-1]
+    origin = origin[first]
+    known = gather_uneven(torch.cat(labels).to(device))[origin]
+    sizes = gather_rows(torch.tensor([len(own)], device=device)).tolist()
+    begin = sum(sizes[: rank()])
+    places = torch.nonzero((origin >= begin) & (origin < begin + len(own))).flatten()
+    rows, held = torch.cat(features), (origin[places] - begin).cpu()
+    if not torch.equal(held, torch.arange(len(rows))):
+        rows = rows[held]
+    return SharedFeatures(rows, known.cpu(), order[first].cpu(), device, places.cpu())

@@ -1,0 +1,179 @@
+"""What a linear probe is about and reports: weights, grid, the accuracy of each head, one table."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from engine.run import Run
+from evaluation.accuracy import topk_correct
+from utils.checkpoints import file as checkpoint
+from utils.checkpoints.atomic import write_text
+from utils.distributed import all_reduce_sum, is_main, on_main
+
+logger = logging.getLogger("synco")
+
+_LOGITS = 1 << 24  # of all heads at a time, 64 MiB
+
+
+def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
+    """Return ``pretrained`` (a file, or a run's folder), or the newest valid checkpoint of
+    ``OUTPUT/NAME/TAG``.
+    """
+    folder = Path(pretrained) if pretrained else Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG
+    if pretrained and not folder.is_dir():
+        return folder
+    found = checkpoint.newest_valid(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder} holds no checkpoint; pretrain with the same --cfg, --output and --tag first, or give "
+            "--pretrained FILE"
+        )
+    return found.path
+
+
+def weights_fingerprint(weights: Path | None) -> str:
+    """Say which weights a run starts from, by their sha256."""
+    return f"weights {on_main(lambda: checkpoint.digest(weights))}" if weights else "random weights"
+
+
+class GridPoint(NamedTuple):
+    """A head's place in the grid: which learning rate, which weight decay, and its name in what is logged."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    rate: int  # the learning rate's number among LINEAR.LRS
+
+
+def grid_points(linear: CfgNode) -> list[GridPoint]:
+    """Return learning rates x weight decays; a name says the weight decay only where there are several.
+
+    Raises ``ValueError`` where a point stands twice or its weight decay is not its own.
+    """
+    decays = linear.WEIGHT_DECAYS or [linear.OPTIM.WEIGHT_DECAY]
+    if linear.WEIGHT_DECAYS and linear.OPTIM.WEIGHT_DECAY_END:
+        raise ValueError(
+            "LINEAR.WEIGHT_DECAYS (--weight-decay): each is constant; set LINEAR.OPTIM.WEIGHT_DECAY_END to 0 "
+            f"instead of {linear.OPTIM.WEIGHT_DECAY_END:g}"
+        )
+    points = [
+        GridPoint(f"lr{lr:g}" + (f"_wd{decay:g}" if len(decays) > 1 else ""), lr, decay, number)
+        for decay in decays
+        for number, lr in enumerate(linear.LRS)
+    ]
+    twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"LINEAR.LRS (--lr) or LINEAR.WEIGHT_DECAYS (--weight-decay): {', '.join(twice)} stands twice; "
+            "name each value once (six digits count)"
+        )
+    return points
+
+
+def refuse_contradictions(linear: CfgNode) -> None:
+    """Raise ``ValueError`` for a ``LINEAR`` section whose features or subsets contradict each other."""
+    few = [percent for percent in linear.LABEL_PERCENTS if percent < 100]
+    if few and not linear.CACHED_FEATURES:
+        raise ValueError(
+            f"LINEAR.LABEL_PERCENTS (--labels): {few[0]:g} needs --cached-features; with augmented views use "
+            f"main_semisup.py --weights freeze --train-percent {few[0]:g}"
+        )
+    if linear.CACHED_FEATURES and linear.DROP_PATH:
+        raise ValueError(
+            f"LINEAR.DROP_PATH (--drop-path-rate): {linear.DROP_PATH:g} cannot act in --cached-features, "
+            "computed once in eval mode; add --drop-path-rate 0"
+        )
+
+
+def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
+    """Return the folder of a probe below that of its run: ``linear/<weights>[-cached][-<percent>pct]``."""
+    subset = f"-{percent:g}pct" if percent < 100 else ""
+    return f"linear/{label}{'-cached' if linear.CACHED_FEATURES else ''}{subset}"
+
+
+@torch.no_grad()
+def head_accuracies(
+    heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Sequence[GridPoint]
+) -> dict[str, float]:
+    """Return percent top-1 and top-5 of each head (``lr30/top1``) and of the best one (``top1``, ``top5``).
+
+    ``blocks`` are this process's (features, labels), on its device; the counts of all processes are summed.
+    """
+    counts = torch.zeros(2 * len(points) + 1, dtype=torch.int64, device=next(heads.parameters()).device)
+    size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))  # weights (C, F) and biases (C,)
+    for features, labels in blocks:
+        for part, target in zip(features.split(size), labels.split(size), strict=True):
+            counts[:-1] += topk_correct(heads(part), target, (1, 5)).flatten()
+        counts[-1] += len(labels)
+    *right, total = all_reduce_sum(counts).tolist()
+    accuracy = [[100.0 * count / total for count in right[i : i + 2]] for i in range(0, len(right), 2)]
+    values = {
+        f"{point.name}/top{k}": row[i]
+        for point, row in zip(points, accuracy, strict=True)
+        for i, k in ((0, 1), (1, 5))
+    }
+    best = max(accuracy)
+    return {"top1": best[0], "top5": best[1], **values}
+
+
+def write_result(
+    run: Run,
+    what: Mapping[str, Any],
+    best: Mapping[str, float],
+    final: Mapping[str, float],
+    knn: Mapping[str, float],
+    points: Sequence[GridPoint],
+) -> dict[str, Any]:
+    """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
+    point.
+
+    ``what`` was probed stands first. Weight decays are named where there are several.
+    """
+    chosen = max(points, key=lambda point: best.get(f"{point.name}/top1", final[f"{point.name}/top1"]))
+    several = len({point.weight_decay for point in points}) > 1
+    result = {
+        **what,
+        "lr": chosen.lr,
+        **({"weight_decay": chosen.weight_decay} if several else {}),
+        "best_top1": best.get("top1", final["top1"]),
+        "final_top1": final[f"{chosen.name}/top1"],
+        "final_top5": final[f"{chosen.name}/top5"],
+        **knn,
+        "final_by_point" if several else "final_by_lr": {
+            point.name if several else f"{point.lr:g}": [final[f"{point.name}/top{k}"] for k in (1, 5)]
+            for point in points
+        },
+    }
+    if is_main():
+        write_text(run.folder / "result.json", json.dumps(result, indent=1))
+    run.close()
+    return result
+
+
+def show_probes(results: Sequence[dict[str, Any]]) -> None:
+    """Log one line a probe: weights, labels where they are not all, and the grid's best."""
+    knn = [key for key in results[0] if key.startswith("knn") and key.endswith("top1")]
+    few = ["labels", "images"] if any(result["labels"] != "100pct" for result in results) else []
+    grid = [key for key in ("lr", "weight_decay") if key in results[0]]
+    show_table(results, ["weights", *few, *grid, "best_top1", "final_top1", "final_top5", *knn])
+
+
+def show_table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Log one line a result, columns aligned."""
+    rows = [[_cell(column, result[column]) for column in columns] for result in results]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        logger.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _cell(column: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:g}" if column.startswith(("lr", "weight_decay")) else f"{value:.2f}"

@@ -1,0 +1,1 @@
+"""Weights of backbones and of whole pretraining states: load, name, export."""

@@ -1,0 +1,1 @@
+"""Reliability, counted: the driver of the long run and the rows of its page."""

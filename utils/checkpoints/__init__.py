@@ -1,0 +1,1 @@
+"""Checkpoint files and folders, atomic writes, and files of other programs."""

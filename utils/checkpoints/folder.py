@@ -1,0 +1,111 @@
+"""Which checkpoints of a folder stay: the last ones, every so many steps, the best one; the rest goes.
+
+What a checkpoint is, and when it counts as valid, is in ``utils.checkpoints.file``.
+"""
+
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from utils.checkpoints.file import (
+    CheckpointError,
+    committed,
+    is_valid,
+    read_record,
+    record_path,
+    step_of,
+    uncommitted,
+)
+
+logger = logging.getLogger("synco")
+
+_FLOOR = 2  # never keep fewer valid checkpoints than this
+
+
+def sweep(folder: Path) -> None:
+    """Remove the *.tmp files that killed saves left; only the owner of the folder may call this."""
+    for path in (*folder.glob("ckpt_*.tmp"), *folder.glob("nonfinite_*.tmp")):
+        remove(path)
+
+
+def set_aside(folder: Path, after: int) -> None:
+    """Move the checkpoints of later steps than ``after`` into ``folder``/set_aside, each JSON first."""
+    later = [path for path in committed(folder) if step_of(path) > after]
+    if later:
+        aside = folder / "set_aside"
+        aside.mkdir(exist_ok=True)
+        for path in later:
+            for part in (record_path(path), path):
+                os.replace(part, aside / part.name)
+        logger.warning("%d later checkpoint(s) moved to %s", len(later), aside)
+
+
+def prune(
+    folder: Path, keep_last: int, keep_every: int | None = None, protect: Collection[Path] = ()
+) -> None:
+    """Remove old checkpoints, each JSON first, but not the last ones, every `keep_every` steps, or `protect`.
+
+    At least two that verify always stay, whatever is asked for. A file that cannot be removed is a warning.
+    """
+    protected = {path.resolve() for path in protect}
+    paths = committed(folder)
+    newest = paths[: max(keep_last, _FLOOR)]
+
+    def wanted(path: Path) -> bool:
+        return (
+            path in newest
+            or path.resolve() in protected
+            or bool(keep_every and step_of(path) % keep_every == 0)
+        )
+
+    needed = 0 if all(wanted(path) for path in paths) else _FLOOR  # verifying reads whole files
+    for path in paths:
+        if needed > 0 and is_valid(path):
+            needed -= 1
+        elif not wanted(path):
+            remove(record_path(path))
+            remove(path)
+    for path in uncommitted(folder):  # a kill between the two removals left it
+        if paths and step_of(path) < step_of(paths[0]) and path.resolve() not in protected:
+            remove(path)
+
+
+def best(folder: Path, metric: str) -> Path | None:
+    """Return the checkpoint whose evaluation gave the best ``metric``: the highest, of a loss the lowest.
+
+    It follows from the JSON files alone, so that it survives a resume; of equals the earliest is it.
+    """
+    values: list[tuple[float, Path]] = []
+    for path in reversed(committed(folder)):
+        try:
+            value = read_record(path)["evaluated"][metric]
+        except (CheckpointError, OSError, LookupError, TypeError):
+            continue  # damaged, or saved at a step without an evaluation
+        if isinstance(value, int | float):
+            values.append((-value if "loss" in metric else value, path))
+    return max(values, key=lambda entry: entry[0])[1] if values else None
+
+
+def require(metric: str, measured: Collection[str]) -> None:
+    """Refuse a ``CHECKPOINT.KEEP_BEST`` that is not among the names of what is measured."""
+    if metric and metric not in measured:
+        choice = f"choose one of {', '.join(measured)}" if measured else "set KNN.EVERY_EPOCHS"
+        raise ValueError(f"CHECKPOINT.KEEP_BEST: {metric!r} is not measured in this run; {choice}")
+
+
+def improves(metric: str, value: float, so_far: float | None) -> bool:
+    """Tell whether ``value`` is better than the best one before; not a number never is."""
+    if so_far is None:
+        return value == value
+    return value < so_far if "loss" in metric else value > so_far
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there; one that cannot be removed is a warning."""
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("cannot remove %s: %s", path, error)

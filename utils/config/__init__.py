@@ -1,0 +1,1 @@
+"""The configuration: the declaration of every key, and how yaml files and overrides are read."""

@@ -1,0 +1,322 @@
+"""The configuration: yaml files with ``_BASE_``, overrides, and one kind of error; keys: ``schema.py``.
+
+Precedence: defaults < ``_BASE_`` files < yaml < ``--opts`` < explicit flags. The tree is frozen once; numbers
+derived from it live in ``engine.plan.Plan``.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from utils.config import strict_yaml
+from utils.config.schema import (
+    CHOICES,
+    COMMON_SECTIONS,
+    LENGTHS,
+    MAXIMUM,
+    MINIMUM,
+    SECTION_OF,
+    default_config,
+    key_class,
+    plain,
+)
+
+__all__ = [
+    "ConfigError",
+    "compare_for_resume",
+    "default_config",
+    "key_class",
+    "leaves",
+    "load_config",
+    "load_saved",
+    "method_section",
+    "section_options",
+    "to_yaml",
+    "validate",
+]
+
+BASE_KEY = "_BASE_"
+_MAX_BASES = 32
+_MAX_INT = 1 << 63
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names key or file, value and remedy."""
+
+
+def load_config(
+    defaults: CfgNode,
+    files: Sequence[str | Path | None] = (),
+    opts: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> CfgNode:
+    """Merge yaml ``files``, ``opts`` (key, value, key, ...) and ``flags`` (dotted key -> value) and freeze.
+
+    The first file names the run, unless ``NAME`` does; a ``None`` among them is passed over.
+
+    Raises ``ConfigError`` for an unknown key, a value of a wrong type or out of range, a bad or cyclic file.
+    """
+    known = dict(leaves(defaults))
+    paths = [Path(file) for file in files if file is not None]
+    values: dict[str, Any] = {}
+    for path in paths:
+        for source, tree in _read_chain(path):
+            values.update(_checked(_flatten(tree, source, known), source, known))
+    if len(opts) % 2:
+        raise ConfigError(
+            f"--opts: {' '.join(opts)!r} is not a list of KEY VALUE pairs; the last value is missing"
+        )
+    pairs = zip(opts[::2], opts[1::2], strict=True)
+    values.update(_checked(((key, _parse_scalar(text, key)) for key, text in pairs), "--opts", known))
+    values.update(_checked((flags or {}).items(), "command line", known))
+
+    return _merged(defaults, values, paths[0].stem if paths else "")
+
+
+def load_saved(
+    defaults: CfgNode, text: str, source: str | Path, flags: Mapping[str, Any] | None = None
+) -> CfgNode:
+    """Rebuild the configuration whose YAML ``text`` a file of ours (``source``) holds; ``flags`` win."""
+    known = dict(leaves(defaults))
+    values = dict(_checked(_flatten(_parse_yaml(text, str(source)), str(source), known), str(source), known))
+    values.update(_checked((flags or {}).items(), "command line", known))
+    return _merged(defaults, values)
+
+
+def _merged(defaults: CfgNode, values: Mapping[str, Any], name: str = "") -> CfgNode:
+    """Return the frozen tree of defaults and checked ``values``; ``name`` is the run's if nothing else is."""
+    merged = defaults.clone()
+    for key, value in values.items():
+        _set(merged, key, value)
+    merged.NAME = merged.NAME or name or merged.MODEL.NAME
+    validate(merged)
+    merged.freeze()
+    return merged
+
+
+def leaves(tree: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every (dotted key, value) of the tree."""
+    for key, value in tree.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_yaml(tree: CfgNode) -> str:
+    """Write the tree as YAML text, which ``load_config`` and ``yaml.safe_load`` both read back unchanged."""
+    return strict_yaml.dump(_nested(tree))
+
+
+def section_options(node: CfgNode) -> dict[str, Any]:
+    """Return a section as keyword arguments, names in lower case."""
+    return {key.lower(): value for key, value in node.items()}
+
+
+def method_section(method: str) -> str:
+    """Return the name of the section of ``MODEL`` that holds a method's options."""
+    return SECTION_OF.get(method, method.upper())
+
+
+def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -> list[str]:
+    """Return the tunable changes against the saved configuration; refuse a change of the ``task``'s identity.
+
+    Options of methods that are not selected are no part of a run. A key that the code did not have when it
+    saved had its default then: what a key adds is off by default. Raises ``ConfigError`` naming each identity
+    key with its old and new value.
+    """
+    current = dict(leaves(tree))
+    saved = {key: value for key, value in leaves(default_config({})) if key in current}
+    saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
+    tunable: list[str] = []
+    fatal: list[str] = []
+    for key in dict.fromkeys([*current, *saved]):
+        old, new = saved.get(key, "absent"), current.get(key, "absent")
+        kind = key_class(key, task)
+        if old == new or kind == "local" or _of_another_method(key, tree.MODEL.NAME):
+            continue
+        kind = "tunable" if old == "absent" else kind  # an option that the method did not have then
+        (fatal if kind == "identity" else tunable).append(f"{key}: {old!r} -> {new!r}")
+    if fatal:
+        raise ConfigError(
+            "the checkpoint belongs to another configuration ("
+            + "; ".join(fatal)
+            + "); restore these values, or start a run of its own with another --tag"
+        )
+    return tunable
+
+
+def _of_another_method(key: str, method: str) -> bool:
+    parts = key.split(".")
+    return (
+        len(parts) == 3 and parts[0] == "MODEL" and parts[1] not in (*COMMON_SECTIONS, method_section(method))
+    )
+
+
+# ---- values ---------------------------------------------------------------------------------------------
+
+
+def validate(tree: CfgNode) -> None:
+    """Refuse values that no run can use: ranges, choices, folder names."""
+    for key in ("TAG", "NAME"):
+        if not _NAME.fullmatch(tree[key]):
+            raise ConfigError(
+                f"{key}: {tree[key]!r} is no folder name; use letters, digits, '.', '_' and '-'"
+            )
+    for key, value in leaves(tree):
+        _check_range(key, value)
+    methods = [name.lower() for name, node in tree.MODEL.items() if isinstance(node, CfgNode)]
+    methods.remove("backbone")
+    if tree.MODEL.NAME not in methods:
+        raise ConfigError(f"MODEL.NAME: {tree.MODEL.NAME!r} is not one of {', '.join(methods)}")
+
+
+def _check_range(key: str, value: Any) -> None:
+    name = key.rsplit(".", 1)[-1]
+    choices = CHOICES.get(key, CHOICES.get(name, (value,)))
+    if value not in choices:
+        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(choices)}")
+    entries = value if isinstance(value, list) else [value]
+    least, most = LENGTHS.get(name, (0, len(entries)))
+    if not least <= len(entries) <= most:
+        wanted = least if least == most else f"{least} to {most}"
+        raise ConfigError(f"{key}: {value} has {len(entries)} entries; give {wanted}")
+    low, high = MINIMUM.get(key, MINIMUM.get(name, 0)), MAXIMUM.get(name, math.inf)
+    for number in entries:
+        if isinstance(number, (int, float)) and not low <= number <= high:
+            span = f"of at least {low}" if number < low else f"between {low} and {high}"
+            raise ConfigError(f"{key}: {number} is out of range; use a value {span}")
+
+
+def _checked(
+    pairs: Iterable[tuple[str, Any]], source: str, known: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Coerce every value to its default's type; refuse what is no leaf."""
+    for key, value in pairs:
+        if key not in known:
+            raise ConfigError(f"{source}: {_no_leaf(key, known)}")
+        yield key, _coerce(known[key], value, key, source)
+
+
+def _coerce(default: Any, value: Any, key: str, source: str) -> Any:
+    wanted = type(default)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not -_MAX_INT <= value < _MAX_INT:
+        raise ConfigError(
+            f"{source}: {key}: {str(value)[:40]} is not a finite number that a machine can hold"
+        )
+    if wanted is float and number:
+        return float(value)
+    if wanted is list and isinstance(value, (list, tuple)):
+        entry = default[0] if default else 0.0  # a list that may be empty is one of numbers
+        return [_coerce(entry, item, key, source) for item in value]
+    if wanted is str and number and isinstance(value, int):
+        return str(value)  # --opts TAG 42
+    if type(value) is wanted:
+        return value
+    raise ConfigError(
+        f"{source}: {key}: {value!r} is a {type(value).__name__}; "
+        f"give a {wanted.__name__} such as {default!r}"
+    )
+
+
+def _no_leaf(key: str, known: Mapping[str, Any]) -> str:
+    inside = next((name for name in known if name.startswith(f"{key}.")), None)
+    if inside:
+        return f"{key} is a section; set a key of it, e.g. {inside}"
+    close = difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.5)
+    if not close:  # the right name in the wrong section
+        close = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1].upper()][:2]
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; see utils/config/schema.py for all keys"
+    return f"there is no key {key!r}{hint}"
+
+
+def _set(tree: CfgNode, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree[section]
+    tree[name] = value
+
+
+def _nested(tree: CfgNode) -> dict[str, Any]:
+    return {
+        key: _nested(value) if isinstance(value, CfgNode) else plain(value) for key, value in tree.items()
+    }
+
+
+# ---- files ----------------------------------------------------------------------------------------------
+
+
+def _read_chain(file: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file name, values) of the bases first, then of the file itself."""
+    values = _read_yaml(file)
+    path = file.resolve()
+    if path in seen:
+        raise ConfigError(f"{file}: {BASE_KEY} comes back to {path.name}; remove the cycle")
+    if len(seen) > _MAX_BASES:
+        raise ConfigError(f"{file}: more than {_MAX_BASES} nested {BASE_KEY} files; flatten them")
+    bases = values.pop(BASE_KEY, [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{file}: {BASE_KEY} must be a path or a list of paths, not {bases!r}")
+    for base in bases:
+        yield from _read_chain(file.parent / base, (*seen, path))
+    yield str(file), values
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if file.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{file}: a configuration is a .yaml file; nothing else is read, and none is executed"
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        raise ConfigError(
+            f"{file}: cannot be read ({error}); check the path of --cfg or {BASE_KEY}"
+        ) from error
+    return _parse_yaml(text, str(file))
+
+
+def _flatten(
+    values: Mapping[Any, Any], source: str, known: Mapping[str, Any] | None = None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value); refuse a key that stands twice, dotted and nested."""
+    seen: set[str] = set()
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        inner = isinstance(value, Mapping) and (value or (known and _is_section(dotted, known)))
+        for leaf, item in _flatten(value, source, known, f"{dotted}.") if inner else [(dotted, value)]:
+            if leaf in seen:
+                raise ConfigError(f"{source}: key {leaf!r} stands twice; remove one")
+            seen.add(leaf)
+            yield leaf, item
+
+
+def _is_section(key: str, known: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{key}.") for name in known)
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = strict_yaml.load(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: holds a {type(values).__name__}, not KEY: value lines")
+    return values
+
+
+def _parse_scalar(text: str, key: str) -> Any:
+    try:
+        return strict_yaml.load(text)
+    except ValueError as error:
+        raise ConfigError(f"--opts: {key}: {text!r} is no value: {error}") from error
