@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common import Side, measure, ratio
-from data.sources.folder import decode_rgb, fast_jpeg
+from data.decode import decode_rgb, fast_jpeg
 
 CHUNK = 32  # images after which the next side takes its turn
 _PACKS = ("imagenet-sample-64.tar", "imagenette224-subset.tar")  # the first that is there: full size

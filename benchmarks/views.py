@@ -22,9 +22,9 @@ from data.augment.ops import choose_backend, photometric
 from data.augment.parameters import draw_photometric, sample_keys
 from data.augment.recipes import build_recipe
 from data.augment.reference import reference_transform
+from data.decode import decode_rgb
 from data.sampler import Request
 from data.sources.base import Source
-from data.sources.folder import decode_rgb
 from data.worker import Fetcher
 
 _SEED = 0

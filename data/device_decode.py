@@ -20,9 +20,9 @@ from data.augment.ops import send
 from data.augment.parameters import draw_crop, sample_keys
 from data.augment.recipes import RandomResizedCrop, Recipe, needs_pil, spatial_ops
 from data.augment.resample import crop_resize
+from data.decode import decode_rgb, fast_jpeg
 from data.sampler import Request
 from data.sources.base import Source
-from data.sources.folder import decode_rgb, fast_jpeg
 from data.worker import Fetched, Fetcher
 
 logger = logging.getLogger("synco")

@@ -24,9 +24,9 @@ from data.augment.recipes import (
     spatial_ops,
     view_size,
 )
+from data.decode import fast_jpeg
 from data.sampler import Request
 from data.sources.base import Source
-from data.sources.folder import fast_jpeg
 
 logger = logging.getLogger("synco")
 

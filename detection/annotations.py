@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from data.decode import decode_rgb
 from data.sources.base import digest
-from data.sources.folder import decode_rgb
 
 logger = logging.getLogger("synco")
 

@@ -239,7 +239,7 @@ class Encoder:
 
         from data.augment.ops import resized_shape
         from data.augment.recipes import Resize
-        from data.sources.folder import decode_rgb
+        from data.decode import decode_rgb
 
         data = self.source.encoded(index)
         if data is None and not self.settings["raw"]:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.augment.ops import normalise_
-from data.sources.folder import decode_rgb
+from data.decode import decode_rgb
 from data.worker import resize_one
 from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.decode import decode_rgb
 from data.sources.base import Source
-from data.sources.folder import decode_rgb
 from data.sources.folder_index import PackedStrings
 from data.sources.mmap import checksum, map_file, view
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import utils.distributed as distributed
+from data.decode import decode_rgb
 from data.sources.base import Source, digest
-from data.sources.folder import decode_rgb
 from data.sources.folder_index import PackedStrings
 
 CACHE_MODES = ("no", "part", "full")

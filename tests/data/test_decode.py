@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data.sources.folder
-from data.sources.folder import PackedStrings, decode_rgb
+import data.decode
+from data.decode import decode_rgb
+from data.sources.folder_index import PackedStrings
 
 
 @pytest.fixture(params=["simplejpeg", "torchvision", "PIL"], autouse=True)
@@ -24,10 +25,10 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setitem(sys.modules, "simplejpeg", None)
     if request.param == "PIL":
-        monkeypatch.setattr("data.sources.folder._torchvision_jpeg", lambda: None)
-    data.sources.folder.fast_jpeg.cache_clear()
+        monkeypatch.setattr("data.decode._torchvision_jpeg", lambda: None)
+    data.decode.fast_jpeg.cache_clear()
     yield request.param
-    data.sources.folder.fast_jpeg.cache_clear()
+    data.decode.fast_jpeg.cache_clear()
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -137,9 +138,9 @@ def test_the_absence_of_simplejpeg_is_logged_once_and_by_the_main_process(
             decode_rgb(data)
     assert caplog.text.count("simplejpeg is not installed") == (decoder != "simplejpeg")
     caplog.clear()
-    fast_jpeg = sys.modules["data.sources.folder"].fast_jpeg
+    fast_jpeg = sys.modules["data.decode"].fast_jpeg
     fast_jpeg.cache_clear()
-    monkeypatch.setattr("data.sources.folder.multiprocessing.parent_process", lambda: "parent")
+    monkeypatch.setattr("data.decode.multiprocessing.parent_process", lambda: "parent")
     with caplog.at_level(logging.INFO, logger="synco"):
         decode_rgb(data)
     assert not caplog.records

@@ -73,7 +73,7 @@ def spoilt(rng: random.Random, data: bytes) -> bytes:
 
 def decode_many(count: int, path: str) -> None:
     """Decode ``count`` spoilt files in this process; write the tally and a digest of all outcomes."""
-    from data.sources.folder import decode_rgb
+    from data.decode import decode_rgb
 
     rng, kinds = random.Random(count), originals()
     sha, tally, slowest, odd = hashlib.sha256(), Counter(), 0.0, []
