@@ -18,10 +18,10 @@ from models.parts.negatives import (
 
 
 class Contrast(NamedTuple):
-    """A contrastive loss (scalar, mean over queries) and the positive's place among the real negatives."""
+    """A contrastive loss (scalar, mean over queries) and the positive's place among its negatives."""
 
     loss: Tensor
-    positive_rank: Tensor  # (B,) int64: how many queue entries beat the positive; 0 is a hit
+    positive_rank: Tensor  # (B,) int64: how many negatives, synthetic ones too, beat the positive; 0 is a hit
 
 
 def cosine_regression(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def unit(embeddings: Tensor) -> Tensor:
 
 
 def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
-    """Return top-1 and top-5 accuracy (percent) of telling the positive from the queue, all directions."""
+    """Return top-1 and top-5 accuracy (percent) of telling the positive from its negatives, all directions."""
     ranks = torch.cat([contrast.positive_rank for contrast in contrasts])
     return {f"acc{k}": (ranks < k).float().mean() * 100.0 for k in (1, 5)}
 
@@ -108,9 +108,10 @@ def queue_contrast_plain(
         fixed = queries.detach()
         draws = draw_synthetics(synthetics, hardest(negatives.detach(), synthetics.num_hard), fixed)
         logits.append(torch.einsum("bd,bnd->bn", queries, materialise(draws, fixed, queue)))
+    all_logits = torch.cat(logits, dim=1) / temperature
     labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    loss = F.cross_entropy(torch.cat(logits, dim=1) / temperature, labels)
-    return Contrast(loss, (negatives.detach() > logits[0].detach()).sum(1))
+    rank = (all_logits[:, 1:] > all_logits[:, :1]).sum(1)
+    return Contrast(F.cross_entropy(all_logits, labels), rank)
 
 
 class _QueueContrast(torch.autograd.Function):
@@ -144,6 +145,8 @@ def _contrast_and_gradient(
     positive = (queries * keys).sum(1, keepdim=True)
     rank = _count_larger(buffer, positive)
     forms = [] if config is None else _closed_forms(config, queries, queue, buffer)
+    for form in forms:
+        rank = rank + (form.logits > positive).sum(1)
 
     # logsumexp over positive, queue and synthetics, shifted by the largest, without concatenating them
     largest = torch.maximum(buffer.amax(1, keepdim=True), positive)

@@ -17,7 +17,6 @@ from torch import Tensor
 _EPS = 1e-12  # of the published normalisation x / max(|x|, eps)
 _LEGACY_STEP = 1e-5  # finite difference of types 5 and 6 before October 2024
 _PAIRS_PER_CHUNK = 2048
-_GROUPED_LENGTH = 8192  # of a queue, from which selecting in groups pays on a CPU
 
 
 @dataclass(frozen=True)
@@ -61,34 +60,12 @@ class Synthetics(NamedTuple):
 
 
 def hardest(similarities: Tensor, num_hard: int) -> Tensor:
-    """Return the queue rows (B, num_hard) most similar to each query of (B, K), in no particular order."""
-    groups = _group_size(similarities, num_hard)
-    return _hardest_of_groups(similarities, num_hard, groups) if groups > 1 else _topk(similarities, num_hard)
+    """Return the queue rows (B, num_hard) most similar to each query of (B, K).
 
-
-def _topk(values: Tensor, num: int) -> Tensor:
-    return values.topk(num, dim=1, sorted=False).indices
-
-
-def _hardest_of_groups(similarities: Tensor, num_hard: int, size: int) -> Tensor:
-    """Select exactly, in groups of ``size`` keys: the best ``num_hard`` keys lie in the ``num_hard`` groups
-    whose maxima are largest, which leaves K / size + num_hard * size values to rank instead of K.
+    The draws are positions in this set, so its order matters: this call of `topk` is the published code's,
+    and equal seeds give equal losses.
     """
-    batch, length = similarities.shape
-    stride = length // size  # a group is every stride-th key, so that its maximum is vectorised
-    best = _topk(similarities.view(batch, size, stride).amax(1), num_hard)
-    members = torch.arange(0, length, stride, device=similarities.device)
-    candidates = (best[:, None, :] + members[:, None]).flatten(1)
-    return candidates.gather(1, _topk(similarities.gather(1, candidates), num_hard))
-
-
-def _group_size(similarities: Tensor, num_hard: int) -> int:
-    """Return the divisor of K that leaves fewest values to rank; 1, no groups, where that does not pay."""
-    length = similarities.shape[1]
-    if similarities.device.type != "cpu" or length < _GROUPED_LENGTH:
-        return 1
-    sizes = [size for size in (16, 8, 4, 2) if length % size == 0 and num_hard <= length // size]
-    return min(sizes, key=lambda size: length // size + num_hard * size, default=1)
+    return similarities.topk(num_hard, dim=1, sorted=False).indices
 
 
 def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> list[Synthetics]:

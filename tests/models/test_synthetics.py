@@ -146,15 +146,18 @@ def test_bad_counts_are_refused() -> None:
         queue_contrast(*batch(torch.float64), 0.2, SyntheticConfig(41, (1,) * 6))
 
 
-@pytest.mark.parametrize("length", [64, 8192, 8190, 16384, 16383])
-@pytest.mark.parametrize("num", [1, 12, 64])
-@pytest.mark.parametrize("levels", [3, 10**6], ids=["ties", "distinct"])
-def test_the_hardest_are_the_largest_whatever_the_grouping(length: int, num: int, levels: int) -> None:
+@pytest.mark.parametrize(("length", "num"), [(64, 12), (8192, 64), (8192, 512), (65536, 1024)])
+def test_the_hard_set_is_in_the_order_of_topk(length: int, num: int) -> None:
+    """The draws are positions in it: in another order equal seeds would draw other keys."""
     generator = torch.Generator().manual_seed(length + num)
-    similarities = torch.randint(levels, (6, length), generator=generator).float() / levels
-    chosen = hardest(similarities, num)
-    assert all(len(set(row.tolist())) == num for row in chosen)  # no key twice, even among equals
-    best = similarities.sort(1, descending=True).values[:, :num]
-    torch.testing.assert_close(
-        similarities.gather(1, chosen).sort(1, descending=True).values, best, rtol=0, atol=0
-    )
+    similarities = torch.randint(3000, (3, length), generator=generator).float()  # with ties
+    expected = similarities.topk(num, dim=1, sorted=False).indices
+    assert torch.equal(hardest(similarities, num), expected)
+
+
+@pytest.mark.parametrize("function", [queue_contrast, queue_contrast_plain])
+def test_the_accuracy_counts_synthetic_negatives(function) -> None:
+    queries, _, queue = batch(torch.float64)
+    for config, num_negatives in ((None, 40), (SyntheticConfig(12, (7, 6, 5, 4, 3, 2)), 67)):
+        worst = function(queries, -queries, queue, 0.2, config)
+        assert worst.positive_rank.tolist() == [num_negatives] * 5
