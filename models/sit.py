@@ -71,11 +71,15 @@ class SiTEncoder(Encoder):
     backbone: Backbone
     projector: Heads
 
-    def forward(self, images: Tensor) -> Outputs:  # type: ignore[override]
-        """Return the three heads' outputs of images (N, 3, H, W)."""
+    def forward(self, images: Tensor, num_views: int = 1) -> Outputs:  # type: ignore[override]
+        """Return the three heads' outputs of images (N, 3, H, W), in which `num_views` views are stacked.
+
+        BatchFormer attends over each view by itself: it would see the positive beside its query.
+        """
         summaries, features = summaries_and_map(self.backbone, images)
         if self.batchformer is not None:
-            summaries = (self.batchformer(summaries[0]), *(summaries[1:] or summaries))
+            attended = torch.cat([self.batchformer(view) for view in summaries[0].chunk(num_views)])
+            summaries = (attended, *(summaries[1:] or summaries))
         outputs = self.projector(summaries, features, len(images))
         if outputs.pixels.shape != images.shape:
             raise ValueError(
@@ -187,17 +191,19 @@ class SiT(MomentumFramework):
     def _student_and_teacher(self, views: list[Tensor]) -> dict[str, Tensor]:
         num = len(views[0])
         corrupted, masks = zip(*(self.corrupted(view) for view in views), strict=True)
-        students = [self.online(view) for view in corrupted]
+        # Both views go through a network in one pass, as published: the batch norms of the heads see both.
+        student = self.online(torch.cat(corrupted), len(views))
         with torch.no_grad():
-            keys = [self.target(view).embedding for view in views]
+            keys = self.target(torch.cat(views), len(views)).embedding.chunk(len(views))
+        queries = student.embedding.chunk(len(views))
         pairs = [
             pair
             for first, second in ((0, 1), (1, 0))
-            for pair in self.stream_pairs(students[first].embedding, keys[second], num)
+            for pair in self.stream_pairs(queries[first], keys[second], num)
         ]
         contrasts = [batch_contrast(*pair, self.temperature) for pair in pairs]
         contrast = torch.stack([each.loss for each in contrasts]).sum() * (2.0 / len(pairs))
-        error = (torch.cat([student.pixels for student in students]) - torch.cat(views)).abs()
+        error = (student.pixels - torch.cat(views)).abs()
         mask = torch.cat(masks)
         reconstruction = (error * mask).sum() / (mask.sum().clamp(min=1) * error.shape[1])
         return {

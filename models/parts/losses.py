@@ -65,7 +65,7 @@ def unit(embeddings: Tensor) -> Tensor:
 
 
 def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
-    """Return top-1 and top-5 accuracy (percent) of telling the positive from its negatives, all directions."""
+    """Return top-1 and top-5 accuracy (percent) of telling positives from negatives, all directions."""
     ranks = torch.cat([contrast.positive_rank for contrast in contrasts])
     return {f"acc{k}": (ranks < k).float().mean() * 100.0 for k in (1, 5)}
 

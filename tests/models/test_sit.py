@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models import build_framework
 from models.parts.backbones import build_backbone, map_geometry, summaries_and_map
@@ -152,11 +153,72 @@ def test_the_later_variant_restores_masked_pixels_only() -> None:
     torch.manual_seed(5)
     masks = [framework.corrupted(image)[1] for image in images]
     wrong = [torch.where(mask, image, image + 9.0) for image, mask in zip(images, masks, strict=True)]
-    outputs = iter(wrong)
     online = framework.online.forward
-    framework.online.forward = lambda seen: online(seen)._replace(pixels=next(outputs))  # type: ignore
+    framework.online.forward = lambda *seen: online(*seen)._replace(pixels=torch.cat(wrong))  # type: ignore
     torch.manual_seed(5)
     assert framework(images, Progress(0, 2, 8))["loss_reconstruction"] == 0.0
+
+
+def by_hand(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return embeddings and pixels of images as the later SiT defines its heads, from the tensors alone."""
+    tensors = dict(encoder.projector.named_parameters())
+    tokens = encoder.backbone.forward_features(images)
+
+    def linear(index: int, rows: Tensor) -> Tensor:
+        return rows @ tensors[f"contrast.{index}.weight"].T + tensors[f"contrast.{index}.bias"]
+
+    def standard(rows: Tensor) -> Tensor:  # over all rows, those of both views
+        return (rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
+
+    rows = standard(linear(0, tokens[:, 0])) * tensors["contrast.1.weight"] + tensors["contrast.1.bias"]
+    rows = standard(linear(3, rows.relu())) * tensors["contrast.4.weight"] + tensors["contrast.4.bias"]
+    embedding = standard(linear(6, F.gelu(rows)))
+    grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    for index in (0, 2, 4):
+        weight, bias = tensors[f"reconstruction.{index}.weight"], tensors[f"reconstruction.{index}.bias"]
+        grid = F.gelu(torch.einsum("oi,nihw->nohw", weight[:, :, 0, 0], grid) + bias[:, None, None])
+    weight, bias = tensors["reconstruction.6.weight"], tensors["reconstruction.6.bias"]
+    pixels = torch.einsum("nihw,iocd->nohcwd", grid, weight).flatten(4, 5).flatten(2, 3)
+    return embedding, pixels + bias[:, None, None]
+
+
+def test_the_later_variant_is_its_definition() -> None:
+    """Both views in one pass through student and teacher, 2 T cross-entropy each way, L1 where masked."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        framework = build({**GMML, "temperature": 0.2}, {"name": "deit_tiny", "patch_size": 8})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for network in (framework.online, framework.target):
+            for parameter in network.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)  # biases and norms matter, and they differ
+    clean = [view.double() for view in views()]
+    torch.manual_seed(7)
+    seen, masks = zip(*(framework.corrupted(view) for view in clean), strict=True)
+    torch.manual_seed(7)
+    out = framework(clean, Progress(0, 2, 8))
+    queries, pixels = by_hand(framework.online, torch.cat(seen))
+    keys, _ = by_hand(framework.target, torch.cat(clean))
+    contrast = 0.0
+    for query, key in ((queries[:4], keys[4:]), (queries[4:], keys[:4])):
+        cosines = F.cosine_similarity(query[:, None], key[None], dim=2)
+        contrast += 2 * 0.2 * F.cross_entropy(cosines / 0.2, torch.arange(4))
+    where = torch.cat(masks).expand_as(pixels)
+    reconstruction = (pixels - torch.cat(clean)).abs()[where].mean()
+    torch.testing.assert_close(out["loss_contrast"], contrast.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(out["loss_reconstruction"], reconstruction.detach(), rtol=1e-10, atol=0)
+
+
+def test_batchformer_attends_over_each_view_by_itself() -> None:
+    """Another second view changes nothing about the first, but through the batch norms of the heads."""
+    framework = build_framework("sit", GMML, RESNET, batchformer={"enabled": True}, img_size=32)
+    seen: list[Tensor] = []
+    batchformer = framework.online.batchformer
+    batchformer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]
+    embedding = framework.online(torch.cat(views()), 2).embedding
+    assert [len(rows) for rows in seen] == [4, 4]
+    assert embedding.shape == (16, 16)  # of each view a plain and an attended stream
 
 
 def test_turned_images_are_told_apart_when_learnt() -> None:
