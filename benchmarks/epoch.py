@@ -21,6 +21,7 @@ from benchmarks.loss import published_loss
 from benchmarks.step import average_in_a_loop, show
 from data.augment.recipes import Recipe, build_recipe
 from data.augment.reference import reference_transform
+from data.decode import FORMATS
 from data.loader import Batch, GlobalLoader
 from data.sources import build_source
 from data.sources.base import ArraySource, Source
@@ -146,7 +147,7 @@ class _TwoViews(Dataset[list[Tensor]]):
     def __getitem__(self, index: int) -> list[Tensor]:
         from PIL import Image
 
-        image = Image.open(self.names[index]).convert("RGB")
+        image = Image.open(self.names[index], formats=FORMATS).convert("RGB")
         return [transform(image) for transform in self.transforms]
 
 

@@ -22,7 +22,7 @@ from data.augment.ops import choose_backend, photometric
 from data.augment.parameters import draw_photometric, sample_keys
 from data.augment.recipes import build_recipe
 from data.augment.reference import reference_transform
-from data.decode import decode_rgb
+from data.decode import FORMATS, decode_rgb
 from data.sampler import Request
 from data.sources.base import Source
 from data.worker import Fetcher
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
     def reference(_pass: int, _place: slice, files: list[bytes]) -> None:
         for file in files:
-            image = Image.open(io.BytesIO(file)).convert("RGB")
+            image = Image.open(io.BytesIO(file), formats=FORMATS).convert("RGB")
             for transform in references:
                 transform(image)
 

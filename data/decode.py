@@ -1,10 +1,9 @@
-"""Decode encoded images to RGB pixels."""
+"""Decode encoded images to RGB pixels. Images may come from strangers: nothing here runs a program."""
 
 import contextlib
 import functools
 import io
 import logging
-import math
 import multiprocessing
 from collections.abc import Callable
 from typing import Any
@@ -16,32 +15,90 @@ from torch import Tensor
 
 logger = logging.getLogger("synco")
 
+# The default of DATA.MAX_PIXELS: room for the photos of 108 megapixels that telephones make. Their
+# pixels take 0.4 GB, and a worker holds up to four times that for a moment.
+MAX_PIXELS = 1 << 27
+# Pillow would try all its formats: it hands an EPS to Ghostscript, which runs it as a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
-def decode_rgb(data: bytes | memoryview) -> Tensor:
+_JPEG = b"\xff\xd8\xff"
+_SCAN = b"\xff\xda"  # the marker that begins a scan
+_MAX_SCANS = 100  # libtiff's limit; encoders write about ten
+# Huffman and quantisation tables, restart interval, comment, application data
+_TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+_PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
+
+# Pillow's limits cannot be raised to DATA.MAX_PIXELS for one image; `open_image` checks each instead.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an encoded image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
 
-    EXIF orientation is not applied, truncated files and decompression bombs are refused (PIL's limits).
+    EXIF orientation is not applied. Refused are truncated files, formats not in `FORMATS`, images of more
+    than 8 bits a channel where PIL keeps them, of more than `max_pixels`, and JPEGs of over 100 scans.
     JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not read is PIL's to judge.
     """
     simple = fast_jpeg()
-    if simple is not None and data[:3] == b"\xff\xd8\xff":
+    if simple is not None and data[:3] == _JPEG:
+        refuse_many_scans(data)
         with contextlib.suppress(ValueError):  # damaged; some damage PIL reads past
             height, width, colours, _ = simple.decode_jpeg_header(data)
-            if colours in _PLAIN_COLOURS and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+            if colours in _PLAIN_COLOURS and height * width <= max_pixels:
                 return torch.from_numpy(simple.decode_jpeg(data)).permute(2, 0, 1)
-    try:
-        opened = Image.open(io.BytesIO(data))  # reads the header only; refuses bombs
-    except UnidentifiedImageError:
-        raise OSError(f"not an image ({len(data)} bytes)") from None
-    with opened as image:
+    with open_image(data, max_pixels) as image:
         decode = _torchvision_jpeg() if simple is None else None
         if decode is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
             return decode(data)
-        pixels = np.array(image.convert("RGB"))
+        if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip the levels
+            bits = {"F": "float", "I": "32-bit"}.get(image.mode, "16-bit")
+            raise ValueError(f"{bits} image (mode {image.mode}) is not supported; convert to 8 bit")
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-_PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
+def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read the header of an encoded image with PIL; refuse other formats and more than `max_pixels`."""
+    if data[:3] == _JPEG:
+        refuse_many_scans(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise OSError(f"not an image of {', '.join(FORMATS)} ({len(data)} bytes)") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels are more than DATA.MAX_PIXELS ({max_pixels})")
+    return image
+
+
+def refuse_many_scans(data: bytes | memoryview) -> None:
+    """Raise `ValueError` for a JPEG of over 100 scans: each is a pass over all pixels that costs few bytes.
+
+    Compressed data never holds the marker. A preview or a colour profile may; that is a few at most.
+    """
+    if _has_one_scan(data):  # most files; counting would take a twelfth of the time of decoding
+        return
+    scans = bytes(data).count(_SCAN)
+    if scans > _MAX_SCANS:
+        raise ValueError(f"a JPEG of {scans} scans; more than {_MAX_SCANS} would take too long")
+
+
+def _has_one_scan(data: bytes | memoryview) -> bool:
+    """Tell whether a JPEG is sequential and its first scan holds all channels: libjpeg refuses more scans.
+
+    Segments that libjpeg might skip in another way than this loop does count as "perhaps not".
+    """
+    at, channels = 2, 0
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # start of scan
+            return data[at + 4] == channels
+        if marker in (0xC0, 0xC1):  # start of a sequential frame
+            channels = data[at + 9]
+        elif marker not in _TABLES:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from data.augment.ops import send
 from data.augment.parameters import draw_crop, sample_keys
 from data.augment.recipes import RandomResizedCrop, Recipe, needs_pil, spatial_ops
 from data.augment.resample import crop_resize
-from data.decode import decode_rgb, fast_jpeg
+from data.decode import MAX_PIXELS, decode_rgb, fast_jpeg, refuse_many_scans
 from data.sampler import Request
 from data.sources.base import Source
 from data.worker import Fetched, Fetcher
@@ -93,20 +93,22 @@ class FileReader(Dataset[Encoded]):
         """Return a whole, plain JPEG as uint8 (bytes,), another image as uint8 (3,H,W)."""
         data = self.host.source.encoded(index)
         assert data is not None
-        if is_plain_jpeg(data):
+        max_pixels = self.host.source.max_pixels
+        if is_plain_jpeg(data, max_pixels):
             return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_rgb(data)
+        return decode_rgb(data, max_pixels)
 
 
-def is_plain_jpeg(data: bytes | memoryview) -> bool:
+def is_plain_jpeg(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> bool:
     """Tell whether a file is a grey or YCbCr JPEG that ends as one: others are for the host's decoder."""
     if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
         return False
     try:
+        refuse_many_scans(data)
         height, width, colours, _ = fast_jpeg().decode_jpeg_header(data)
     except ValueError:
         return False
-    return colours in ("YCbCr", "Gray") and height * width <= _PIXELS_AT_ONCE
+    return colours in ("YCbCr", "Gray") and height * width <= min(_PIXELS_AT_ONCE, max_pixels)
 
 
 def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:

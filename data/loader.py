@@ -219,6 +219,8 @@ def _evaluate(
                     )
                 logger.warning("unreadable image left out: %s (%s)", name, reason)
             keep = torch.tensor([source.name(int(index)) not in bad for index in item["indices"]])
+            if not keep.any():
+                continue  # a network need not take an empty batch: Swin does not
             indices = item["indices"][keep]
             views = [photometric(_to(crops[keep], device), recipe[0], {}) for crops in item["views"]]
             yield Batch(views, _to(source.labels[indices], device), indices)

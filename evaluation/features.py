@@ -154,7 +154,9 @@ def compute_features(
         indices.append(batch.indices)
         device = batch.labels.device
     if not features:
-        raise ValueError("no evaluation batch on this rank; use at most as many ranks as there are images")
+        raise ValueError(
+            "no evaluation batch on this rank; use at most as many ranks as there are images that can be read"
+        )
     own = torch.cat(indices).to(device)
     order, origin = torch.sort(gather_uneven(own), stable=True)
     first = torch.ones_like(order, dtype=torch.bool)

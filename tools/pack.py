@@ -64,6 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the pack, e.g. P/train.pack")
     parser.add_argument("--short-side", type=int, default=0, help="resize larger images to it; 0: keep them")
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs that are encoded anew")
+    parser.add_argument("--max-pixels", type=int, default=0, help="as DATA.MAX_PIXELS; 0: its default")
     parser.add_argument("--raw", action="store_true", help="store pixels: four times as fast to read, larger")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
@@ -75,6 +76,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, value, least, most in (
         ("--short-side", args.short_side, 0, 1 << 16),
         ("--quality", args.quality, 1, 100),
+        ("--max-pixels", args.max_pixels, 0, 1 << 40),
         ("--workers", args.workers, 0, 1024),
     ):
         if not least <= value <= most:
@@ -91,6 +93,7 @@ def pack(args: argparse.Namespace) -> None:
     from utils.checkpoints.atomic import sync_folder
 
     source = build_source(args.dataset, args.data_path, args.split, index_cache="")
+    source.max_pixels = args.max_pixels or source.max_pixels
     settings = _settings(args, source)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.exists():
@@ -244,7 +247,7 @@ class Encoder:
         data = self.source.encoded(index)
         if data is None and not self.settings["raw"]:
             raise ValueError("only its pixels are stored: add --raw")
-        image = self.source.load(index) if data is None else decode_rgb(data)
+        image = self.source.load(index) if data is None else decode_rgb(data, self.source.max_pixels)
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         height, width = pixels.shape[:2]
         side = self.settings["short_side"]

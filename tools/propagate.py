@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.augment.ops import normalise_
-from data.decode import decode_rgb
+from data.decode import decode_rgb, open_image
 from data.worker import resize_one
 from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple
@@ -128,7 +128,7 @@ def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
 
 def read_mask(path: Path) -> tuple[Tensor, list[int] | None]:
     """Return an index mask (H, W) uint8 and its palette; ``ValueError`` if the PNG is not indexed or grey."""
-    with Image.open(path) as image:
+    with open_image(path.read_bytes()) as image:
         if image.mode not in ("P", "L"):
             raise ValueError(f"{path} is of mode {image.mode}; a mask is an indexed or a grey PNG")
         return torch.from_numpy(np.array(image)), image.getpalette()

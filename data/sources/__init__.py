@@ -101,6 +101,7 @@ def open_split(node: Any, split: str, labelled: bool = False) -> Source:
         download=node.DOWNLOAD,
         index_cache=node.INDEX_CACHE,
     )
+    source.max_pixels = node.MAX_PIXELS
     if labelled and not is_labelled(source):
         raise ValueError(
             f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders, or "

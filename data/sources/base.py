@@ -7,15 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.decode import MAX_PIXELS
+
 
 class Source:
     """A fixed, ordered collection of RGB images.
 
     `images` is the whole collection as uint8 (N,3,H,W), or None where `load` reads one image at a time.
-    `labels` is int64 (N,), -1 where unlabelled.
+    `labels` is int64 (N,), -1 where unlabelled. An image of more than `max_pixels` is unreadable.
     """
 
     images: Tensor | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __init__(self, labels: Tensor, classes: Sequence[str]) -> None:
         self.labels = labels
@@ -76,7 +79,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         super().__init__(source.labels[torch.from_numpy(indices)], source.classes)
-        self.source, self.indices = source, indices
+        self.source, self.indices, self.max_pixels = source, indices, source.max_pixels
 
     def name(self, index: int) -> str:
         """Return the name in the full source."""

@@ -43,7 +43,7 @@ class FileSource(Source):
 
     def load(self, index: int) -> Tensor:
         """Read and decode one image as uint8 (3,H,W) RGB."""
-        return decode_rgb(self.encoded(index))
+        return decode_rgb(self.encoded(index), self.max_pixels)
 
     def fingerprint(self) -> str:
         """Digest the relative paths and the labels."""

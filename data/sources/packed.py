@@ -103,11 +103,11 @@ class PackedSource(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what is needed to map the same pack again, in a process that does not share memory."""
-        return {"path": self.path, "digest": self.header["digest"]}
+        return {"path": self.path, "digest": self.header["digest"], "max_pixels": self.max_pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Map the pack again; ``ValueError`` if it has been replaced meanwhile."""
-        self.path = state["path"]
+        self.path, self.max_pixels = state["path"], state["max_pixels"]
         self._open()
         if self.header["digest"] != state["digest"]:
             raise ValueError(f"{self.path} was replaced by another pack while it was in use")
@@ -132,7 +132,7 @@ class PackedSource(Source):
         """Return one image as uint8 (3,H,W) RGB."""
         data = self.record(index)
         if not self.header["raw"]:
-            return decode_rgb(data)
+            return decode_rgb(data, self.max_pixels)
         height, width = (int(side) for side in self.index.sizes[index])
         return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 

@@ -51,7 +51,7 @@ class ZipSource(Source):
 
     def load(self, index: int) -> Tensor:
         """Read and decode one image as uint8 (3,H,W) RGB."""
-        return decode_rgb(self.encoded(index))
+        return decode_rgb(self.encoded(index), self.max_pixels)
 
     def cached(self, index: int) -> bytes | None:
         """Return the encoded bytes that this process holds, or None."""

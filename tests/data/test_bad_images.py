@@ -4,14 +4,16 @@ import logging
 import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from data.augment.recipes import build_recipe
 from data.loader import BadImagesError, Batch, GlobalLoader, LoaderError, evaluation_batches
-from data.sources import Source, build_source, subset
+from data.sources import Source, build_source, open_split, subset
 from data.worker import BadImages, Fetched
+from utils.config.schema import default_config
 
 CPU = torch.device("cpu")
 BAD = {
@@ -165,13 +167,13 @@ def test_workers_leave_termination_to_the_main_process() -> None:
     assert len(list(loader.from_step(0, 3))) == 3
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "bomb.jpg")
     Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
     source = build_source("folder", str(tmp_path), "train")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    source.max_pixels = 1000
     for index in range(2):
-        with pytest.raises(Image.DecompressionBombError):
+        with pytest.raises(ValueError, match=r"DATA\.MAX_PIXELS"):
             source.load(index)
 
 
@@ -187,3 +189,41 @@ def test_a_bank_leaves_unreadable_images_out(tmp_path: Path, caplog: pytest.LogC
     assert "2.png" in caplog.text
     with pytest.raises(BadImagesError, match=r"2\.png"):
         list(evaluation_batches(source, 16, **options))
+
+
+def test_no_batch_is_empty(image_folder: Path) -> None:
+    """Swin takes no empty batch, and the last batch of a bank may hold nothing that can be read."""
+    source = build_source("imagefolder", str(image_folder), "train")
+    for index in (4, 5, 11):
+        Path(source.name(index)).write_bytes(b"no image")
+    batches = list(evaluation_batches(source, 16, skip_unreadable=True, batch_size=2, device=CPU))
+    assert [len(batch.views[0]) for batch in batches] == [2, 2, 2, 2, 1]
+
+
+def test_deep_images_are_named_and_replaced(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    deep = image_folder / "train" / "c0" / "deep.png"
+    Image.fromarray(levels).save(deep)
+    source = build_source("imagefolder", str(image_folder), "train")
+    number = [source.name(index) for index in range(len(source))].index(str(deep))
+    assert all(number not in batch.indices for batch in epoch(source))
+    reason = "16-bit image (mode I;16) is not supported; convert to 8 bit"
+    assert f"unreadable image replaced: {deep} (ValueError: {reason})" in caplog.messages
+    with pytest.raises(BadImagesError, match=r"deep\.png: ValueError: 16-bit image"):
+        list(evaluation_batches(source, 16, batch_size=2, device=CPU))
+
+
+def test_images_above_max_pixels_are_named_and_replaced(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = image_folder / "train" / "c0" / "large.jpg"
+    Image.new("RGB", (400, 300)).save(large)
+    defaults = default_config({}).DATA
+    defaults.merge_from_list(["PATH", str(image_folder), "INDEX_CACHE", "off"])
+    number = [p.name for p in sorted(large.parent.iterdir())].index("large.jpg")
+    for limit, refused in ((400 * 300, False), (400 * 300 - 1, True)):
+        defaults.MAX_PIXELS = limit
+        source = open_split(defaults, "train")
+        seen = torch.cat([batch.indices for batch in epoch(subset(source, range(len(source))))])
+        assert (number not in seen) == refused
+    assert caplog.text.count("400 x 300 pixels are more than DATA.MAX_PIXELS (119999)") == 1

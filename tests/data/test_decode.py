@@ -3,8 +3,9 @@
 import contextlib
 import io
 import logging
+import struct
 import sys
-import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 import data.decode
-from data.decode import decode_rgb
+from data.decode import MAX_PIXELS, decode_rgb
 from data.sources.folder_index import PackedStrings
+from utils.config.schema import default_config
 
 
 @pytest.fixture(params=["simplejpeg", "torchvision", "PIL"], autouse=True)
@@ -61,7 +63,6 @@ def assert_like_pil(data: bytes) -> None:
         ("L", "PNG", {}),
         ("P", "PNG", {}),
         ("1", "PNG", {}),
-        ("I;16", "PNG", {}),
         ("RGB", "BMP", {}),
         ("RGB", "TIFF", {}),
         ("RGB", "PPM", {}),
@@ -72,11 +73,39 @@ def assert_like_pil(data: bytes) -> None:
 def test_every_mode_decodes_like_pil(
     photos: np.ndarray, mode: str, kind: str, options: dict[str, object]
 ) -> None:
-    image = Image.fromarray(photos[0])
-    image = (
-        Image.fromarray(photos[0, :, :, 0].astype(np.uint16) * 200) if mode == "I;16" else image.convert(mode)
-    )
-    assert_like_pil(encode(image, kind, **options))
+    assert_like_pil(encode(Image.fromarray(photos[0]).convert(mode), kind, **options))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "message"),
+    [
+        ("uint16", "PNG", r"16-bit image \(mode I;16\) is not supported; convert to 8 bit"),
+        ("uint16", "TIFF", r"16-bit image \(mode I;16\)"),
+        (">u2", "TIFF", r"16-bit image \(mode I;16B\)"),
+        ("uint16", "PPM", r"bit image \(mode I\)"),
+        ("int32", "TIFF", r"32-bit image \(mode I\)"),
+        ("float32", "TIFF", r"float image \(mode F\)"),
+    ],
+)
+def test_deep_images_are_refused_not_clipped(dtype: str, kind: str, message: str) -> None:
+    ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
+    scale = 1 if dtype == "float32" else 65535
+    data = encode(Image.fromarray((ramp * scale).astype(dtype)), kind)
+    with pytest.raises(ValueError, match=message):
+        decode_rgb(data)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def test_deep_colour_keeps_its_upper_byte() -> None:
+    levels = np.arange(16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3) * 80
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+    np.testing.assert_array_equal(decode_rgb(data).permute(1, 2, 0).numpy(), levels >> 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 9), (96, 1), (17, 128)])
@@ -110,20 +139,76 @@ def test_truncated_jpegs_are_refused(photos: np.ndarray, mode: str, options: dic
             decode_rgb(whole[: int(share * len(whole))])
 
 
-def test_decompression_bombs_are_refused(photos: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("JPEG", "PNG"):
-        data = encode(Image.fromarray(photos[0]), kind)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 // 2 - 1)
-        with pytest.raises(Image.DecompressionBombError):
-            decode_rgb(data)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 - 1)
-        with pytest.warns(Image.DecompressionBombWarning):
-            decode_rgb(data)
-        for limit in (96 * 128, None):
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                assert_like_pil(data)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_images_of_too_many_pixels_are_refused_from_their_header(photos: np.ndarray, kind: str) -> None:
+    data = encode(Image.fromarray(photos[0]), kind)
+    assert decode_rgb(data, 96 * 128).shape == (3, 96, 128)
+    header = data if kind == "WEBP" else data[: -len(data) // 3]  # WebP is checked as a whole
+    with pytest.raises(ValueError, match=r"128 x 96 pixels are more than DATA\.MAX_PIXELS \(12287\)"):
+        decode_rgb(header, 96 * 128 - 1)
+
+
+def test_the_limit_of_pixels_is_data_max_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_config({}).DATA.MAX_PIXELS == MAX_PIXELS
+    assert Image.MAX_IMAGE_PIXELS is None  # else PIL would refuse what DATA.MAX_PIXELS allows
+
+
+def test_an_eps_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(OSError, match="not an image of JPEG, PNG"):
+        decode_rgb(program)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("kind", ["TGA", "ICO", "PCX", "SGI", "PDF"])
+def test_other_formats_are_refused(photos: np.ndarray, kind: str) -> None:
+    with pytest.raises(OSError, match="not an image of JPEG, PNG"):
+        decode_rgb(encode(Image.fromarray(photos[0]), kind))
+
+
+def with_scans(photo: np.ndarray, scans: int) -> bytes:
+    """Return a progressive JPEG whose last scan stands there so often that there are `scans` of them."""
+    whole = encode(Image.fromarray(photo), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:-2] + whole[last:-2] * (scans - whole.count(b"\xff\xda")) + whole[-2:]
+
+
+def test_jpegs_of_more_than_100_scans_are_refused(photos: np.ndarray) -> None:
+    assert decode_rgb(with_scans(photos[0], 100)).shape == (3, 96, 128)
+    with pytest.raises(ValueError, match="a JPEG of 101 scans; more than 100"):
+        decode_rgb(with_scans(photos[0], 101))
+    with pytest.raises(ValueError, match="a JPEG of 3000 scans"):
+        decode_rgb(memoryview(with_scans(photos[0], 3000)))
+
+
+def test_scans_cannot_be_hidden_from_the_count(photos: np.ndarray) -> None:
+    """Bytes that libjpeg skips before a marker, and a start of another frame, do not stop the counting."""
+    many = with_scans(photos[0], 200)
+    frame = many.index(b"\xff\xc2")
+    baseline = encode(Image.fromarray(photos[0]), "JPEG")
+    start, scan = baseline.index(b"\xff\xc0"), baseline.index(b"\xff\xda")
+    fakes = baseline[start:scan] + baseline[scan : scan + 14]
+    for hidden in (
+        many[:frame] + b"\xff" * 9 + many[frame:],
+        many[:frame] + b"\0\0" + many[frame:],
+        many[:frame] + b"\xff\x01" + many[frame:],
+        many[:2] + b"\xff\xff\xfe" + struct.pack(">H", 2) + many[2:],
+    ):
+        with pytest.raises(ValueError, match="a JPEG of 200 scans"):
+            decode_rgb(hidden)
+    with pytest.raises((ValueError, OSError, RuntimeError)):
+        decode_rgb(many[:frame] + fakes + many[frame:])  # two frames: libjpeg refuses it
+
+
+def test_the_marker_in_metadata_is_no_scan(photos: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 100
+    whole = encode(Image.fromarray(photos[0]), "JPEG", exif=exif, comment=b"\xff\xda" * 500)
+    assert_like_pil(whole)
 
 
 def test_the_absence_of_simplejpeg_is_logged_once_and_by_the_main_process(

@@ -1,5 +1,6 @@
 """JPEGs decoded on the device, here the CPU: the workers' draws and samples, their pixels to one level."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +123,14 @@ def test_what_the_device_cannot_do_is_refused(mixed: Path, monkeypatch: pytest.M
     monkeypatch.setattr("data.device_decode.fast_jpeg", lambda: None)
     with pytest.raises(ValueError, match=r"needs simplejpeg: pip install simplejpeg"):
         check_decodable(SMALL, source)
+
+
+def test_the_device_is_given_no_image_that_the_host_would_refuse() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    many = whole[:-2] + whole[last:-2] * 100 + whole[-2:]
+    assert is_plain_jpeg(whole, 64 * 48)
+    assert not is_plain_jpeg(whole, 64 * 48 - 1)
+    assert not is_plain_jpeg(many)

@@ -40,7 +40,7 @@ def originals() -> list[tuple[str, bytes]]:
         ("png", photo.convert("P"), {"transparency": 3}),
         ("png", photo.convert("LA"), {}),
         ("png", photo.convert("1"), {}),
-        ("png", Image.fromarray(np.arange(1920, dtype=np.uint16).reshape(40, 48) * 34), {}),
+        ("png", Image.fromarray(np.arange(1920, dtype=np.uint16).reshape(40, 48) * 34), {}),  # refused
     ]
     made = []
     for suffix, image, options in kinds:
@@ -168,12 +168,14 @@ def special_folder(root: Path) -> tuple[Path, set[str]]:
     """Write good images of odd kinds and bad files; return the folder and the names of the bad ones."""
     folder = root / "train" / "a"
     folder.mkdir(parents=True)
-    good = originals()
+    *good, (_, deep) = originals()
     for number, (suffix, data) in enumerate(good * 3):
         (folder / f"good{number:02d}.{suffix}").write_bytes(data)
     bad = {
         "bomb.png": bomb(20_000, 20_000),
         "bomb.jpg": jpeg_bomb(good[0][1]),
+        "deep.png": deep,
+        "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n",
         "empty.jpg": b"",
         "page.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
         "half.jpg": good[0][1][: len(good[0][1]) // 2],
@@ -218,7 +220,7 @@ def test_special_files_are_read_or_replaced_alike_with_workers(
     assert reported == bad
     loaded = {Path(source.name(i)).name for batch, source in first for i in batch.indices.tolist()}
     assert not loaded & bad
-    assert len(loaded) == 3 * len(originals())
+    assert len(loaded) == 3 * (len(originals()) - 1)
     (folder / "train" / "a" / "vanished.jpg").touch()  # the same listing again
     (folder / "train" / "a" / "folder.png").rmdir()
     (folder / "train" / "a" / "folder.png").touch()
@@ -227,10 +229,11 @@ def test_special_files_are_read_or_replaced_alike_with_workers(
         assert torch.equal(one.indices, two.indices)
         assert all(torch.equal(a, b) for a, b in zip(one.views, two.views, strict=True))
     figure(
-        "bombs, empty, HTML, cut, vanished, unreadable files: replaced and named", f"{len(bad)}/{len(bad)}"
+        "bombs, empty, HTML, PostScript, 16-bit, cut, vanished, unreadable files: replaced and named",
+        f"{len(bad)}/{len(bad)}",
     )
     figure(
-        "grey, CMYK, palette, alpha, 1-bit and 16-bit files read", f"{len(originals())}/{len(originals())}"
+        "grey, CMYK, palette, alpha and 1-bit files read", f"{len(originals()) - 1}/{len(originals()) - 1}"
     )
 
 

@@ -63,6 +63,8 @@ def unsafe_calls(tree: ast.AST) -> list[str]:
             found.append("yaml.load with a loader that may build objects")
         if name in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load"):
             found.append(name)
+        if name.endswith("Image.open") and not any(k.arg == "formats" for k in node.keywords):
+            found.append("Image.open without formats: an EPS would start Ghostscript")
         if name.endswith(".cuda"):
             found.append(f"{name}(): the device is a variable")
         if name == "extractall" or name.endswith(".extractall"):
@@ -108,6 +110,7 @@ def test_the_import_rule_can_fail(room: str, source: str, expected: list[str]) -
         "pickle.loads(b)",
         "x.cuda()",
         "yaml.load(t)",
+        "Image.open(f)",
     ],
 )
 def test_the_safety_rule_can_fail(source: str) -> None:

@@ -114,6 +114,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                 "INDEX_CACHE": "",  # folder of image listings; empty: ~/.cache/synco; off: none
                 "DOWNLOAD": False,
                 "MAX_BAD_FRACTION": 1e-4,  # of an epoch's images that may be unreadable before the run stops
+                "MAX_PIXELS": 1 << 27,  # an image of more (about 134 million) is unreadable
                 "TIMEOUT": 300.0,  # seconds to wait for a loader worker
             },
             "MODEL": {
@@ -201,7 +202,8 @@ LOCAL_KEYS = (
 # What is saved and watched, and how a step is computed: may change, and the log says so. The batch sizes are
 # here because the run itself holds their product with the number of processes fixed.
 TUNABLE_KEYS = (
-    *("DATA.MAX_BAD_FRACTION", "TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
+    *("DATA.MAX_BAD_FRACTION", "DATA.MAX_PIXELS"),
+    *("TRAIN.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.PRECISION"),
     *("TRAIN.USE_CHECKPOINT", "TRAIN.COMPILE", "TRAIN.CUDA_GRAPHS", "TRAIN.DETERMINISTIC"),
     *("AUG.BACKEND", "DATA.DECODE", "KNN.*", "HELD_OUT.*", "CHECKPOINT.*"),
     *("LINEAR.BATCH_SIZE", "FINETUNE.BATCH_SIZE", "FINETUNE.TEST", "FINETUNE.EVAL_EPOCHS"),
@@ -251,7 +253,7 @@ MINIMUM = {
     **{name: 1 for name in ("IMG_SIZE", "EPOCHS", "BATCH_SIZE", "ACCUMULATION_STEPS", "PRINT_FREQ", "K")},
     **{name: 1 for name in ("NUM_TOKENS", "NUM_LAYERS", "NUM_HEADS", "DROP_ALIGN")},
     **{name: 1 for name in ("QUEUE_SIZE", "OUT_DIM", "HIDDEN_DIM", "DECAY_EPOCHS", "BN_GROUPS", "NUM_HARD")},
-    **{name: 1 for name in ("EVAL_EPOCHS", "REPEATED_AUG")},
+    **{name: 1 for name in ("EVAL_EPOCHS", "REPEATED_AUG", "MAX_PIXELS")},
     **{name: 1e-6 for name in ("TRAIN_PERCENT", "LABEL_PERCENTS")},
     "LAYER_DECAY": 1e-6,
     "KEEP_LAST": 2,  # the newest may be the one that a crash spoilt
