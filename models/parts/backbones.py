@@ -6,11 +6,16 @@ module is timm's, not a wrapper, so its state dict carries timm's key names and 
 
 import difflib
 import functools
+import logging
 import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from models.parts.mocov3_vit import MOCOV3_VITS, mocov3_vit
+
+logger = logging.getLogger("synco")
 
 RESNETS = ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
 _TIMM_NAMES = {
@@ -21,15 +26,7 @@ _TIMM_NAMES = {
     "swin_small": "swin_small_patch4_window7_224",
     "swin_base": "swin_base_patch4_window7_224",
 }
-# MoCo v3's ViTs (spec 1.4): 12 heads also at width 384, so vit_small is not deit_small. With a convolutional
-# stem they have one block fewer (Xiao et al. 2021, arXiv:2106.14881).
-_MOCOV3_VITS: dict[str, dict[str, Any]] = {
-    "vit_small": {"embed_dim": 384, "depth": 12},
-    "vit_base": {"embed_dim": 768, "depth": 12},
-    "vit_conv_small": {"embed_dim": 384, "depth": 11, "conv_stem": True},
-    "vit_conv_base": {"embed_dim": 768, "depth": 11, "conv_stem": True},
-}
-BACKBONES = (*RESNETS, *_TIMM_NAMES, *_MOCOV3_VITS)
+BACKBONES = (*RESNETS, *_TIMM_NAMES, *MOCOV3_VITS)
 STEMS = ("imagenet", "cifar", "cifar_stride2")
 
 
@@ -53,13 +50,16 @@ def build_backbone(
     num_tokens: int = 1,
     zero_init_residual: bool = False,
     freeze_patch_embed: bool = False,
+    norm_eps: float = 0.0,
     use_checkpoint: bool = False,
 ) -> Backbone:
-    """Build the backbone ``name`` (one of ``BACKBONES`` or ``timm/<name>``) without a classifier.
+    """Build the backbone `name` (one of `BACKBONES` or `timm/<name>`) without a classifier.
 
-    ``stem`` concerns ResNets, ``patch_size`` (0: the model's own) and ``freeze_patch_embed`` transformers,
-    ``num_tokens`` plain ViTs: 2 adds SiT's rotation token (timm's ``reg_token``) to the class token.
-    Raises ``ValueError`` naming the key for an unknown name or an option the backbone does not have.
+    `stem` is for ResNets, `patch_size` (0: the model's own) and `freeze_patch_embed` are for transformers.
+    `num_tokens` is for plain ViTs: 2 adds SiT's rotation token (timm's `reg_token`) to the class token.
+    `norm_eps` (0: the model's own) is the eps of all layer norms but those before the MLPs.
+    Raises `ValueError` naming the key for an unknown name, an option that the backbone does not have, and
+    images smaller than a patch. Pixels that no patch covers are reported as a warning.
     """
     if name in RESNETS:
         _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
@@ -75,6 +75,8 @@ def build_backbone(
         _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
     if freeze_patch_embed:
         _freeze_patch_embed(backbone, name)
+    if norm_eps:
+        _set_norm_eps(backbone, name, norm_eps)
     if use_checkpoint:
         _checkpoint_activations(backbone, name)
     return cast(Backbone, backbone)
@@ -188,8 +190,10 @@ def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) ->
 def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    if name in _MOCOV3_VITS:
-        return _mocov3_vit(**_MOCOV3_VITS[name], **options)
+    if name in MOCOV3_VITS:
+        _check_patches(options["img_size"], options.get("patch_size", 16), stem="conv" in name)
+        vit = mocov3_vit(name, **options)
+        return _with_deit_tokens(vit) if "reg_tokens" in options else vit
     timm_name = _TIMM_NAMES.get(name, name.removeprefix("timm/"))
     if name not in _TIMM_NAMES and not (name.startswith("timm/") and timm.is_model(timm_name)):
         known = [*BACKBONES, *(f"timm/{model}" for model in timm.list_models())]
@@ -199,16 +203,17 @@ def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
             f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or timm/<name>"
         )
     if name in _TIMM_NAMES:
-        return _with_extra_tokens(timm.create_model(timm_name, pretrained=False, num_classes=0, **options))
+        _check_patches(options["img_size"], options.get("patch_size", 4 if "swin" in name else 16))
+        return _with_deit_tokens(timm.create_model(timm_name, pretrained=False, num_classes=0, **options))
     return _any_timm_model(timm_name, options)
 
 
-def _with_extra_tokens(vit: nn.Module) -> nn.Module:
-    """Start all class tokens of a ViT that has several like SiT, at a standard deviation of 0.02."""
-    if getattr(vit, "reg_token", None) is not None:
-        nn.init.trunc_normal_(cast(Any, vit).cls_token, std=0.02)
-        nn.init.trunc_normal_(cast(Any, vit).reg_token, std=0.02)
-    return vit
+def _with_deit_tokens(backbone: nn.Module) -> nn.Module:
+    """Start the class tokens at a standard deviation of 0.02, as DeiT's and SiT's codes do; timm has 1e-6."""
+    for name in ("cls_token", "reg_token"):
+        if getattr(backbone, name, None) is not None:
+            nn.init.trunc_normal_(getattr(backbone, name), std=0.02)
+    return backbone
 
 
 def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
@@ -226,12 +231,80 @@ def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
             raise ValueError(
                 f"MODEL.BACKBONE: timm/{timm_name} does not take {', '.join(wanted)} ({error}); set them to 0"
             ) from error
-    with torch.no_grad():
-        features = backbone.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ArithmeticError) as error:
+        raise _unfit_size(timm_name, size, error) from error
+    backbone.num_features = _width_at(backbone.eval(), timm_name, size)
+    return backbone.train()
+
+
+@torch.enable_grad()
+def _width_at(backbone: Any, timm_name: str, size: int) -> int:
+    """Return the width of a timm model's features, and say which pixels of an image never reach them."""
+    pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(12.9898).sin()  # a texture
+    images = pixels.view(1, 3, size, size).requires_grad_()
+    try:
+        features = backbone(images)
+    except (RuntimeError, AssertionError, ArithmeticError) as error:
+        raise _unfit_size(timm_name, size, error) from error
     if features.ndim != 2:
         raise ValueError(f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no vector")
-    backbone.num_features = features.shape[1]
-    return backbone.train()
+    width = int(features.shape[1])
+    (gradient,) = torch.autograd.grad((features * torch.linspace(1.0, 2.0, width)).sum(), images)
+    seen = gradient.abs().amax((0, 1, 3)).nonzero()
+    stages = getattr(backbone, "feature_info", None) or [{"reduction": 32}]
+    if len(seen) and int(seen.max()) < size - 1:
+        _warn_of_cut(size, size - 1 - int(seen.max()), int(stages[-1]["reduction"]))
+    return width
+
+
+def _unfit_size(timm_name: str, size: int, error: Exception) -> ValueError:
+    import timm
+
+    published = timm.models.get_pretrained_cfg(timm_name)
+    own = published.input_size[-1] if published else 224
+    return ValueError(
+        f"DATA.IMG_SIZE: timm/{timm_name} cannot take images of {size} pixels ({error}); "
+        f"use its published size, {own}, or a multiple of 32"
+    )
+
+
+def _check_patches(img_size: int, patch: int, stem: bool = False) -> None:
+    if img_size < patch:
+        raise ValueError(
+            f"DATA.IMG_SIZE: {img_size} is smaller than a patch of the backbone, {patch} pixels; use {patch} "
+            "or more, or a smaller MODEL.BACKBONE.PATCH_SIZE"
+        )
+    if img_size % patch and stem:  # its convolutions would give one patch more than there are positions
+        raise ValueError(
+            f"DATA.IMG_SIZE: {img_size} is not a multiple of the stem's {patch} pixels; "
+            f"use {_nearest(img_size, patch)}"
+        )
+    if img_size % patch:
+        _warn_of_cut(img_size, img_size % patch, patch)
+
+
+@functools.cache  # once, not again for the target network
+def _warn_of_cut(img_size: int, num_cut: int, multiple: int) -> None:
+    logger.warning(
+        "DATA.IMG_SIZE: %d is not a multiple of %d: the backbone never sees the last %d rows and columns of "
+        "an image; use %s",
+        *(img_size, multiple, num_cut, _nearest(img_size, multiple)),
+    )
+
+
+def _nearest(img_size: int, multiple: int) -> str:
+    below = img_size // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+def _set_norm_eps(backbone: nn.Module, name: str, eps: float) -> None:
+    """Set the eps of the layer norms but those before the MLPs, which SynCo-v2's Swin left at 1e-5."""
+    norms = [(path, part) for path, part in backbone.named_modules() if isinstance(part, nn.LayerNorm)]
+    if not norms:
+        raise ValueError(f"MODEL.BACKBONE.NORM_EPS: {eps} does not apply to {name}, which has no layer norm")
+    for path, norm in norms:
+        if not path.endswith("norm2"):
+            norm.eps = eps
 
 
 def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
@@ -240,76 +313,3 @@ def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
     if projection is None:
         raise ValueError(f"MODEL.BACKBONE.FREEZE_PATCH_EMBED: {name} has no patch embedding; set it to False")
     projection.requires_grad_(False)
-
-
-def _mocov3_vit(patch_size: int = 16, conv_stem: bool = False, **options: Any) -> nn.Module:
-    """Build the ViT of MoCo v3: fixed 2-D sin-cos positions, Xavier initialisation (spec 1.4)."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    if conv_stem:
-        if patch_size != 16:
-            raise ValueError(f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels")
-        options["embed_layer"] = ConvStem
-    norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
-    vit: Any = VisionTransformer(
-        patch_size=patch_size, num_classes=0, num_heads=12, qkv_bias=True, norm_layer=norm_layer, **options
-    )
-    for path, module in vit.named_modules():
-        if isinstance(module, nn.Linear):
-            if path.endswith("qkv"):  # each of q, k, v as a matrix of its own
-                bound = math.sqrt(6.0 / (module.out_features // 3 + module.in_features))
-                nn.init.uniform_(module.weight, -bound, bound)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    if not conv_stem:
-        bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
-        nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
-        nn.init.zeros_(vit.patch_embed.proj.bias)
-    nn.init.normal_(vit.cls_token, std=1e-6)
-    rows, cols = vit.patch_embed.grid_size
-    table = sincos_positions(rows, cols, vit.embed_dim, vit.num_prefix_tokens)
-    vit.pos_embed = nn.Parameter(table, requires_grad=False)
-    return _with_extra_tokens(vit)
-
-
-class ConvStem(nn.Module):
-    """Four 3x3 convolutions of stride 2 and a 1x1, for 16-pixel patches (Xiao et al. 2021, section 4)."""
-
-    def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: Any
-    ) -> None:
-        super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"DATA.IMG_SIZE: {img_size} is not a multiple of the stem's {patch_size} pixels")
-        self.img_size = (img_size, img_size)
-        self.patch_size = (patch_size, patch_size)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        layers: list[nn.Module] = []
-        for width in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
-            layers += [
-                nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            ]
-            in_chans = width
-        self.stem = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return patches (N, h*w, F) of images (N, 3, H, W)."""
-        return self.stem(images).flatten(2).transpose(1, 2)
-
-
-def sincos_positions(rows: int, cols: int, width: int, num_tokens: int = 1) -> Tensor:
-    """Return fixed 2-D positions (1, num_tokens + rows*cols, width), the class tokens' rows zero.
-
-    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)): the row
-    first (spec 1.4, verified against the published weights).
-    """
-    quarter = width // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (row, col)]
-    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return torch.cat([torch.zeros(num_tokens, width, dtype=table.dtype), table])[None].float()

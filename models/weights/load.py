@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.backbones import sincos_positions
+from models.parts.mocov3_vit import sincos_positions
 from models.weights.naming import find_naming, in_our_names
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from models import FRAMEWORKS, build_framework, framework_defaults
-from models.parts.backbones import build_backbone, feature_map, sincos_positions
+from models.parts.backbones import _warn_of_cut, build_backbone, feature_map
 from models.parts.heads import mlp
+from models.parts.mocov3_vit import sincos_positions
 from models.parts.momentum import KeyQueue, MomentumFramework
 from utils.schedules import Progress, momentum_at
 
@@ -330,11 +331,76 @@ def test_mocov3_vit_initialisation() -> None:
         ({"name": "swin_tiny", "stem": "cifar"}, "STEM: 'cifar' does not apply to swin_tiny"),
         ({"name": "resnet18", "stem": "small"}, "STEM: 'small' is not one of"),
         ({"name": "timm/mobilenetv3_small_050", "freeze_patch_embed": True}, "FREEZE_PATCH_EMBED"),
+        ({"name": "resnet18", "norm_eps": 1e-6}, "NORM_EPS: 1e-06 does not apply to resnet18"),
+        ({"name": "deit_tiny", "img_size": 15}, "IMG_SIZE: 15 is smaller than a patch.*, 16 pixels; use 16"),
+        ({"name": "vit_small", "img_size": 15}, "DATA.IMG_SIZE: 15 is smaller than a patch"),
+        ({"name": "vit_conv_small", "img_size": 8}, "DATA.IMG_SIZE: 8 is smaller than a patch"),
+        ({"name": "vit_conv_small", "img_size": 40}, "IMG_SIZE: 40 is not a multiple.*; use 32 or 48"),
+        ({"name": "swin_tiny", "img_size": 3}, "DATA.IMG_SIZE: 3 is smaller than a patch.*, 4 pixels"),
+        ({"name": "deit_tiny", "img_size": 7, "patch_size": 8}, "DATA.IMG_SIZE: 7 is smaller than a patch"),
+        *(
+            ({"name": f"timm/{name}", "img_size": 8}, f"IMG_SIZE: timm/{name} cannot take images of 8 pixels")
+            for name in ("vit_tiny_patch16_224", "convnext_atto", "maxvit_tiny_rw_224", "vgg11")
+        ),
     ],
 )
 def test_bad_backbones(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_backbone(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "cut", "sizes"),
+    [
+        ("deit_tiny", 31, 15, "16 or 32"),
+        ("vit_small", 33, 1, "32 or 48"),
+        ("swin_tiny", 30, 2, "28 or 32"),
+        ("timm/vit_tiny_patch16_224", 47, 15, "32 or 48"),
+        ("timm/convnext_atto", 67, 3, "64 or 96"),
+        *((name, 40, 0, "") for name in ("swin_tiny", "resnet8", "timm/mobilenetv3_small_050")),
+        *((f"timm/{name}", 64, 0, "") for name in ("convnext_atto", "vit_tiny_patch16_224", "resnet10t")),
+    ],
+)
+def test_pixels_that_no_patch_covers_are_reported(
+    name: str, size: int, cut: int, sizes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is said is true: the features depend on the pixel before the cut, and on none behind it."""
+    _warn_of_cut.cache_clear()
+    backbone = build_backbone(name, img_size=size).eval()
+    build_backbone(name, img_size=size)  # as for the target network: nothing is said twice
+    said = [record.getMessage() for record in caplog.records if "IMG_SIZE" in record.getMessage()]
+    assert len(said) == bool(cut)
+    if cut:
+        assert f"DATA.IMG_SIZE: {size} is not a multiple of" in said[0]
+        assert f"the last {cut} rows and columns" in said[0]
+        assert said[0].endswith(f"use {sizes}")
+    images = torch.randn(1, 3, size, size)
+    other = images.clone()
+    with torch.no_grad():
+        if cut:
+            other[..., -cut:, :], other[..., -cut:] = 0.0, 0.0
+            assert torch.equal(backbone(images), backbone(other))
+        other[..., size - cut - 1, :] += 1.0
+        assert not torch.equal(backbone(images), backbone(other))
+
+
+def test_the_eps_of_norms_reaches_all_but_those_before_the_mlps() -> None:
+    """As in SynCo-v2's Swin, which passes its own norm on everywhere but there."""
+    swin = build_backbone("swin_tiny", img_size=32, norm_eps=1e-6)
+    found = {path: part.eps for path, part in swin.named_modules() if isinstance(part, nn.LayerNorm)}
+    assert {eps for path, eps in found.items() if path.endswith("norm2")} == {1e-5}
+    assert {eps for path, eps in found.items() if not path.endswith("norm2")} == {1e-6}
+    assert len(found) == 12 * 2 + 3 + 2  # two a block, one a merging, the patches' and the last
+    assert {m.eps for m in build_backbone("swin_tiny").modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+
+
+@pytest.mark.parametrize(("name", "tokens", "std"), [
+    ("deit_tiny", 1, 0.02), ("deit_small", 2, 0.02), ("vit_small", 1, 1e-6), ("vit_small", 2, 0.02),
+])  # fmt: skip
+def test_class_tokens_start_as_published(name: str, tokens: int, std: float) -> None:
+    vit = build_backbone(name, img_size=32, num_tokens=tokens)
+    for token in [vit.cls_token, vit.reg_token][:tokens]:
+        assert float(token.detach().std()) == pytest.approx(std, rel=0.2)
 
 
 def test_mlp_shapes() -> None:

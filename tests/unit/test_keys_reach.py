@@ -315,6 +315,7 @@ BACKBONE_CASES: dict[str, dict[str, Any]] = {
     "num_tokens": {"name": "deit_tiny", "stem": "imagenet"},
     "zero_init_residual": {},
     "freeze_patch_embed": {"name": "deit_tiny", "stem": "imagenet"},
+    "norm_eps": {"name": "swin_tiny", "stem": "imagenet"},
 }
 
 
@@ -326,7 +327,7 @@ def test_every_option_of_a_backbone_is_tried() -> None:
 def test_each_option_of_a_backbone_changes_what_is_built(name: str) -> None:
     before = {**section_options(DEFAULTS.MODEL.BACKBONE), "name": "resnet8", **BACKBONE_CASES[name]}
     after = copy.copy(before)
-    changes = {"drop_path": 0.3, "target_drop_path": 0.3, "patch_size": 8, "num_tokens": 2}
+    changes = {"drop_path": 0.3, "target_drop_path": 0.3, "patch_size": 8, "num_tokens": 2, "norm_eps": 1e-4}
     after[name] = changes.get(name, other(before[name], name))
     if name == "zero_init_residual":  # only values differ, so they must exist
         old, new = (build_framework("byol", {}, options) for options in (before, after))

@@ -139,6 +139,15 @@ def test_a_header_states_the_command_and_whose_numbers_they_are(path: Path) -> N
     assert "Ours: not measured" in header
 
 
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_header_says_where_the_published_run_was_in_mixed_precision(name: str) -> None:
+    """MoBY used apex, MoCo v3 and its heirs float16 autocast; MoCo, SynCo and SynCo-v2's code float32."""
+    mixed = {"moby_swin_tiny", "moby_deit_small", "sit_deit_base", "sit_gmml_deit_small"}
+    mixed |= {"batchformer_resnet50", "batchformer_resnet50_300ep", *MOCOV3} - {"mocov3_swin_tiny"}  # ours
+    header = (CONFIGS / f"{name}.yaml").read_text()
+    assert ("The published run was in mixed precision" in header) == (name in mixed)
+
+
 @pytest.mark.parametrize("path", [*PIECES, *RECIPE_FILES, *CIFAR_RECIPES], ids=lambda p: p.stem)
 def test_a_recipe_says_nothing_about_a_method_that_it_does_not_select(path: Path) -> None:
     changed = dict(leaves(load_config(DEFAULTS, [path])))
@@ -195,6 +204,8 @@ def test_the_transformer_recipes_follow_the_published_table(name: str) -> None:
     assert (cfg.MODEL.NAME, cfg.MODEL.BACKBONE.NAME) == (method, backbone)
     assert (cfg.MODEL.BACKBONE.DROP_PATH, cfg.MODEL.BACKBONE.TARGET_DROP_PATH) == (0.2, 0.0)
     assert not cfg.MODEL.BACKBONE.FREEZE_PATCH_EMBED
+    own_swin = "swin" in backbone and method != "moby"  # SynCo-v2's code; MoBY's has 1e-5 everywhere
+    assert cfg.MODEL.BACKBONE.NORM_EPS == (1e-6 if own_swin else 0.0)
     assert (options.HIDDEN_DIM, options.OUT_DIM) == (4096, 256)
     assert (options.PROJ_NUM_LAYERS, options.PRED_NUM_LAYERS) == (2, 2)
     assert (options.BASE_MOMENTUM, options.MOMENTUM_SCHEDULE) == (momentum, "cosine")
@@ -232,6 +243,7 @@ def test_the_resnet_recipes_follow_the_deleted_files() -> None:
         assert (cfg.MODEL.BACKBONE.DROP_PATH, cfg.LINEAR.DROP_PATH) == (0.0, 0.0)
         assert (cfg.OPTIM.CLIP_GRAD, cfg.OPTIM.LR_BATCH, cfg.TRAIN.EPOCHS) == (5.0, 512, 300)
         assert cfg.AUG.RECIPE == "byol"
+        assert cfg.MODEL.BACKBONE.ZERO_INIT_RESIDUAL
     assert [cfg.MODEL.NAME for cfg in (byol, moby, synco)] == ["byol", "moby", "synco_v2"]
     assert (byol.OPTIM.NAME, byol.OPTIM.BASE_LR, byol.OPTIM.WEIGHT_DECAY) == ("lars", 0.4, 1e-6)
     assert (byol.OPTIM.TRUST_COEFFICIENT, byol.SCHEDULE.WARMUP_EPOCHS) == (1e-3, 10)
@@ -381,6 +393,7 @@ def test_sit_follows_the_published_flags(name: str) -> None:
         assert planned.weight_decay_at(0) == pytest.approx(0.04)
         assert planned.weight_decay_at(planned.total_steps) == pytest.approx(0.1)
         assert (cfg.TRAIN.EPOCHS, planned.rates[0].base) == (800, 5e-4 * 32 / 256)
+        assert planned.rates[0].minimum == pytest.approx(1e-6)  # which the published code does not scale
         return
     assert (options.VARIANT, options.OUT_DIM, options.TEMPERATURE) == ("rotation", 512, 0.5)
     assert (options.BASE_MOMENTUM, options.LEGACY_WEIGHTING) == (0.99996, False)

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models import build_framework
-from models.parts.backbones import build_backbone, sincos_positions
+from models.parts.backbones import build_backbone
+from models.parts.mocov3_vit import sincos_positions
 from models.weights.load import backbone_state, load_backbone
 from models.weights.pretraining_state import framework_state
 

@@ -129,6 +129,7 @@ def default_config(methods: Mapping[str, Mapping[str, Any]]) -> CfgNode:
                     "NUM_TOKENS": 1,  # plain ViTs; SiT reads two
                     "ZERO_INIT_RESIDUAL": False,
                     "FREEZE_PATCH_EMBED": False,
+                    "NORM_EPS": 0.0,  # of all layer norms but those before the MLPs; 0: the model's own
                 },
             },
             "AUG": {

@@ -1,0 +1,103 @@
+"""The vision transformers of MoCo v3 (Chen, Xie and He 2021, arXiv:2104.02057, section 4)."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# 12 heads also at width 384, so vit_small is not deit_small. With a convolutional stem there is one block
+# fewer (Xiao et al. 2021, arXiv:2106.14881).
+MOCOV3_VITS: dict[str, dict[str, Any]] = {
+    "vit_small": {"embed_dim": 384, "depth": 12},
+    "vit_base": {"embed_dim": 768, "depth": 12},
+    "vit_conv_small": {"embed_dim": 384, "depth": 11, "conv_stem": True},
+    "vit_conv_base": {"embed_dim": 768, "depth": 11, "conv_stem": True},
+}
+
+
+def mocov3_vit(name: str, *, patch_size: int = 16, **options: Any) -> nn.Module:
+    """Build a ViT of `MOCOV3_VITS`: fixed 2-D sin-cos positions, Xavier initialisation.
+
+    `options` go to timm's `VisionTransformer`.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    shape = dict(MOCOV3_VITS[name])
+    conv_stem = shape.pop("conv_stem", False)
+    if conv_stem:
+        if patch_size != 16:
+            raise ValueError(f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels")
+        options["embed_layer"] = ConvStem
+    vit: Any = VisionTransformer(
+        patch_size=patch_size,
+        num_classes=0,
+        num_heads=12,
+        qkv_bias=True,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        **shape,
+        **options,
+    )
+    _initialise(vit)
+    if not conv_stem:
+        bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
+        nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
+        nn.init.zeros_(vit.patch_embed.proj.bias)
+    rows, cols = vit.patch_embed.grid_size
+    table = sincos_positions(rows, cols, vit.embed_dim, vit.num_prefix_tokens)
+    vit.pos_embed = nn.Parameter(table, requires_grad=False)
+    return vit
+
+
+def _initialise(vit: nn.Module) -> None:
+    for path, module in vit.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if path.endswith("qkv"):  # each of q, k, v as a matrix of its own
+            bound = math.sqrt(6.0 / (module.out_features // 3 + module.in_features))
+            nn.init.uniform_(module.weight, -bound, bound)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    nn.init.normal_(vit.cls_token, std=1e-6)  # type: ignore[arg-type]
+
+
+class ConvStem(nn.Module):
+    """Four 3x3 convolutions of stride 2 and a 1x1, for 16-pixel patches (Xiao et al. 2021, section 4)."""
+
+    def __init__(
+        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: Any
+    ) -> None:
+        super().__init__()
+        self.img_size = (img_size, img_size)
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        layers: list[nn.Module] = []
+        for width in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
+            layers += [
+                nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            in_chans = width
+        self.stem = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return patches (N, h*w, F) of images (N, 3, H, W)."""
+        return self.stem(images).flatten(2).transpose(1, 2)
+
+
+def sincos_positions(rows: int, cols: int, width: int, num_tokens: int = 1) -> Tensor:
+    """Return fixed 2-D positions (1, num_tokens + rows*cols, width); the rows of the class tokens are zero.
+
+    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)). The row
+    comes first, as in the published weights.
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (row, col)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(num_tokens, width, dtype=table.dtype), table])[None].float()
