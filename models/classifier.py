@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, build_backbone
-from models.weights.load import backbone_state, load_backbone
+from models.weights.load import backbone_state, check_norm_eps, load_backbone
 
 logger = logging.getLogger("synco")
 
@@ -26,6 +26,7 @@ def pretrained_backbone(
     own = {key: value for key, value in options.items() if key != "target_drop_path"}
     backbone = build_backbone(**{**own, **changes})
     if checkpoint is not None:
+        check_norm_eps(checkpoint, own.get("norm_eps", 0.0), source)
         state, layout = backbone_state(checkpoint)
         logger.info("%s (layout: %s)", load_backbone(backbone, state, source), layout)
     return backbone

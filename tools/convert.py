@@ -114,6 +114,7 @@ def import_file(args: argparse.Namespace) -> None:
         note = _listing(report)
         framework = {f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
     origin = {"file": args.source.name, "layout": layout, "which": args.which}
+    origin["norm_eps"] = cfg.MODEL.BACKBONE.NORM_EPS
     _save({"framework": framework, "imported": origin}, args.output)
     print(f"layout: {layout}\n{note}\nwrote {args.output}: give it to any --pretrained")
 
@@ -121,11 +122,12 @@ def import_file(args: argparse.Namespace) -> None:
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
     from models.weights import export as weights_out
-    from models.weights.load import backbone_state, load_backbone
+    from models.weights.load import backbone_state, check_norm_eps, load_backbone
 
     source = _checkpoint_of(args.source)
     cfg = _config(args)
     checkpoint = _read(source)
+    check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(source))
     state, layout = backbone_state(checkpoint, args.which)
     backbone = _backbone(cfg)
     print(f"{load_backbone(backbone, state, str(source))} (layout: {layout})")
@@ -141,6 +143,8 @@ def export_file(args: argparse.Namespace) -> None:
     else:
         _save(_converted(args.to, own, _moco_head(checkpoint, args.which), cfg), args.output)
     print(f"wrote {args.output}; load it with {_hint(args.to, cfg)}")
+    if cfg.MODEL.BACKBONE.NORM_EPS:
+        print(f"then {norm_eps_note(cfg.MODEL.BACKBONE.NORM_EPS)}")
 
 
 def _converted(to: str, own: Mapping[str, Any], head: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
@@ -170,6 +174,11 @@ def _hint(to: str, cfg: Any) -> str:
         extra += f", img_size={cfg.DATA.IMG_SIZE}"
     model = f"timm.create_model({name!r}, num_classes=0{extra})"
     return f"{model}.load_state_dict(torch.load(FILE, weights_only=True))"
+
+
+def norm_eps_note(eps: float) -> str:
+    """Say what no layout can: the eps of the layer norms. Another one moves the features by about 1e-5."""
+    return f"set eps to {eps:g} in every layer norm but those before the MLPs, to get the same features"
 
 
 def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:

@@ -97,12 +97,14 @@ def model_card(
     node = cfg.FINETUNE if tuned else cfg
     labels = f"{node.SUBSET or f'{node.TRAIN_PERCENT:g} %'} of the labels" if tuned else "no labels"
     rate = f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}" if tuned else f"{cfg.OPTIM.BASE_LR:g}"
+    eps = cfg.MODEL.BACKBONE.NORM_EPS
     network = "fine-tuned" if tuned else f"the {which} one"
     epochs = cfg.FINETUNE.EPOCHS if tuned else cfg.TRAIN.EPOCHS
     rows = {
         "method": f"{name}{source}",
         "network": f"{cfg.MODEL.BACKBONE.NAME}, {network}, without heads",
         "data": f"{cfg.DATA.DATASET}{f' ({Path(cfg.DATA.PATH).name})' if cfg.DATA.PATH else ''}, {labels}",
+        "layer norms": f"eps {eps:g}, but before the MLPs the model's own" if eps else "the model's own",
         "image size": f"{cfg.DATA.IMG_SIZE}",
         "epochs": f"{epochs}, {checkpoint.get('step', 'unknown')} steps done",
         "optimiser": f"{node.OPTIM.NAME}, weight decay {node.OPTIM.WEIGHT_DECAY:g}",

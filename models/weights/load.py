@@ -98,6 +98,17 @@ def backbone_state(checkpoint: Mapping[str, object], which: str = "online") -> t
     )
 
 
+def check_norm_eps(checkpoint: Mapping[str, object], norm_eps: float, source: str) -> None:
+    """Raise ValueError if a file was imported with another MODEL.BACKBONE.NORM_EPS, which no tensor shows."""
+    imported = checkpoint.get("imported")
+    theirs = imported.get("norm_eps", norm_eps) if isinstance(imported, Mapping) else norm_eps
+    if theirs != norm_eps:
+        raise ValueError(
+            f"MODEL.BACKBONE.NORM_EPS: {norm_eps}, but {source} was imported with {theirs}; "
+            f"add --opts MODEL.BACKBONE.NORM_EPS {theirs}"
+        )
+
+
 def tensors_of(holder: object) -> dict[str, Tensor]:
     """Return the tensors and arrays of a mapping, without DDP's ``module.``; empty for anything else."""
     if not isinstance(holder, Mapping):

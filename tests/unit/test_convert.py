@@ -16,13 +16,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from yacs.config import CfgNode
 
+from models.classifier import pretrained_backbone
 from models.parts import backbones
 from models.parts.backbones import build_backbone
 from models.weights.load import backbone_state, load_backbone
 from tools import convert
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_pickle, read_torch
-from utils.config.load import default_config, load_config, to_yaml
+from utils.config.load import default_config, load_config, section_options, to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]
@@ -146,6 +147,49 @@ def test_moby_with_its_pickled_configuration_is_imported(
     out = capsys.readouterr().out
     assert "queue1 (256, 64)" in out
     assert "ViT, width 192, 12 blocks, 3 heads by its learned positions (5)" in out
+
+
+@pytest.mark.parametrize("to", ["timm", "swin"])
+def test_the_eps_of_norms_comes_in_and_goes_out(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SynCo-v2's Swin: 1e-6 in every norm but norm2. The features stay the original's."""
+    original = fresh("swin_tiny", 32)
+    own_eps(original)
+    recipe = [ROOT / "configs/synco_v2_swin_tiny.yaml", "--opts", "DATA.IMG_SIZE", "32"]
+    torch.save({"model": prefixed("encoder.", original.state_dict())}, tmp_path / "theirs.pth")
+    run("import", tmp_path / "theirs.pth", "--cfg", *recipe, "--output", tmp_path / "ours.pt")
+    cfg = load_config(default_config(convert_defaults()), [recipe[0]], ["DATA.IMG_SIZE", "32"], {})
+    options, file = section_options(cfg.MODEL.BACKBONE), read_torch(tmp_path / "ours.pt")
+    images = 0.01 * torch.randn(2, 3, 32, 32)  # of little variance, so that eps shows
+    with torch.no_grad():
+        found = pretrained_backbone(options, file, "ours.pt", img_size=32, drop_path=0.0).eval()(images)
+        assert torch.equal(found, original(images))
+        with pytest.raises(ValueError, match=r"NORM_EPS: 0.0, but ours.pt was imported with 1e-06; add"):
+            pretrained_backbone({**options, "norm_eps": 0.0}, file, "ours.pt", img_size=32)
+        out = tmp_path / "out.pth"
+        capsys.readouterr()
+        run("export", tmp_path / "ours.pt", "--cfg", *recipe, "--to", to, "--output", out)
+        assert "set eps to 1e-06 in every layer norm but those before the MLPs" in capsys.readouterr().out
+        plain = yaml_file(tmp_path, "swin_tiny", 32)
+        with pytest.raises(ValueError, match="was imported with 1e-06"):
+            run("export", tmp_path / "ours.pt", "--cfg", plain, "--to", to, "--output", out)
+        again = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, img_size=32).eval()
+        load_backbone(again, imported(out), "out.pth")
+        assert not torch.equal(again(images), original(images))
+        own_eps(again)  # what the export said
+        assert torch.equal(again(images), original(images))
+
+
+def own_eps(swin: Any) -> None:
+    """Set the eps of SynCo-v2's code in place."""
+    for path, part in swin.named_modules():
+        if isinstance(part, torch.nn.LayerNorm) and not path.endswith("norm2"):
+            part.eps = 1e-6
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
 
 
 def our_run(folder: Path) -> Path:
