@@ -224,21 +224,22 @@ class BadImages:
         self.limit = max(_MIN_TOLERATED, int(max_fraction * seen)) if max_fraction > 0 else 0
         self.seen = seen
         self.epoch = -1
-        self.names: set[str] = set()
+        self.reasons: dict[str, str] = {}  # by name
         self.logged: set[str] = set()
 
     def count(self, item: Any) -> None:
         """Note the failures of one micro-batch; raise `BadImagesError` past the limit."""
         if item["epoch"] != self.epoch:
-            self.epoch, self.names = item["epoch"], set()
+            self.epoch, self.reasons = item["epoch"], {}
         for name, reason in item["failures"]:
-            self.names.add(name)
+            self.reasons[name] = reason
             if name not in self.logged:
                 self.logged.add(name)
                 logger.warning("unreadable image replaced: %s (%s)", name, reason)
-        if len(self.names) > self.limit:
+        if len(self.reasons) > self.limit:
+            first = min(self.reasons)
             raise BadImagesError(
-                f"{len(self.names)} unreadable images in epoch {self.epoch}, at most {self.limit} of "
+                f"{len(self.reasons)} unreadable images in epoch {self.epoch}, at most {self.limit} of "
                 f"{self.seen} may be: repair or remove them or raise DATA.MAX_BAD_FRACTION; one is "
-                f"{min(self.names)}"
+                f"{first} ({self.reasons[first]})"
             )

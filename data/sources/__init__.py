@@ -10,7 +10,7 @@ from data.sources import in_memory as arrays
 from data.sources import named_sets as layouts
 from data.sources import packed
 from data.sources import zip as archives
-from data.sources.base import ArraySource, Source, Subset, subset
+from data.sources.base import ArraySource, Source, Subset, is_labelled, subset
 
 __all__ = [
     "SOURCES",
@@ -108,8 +108,3 @@ def open_split(node: Any, split: str, labelled: bool = False) -> Source:
             "--held-out for the method's own losses"
         )
     return source
-
-
-def is_labelled(source: Source) -> bool:
-    """Tell whether every image of a source has a label."""
-    return source.num_classes > 0 and not bool((source.labels < 0).any())

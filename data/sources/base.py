@@ -1,13 +1,18 @@
 """What a source of images is: labels, a fingerprint, and either one array or a way to load an index."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import utils.distributed as distributed
 from data.decode import MAX_PIXELS
+
+logger = logging.getLogger("synco")
 
 
 class Source:
@@ -117,3 +122,29 @@ def digest(count: int, *parts: bytes | np.ndarray) -> str:
     for part in parts:
         state.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
     return f"{count}:{state.hexdigest()}"
+
+
+def is_labelled(source: Source) -> bool:
+    """Tell whether every image of a source has a label."""
+    return source.num_classes > 0 and not bool((source.labels < 0).any())
+
+
+def compare_labels(split: Path, labels: np.ndarray, of_train: np.ndarray, classes: Sequence[str]) -> None:
+    """Refuse labels that no training image has; say in one line which classes only training has.
+
+    `split` names the other split in the messages.
+    """
+    unknown, absent = np.setdiff1d(labels, of_train), np.setdiff1d(of_train, labels)
+    if len(unknown):
+        raise ValueError(
+            f"DATA.PATH (--data-path): {split} has {len(unknown)} classes that train lacks: "
+            f"{[classes[label] for label in unknown[:5]]}"
+        )
+    if len(absent) and distributed.is_main():
+        logger.warning(
+            "%s has no image of %d of train's %d classes, such as %s",
+            split,
+            len(absent),
+            len(np.unique(of_train)),
+            [classes[label] for label in absent[:5]],
+        )

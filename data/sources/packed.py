@@ -1,4 +1,4 @@
-"""One file of images with an index behind them, mapped into memory and read without a copy.
+"""One file of images with an index behind them.
 
 A pack is a head, the records (encoded images, or uint8 pixels H x W x 3), the arrays of the index, a JSON
 text that says where they are, and a tail that says where the text is: a file that was cut has no tail.
@@ -7,19 +7,20 @@ text that says where they are, and a tail that says where the text is: a file th
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.decode import decode_rgb
-from data.sources.base import Source
+from data.sources.base import Source, compare_labels, is_labelled
 from data.sources.folder_index import PackedStrings
-from data.sources.mmap import checksum, map_file, view
+from data.sources.mmap import checksum, view
 
 VERSION = 1
 HEAD = struct.pack("<8sI52x", b"SYNCOPAK", VERSION)
@@ -81,32 +82,34 @@ def closing(index: PackIndex, described: dict[str, Any]) -> Iterator[bytes]:
 class PackedSource(Source):
     """The images of one pack; `header` is what the packer said of them.
 
-    The memory of a raw image is the file's own. Raises `ValueError` if the file is no whole pack.
+    The index is held in memory and a record is read when it is asked for. Nothing is mapped: the map of a
+    file that is cut while it is in use ends the process without a word. Raises `ValueError` if the file is
+    no whole pack.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._open()
-        except (ValueError, KeyError, TypeError, struct.error) as error:
-            raise ValueError(
-                f"DATA.PATH (--data-path): {path} is no pack, or was cut or damaged ({error}): copy it "
-                "again, or write it with tools/pack.py"
-            ) from error
+        self._open()
 
     def _open(self) -> None:
-        self._data = map_file(self.path)
-        self.header = read_header(self._data)
-        self.index = _read_index(self._data, self.header)
+        self._file = self.path.open("rb")
+        try:
+            self.header, body = _read_header(self._file)
+            self.index = _read_index(body, self.header)
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"DATA.PATH (--data-path): {self.path} is no pack, or was cut or damaged ({error}): copy it "
+                "again, or write it with tools/pack.py"
+            ) from error
         self.names = PackedStrings.of_arrays(self.index.names, self.index.names_at)
         super().__init__(torch.from_numpy(self.index.labels), self.header["classes"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep what is needed to map the same pack again, in a process that does not share memory."""
+        """Keep what is needed to open the same pack again, in a process that does not share memory."""
         return {"path": self.path, "digest": self.header["digest"], "max_pixels": self.max_pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map the pack again; ``ValueError`` if it has been replaced meanwhile."""
+        """Open the pack again; ``ValueError`` if it has been replaced meanwhile."""
         self.path, self.max_pixels = state["path"], state["max_pixels"]
         self._open()
         if self.header["digest"] != state["digest"]:
@@ -116,10 +119,12 @@ class PackedSource(Source):
         """Return "train.pack@/class/image.jpg", with the path that the image had."""
         return f"{self.path}@/{self.names[index]}"
 
-    def record(self, index: int) -> memoryview:
-        """Return the bytes of one image, not copied; `OSError` if they are not those that were packed."""
-        start, stop = self.index.offsets[index : index + 2]
-        data = self._data[start:stop]
+    def record(self, index: int) -> bytearray:
+        """Read the bytes of one image; `OSError` if they are not those that were packed."""
+        start, stop = (int(place) for place in self.index.offsets[index : index + 2])
+        data = bytearray(stop - start)  # torch wants memory that may be written to
+        if os.preadv(self._file.fileno(), [data], start) < len(data):
+            raise OSError(f"the pack was cut while it was in use: copy {self.path} again")
         if checksum(data) != self.index.checksums[index]:
             raise OSError(f"damaged record in a pack: {self.name(index)}")
         return data
@@ -132,7 +137,7 @@ class PackedSource(Source):
         """Return one image as uint8 (3,H,W) RGB."""
         data = self.record(index)
         if not self.header["raw"]:
-            return decode_rgb(data, self.max_pixels)
+            return decode_rgb(memoryview(data), self.max_pixels)
         height, width = (int(side) for side in self.index.sizes[index])
         return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
@@ -141,33 +146,100 @@ class PackedSource(Source):
         return self.header["digest"]
 
 
-def read_header(data: memoryview) -> dict[str, Any]:
-    """Return the JSON text of a mapped pack; ``ValueError`` if it is not whole."""
-    if len(data) < len(HEAD) + _TAIL.size or data[:12] != HEAD[:12]:
+# What a reader takes from the JSON text. It may come from a stranger.
+_HEADER_TYPES = {
+    "classes": list,
+    "split": str,
+    "raw": bool,
+    "count": int,
+    "start": int,
+    "lengths": dict,
+    "checksum": int,
+    "digest": str,
+}
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], bytearray]:
+    """Return the JSON text and the bytes of the arrays; ``ValueError`` if the pack is not whole."""
+    size = file.seek(0, os.SEEK_END)
+    if size < len(HEAD) + _TAIL.size or _read(file, 0, 12) != HEAD[:12]:
         raise ValueError("it does not begin as a pack of this version does")
-    start, length, expected, magic = _TAIL.unpack(data[-_TAIL.size :])
-    if magic != _MAGIC or start + length + _TAIL.size != len(data):
+    end, length, expected, magic = _TAIL.unpack(_read(file, size - _TAIL.size, _TAIL.size))
+    if magic != _MAGIC or end + length + _TAIL.size != size:
         raise ValueError("its end is missing")
-    text = data[start : start + length]
+    text = _read(file, end, length)
     if checksum(text) != expected:
         raise ValueError("its header does not match its checksum")
-    return json.loads(bytes(text))
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    for name, kind in _HEADER_TYPES.items():
+        if not isinstance(header.get(name), kind):
+            raise ValueError(f"its header has no {name!r} of type {kind.__name__}")
+    if not all(isinstance(name, str) for name in header["classes"]):
+        raise ValueError("its header has a class whose name is no text")
+    if not len(HEAD) <= header["start"] <= end:
+        raise ValueError("its index does not stand between the records and the header")
+    return header, bytearray(_read(file, header["start"], end - header["start"]))
 
 
-def _read_index(data: memoryview, header: dict[str, Any]) -> PackIndex:
-    position, arrays = header["start"], {}
-    for name, dtype in _TYPES.items():
-        arrays[name] = view(data, dtype, position, header["lengths"][name])
-        position += arrays[name].nbytes
-    if checksum(data[header["start"] : position]) != header["checksum"]:
+def _read(file: BinaryIO, start: int, count: int) -> bytes:
+    file.seek(start)
+    return file.read(count)
+
+
+def _read_index(body: bytearray, header: dict[str, Any]) -> PackIndex:
+    if checksum(body) != header["checksum"]:
         raise ValueError("its index does not match its checksum")
+    position, arrays = 0, {}
+    for name, dtype in _TYPES.items():
+        arrays[name] = view(memoryview(body), dtype, position, header["lengths"][name])
+        position += arrays[name].nbytes
     arrays["sizes"] = arrays["sizes"].reshape(-1, 2)
-    return PackIndex(**arrays)
+    index = PackIndex(**arrays)
+    _check_index(index, header)
+    return index
+
+
+def _check_index(index: PackIndex, header: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a later look into the index could fail, or give what was not packed."""
+    count = header["count"]
+    if [len(array) for array in index[:5]] != [count + 1, count, count + 1, count, count]:
+        raise ValueError("the arrays of its index have other lengths than its count of images says")
+    for cuts, first, last in (
+        (index.offsets, len(HEAD), header["start"]),
+        (index.names_at, 0, len(index.names)),
+    ):
+        if cuts[0] != first or cuts[-1] > last or (cuts[1:] < cuts[:-1]).any():
+            raise ValueError("its index points outside of the file, or backwards")
+    if count and not -1 <= index.labels.min() <= index.labels.max() < len(header["classes"]):
+        raise ValueError("its index has a label without a class")
+    if index.content(header["classes"], header["raw"]) != header["digest"]:
+        raise ValueError("its digest is that of another content")
 
 
 def packed(path: str, split: str) -> PackedSource:
     """Read <path>/<split>.pack; `path` may also be one pack, whose other split is looked for beside it."""
-    place = Path(path)
+    source = _open_split(Path(path), split)
+    train = source.path.parent / "train.pack"
+    if split == "val" and train.is_file():
+        _compare_with_train(source, PackedSource(train))
+    return source
+
+
+def _compare_with_train(val: PackedSource, train: PackedSource) -> None:
+    if not is_labelled(val) or not is_labelled(train):
+        return
+    if val.classes != train.classes:
+        other = sorted(set(val.classes) ^ set(train.classes))[:5] or "the same, in another order"
+        raise ValueError(
+            f"DATA.PATH (--data-path): {val.path} and {train.path} have different classes ({other}): pack "
+            "both splits of one data set"
+        )
+    compare_labels(val.path, val.labels.numpy(), train.labels.numpy(), val.classes)
+
+
+def _open_split(place: Path, split: str) -> PackedSource:
     if place.is_file():
         source = PackedSource(place)
         if source.header["split"] == split:

@@ -1,10 +1,13 @@
 """Packs: read as what was packed, in place, in any process; cut or damaged ones are refused."""
 
+import json
+import os
 import struct
 import warnings
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from data.augment.recipes import build_recipe
 from data.labels import read_subset, write_subset
 from data.loader import Batch, GlobalLoader, evaluation_batches
 from data.sources import Source, build_source, subset
+from data.sources.mmap import checksum
 from data.sources.packed import PackedSource
 from data.worker import BadImagesError
 from tests import forked
@@ -73,13 +77,11 @@ def test_training_sees_the_same_batches(image_folder: Path, flags: list[str]) ->
     assert_same_batches(batches(subset(source, chosen), 1), batches(subset(folder, chosen), 1))
 
 
-def test_raw_images_lie_in_the_map(image_folder: Path) -> None:
+def test_writing_to_a_raw_image_changes_no_pack(image_folder: Path) -> None:
     source = packed(image_folder, "--raw")
     image = source.load(3)
-    start = np.frombuffer(source._data, dtype=np.uint8).ctypes.data
-    assert image.data_ptr() == start + int(source.index.offsets[3])
     before = source.path.read_bytes()
-    image.zero_()  # a private copy of the page: neither the file nor another reader sees it
+    image.zero_()
     assert source.path.read_bytes() == before
     assert PackedSource(source.path).load(3).any()
 
@@ -206,6 +208,118 @@ def test_a_damaged_record_is_one_bad_image(image_folder: Path) -> None:
         batches(damaged, 6, max_bad_fraction=0.0)
     with pytest.raises(BadImagesError, match="evaluations replace nothing"):
         list(evaluation_batches(damaged, 16, batch_size=4, device=CPU))
+
+
+def resealed(content: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """Return a pack whose header has been changed by somebody who knows the format."""
+    tail = struct.Struct("<QQI4x8s")
+    start, length, _, magic = tail.unpack(content[-tail.size :])
+    header = json.loads(content[start : start + length])
+    changed = change(header)
+    text = json.dumps(header if changed is None else changed).encode()
+    return content[:start] + text + tail.pack(start, len(text), checksum(text), magic)
+
+
+HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no object": lambda header: [1, 2],
+    "nothing in it": lambda header: {"count": 12},
+    "no split": lambda header: header.pop("split") and None,
+    "no digest": lambda header: header.pop("digest") and None,
+    "no names": lambda header: header["lengths"].pop("names") and None,
+    "another digest": lambda header: header.update(digest="12:00"),
+    "more images": lambda header: header.update(count=13),
+    "a negative count": lambda header: header.update(count=-1),
+    "a huge start": lambda header: header.update(start=1 << 70),
+    "a negative start": lambda header: header.update(start=-64),
+    "a huge length": lambda header: header["lengths"].update(offsets=1 << 70),
+    "more labels": lambda header: header["lengths"].update(labels=24),
+    "a length of another type": lambda header: header["lengths"].update(offsets="13"),
+    "fewer classes": lambda header: header.update(classes=["c0"]),
+    "classes that are no names": lambda header: header.update(classes=[1, None, {}]),
+    "raw or not": lambda header: header.update(raw=not header["raw"]),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_an_odd_header_is_one_clear_error(image_folder: Path, name: str) -> None:
+    file = packed(image_folder).path
+    file.write_bytes(resealed(file.read_bytes(), HEADERS[name]))
+    with pytest.raises(ValueError, match=r"DATA\.PATH.*train\.pack is no pack, or was cut or damaged"):
+        build_source("packed", str(file.parent), "train")
+
+
+def test_a_header_of_nested_lists_is_one_clear_error(image_folder: Path) -> None:
+    file = packed(image_folder).path
+    content, tail = file.read_bytes(), struct.Struct("<QQI4x8s")
+    start, _, _, magic = tail.unpack(content[-tail.size :])
+    text = b"[" * 200_000
+    file.write_bytes(content[:start] + text + tail.pack(start, len(text), checksum(text), magic))
+    with pytest.raises(ValueError, match="is no pack, or was cut or damaged"):
+        build_source("packed", str(file.parent), "train")
+
+
+@pytest.mark.parametrize(
+    ("array", "place", "value", "message"),
+    [
+        ("offsets", 3, 1 << 60, "points outside"),
+        ("offsets", 5, -8, "points outside of the file, or backwards"),
+        ("offsets", -1, 1 << 60, "points outside"),
+        ("names_at", -1, 1 << 60, "points outside"),
+        ("labels", 2, 99, "label without a class"),
+        ("labels", 2, -2, "label without a class"),
+        ("checksums", 2, 7, "digest is that of another content"),
+    ],
+)
+def test_an_odd_index_is_one_clear_error(
+    image_folder: Path, array: str, place: int, value: int, message: str
+) -> None:
+    source = packed(image_folder)
+    content, index = source.path.read_bytes(), source.index
+    changed = {name: getattr(index, name).copy() for name in index._fields}
+    changed[array][place] = value
+    body = b"".join(part.tobytes() for part in changed.values())
+    start = source.header["start"]
+    content = content[:start] + body + content[start + len(body) :]
+    source.path.write_bytes(resealed(content, lambda header: header.update(checksum=checksum(body))))
+    with pytest.raises(ValueError, match=message):
+        build_source("packed", str(source.path), "train")
+
+
+def load_after_a_cut(path: str) -> str:
+    source = build_source("packed", path, "train")
+    source.load(0)
+    os.truncate(path, 5000)
+    names = [source.name(index) for index in range(len(source))]
+    try:
+        source.load(11)
+    except OSError as error:
+        return f"{len(names)} {len(set(names))} {int(source.labels.max())} {error}"
+    return "read"
+
+
+@pytest.mark.parametrize("flags", [[], ["--raw"]], ids=["as is", "raw"])
+def test_a_pack_that_is_cut_while_in_use_ends_no_process(image_folder: Path, flags: list[str]) -> None:
+    source = packed(image_folder, *flags)
+    with forked.pool(1) as pool:
+        (answer,) = pool.run(load_after_a_cut, str(source.path))
+    assert answer == f"12 12 2 the pack was cut while it was in use: copy {source.path} again"
+
+
+def test_both_packs_have_the_same_classes(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    packed(image_folder)
+    for image in (image_folder / "val" / "c1").iterdir():
+        image.unlink()
+    val = packed(image_folder, split="val")
+    assert caplog.text.count("val.pack has no image of 2 of train's 3 classes, such as ['c1', 'c2']") == 1
+    val.path.write_bytes(
+        resealed(val.path.read_bytes(), lambda header: header.update(with_classes(val, ["c0", "c2", "c9"])))
+    )
+    with pytest.raises(ValueError, match=r"different classes \(\['c1', 'c9'\]\): pack both splits"):
+        build_source("packed", str(val.path.parent), "val")
+
+
+def with_classes(source: PackedSource, classes: list[str]) -> dict[str, Any]:
+    return {"classes": classes, "digest": source.index.content(classes, source.header["raw"])}
 
 
 # ---- several processes -----------------------------------------------------------------------------------
