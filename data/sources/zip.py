@@ -12,34 +12,58 @@ from torch import Tensor
 
 import utils.distributed as distributed
 from data.decode import decode_rgb
-from data.sources.base import Source, digest
-from data.sources.folder_index import PackedStrings
+from data.sources.base import Source, compare_labels, digest
+from data.sources.folder_index import IMG_EXTENSIONS, PackedStrings
 
 CACHE_MODES = ("no", "part", "full")
-ZIP_EXTENSIONS = ("jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of name and extra field
+_MOST_CLASSES = 1 << 17  # or as many as the map has lines
+_MOST_HELD = 4  # times the archive's size: entries may lie about their sizes, overlap, or pack well
+_MOST_UNPACKED = 1 << 28  # bytes of a deflated entry: an uncompressed image of 89 megapixels
 
 
 class ZipSource(Source):
     """Images in one zip; the directory is read once, afterwards an image is one positioned read.
 
     `cache_mode`: "no" reads on demand, "full" holds all encoded bytes in every process, "part" those with
-    index mod world == rank, reading the others on demand. Every process opens the file for itself.
+    index mod world == rank, reading the others on demand. A damaged entry is not held: it is an unreadable
+    image. Every process opens the file for itself.
     """
 
     def __init__(
-        self, path: Path, names: list[str], labels: list[int], cache_mode: str, rank: int, world: int
+        self,
+        path: Path,
+        names: list[str],
+        labels: np.ndarray,
+        num_classes: int,
+        cache_mode: str,
+        rank: int,
+        world: int,
     ) -> None:
-        super().__init__(torch.tensor(labels, dtype=torch.int64), [str(c) for c in range(max(labels) + 1)])
+        super().__init__(torch.from_numpy(labels), [str(number) for number in range(num_classes)])
         self.path, self.names = path, PackedStrings(names)
-        self._entries = _read_directory(path, names)
+        self._entries, self._sizes = _read_directory(path, names)
         self._file: tuple[int, int] | None = None  # (process id, descriptor)
-        held = {"no": [], "full": range(len(names)), "part": range(rank, len(names), world)}[cache_mode]
-        encoded = [self.read(index) for index in held]
         self._slot = np.full(len(names), -1, dtype=np.int64)
-        self._slot[list(held)] = np.arange(len(held))
-        self._offsets = np.cumsum([0, *(len(data) for data in encoded)], dtype=np.int64)
-        self._cache = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        held = {"no": range(0), "full": range(len(names)), "part": range(rank, len(names), world)}[cache_mode]
+        self._hold(held)
+
+    def _hold(self, indices: range) -> None:
+        """Keep the encoded bytes of images, within `_MOST_HELD` times the size of the archive."""
+        room = _MOST_HELD * self.path.stat().st_size
+        kept: list[bytes] = []
+        for index in indices:
+            if room < self._sizes[index]:
+                break  # the others are read on demand
+            try:
+                data = self.read(index)
+            except (OSError, zlib.error):
+                continue  # whoever asks for the image reads it again, and learns what is wrong
+            self._slot[index] = len(kept)
+            kept.append(data)
+            room -= len(data)
+        self._offsets = np.cumsum([0, *(len(data) for data in kept)], dtype=np.int64)
+        self._cache = np.frombuffer(b"".join(kept), dtype=np.uint8)
 
     def name(self, index: int) -> str:
         """Return "archive.zip@/inner/path"."""
@@ -47,7 +71,8 @@ class ZipSource(Source):
 
     def encoded(self, index: int) -> bytes:
         """Return the encoded bytes of one image."""
-        return self.cached(index) or self.read(index)
+        data = self.cached(index)
+        return self.read(index) if data is None else data
 
     def load(self, index: int) -> Tensor:
         """Read and decode one image as uint8 (3,H,W) RGB."""
@@ -59,14 +84,19 @@ class ZipSource(Source):
         return None if slot < 0 else self._cache[self._offsets[slot] : self._offsets[slot + 1]].tobytes()
 
     def read(self, index: int) -> bytes:
-        """Read the encoded bytes of one image from the archive and check them."""
+        """Read the encoded bytes of one image and check them; `OSError` or `zlib.error` if damaged."""
         start, packed, method, checksum = (int(value) for value in self._entries[index])
-        descriptor = self._descriptor()
-        signature, name, extra = _LOCAL_HEADER.unpack(os.pread(descriptor, _LOCAL_HEADER.size, start))
+        size, descriptor = int(self._sizes[index]), self._descriptor()
+        header = os.pread(descriptor, _LOCAL_HEADER.size, start)
+        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise OSError(f"damaged zip entry {self.name(index)}: its header is missing")
+        _, name, extra = _LOCAL_HEADER.unpack(header)
         data = os.pread(descriptor, packed, start + _LOCAL_HEADER.size + name + extra)
         if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, wbits=-15)
-        if signature != b"PK\x03\x04" or zlib.crc32(data) != checksum:
+            if size > _MOST_UNPACKED:
+                raise OSError(f"zip entry {self.name(index)} would unpack to {size} bytes: store it instead")
+            data = zlib.decompressobj(wbits=-15).decompress(data, size + 1)  # stops there: a bomb lies
+        if len(data) != size or zlib.crc32(data) != checksum:
             raise OSError(f"damaged zip entry {self.name(index)}")
         return data
 
@@ -80,62 +110,98 @@ class ZipSource(Source):
         return digest(len(self), self.names.blob, self.names.offsets, self.labels.numpy(), self._entries)
 
 
-def _read_directory(path: Path, names: list[str]) -> np.ndarray:
-    """Return (N,4) int64: offset of the local header, packed size, method and checksum of every name."""
-    with zipfile.ZipFile(path) as archive:
-        known = archive.NameToInfo
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"{path} has no entry {name!r} that its map file lists: rebuild the map or the zip"
-                )
-            if (
-                known[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                or known[name].flag_bits & 1
-            ):
-                raise ValueError(
-                    f"{path}: entry {name!r} is encrypted or not stored/deflated: zip it again plainly"
-                )
-        infos = [known[name] for name in names]
-    return np.array(
-        [(i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in infos], dtype=np.int64
-    )
+def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N,4) int64: offset of the local header, packed size, method and checksum of every name.
+
+    And (N,) int64: the sizes of what is packed.
+    """
+    known = _open_directory(path)
+    end = path.stat().st_size
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{path} has no entry {name!r} that its map file lists: rebuild the map or the zip"
+            )
+        info = known[name]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise ValueError(
+                f"{path}: entry {name!r} is encrypted or not stored/deflated: zip it again plainly"
+            )
+        if not 0 <= info.header_offset <= end - info.compress_size:
+            raise ValueError(
+                f"DATA.PATH (--data-path): {path}: its directory says that entry {name!r} lies past its end: "
+                "it was cut or damaged, copy it again"
+            )
+    infos = [known[name] for name in names]
+    rows = [(i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in infos]
+    sizes = [min(i.file_size, 1 << 62) for i in infos]
+    return np.array(rows, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+
+def _open_directory(path: Path) -> dict[str, zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.NameToInfo
+    except OSError:
+        raise
+    except Exception as error:  # zipfile answers a damaged directory in many ways
+        raise ValueError(
+            f"DATA.PATH (--data-path): {path} is not a valid zip ({error}): build it again"
+        ) from error
 
 
 def zipped(
     path: str, split: str, cache_mode: str = "part", rank: int | None = None, world: int | None = None
 ) -> ZipSource:
-    """Read <path>/<split>.zip with <path>/<split>_map.txt: lines of inner path, TAB, label."""
+    """Read <path>/<split>.zip with <path>/<split>_map.txt: lines of inner path, TAB, label.
+
+    The classes are those of train's map, where there is one.
+    """
     if cache_mode not in CACHE_MODES:
         raise ValueError(
             f"DATA.CACHE_MODE (--cache-mode) {cache_mode!r} is unknown: use one of {', '.join(CACHE_MODES)}"
         )
-    archive, listing = Path(path) / f"{split}.zip", Path(path) / f"{split}_map.txt"
+    archive, listing, of_train = Path(path) / f"{split}.zip", _map_file(path, split), _map_file(path, "train")
     for file in (archive, listing):
         if not file.is_file():
             raise ValueError(f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'zip' needs it")
     names, labels = _read_map(listing)
+    num_classes = int(labels.max()) + 1
+    if split != "train" and of_train.is_file():
+        train_labels = _read_map(of_train)[1]
+        numbers = [str(number) for number in range(max(num_classes, int(train_labels.max()) + 1))]
+        compare_labels(listing, labels, train_labels, numbers)
+        num_classes = int(train_labels.max()) + 1
     rank = distributed.rank() if rank is None else rank
     world = distributed.world_size() if world is None else world
+    return ZipSource(archive, names, labels, num_classes, cache_mode, rank, world)
+
+
+def _map_file(path: str, split: str) -> Path:
+    return Path(path) / f"{split}_map.txt"
+
+
+def _read_map(listing: Path) -> tuple[list[str], np.ndarray]:
     try:
-        return ZipSource(archive, names, labels, cache_mode, rank, world)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"DATA.PATH (--data-path): {archive} is not a valid zip ({error}): build it again"
-        ) from error
-
-
-def _read_map(listing: Path) -> tuple[list[str], list[int]]:
-    names, labels = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{listing} is no text in UTF-8 ({error}): save it as UTF-8") from error
+    names, labels, most = [], [], max(_MOST_CLASSES, len(lines))
+    for number, line in enumerate(lines, start=1):
         name, tab, label = line.partition("\t")
-        if not tab or not label.strip().isdecimal() or name.lower().rpartition(".")[2] not in ZIP_EXTENSIONS:
+        label = label.strip()
+        if not tab or not label.isdecimal() or not name.lower().endswith(IMG_EXTENSIONS):
             raise ValueError(
                 f"{listing} line {number}: {line!r} is not <path in the zip> TAB <label>; "
-                f"extensions: {' '.join(ZIP_EXTENSIONS)}"
+                f"extensions: {' '.join(IMG_EXTENSIONS)}"
+            )
+        if len(label) > 18 or int(label) >= most:
+            raise ValueError(
+                f"{listing} line {number}: label {label[:20]} is too large: a map of {len(lines)} lines may "
+                f"have labels below {most}"
             )
         names.append(name)
         labels.append(int(label))
     if not names:
         raise ValueError(f"{listing} lists no images: expected lines of <path in the zip> TAB <label>")
-    return names, labels
+    return names, np.array(labels, dtype=np.int64)

@@ -1,7 +1,10 @@
 """Zip archives: every cache mode gives the folder's images; mistakes are named."""
 
 import multiprocessing
+import os
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -81,9 +84,106 @@ def test_damage_is_noticed(zip_root: Path) -> None:
     offset, size = (int(v) for v in source._entries[3][:2])
     content[offset + 60 + size // 2] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises((OSError, ValueError, Exception), match=r"damaged zip entry|invalid|Error"):
+    with pytest.raises((OSError, zlib.error), match=r"damaged zip entry|decompressing"):
         source.read(3)
     assert source.read(2)
+
+
+@pytest.mark.parametrize("mode", ["no", "part", "full"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_damaged_entry_is_one_unreadable_image_in_every_mode(
+    zip_root: Path, mode: str, world: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = zipped(str(zip_root), "train", "no", 0, 1)
+    content = bytearray(whole.path.read_bytes())
+    for index in (2, 3):
+        start, size = (int(v) for v in whole._entries[index][:2])
+        content[start + 60 + size // 2] ^= 0xFF
+    content[int(whole._entries[8, 0])] ^= 0xFF  # the local header
+    whole.path.write_bytes(content)
+    for rank in range(world):
+        caplog.clear()
+        source = zipped(str(zip_root), "train", mode, rank, world)
+        loader = GlobalLoader(
+            source, build_recipe("byol", 16), global_batch=12, seed=0, device=torch.device("cpu"),
+            max_bad_fraction=0.5, rank=0, world=1,
+        )  # fmt: skip
+        for _, (batch,) in loader.from_step(0, 2):
+            assert not {2, 3, 8} & set(batch.indices.tolist())
+        for index in (2, 3, 8):
+            assert caplog.text.count(f"replaced: {source.name(index)} (") == 1
+
+
+@pytest.mark.parametrize("mode", ["no", "part"])
+def test_a_directory_that_points_past_the_end_is_refused(zip_root: Path, mode: str) -> None:
+    content = bytearray((zip_root / "train.zip").read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 42 : entry + 46] = (1 << 30).to_bytes(4, "little")  # where its local header stands
+    (zip_root / "train.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"DATA\.PATH.*train\.zip.*lies past its end: it was cut"):
+        zipped(str(zip_root), "train", mode, 0, 1)
+
+
+def test_an_archive_that_is_cut_while_in_use_gives_unreadable_images(zip_root: Path) -> None:
+    source = zipped(str(zip_root), "train", "no", 0, 1)
+    os.truncate(source.path, int(source._entries[5, 0]) + 10)
+    assert source.read(4)
+    for index in (5, 6, 11):
+        with pytest.raises(OSError, match="damaged zip entry"):
+            source.read(index)
+
+
+def archive_of(root: Path, entries: dict[str, bytes], lines: list[str] | None = None) -> None:
+    with zipfile.ZipFile(root / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    (root / "train_map.txt").write_text("\n".join(lines or [f"{name}\t0" for name in entries]))
+
+
+def test_an_entry_unpacks_to_no_more_than_it_declares_and_may(tmp_path: Path) -> None:
+    archive_of(tmp_path, {"a.jpg": bytes(1 << 20), "b.jpg": bytes((1 << 28) + 1)})
+    source = zipped(str(tmp_path), "train", "full", 0, 1)
+    assert [source.cached(index) for index in (0, 1)] == [None, None]  # they pack too well to be held
+    with pytest.raises(OSError, match="would unpack to 268435457 bytes: store it instead"):
+        source.read(1)
+    assert len(source.read(0)) == 1 << 20
+    source._sizes[0] = 1000  # the directory lies
+    tracemalloc.start()
+    with pytest.raises(OSError, match="damaged zip entry"):
+        source.read(0)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+def test_images_in_memory_are_no_more_than_the_archive_warrants(tmp_path: Path) -> None:
+    noise = os.urandom(10_000)
+    archive_of(tmp_path, {"a.jpg": noise}, ["a.jpg\t0"] * 100)  # 100 names of one entry
+    source = zipped(str(tmp_path), "train", "full", 0, 1)
+    assert [source.cached(index) == noise for index in range(100)] == [True] * 4 + [False] * 96
+    assert source.encoded(99) == noise
+
+
+def test_the_classes_of_val_are_those_of_train(zip_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (zip_root / "val.zip").write_bytes((zip_root / "train.zip").read_bytes())
+    lines = (zip_root / "train_map.txt").read_text().splitlines()
+    (zip_root / "val_map.txt").write_text("\n".join(lines[:4]))
+    assert build_source("zip", str(zip_root), "val").num_classes == 3
+    assert caplog.text.count("val_map.txt has no image of 2 of train's 3 classes, such as ['1', '2']") == 1
+    (zip_root / "val_map.txt").write_text("\n".join([*lines[1:], "c0/image 00.JPEG\t999"]))
+    with pytest.raises(ValueError, match=r"val_map\.txt has 1 classes that train lacks: \['999'\]"):
+        build_source("zip", str(zip_root), "val")
+    (zip_root / "train_map.txt").unlink()
+    assert build_source("zip", str(zip_root), "val").num_classes == 1000
+
+
+def test_a_map_with_a_byte_order_mark_is_read(zip_root: Path) -> None:
+    listing = zip_root / "train_map.txt"
+    expected = build_source("zip", str(zip_root), "train").fingerprint()
+    listing.write_bytes(b"\xef\xbb\xbf" + listing.read_bytes())
+    assert build_source("zip", str(zip_root), "train").fingerprint() == expected
+    listing.write_bytes(listing.read_text().encode("utf-16"))
+    with pytest.raises(ValueError, match=r"train_map\.txt is no text in UTF-8 .*: save it as UTF-8"):
+        build_source("zip", str(zip_root), "train")
 
 
 def test_fingerprint_tells_changed_content(zip_root: Path) -> None:
@@ -103,6 +203,8 @@ def test_fingerprint_tells_changed_content(zip_root: Path) -> None:
         ),
         ("c0/image 00.JPEG 0", "no", "train_map.txt line 1: .* is not <path in the zip> TAB <label>"),
         ("c0/image 00.JPEG\tcat", "no", "train_map.txt line 1"),
+        ("c0/image 00.JPEG\t300000000", "no", "line 1: label 300000000 is too large: a map of 1 lines"),
+        ("c0/image 00.JPEG\t1" + "0" * 5000, "no", "line 1: label 10000000000000000000 is too large"),
         ("c0/image 00.JPEG\t0\nc0/image 00.txt\t0", "no", "train_map.txt line 2"),
         ("c0/absent.jpg\t0", "no", "has no entry 'c0/absent.jpg'"),
         ("", "no", "lists no images"),
