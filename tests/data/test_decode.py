@@ -144,8 +144,9 @@ def test_images_of_too_many_pixels_are_refused_from_their_header(photos: np.ndar
     data = encode(Image.fromarray(photos[0]), kind)
     assert decode_rgb(data, 96 * 128).shape == (3, 96, 128)
     header = data if kind == "WEBP" else data[: -len(data) // 3]  # WebP is checked as a whole
-    with pytest.raises(ValueError, match=r"128 x 96 pixels are more than DATA\.MAX_PIXELS \(12287\)"):
-        decode_rgb(header, 96 * 128 - 1)
+    for part in (header, data):
+        with pytest.raises(ValueError, match=r"128 x 96 pixels are more than DATA\.MAX_PIXELS \(12287\)"):
+            decode_rgb(part, 96 * 128 - 1)
 
 
 def test_the_limit_of_pixels_is_data_max_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,11 @@ def test_scans_cannot_be_hidden_from_the_count(photos: np.ndarray) -> None:
     baseline = encode(Image.fromarray(photos[0]), "JPEG")
     start, scan = baseline.index(b"\xff\xc0"), baseline.index(b"\xff\xda")
     fakes = baseline[start:scan] + baseline[scan : scan + 14]
+    fill = (
+        many[:frame] + b"\xff" + many[frame:]
+    )  # whoever reads "ff ff c2 00" as a segment jumps to the fakes
     for hidden in (
+        fill.ljust(frame + 2 + 0xC200, b"\0") + fakes,
         many[:frame] + b"\xff" * 9 + many[frame:],
         many[:frame] + b"\0\0" + many[frame:],
         many[:frame] + b"\xff\x01" + many[frame:],
