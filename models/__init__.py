@@ -1,4 +1,4 @@
-"""The methods, by the name that ``MODEL.NAME`` selects."""
+"""Build the method that `MODEL.NAME` selects."""
 
 import inspect
 from collections.abc import Mapping
@@ -31,17 +31,17 @@ FRAMEWORKS: dict[str, type[MomentumFramework]] = {
 
 
 def framework_defaults() -> dict[str, dict[str, Any]]:
-    """Return each method's options and defaults, read from its signature: ``MODEL.<METHOD>`` is declared
-    once.
+    """Return the options and defaults of each method, read from its signature.
 
-    ``batchformer`` is the module's section, for every method; the method of that name has MoCo v3's options.
+    They become the sections `MODEL.<METHOD>`. The section `batchformer` is that of the module,
+    which any method may hold. The method of that name has the options of MoCo v3.
     """
     sections = {name: _options(framework) for name, framework in FRAMEWORKS.items()}
     return {**sections, "batchformer": {"enabled": False, **_options(BatchFormer)}}
 
 
 def _options(framework: type) -> dict[str, Any]:
-    """Read the keyword-only parameters; ``**rest`` stands for those of the base class."""
+    """Return the keyword-only parameters. `**rest` stands for those of the base class."""
     parameters = inspect.signature(framework).parameters.values()
     inherits = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     options = _options(framework.__mro__[1]) if inherits else {}
@@ -59,12 +59,12 @@ def build_framework(
     use_checkpoint: bool = False,
     stack_views: bool = False,
 ) -> MomentumFramework:
-    """Build the method ``name`` with its ``options`` over ``build_backbone(**backbone)``.
+    """Build the method `name` with its `options` over `build_backbone(**backbone)`.
 
-    ``backbone`` may also hold ``target_drop_path``, the target's own drop-path rate (default 0);
-    ``batchformer`` holds ``enabled`` and the options of ``BatchFormer``.
-    On several processes batch norms are synchronised where the method asks for it. Raises ``ValueError`` for
-    a name that is not in ``FRAMEWORKS``.
+    `backbone` may also hold `target_drop_path`, the target's own drop-path rate (default 0);
+    `batchformer` holds `enabled` and the options of `BatchFormer`. On several processes batch norms
+    are synchronised where the method asks for it. Raises `ValueError` for a name that is not in
+    `FRAMEWORKS`.
     """
     if name not in FRAMEWORKS:
         raise ValueError(f"MODEL.NAME: {name!r} is not one of {', '.join(FRAMEWORKS)}")

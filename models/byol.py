@@ -11,7 +11,7 @@ from utils.schedules import Progress, momentum_at
 
 
 class BYOL(MomentumFramework):
-    """Predict the target's embedding of the other view, without negatives; the loss is half the paper's."""
+    """Predict the target's embedding of the other view. The loss is half the paper's."""
 
     sync_batch_norm = True
     can_stack_views = True

@@ -19,9 +19,10 @@ M = TypeVar("M", bound=nn.Module)
 def pretrained_backbone(
     options: Mapping[str, Any], checkpoint: Mapping[str, object] | None, source: str, **changes: Any
 ) -> Backbone:
-    """Build the backbone of a ``MODEL.BACKBONE`` section with ``changes``, on a checkpoint if given.
+    """Build the backbone of a `MODEL.BACKBONE` section with `changes`, on a checkpoint if given.
 
-    ``source`` is the file's name, for messages. Raises ``ValueError`` if it covers only a part.
+    `source` is the file's name, for messages. Raises `ValueError` if the file lacks a part of the
+    backbone.
     """
     own = {key: value for key, value in options.items() if key != "target_drop_path"}
     backbone = build_backbone(**{**own, **changes})
@@ -35,8 +36,8 @@ def pretrained_backbone(
 def freeze(backbone: M, active_drop_path: bool = False) -> M:
     """Freeze a backbone for a probe: no gradients, eval mode.
 
-    ``active_drop_path`` leaves it in train mode but for its batch norms, whose statistics must not move: the
-    protocol of MoBY (spec V16).
+    With `active_drop_path` it stays in train mode, which keeps drop path active: the protocol of
+    MoBY. Its batch norms are in eval mode even then, since their statistics must not change.
     """
     backbone.requires_grad_(False).train(active_drop_path)
     for module in backbone.modules():
@@ -55,9 +56,10 @@ def _start(weight: Tensor, init: str) -> Tensor:
 
 
 class LinearHeads(nn.Module):
-    """Hold a grid of linear classifiers over the same features, so that one pass trains all its points.
+    """Hold a grid of linear classifiers on the same features; one pass over the data trains all.
 
-    All heads start from the same weights: "normal" (std 0.01, MoCo) or "trunc" (std 0.02, MoBY), biases 0.
+    All heads start from the same weights: "normal" (std 0.01, MoCo) or "trunc" (std 0.02, MoBY),
+    biases 0.
     """
 
     def __init__(self, num_features: int, num_classes: int, num_heads: int, init: str = "normal") -> None:
@@ -70,8 +72,9 @@ class LinearHeads(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (G, N, C) of features (N, F).
 
-        A product for each head gives it the bits that it would have alone; one product for all would first
-        copy all weights into one matrix, which costs more where they are large.
+        Each head has a matrix product of its own, so its logits are bit-identical to those of a run
+        alone. One product for all heads would first copy all weights into one matrix, which costs
+        more.
         """
         logits = [F.linear(features, weight, bias) for weight, bias in self.pairs()]
         return torch.stack(logits, dim=1).transpose(0, 1)
@@ -96,8 +99,8 @@ class LinearHeads(nn.Module):
 def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the mean cross-entropy (G,) of each head's logits (G, N, C) for labels (N,).
 
-    With smoothing s: (1 - s) * NLL + s * mean over classes of -log p. The sum of the result gives every head
-    the gradient it would have alone.
+    With smoothing s: (1 - s) * NLL + s * mean over classes of -log p. The sum of the result gives
+    every head the gradient it would have alone.
     """
     log_p = logits.transpose(0, 1).float().log_softmax(dim=-1)  # (N, G, C), as the heads left it
     nll = -log_p.gather(-1, labels[:, None, None].expand(-1, len(logits), 1)).squeeze(-1)
@@ -107,15 +110,16 @@ def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Put a class head on a backbone; on SiT's two class tokens one head each (arXiv:2104.03602).
+    """Put a class head on a backbone. SiT's two class tokens get one head each (arXiv:2104.03602).
 
-    ``representation_size`` R puts Linear(F, R) + tanh before each head, which makes it a head of two layers.
+    `representation_size` R puts Linear(F, R) and tanh before each head, which makes it a head of
+    two layers.
     """
 
     def __init__(
         self, backbone: Backbone, num_classes: int, *, representation_size: int = 0, init: str = "normal"
     ) -> None:
-        """Draw the heads, ``init`` as in ``LinearHeads``."""
+        """Draw the heads, `init` as in `LinearHeads`."""
         super().__init__()
         self.backbone = backbone
         self.two_tokens = getattr(backbone, "num_prefix_tokens", 1) == 2
@@ -155,9 +159,10 @@ def _linear(width_in: int, width_out: int, init: str) -> nn.Linear:
 
 
 def layer_ids(backbone: Backbone) -> dict[str, int]:
-    """Return for each parameter the number of its layer, 0 for the stem, as timm's group matcher counts them.
+    """Return the layer number of each parameter by timm's group matcher; the stem is layer 0.
 
-    The final norm goes with the last block. Raises ``ValueError`` for a model that timm cannot take apart.
+    The final norm belongs to the last block. Raises `ValueError` for a model that timm cannot take
+    apart.
     """
     from timm.models import group_parameters
 

@@ -41,7 +41,7 @@ class MoBY(MomentumFramework):
         self.momentum_schedule = momentum_schedule
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Contrast each view's queries with the other view's keys; the losses are summed, not averaged."""
+        """Contrast each view's queries with the other view's keys. The two losses are summed."""
         queries = [unit(self.predictor(rows)) for rows in self.online.each(views)]
         with torch.no_grad():
             keys = [unit(rows) for rows in self.target.each(views)]
@@ -59,7 +59,7 @@ class MoBY(MomentumFramework):
         }
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
-        """Return what to synthesise at this step; nothing in MoBY, see SynCo-v2."""
+        """Return what to synthesise at this step: nothing in MoBY. SynCo-v2 overrides it."""
         return None
 
     def after_step(self, progress: Progress) -> None:

@@ -14,10 +14,11 @@ from utils.schedules import Progress
 
 
 class MoCoV2(MomentumFramework):
-    """One direction, a queue of keys, batch norm shuffled between processes; ``batch_norm`` local: without
-    shuffling.
+    """Contrast queries with a queue of keys, in one direction.
 
-    On one process shuffling changes no statistics; ``bn_groups`` > 1 then emulates that many processes.
+    `batch_norm` is "shuffle" (keys are shuffled between processes), "sync" (synchronised) or
+    "local". On one process shuffling changes no statistics: `bn_groups` > 1 then normalises as that
+    many processes would.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class MoCoV2(MomentumFramework):
             convert_split_batch_norm(self, bn_groups)
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Contrast view 1's queries with view 2's keys (and the reverse, halved, if ``symmetric``)."""
+        """Contrast queries of view 1 with keys of view 2; `symmetric`: the mean of both ways."""
         pairs = [(views[0], views[1]), (views[1], views[0])] if self.symmetric else [(views[0], views[1])]
         contrasts = []
         for query_view, key_view in pairs:
@@ -65,7 +66,7 @@ class MoCoV2(MomentumFramework):
         return {"loss": loss, "embedding": keys[: len(views[0])], **contrast_metrics(*contrasts)}
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
-        """Return what to synthesise at this step; nothing in MoCo, see SynCo."""
+        """Return what to synthesise at this step: nothing in MoCo. SynCo overrides it."""
         return None
 
     def after_step(self, progress: Progress) -> None:
@@ -75,14 +76,14 @@ class MoCoV2(MomentumFramework):
 
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
-        """Encode keys (N, D); each batch norm sees a random part of the global batch (paper, section 3.3).
+        """Encode keys (N, D); each batch norm sees a random part of the global batch.
 
-        On one process, where all of them see the same batch, there is nothing to shuffle but BN_GROUPS.
+        On one process there is nothing to shuffle, unless `bn_groups` splits the batch.
         """
         if not self.shuffle:
             return unit(self.target(images))
         num = len(images)
-        # Drawn on one process too: the draws that follow, SynCo's, are then those of the published code.
+        # Drawn on one process too: the draws of SynCo that follow are then the published ones.
         order = broadcast_host(torch.randperm(num * world_size()))
         if world_size() == 1 and self.bn_groups <= 1:
             return unit(self.target(images))

@@ -11,10 +11,11 @@ from utils.schedules import Progress, momentum_at
 
 
 class MoCoV3(MomentumFramework):
-    """Contrast each view's prediction with the other view's keys of the whole global batch; no queue.
+    """Contrast each view's prediction with the other view's keys of the global batch.
 
-    The published heads: ResNets have 2 projector layers and no norm at the predictor's end, transformers 3
-    and an affine-free one (``proj_num_layers`` 3, ``pred_last_batch_norm`` True).
+    Published for ResNets: 2 projector layers and no batch norm at the end of the predictor. For
+    transformers: 3 layers and a batch norm without affine parameters (`proj_num_layers` 3,
+    `pred_last_batch_norm` True).
     """
 
     sync_batch_norm = True
@@ -46,7 +47,7 @@ class MoCoV3(MomentumFramework):
         self.momentum_schedule = momentum_schedule
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Sum both directions of the contrast; under BatchFormer each over the pairs of streams."""
+        """Sum the contrasts of both directions, under BatchFormer over all pairs of streams."""
         queries = [self.predictor(rows) for rows in self.online.each(views)]
         with torch.no_grad():
             keys = self.target.each(views)

@@ -17,7 +17,7 @@ TASKS = ("rotation", "contrast", "reconstruction")
 
 
 class Outputs(NamedTuple):
-    """What the network says of N images: rotation logits (N, 4), embeddings (N, D), pixels (N, 3, H, W)."""
+    """Outputs for N images: rotation logits (N, 4), embeddings (N, D), pixels (N, 3, H, W)."""
 
     rotation: Tensor
     embedding: Tensor
@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
 
 
 class Heads(nn.Module):
-    """Three heads over an image's summaries, (N, F) each, and its last feature map (N, F, h, w)."""
+    """Three heads on summaries, (N, F) each, and on the last feature map (N, F, h, w)."""
 
     def __init__(self, width: int, out_dim: int, stride: int, map_width: int) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class Heads(nn.Module):
         _truncated_normal(self)
 
     def forward(self, summaries: tuple[Tensor, ...], features: Tensor, num: int) -> Outputs:
-        """Read the rotation from the last summary and the embedding from the first: SiT's two tokens."""
+        """Read the rotation from the last summary and the embedding from the first."""
         return Outputs(
             self.rotation(summaries[-1][:num]), self.contrast(summaries[0]), self.reconstruction(features)
         )
 
 
 class StudentHeads(Heads):
-    """The later heads: three layers with batch norm for the embedding, three for the pixels, no rotation."""
+    """Heads of the later variant: three layers each for embedding and pixels, no rotation."""
 
     def __init__(self, width: int, hidden_dim: int, out_dim: int, stride: int, map_width: int) -> None:
         super().__init__(width, out_dim, stride, map_width)
@@ -74,7 +74,8 @@ class SiTEncoder(Encoder):
     def forward(self, images: Tensor, num_views: int = 1) -> Outputs:  # type: ignore[override]
         """Return the three heads' outputs of images (N, 3, H, W), in which `num_views` views are stacked.
 
-        BatchFormer attends over each view by itself: it would see the positive beside its query.
+        BatchFormer attends over each view by itself. Over both it would see the positive of each
+        query.
         """
         summaries, features = summaries_and_map(self.backbone, images)
         if self.batchformer is not None:
@@ -90,12 +91,13 @@ class SiTEncoder(Encoder):
 
 
 class SiT(MomentumFramework):
-    """Tell the rotation, recognise the other view and restore the pixels of corrupted images, all at once.
+    """Tell the rotation, recognise the other view and restore the pixels of corrupted images.
 
-    ``variant`` rotation is the published method: the three losses are weighted by their learned
-    uncertainties, and the target is the running average that DeiT keeps of its weights. ``variant`` gmml is
-    the authors' later one: a student sees group-masked views, a teacher the clean ones, no rotation.
-    ``legacy_weighting`` restores the weighting before July 2021 (spec S11).
+    `variant` "rotation" is the published method. The three losses are weighted by learned
+    uncertainties, and the target is a running average of the weights, as in DeiT. `variant` "gmml"
+    is the authors' later code (GMML: arXiv:2205.14986): a student sees group-masked views, a
+    teacher clean ones, without rotation. `legacy_weighting` weighs the losses as the published code
+    did before July 2021.
     """
 
     def __init__(
@@ -138,17 +140,18 @@ class SiT(MomentumFramework):
         self.reconstruction_weight = reconstruction_weight
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Return the loss and, apart, what it is made of."""
+        """Return the loss and its parts."""
         return self._student_and_teacher(views) if self.variant == "gmml" else self._three_tasks(views)
 
     def compile_backbones(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
-        """Refuse: what is compiled is a backbone's pooled output, and SiT reads its tokens and its map."""
+        """Raise ValueError: only a pooled output can be compiled, and SiT reads tokens and map."""
         raise ValueError("TRAIN.COMPILE, TRAIN.CUDA_GRAPHS: SiT cannot be compiled; set them to False")
 
     def after_step(self, progress: Progress) -> None:
-        """Average the target: the whole state where it only follows, the weights where it is a teacher.
+        """Average the target with this step's momentum, as published.
 
-        The published teacher moves after the step, with that step's momentum.
+        A teacher has batch-norm statistics of its own. A target that sees no images takes over the
+        online's.
         """
         momentum = momentum_at(progress.fraction, self.base_momentum, self.momentum_schedule)
         self.update_target(momentum, buffers=self.variant == "rotation")
@@ -162,7 +165,7 @@ class SiT(MomentumFramework):
         return self.three_losses(clean, outputs, send(torch.cat(turns), clean[0].device))
 
     def three_losses(self, clean: list[Tensor], outputs: list[Outputs], turns: Tensor) -> dict[str, Tensor]:
-        """Weigh the three losses of two rotated views, turned by ``turns`` (2N,) quarters clockwise."""
+        """Weigh the three losses of two views, turned clockwise by `turns` (2N,) quarters."""
         num = len(clean[0])
         logits = full_precision(torch.cat([output.rotation for output in outputs]))
         pairs = self.stream_pairs(outputs[0].embedding, outputs[1].embedding, num)
@@ -231,7 +234,7 @@ class SiT(MomentumFramework):
     def restore(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return corrupted copies of clean images (N, 3, H, W) and the network's reconstruction of them.
 
-        ``seed`` decides the corruption, so that pictures of two moments compare.
+        The corruption depends on `seed` only, so that pictures of different epochs can be compared.
         """
         torch.manual_seed(seed)
         seen, _ = self.corrupted(images)
@@ -239,13 +242,13 @@ class SiT(MomentumFramework):
 
 
 def uncertainty_weighted(loss: Tensor, uncertainty: Tensor, scale: float, legacy: bool = False) -> Tensor:
-    """Weigh a task's loss by its learned uncertainty s: exp(-a s) L + s/2, or a exp(-s) L + s/2 (spec E2)."""
+    """Weigh a loss L by its learned uncertainty s: exp(-a s) L + s/2; legacy a exp(-s) L + s/2."""
     weight = scale * torch.exp(-uncertainty) if legacy else torch.exp(-scale * uncertainty)
     return weight * loss + 0.5 * uncertainty
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn square images (N, 3, S, S) clockwise by ``turns`` (N,) quarters; ``turns`` is on the host."""
+    """Turn square images (N, 3, S, S) clockwise by `turns` (N,) quarters, a CPU tensor."""
     out = torch.empty_like(images)
     for quarter in range(4):
         chosen = send(torch.nonzero(turns == quarter)[:, 0], images.device)
@@ -260,7 +263,8 @@ def _check(backbone: Backbone, variant: str, drop_type: str) -> None:
         raise ValueError(f"MODEL.SIT.DROP_TYPE: {drop_type!r} is not one of zeros, noise")
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     levels = getattr(backbone, "feature_info", None)
-    if size and levels and size[-1] % levels[-1]["reduction"]:  # Swin would pad: cells beside their pixels
+    # Swin would pad its map, whose cells would then not lie on their pixels.
+    if size and levels and size[-1] % levels[-1]["reduction"]:
         raise ValueError(
             f"DATA.IMG_SIZE: {size[-1]} is not a multiple of the backbone's stride, "
             f"{levels[-1]['reduction']}, so SiT cannot reconstruct the image"

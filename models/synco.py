@@ -10,11 +10,11 @@ from utils.schedules import Progress
 
 
 class SynCo(MoCoV2):
-    """MoCo v2 whose queue is joined, from epoch ``warmup_epochs`` on, by six types of synthetic negatives.
+    """MoCo v2 with synthetic negatives beside the queue, from epoch `warmup_epochs` on.
 
-    ``sigma``: the published code has 0.01; the runs of August 2024 most likely used 0.1 (spec S3).
-    ``legacy_gradients``: types 5 and 6 as before October 2024, which the published checkpoints most likely
-    used.
+    `sigma` is 0.01 in the published code. It was 0.1 until August 2024, so the published runs most
+    likely had 0.1. `legacy_gradients` makes types 5 and 6 as the code did before October 2024, so
+    most likely in the published runs.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""SynCo-v2: synthetic hard negatives on MoBY, in both directions, for transformers (spec 1.3, 2.4)."""
+"""SynCo-v2: synthetic hard negatives on MoBY, in both directions, for transformers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from utils.schedules import Progress
 
 
 class SynCoV2(MoBY):
-    """MoBY whose queues are joined by synthetic negatives in epochs ``warmup_epochs`` to ``cooldown_epochs``,
-    inclusive.
+    """MoBY with synthetic negatives in epochs `warmup_epochs` to `cooldown_epochs`.
 
-    ``legacy_window`` 4 reproduces the published runs, whose code counted the window's epochs without the
-    number of processes, 4: it opened at epoch 120 of 300 and never closed (spec 2.4). The default counts took
-    effect in the published runs; the published yaml files say 128 for all six, which never arrived (spec V2).
+    Both ends are included. `legacy_window` 4 repeats the published runs on 4 processes: their code
+    forgot the number of processes when it counted epochs, so the window opened at epoch 120 of 300
+    and never closed. The published yaml files say 128 synthetics for all six types, but their code
+    did not read these keys. The default of `num_synthetic` is what the published runs used.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Backbones from timm behind timm's own contract: ``module(x) -> (N, num_features)``.
+"""Build backbones of timm: `module(images)` returns features (N, num_features).
 
-``module.num_features`` is the width and ``module.forward_features(x)`` the last map or token sequence. The
-module is timm's, not a wrapper, so its state dict carries timm's key names and loads back into timm as it is.
+`module.num_features` is their width, and `module.forward_features(images)` returns the last feature
+map or token sequence. The module is timm's own, without a wrapper: its state dict loads into timm
+as it is.
 """
 
 import difflib
@@ -31,7 +32,7 @@ STEMS = ("imagenet", "cifar", "cifar_stride2")
 
 
 class Backbone(nn.Module):
-    """What ``build_backbone`` returns, for type checkers: a timm module without a classifier."""
+    """The type of what `build_backbone` returns: a timm module without a classifier."""
 
     num_features: int
 
@@ -55,11 +56,12 @@ def build_backbone(
 ) -> Backbone:
     """Build the backbone `name` (one of `BACKBONES` or `timm/<name>`) without a classifier.
 
-    `stem` is for ResNets, `patch_size` (0: the model's own) and `freeze_patch_embed` are for transformers.
-    `num_tokens` is for plain ViTs: 2 adds SiT's rotation token (timm's `reg_token`) to the class token.
-    `norm_eps` (0: the model's own) is the eps of all layer norms but those before the MLPs.
-    Raises `ValueError` naming the key for an unknown name, an option that the backbone does not have, and
-    images smaller than a patch. Pixels that no patch covers are reported as a warning.
+    `stem` is for ResNets, `patch_size` (0: the model's own) and `freeze_patch_embed` are for
+    transformers. `num_tokens` is for plain ViTs: 2 adds SiT's rotation token (timm's `reg_token`)
+    to the class token. `norm_eps` (0: the model's own) is the eps of all layer norms but those
+    before the MLPs. Raises `ValueError` naming the key for an unknown name, an option that the
+    backbone does not have, and images smaller than a patch. Pixels that no patch covers are
+    reported as a warning.
     """
     if name in RESNETS:
         _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
@@ -71,7 +73,8 @@ def build_backbone(
             options["patch_size"] = patch_size
         if num_tokens != 1:
             options["reg_tokens"] = _extra_tokens(name, num_tokens)
-        backbone = _transformer(name, options)  # first, so that an unknown name is called unknown
+        # Before the other checks, so that an unknown name is reported as unknown.
+        backbone = _transformer(name, options)
         _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
     if freeze_patch_embed:
         _freeze_patch_embed(backbone, name)
@@ -83,14 +86,15 @@ def build_backbone(
 
 
 def feature_map(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the last feature map (N, F, h, w) of any backbone; class tokens are dropped."""
+    """Return the last feature map (N, F, h, w) of any backbone, without class tokens."""
     return _as_map(backbone, backbone.forward_features(images))
 
 
 def summaries_and_map(backbone: Backbone, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return what sums an image up, (N, F) each, and the last feature map (N, F, h, w), in one pass.
+    """Return summaries of the images, (N, F) each, and the last feature map (N, F, h, w).
 
-    A ViT's class tokens are the summaries, in their order; elsewhere it is the pooled feature.
+    The summaries of a ViT are its class tokens, in their order. Other backbones have one: the
+    pooled feature.
     """
     features = backbone.forward_features(images)
     if features.ndim == 3:
@@ -102,7 +106,7 @@ def summaries_and_map(backbone: Backbone, images: Tensor) -> tuple[tuple[Tensor,
 
 @torch.no_grad()
 def map_geometry(backbone: Backbone) -> tuple[int, int]:
-    """Return how many pixels a cell of the last feature map spans and the map's width, measured on zeros."""
+    """Return the stride of the last feature map in pixels, and its number of channels."""
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or (128, 128)
     training, device = backbone.training, next(backbone.parameters()).device
     features = feature_map(backbone.eval(), torch.zeros(1, 3, *size, device=device))
@@ -141,7 +145,7 @@ def _extra_tokens(name: str, num_tokens: int) -> int:
 
 
 def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
-    recomputed = getattr(backbone, "blocks", backbone)  # of a ViT the blocks, not a stem before them
+    recomputed = getattr(backbone, "blocks", backbone)  # of a ViT only its blocks, not the stem
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recomputed.modules()):
         raise ValueError(
             f"--use-checkpoint: {name} has batch norm, whose statistics recomputing would count twice; "
@@ -217,7 +221,7 @@ def _with_deit_tokens(backbone: nn.Module) -> nn.Module:
 
 
 def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
-    """Build any timm model with the options it knows; its width is measured, since some report another."""
+    """Build any timm model. Its width is measured, since some models report another."""
     import timm
 
     size = options["img_size"]
@@ -239,8 +243,9 @@ def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
 
 @torch.enable_grad()
 def _width_at(backbone: Any, timm_name: str, size: int) -> int:
-    """Return the width of a timm model's features, and say which pixels of an image never reach them."""
-    pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(12.9898).sin()  # a texture
+    """Return the width of a timm model's features. Warn of pixels that do not influence them."""
+    # Noise without a generator, whose state would change the run.
+    pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(12.9898).sin()
     images = pixels.view(1, 3, size, size).requires_grad_()
     try:
         features = backbone(images)
@@ -298,7 +303,7 @@ def _nearest(img_size: int, multiple: int) -> str:
 
 
 def _set_norm_eps(backbone: nn.Module, name: str, eps: float) -> None:
-    """Set the eps of the layer norms but those before the MLPs, which SynCo-v2's Swin left at 1e-5."""
+    """Set the eps of all layer norms but those before the MLPs, as in SynCo-v2's Swin."""
     norms = [(path, part) for path, part in backbone.named_modules() if isinstance(part, nn.LayerNorm)]
     if not norms:
         raise ValueError(f"MODEL.BACKBONE.NORM_EPS: {eps} does not apply to {name}, which has no layer norm")
@@ -308,7 +313,7 @@ def _set_norm_eps(backbone: nn.Module, name: str, eps: float) -> None:
 
 
 def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
-    """Freeze the patch projection (MoCo v3, section 4.3: random patch projection stabilises training)."""
+    """Freeze the patch projection, for stable training (arXiv:2104.02057, section 4)."""
     projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)
     if projection is None:
         raise ValueError(f"MODEL.BACKBONE.FREEZE_PATCH_EMBED: {name} has no patch embedding; set it to False")

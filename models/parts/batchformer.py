@@ -1,7 +1,7 @@
 """BatchFormer: attention between the samples of a batch (Hou, Yu and Tao 2022, arXiv:2203.01522).
 
-In training a batch leaves it as two streams, the plain features and the attended ones, which share the head
-that follows. In evaluation it is the identity, so the backbone never knows it.
+In training it returns two streams: the plain features and the attended ones. Both go through the
+same head. In evaluation it is the identity.
 """
 
 import torch
@@ -13,9 +13,10 @@ PAIRINGS = ("mean", "sum", "joint")
 class BatchFormer(nn.Module):
     """Transformer layers whose sequence is the batch of one process.
 
-    ``trained`` False freezes them at their random start, as the published code does by accident (spec F1).
-    ``loss`` says how a query's two streams meet a key's two: ``mean`` over the four pairs (published
-    ``add_bf`` 36), their ``sum`` (``add_bf`` 1), or ``joint``: each with its own kind only (``add_bf`` 2).
+    `trained` False freezes them at their random start. The published code does so by accident: its
+    momentum encoder holds the same layers and switches their gradients off. `loss` says which
+    streams of query and key are compared: "mean" averages over the four pairs (`add_bf` 36 of the
+    published code), "sum" adds them (`add_bf` 1), "joint" compares only equal streams (`add_bf` 2).
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class BatchFormer(nn.Module):
         self.requires_grad_(trained)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (2N, F), plain then attended, of features (N, F); in eval mode the features themselves."""
+        """Return features (N, F), in training with the attended ones below, (2N, F)."""
         if not self.training:
             return features
         attended = features[:, None]  # a sequence of N, a batch of one

@@ -1,8 +1,9 @@
-"""What SiT does to a batch before the network sees it: blocks made grey, blurred, noisy or foreign.
+"""Corrupt images for SiT: blocks become grey, blurred, noisy, or come from another image.
 
-Atito, Awais and Kittler 2021, arXiv:2104.03602, section 3.1; GMML: Atito et al. 2022, arXiv:2205.14986. All
-parameters are drawn on the host, a few numbers an image; the pixels of all images are then changed at once on
-the device, without a loop over images and without waiting for it.
+Atito, Awais and Kittler 2021, arXiv:2104.03602, section 3.1; GMML: Atito et al. 2022,
+arXiv:2205.14986. The parameters, a few numbers an image, are drawn on the host. Then the pixels of
+all images are changed at once on the device, without a loop over images and without waiting for the
+device.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_BLOCKS = 64  # of about 2 % of the image each; 30 % take 16 on average, and all 64 never in practice
+MAX_BLOCKS = 64  # of about 2 % of the image each: in practice they always cover 30 %
 MAX_KERNEL = 15
 _SMALL = 64  # pixels
 
 
 class Blocks(NamedTuple):
-    """M rectangles an image; each edge (N, M) int64, bottom and right exclusive."""
+    """M rectangles for each of N images. Edges are (N, M) int64; bottom and right are exclusive."""
 
     top: Tensor
     left: Tensor
@@ -33,7 +34,7 @@ class Blocks(NamedTuple):
 
 
 class Corruption(NamedTuple):
-    """All that was drawn for a batch of N images; blocks that are not used are empty."""
+    """The drawn corruption of N images. Blocks that are not used are empty."""
 
     grey: Blocks
     blur: Blocks
@@ -41,7 +42,7 @@ class Corruption(NamedTuple):
     sigma: Tensor  # (N,) pixels
     noise: Blocks
     foreign: Blocks
-    source: Tensor  # (N,) the image that an image's foreign blocks come from; itself: no foreign blocks
+    source: Tensor  # (N,) the image that foreign blocks come from; itself: there are none
 
     def to(self, device: torch.device) -> "Corruption":
         """Copy all to a device."""
@@ -65,7 +66,7 @@ def send(part: Tensor, device: torch.device) -> Tensor:
 
 
 def draw_corruption(num: int, height: int, width: int) -> Corruption:
-    """Draw SiT's corruption of ``num`` images (spec E3) from torch's generator of the host."""
+    """Draw SiT's corruption of `num` images, on the host."""
     tops = (_smallest(height), _smallest(width))
     large = [(tops[0], height), (tops[1], width)]
     small = [(low, max(int(0.25 * side), low + 1)) for low, side in zip(tops, (height, width), strict=True)]
@@ -83,8 +84,9 @@ def draw_corruption(num: int, height: int, width: int) -> Corruption:
 def draw_blocks(
     num: int, count: int, height: int, width: int, heights: tuple[int, int], widths: tuple[int, int]
 ) -> Blocks:
-    """Draw ``count`` blocks for each of ``num`` images: a corner, then sides in [low, high), cut at the
-    border.
+    """Draw `count` blocks for each of `num` images: a corner, then sides in [low, high).
+
+    Blocks are cut at the border of the image.
     """
     shape = (num, count)
     top = torch.randint(0, max(height - heights[0], 1), shape)
@@ -103,13 +105,13 @@ def _share(num: int, pixels: int) -> Tensor:
 
 
 def _until_area(blocks: Blocks, wanted: Tensor) -> Blocks:
-    """Empty the blocks after those whose areas, overlaps counted twice, reach ``wanted`` (N, 1)."""
+    """Empty the blocks after those whose areas add up to `wanted` (N, 1)."""
     area = blocks.area()
     return _keep(blocks, area.cumsum(1) - area < wanted)
 
 
 def _keep(blocks: Blocks, kept: Tensor) -> Blocks:
-    """Empty the blocks that are not ``kept`` (N, M)."""
+    """Empty the blocks that are not `kept` (N, M)."""
     bottom = torch.where(kept, blocks.bottom, blocks.top)
     return Blocks(blocks.top, blocks.left, bottom, torch.where(kept, blocks.right, blocks.left))
 
@@ -119,21 +121,22 @@ def _keep(blocks: Blocks, kept: Tensor) -> Blocks:
 
 @torch.no_grad()
 def corrupt(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
-    """Return corrupted copies of images (N, 3, H, W); ``noise`` (N, 3, H, W) is standard normal.
+    """Return corrupted copies of images (N, 3, H, W); `noise` (N, 3, H, W) is standard normal.
 
-    The order is the published one: grey, blur, noise, foreign blocks; the latter come from images of a lower
-    index as corrupted, of a higher one as clean.
+    The order is the published one: grey, blur, noise, foreign blocks. Foreign blocks are copied
+    image by image: sources of a lower index are corrupted already, those of a higher index are
+    still clean.
     """
     with torch.autocast(images.device.type, enabled=False):
-        # A CPU pays for every pixel and little for a launch: of large images it should touch only the blocks.
+        # On a CPU large images are faster block by block: fewer pixels are touched.
         plain = images.device.type == "cpu" and images.shape[-1] > _SMALL
         return (corrupt_plain if plain else corrupt_at_once)(images, drawn, noise)
 
 
 def corrupt_at_once(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
-    """Compute ``corrupt`` for all images together."""
+    """Compute `corrupt` for all images together."""
     height, width = images.shape[-2:]
-    source = drawn.source  # stays on the host too: it decides the order of work
+    source = drawn.source  # a copy stays on the host: the order of work depends on it
     drawn = drawn.to(images.device)
     grey = images.mean(1, keepdim=True)
     out = torch.where(covered(drawn.grey, height, width), grey, images)
@@ -143,7 +146,7 @@ def corrupt_at_once(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
 
 
 def corrupt_plain(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
-    """Compute ``corrupt`` as the published code does: image by image, block by block."""
+    """Compute `corrupt` as the published code does: image by image, block by block."""
     from torchvision.transforms.functional import gaussian_blur
 
     out = images.clone()
@@ -172,8 +175,8 @@ def _listed(blocks: Blocks, image: int) -> list[tuple[int, ...]]:
 def covered(blocks: Blocks, height: int, width: int) -> Tensor:
     """Return the pixels (N, 1, H, W) bool inside any of an image's blocks.
 
-    Each block adds +1 at two of its corners and -1 at the others; two running sums count the blocks over a
-    pixel, however many there are.
+    Each block adds +1 at two of its corners and -1 at the others; two running sums count the blocks
+    over a pixel, however many there are.
     """
     num = len(blocks.top)
     counts = torch.zeros(num, height + 1, width + 1, dtype=torch.int32, device=blocks.top.device)
@@ -204,8 +207,8 @@ def _blurred(images: Tensor, drawn: Corruption) -> Tensor:
 def _blur_matrix(start: Tensor, stop: Tensor, kernel: Tensor, sigma: Tensor, side: int) -> Tensor:
     """Return (N, S, S): Gaussian weights inside [start, stop), the identity outside; edges (N, 1).
 
-    A pixel i reads j directly and as j's image in either border. The kernel is cut where it would reflect
-    twice; the published code fails there (spec S7).
+    Pixel i reads pixel j directly and as j's reflection at either border. The kernel is made
+    smaller where it would reflect twice; the published code fails on such small blocks.
     """
     radius = torch.minimum((kernel[:, None] - 1) // 2, stop - start - 1)
     reach = torch.arange(MAX_KERNEL, device=start.device)
@@ -228,7 +231,7 @@ def _at(weights: Tensor, distance: Tensor) -> Tensor:
 
 
 def _replace(out: Tensor, clean: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """Fill each image's masked pixels from its source; what depends on a corrupted source comes after it."""
+    """Fill the masked pixels of each image from its source, the sources first."""
     chosen = source.tolist()
     level: list[int] = []
     for i, j in enumerate(chosen):
@@ -248,17 +251,19 @@ def _replace(out: Tensor, clean: Tensor, mask: Tensor, source: Tensor) -> Tensor
 
 
 class GroupMask(NamedTuple):
-    """Group masks of N images: random blocks until their union reaches a share of the image."""
+    """Group masks of N images: random blocks until their union covers a share of the image."""
 
     blocks: Blocks
     pixels: Tensor  # (N, 1) int64: what the union must reach
-    foreign: Tensor  # (N,) bool: filled from ``source``; else dropped
+    foreign: Tensor  # (N,) bool: filled from `source`; else dropped
     source: Tensor  # (N,) never the image itself
 
 
 def draw_group_mask(num: int, height: int, width: int, drop: float, replace: float, align: int) -> GroupMask:
-    """Draw GMML's masks (spec E8): one image in two loses a share U(min(.5, drop), drop), the other gets
-    ``replace`` of its pixels from another image; edges are multiples of ``align`` pixels.
+    """Draw GMML's masks. Edges are multiples of `align` pixels.
+
+    With probability 1/2 an image gets a share `replace` of its pixels from another image. Otherwise
+    a share of its pixels is dropped, drawn uniformly from [min(0.5, drop), drop].
     """
     if min(height, width) // align < 4:
         raise ValueError(
@@ -277,8 +282,9 @@ def draw_group_mask(num: int, height: int, width: int, drop: float, replace: flo
 
 @torch.no_grad()
 def mask_groups(images: Tensor, drawn: GroupMask, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return masked copies of images (N, 3, H, W) and the masks (N, 1, H, W); dropped pixels become
-    ``noise``, or 0.
+    """Return masked copies of images (N, 3, H, W) and the masks (N, 1, H, W).
+
+    Dropped pixels become `noise`, or 0 without it.
     """
     foreign, source = send(drawn.foreign, images.device), send(drawn.source, images.device)
     pixels = send(drawn.pixels, images.device)
@@ -289,7 +295,7 @@ def mask_groups(images: Tensor, drawn: GroupMask, noise: Tensor | None) -> tuple
 
 
 def _until_union(blocks: Blocks, pixels: Tensor, height: int, width: int) -> Tensor:
-    """Cover with the fewest first blocks whose union has ``pixels`` (N, 1), found by bisection."""
+    """Return masks of the fewest first blocks whose union covers `pixels` (N, 1), by bisection."""
     number = torch.arange(blocks.top.shape[1], device=blocks.top.device)
     low, high = torch.zeros_like(pixels), torch.full_like(pixels, len(number))
     for _ in range(len(number).bit_length()):

@@ -18,11 +18,11 @@ def mlp(
     bias: bool = True,
     last_batch_norm: bool = False,
 ) -> nn.Sequential:
-    """Build ``num_layers`` linear layers, (norm and) ReLU between them; 1 is a single layer, 0 the identity.
+    """Build `num_layers` linear layers with batch norm and ReLU between them; 0: the identity.
 
-    MoCo v2: two layers without norm. BYOL and MoBY: hidden BN, biases, none after the last layer. MoCo v3: no
-    biases, an affine-free BN after the last layer of the projector. PyTorch's default initialisation, as in
-    the originals.
+    MoCo v2: two layers without batch norm. BYOL and MoBY: batch norm after hidden layers only, and
+    biases. MoCo v3: no biases, and a batch norm without affine parameters after the last layer of
+    the projector. The initialisation is PyTorch's default, as in the originals.
     """
     if num_layers == 0:
         return nn.Sequential(nn.Identity())
@@ -42,10 +42,10 @@ def mlp(
 
 
 class Encoder(nn.Module):
-    """A backbone followed by a projector: what the online and the target network are.
+    """A backbone followed by a projector: the online and the target network.
 
-    ``stack_views`` lets all views go through the backbone in one pass: fewer, larger operations, and where
-    the backbone has batch norms their statistics are those of the views together.
+    With `stack_views` all views go through the backbone in one pass. That is faster, but batch
+    norms of the backbone then have the statistics of all views together.
     """
 
     stack_views = False
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         return self._project(self.backbone(images))
 
     def each(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Project every view by itself; under ``stack_views`` only the heads do so."""
+        """Project every view by itself; under `stack_views` only the heads do so."""
         if not self.stack_views:
             return [self(view) for view in views]
         return [self._project(part) for part in self.backbone(torch.cat(list(views))).chunk(len(views))]

@@ -1,4 +1,4 @@
-"""Losses of the family, in float32 whatever the autocast precision; each fast form has a plain twin."""
+"""Losses, computed in float32 under any autocast. Each fast form has a plain twin for tests."""
 
 from typing import Any, NamedTuple
 
@@ -25,17 +25,15 @@ class Contrast(NamedTuple):
 
 
 def cosine_regression(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return 1 - mean cosine of (N, D) pairs; the two directions of BYOL sum to 2 - cos - cos (spec B1).
-
-    The paper's loss (Grill et al. 2020, equation 2) is twice this.
-    """
+    """Return 1 - mean cosine of (N, D) pairs: half of equation 2 of arXiv:2006.07733."""
     return 1.0 - (unit(predictions) * unit(targets)).sum(1).mean()
 
 
 def batch_contrast(queries: Tensor, keys: Tensor, temperature: float) -> "Contrast":
-    """InfoNCE of queries (N, D) with keys (N, D) against the keys of all processes' batches (MoCo v3,
-    Chen et al. 2021, arXiv:2104.02057, algorithm 1); scaled by 2T, so that the gradient's size does not
-    depend on T.
+    """Return InfoNCE of queries (N, D) and keys (N, D) against the keys of all processes, times 2T.
+
+    Chen et al. 2021 (MoCo v3, arXiv:2104.02057), algorithm 1. The factor 2T keeps the size of the
+    gradient independent of the temperature T.
     """
     queries, keys = unit(queries), distributed.gather_rows(unit(keys.detach()))
     with torch.autocast(queries.device.type, enabled=False):
@@ -60,12 +58,12 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Return (N, D) rows of unit length, in float32 or better: half precision loses the angle."""
+    """Return rows (N, D) of unit length, in float32 or better: cosines need it."""
     return F.normalize(full_precision(embeddings), dim=1, eps=1e-12)
 
 
 def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
-    """Return top-1 and top-5 accuracy (percent) of telling positives from negatives, all directions."""
+    """Return how often (percent) the positive is among the best 1 and the best 5 logits."""
     ranks = torch.cat([contrast.positive_rank for contrast in contrasts])
     return {f"acc{k}": (ranks < k).float().mean() * 100.0 for k in (1, 5)}
 
@@ -82,12 +80,12 @@ def queue_contrast(
     temperature: float,
     synthetics: SyntheticConfig | None = None,
 ) -> Contrast:
-    """InfoNCE of queries (B, D) with their keys (B, D) against a queue (K, D), all of unit length (He et al.
-    2020).
+    """Return InfoNCE of queries (B, D) and keys (B, D) against a queue (K, D), all of unit length.
 
-    With ``synthetics`` the SynCo negatives join the queue. One B x K buffer holds similarities, then
-    exponentials, then gradient weights; the gradient by the queries is ready when the forward ends, so
-    nothing of size K is kept.
+    He et al. 2020 (arXiv:1911.05722), equation 1. With `synthetics` SynCo's negatives join the
+    queue. One B x K buffer holds the similarities, then the exponentials, then the gradient
+    weights. The forward pass computes the gradient by the queries too, so that nothing of size K is
+    kept for the backward pass.
     """
     loss, rank = _QueueContrast.apply(queries, keys.detach(), queue.detach(), temperature, synthetics)
     return Contrast(loss, rank)
@@ -100,7 +98,7 @@ def queue_contrast_plain(
     temperature: float,
     synthetics: SyntheticConfig | None = None,
 ) -> Contrast:
-    """Compute ``queue_contrast`` as the papers write it: logits, concatenation, cross entropy, autograd."""
+    """Compute `queue_contrast` as the papers do: concatenated logits, cross entropy, autograd."""
     keys, queue = keys.detach(), queue.detach()
     negatives = queries @ queue.T
     logits = [(queries * keys).sum(1, keepdim=True), negatives]
@@ -167,10 +165,10 @@ def _contrast_and_gradient(
 
 
 def _count_larger(values: Tensor, thresholds: Tensor) -> Tensor:
-    """Return how many of each row's values exceed its threshold (B, 1); on a CPU in chunks that stay in the
-    cache.
+    """Return how many values of each row exceed its threshold (B, 1).
 
-    Comparing the whole B x K buffer at once would cost as much as the matrix product that filled it.
+    A CPU compares in chunks that stay in the cache. Comparing the whole B x K buffer at once would
+    cost as much as the matrix product that filled it.
     """
     if values.device.type != "cpu":
         return (values > thresholds).sum(1)

@@ -92,8 +92,8 @@ class ConvStem(nn.Module):
 def sincos_positions(rows: int, cols: int, width: int, num_tokens: int = 1) -> Tensor:
     """Return fixed 2-D positions (1, num_tokens + rows*cols, width); the rows of the class tokens are zero.
 
-    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)). The row
-    comes first, as in the published weights.
+    Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)).
+    The row comes first, as in the published weights.
     """
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

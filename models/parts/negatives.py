@@ -1,11 +1,11 @@
-"""Synthetic hard negatives (SynCo, arXiv:2410.02401): six ways to make a negative from the hardest queue
-entries.
+"""Synthetic hard negatives of six types, made from the hardest queue entries (arXiv:2410.02401).
 
-Every synthetic is ``norm(a q + b n + c n' + d eps + e sign(q))`` with q the query and n, n' hard queue
-entries, and it is a constant: the only gradient of its logit ``q . s`` is s. So neither vectors nor autograd
-are needed: numerator and length follow from the similarities ``u = q . n`` that the contrastive loss has
-computed already, and the gradient returns to the query through the queue (spec 2.2). ``materialise`` is the
-plain twin that builds the vectors.
+Each synthetic is `s = norm(a q + b n + c n' + d eps + e sign(q))`, where q is the query and n, n'
+are hard queue entries. It is a constant: the gradient of its logit `q . s` by the query is s. So
+neither the vectors nor autograd are needed. The logit and the length follow from the similarities
+`u = q . n`, which the contrastive loss has computed already, and the gradient is a weighted sum of
+queue entries, the query, its sign and the noise. `materialise` is the plain twin that builds the
+vectors.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _PAIRS_PER_CHUNK = 2048
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What to synthesise: counts of the six types and their strengths (spec 2.2)."""
+    """Numbers and strengths of the six types of synthetics (arXiv:2410.02401, section 3)."""
 
     num_hard: int = 1024
     counts: tuple[int, ...] = (256, 256, 256, 64, 64, 64)
@@ -31,7 +31,7 @@ class SyntheticConfig:
     legacy_gradients: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse counts that cannot be drawn."""
+        """Raise ValueError for counts that cannot be drawn."""
         if len(self.counts) != 6 or min(self.counts) < 0:
             raise ValueError(f"NUM_SYNTHETIC: {list(self.counts)} must be six counts >= 0, one for each type")
         if self.num_hard < max(self.counts):
@@ -41,13 +41,13 @@ class SyntheticConfig:
 
 
 def refuse_short_queue(num_hard: int, queue: Tensor) -> None:
-    """Raise ``ValueError`` if a queue (K, D) has fewer than ``num_hard`` keys to choose from."""
+    """Raise `ValueError` if a queue (K, D) has fewer than `num_hard` keys to choose from."""
     if num_hard > len(queue):
         raise ValueError(f"NUM_HARD: {num_hard} exceeds QUEUE_SIZE {len(queue)}; lower it")
 
 
 class Synthetics(NamedTuple):
-    """One type's draws: ``a q + b n[first] + c n[second] + d noise + e sign(q)``; absent terms are None."""
+    """Draws of one type: `a q + b n[first] + c n[second] + d noise + e sign(q)`; None: absent."""
 
     first: Tensor  # (B, N) queue rows
     b: Tensor | float
@@ -62,8 +62,8 @@ class Synthetics(NamedTuple):
 def hardest(similarities: Tensor, num_hard: int) -> Tensor:
     """Return the queue rows (B, num_hard) most similar to each query of (B, K).
 
-    The draws are positions in this set, so its order matters: this call of `topk` is the published code's,
-    and equal seeds give equal losses.
+    The draws are positions in this set, so its order matters. The published code has the same call
+    of `topk`: equal seeds give equal losses.
     """
     return similarities.topk(num_hard, dim=1, sorted=False).indices
 
@@ -71,7 +71,7 @@ def hardest(similarities: Tensor, num_hard: int) -> Tensor:
 def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> list[Synthetics]:
     """Draw the synthetics of all types with a count, in the published order of random numbers.
 
-    ``hard`` (B, num_hard) are queue rows; positions in it are drawn uniformly, with replacement.
+    `hard` (B, num_hard) are queue rows; positions in it are drawn uniformly, with replacement.
     """
     n1, n2, n3, n4, n5, n6 = config.counts
     draws: list[Synthetics] = []
@@ -107,9 +107,7 @@ def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> l
 
 
 def materialise(draws: list[Synthetics], queries: Tensor, queue: Tensor) -> Tensor:
-    """Build the unit vectors (B, sum N, D): the plain twin of ``ClosedForm``, for tests, benchmarks and
-    reading.
-    """
+    """Return the unit vectors (B, sum N, D): the plain twin of `ClosedForm`, for tests."""
     vectors = []
     for s in draws:
         vector = _column(s.b) * queue[s.first]
@@ -126,7 +124,7 @@ def materialise(draws: list[Synthetics], queries: Tensor, queue: Tensor) -> Tens
 
 
 class ClosedForm:
-    """Logits of one type's synthetics, and the way of their gradient to the query, without the vectors."""
+    """Logits of one type's synthetics and their gradient by the query, without the vectors."""
 
     def __init__(
         self, synthetics: Synthetics, queries: Tensor, queue: Tensor, similarities: Tensor, lengths: Tensor
@@ -157,10 +155,11 @@ class ClosedForm:
         self.logits = top / self.norm  # (B, N), before the temperature
 
     def accumulate(self, weights: Tensor, queue_weights: Tensor, queries: Tensor) -> Tensor:
-        """Return the part of sum_j weights_j s_j that does not run through the queue, (B, D).
+        """Return the part of sum_j weights_j s_j that is not made of queue entries, (B, D).
 
-        The rest is added to ``queue_weights`` (B, K) in place, so that one matrix product with the queue
-        serves it together with the ordinary negatives. ``weights`` (B, N) are the derivatives by the logits.
+        The weights of queue entries are added to `queue_weights` (B, K) in place: one matrix
+        product with the queue then serves all negatives. `weights` (B, N) are derivatives by the
+        logits.
         """
         s, w = self.synthetics, weights / self.norm
         queue_weights.scatter_add_(1, s.first, w * s.b)
@@ -191,7 +190,7 @@ def _uniform(queries: Tensor, num: int) -> Tensor:
 
 
 def _legacy_slope(queries: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Return random directions (B, N, D) and the slope (B, N) of q . n along them (spec 2.3)."""
+    """Return random directions (B, N, D) and the slope (B, N) of q . n along them."""
     noise = torch.stack([torch.randn_like(queries) for _ in range(num)], dim=1)
     return noise, torch.einsum("bnd,bd->bn", noise, queries)
 
@@ -201,12 +200,12 @@ def _column(value: Tensor | float) -> Tensor | float:
 
 
 def _rows(queue: Tensor, indices: Tensor) -> Tensor:
-    """Return queue rows (B, N, D); index_select copies them several times faster than indexing does."""
+    """Return queue rows (B, N, D). `index_select` is several times faster than indexing."""
     return queue.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
 def _pair_dots(queue: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Dot products (B, N) of pairs of queue rows, in chunks that stay in the cache."""
+    """Return dot products (B, N) of pairs of queue rows, in chunks that fit the cache."""
     chunk = _PAIRS_PER_CHUNK if queue.device.type == "cpu" else 128 * _PAIRS_PER_CHUNK
     pairs = zip(first.flatten().split(chunk), second.flatten().split(chunk), strict=True)
     dots = [queue.index_select(0, a).mul_(queue.index_select(0, b)).sum(1) for a, b in pairs]

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics span more, or less, than one process's batch."""
+"""Batch norms with the statistics of all processes, or of parts of one batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """``nn.SyncBatchNorm`` that also works on a CPU, where torch's own refuses to run.
+    """`nn.SyncBatchNorm` that also works on a CPU, where torch's own refuses to run.
 
-    It is no subclass of torch's, since ``DistributedDataParallel`` refuses those on a CPU.
+    It is no subclass of torch's, since `DistributedDataParallel` refuses those on a CPU.
     """
 
     process_group = None  # all processes; read by torch's forward, as are the two checks
@@ -38,7 +38,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = total[:-1] / total[-1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         centred = input - mean.view(shape)
-        # The second moment about the common mean: the sum of squares minus the squared mean would cancel.
+        # Deviations from the common mean: sum of squares minus squared mean would lose precision.
         variance = _SumOverRanks.apply(centred.square().sum(axes)) / total[-1]
         self._track(mean.detach(), variance.detach(), total[-1].detach())
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
@@ -57,7 +57,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over processes; each process's loss depends on every summand, so the gradients are summed too."""
+    """Sum over processes. All losses depend on every summand, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -69,11 +69,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BN that normalises ``num_splits`` interleaved groups of the batch apart (sample n in group n mod
-    num_splits).
+    """Batch norm of each of `num_splits` groups; sample n is in group n mod num_splits.
 
-    It emulates on one process the per-GPU statistics that MoCo's shuffling BN (He et al. 2020, section 3.3)
-    relies on. Running statistics are the mean over the groups.
+    One process then has the statistics that MoCo's shuffling needs (He et al. 2020, section 3.3):
+    those of several GPUs. Running statistics are the mean over the groups.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every plain batch norm of ``module`` by ``SyncBatchNorm``, keeping weights and statistics."""
+    """Replace every plain batch norm by `SyncBatchNorm`, keeping weights and statistics."""
     _refuse_fused_norms(module)
     return _replace(
         module, lambda norm: SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
@@ -122,7 +121,7 @@ def convert_sync_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
-    """Replace every 2-D batch norm of ``module`` by ``SplitBatchNorm2d``, keeping weights, statistics."""
+    """Replace every 2-D batch norm by `SplitBatchNorm2d`, keeping weights and statistics."""
     _refuse_fused_norms(module)
 
     def split(norm: nn.Module) -> nn.Module:
@@ -134,7 +133,7 @@ def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
 
 
 def _refuse_fused_norms(module: nn.Module) -> None:
-    """Raise for norms that carry an activation (timm's BatchNormAct2d): replacing them would drop it."""
+    """Raise for norms with an activation inside (BatchNormAct2d), which would be lost."""
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in _PLAIN_NORMS:
             raise ValueError(
@@ -148,7 +147,7 @@ def _replace(module: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
         new = make(module)
         if new is not module:
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                setattr(new, name, getattr(module, name))  # the same: what is frozen stays so
+                setattr(new, name, getattr(module, name))  # what is frozen stays frozen
             new.train(module.training)
         return new
     for name, child in module.named_children():

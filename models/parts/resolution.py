@@ -1,4 +1,4 @@
-"""A backbone at other input sizes than the one it was built for, and its map where images are not square."""
+"""Use a backbone at other image sizes than the one it was built for."""
 
 import copy
 from typing import Any, cast
@@ -9,10 +9,11 @@ from models.parts.backbones import Backbone, feature_map
 
 
 def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
-    """Return the backbone for images of `size` (H, W), to evaluate: itself where any size goes, else a copy.
+    """Return the backbone for images of `size` (H, W): itself if it takes any size, else a copy.
 
-    The copy has interpolated positions and no gradients; Swin keeps its windows, and with them its tables,
-    where its maps are not smaller than they. Raises ValueError for a transformer of a fixed size.
+    The copy has interpolated positions and no gradients. Swin keeps its windows and their tables,
+    unless its feature maps become smaller than a window. Raises ValueError for a transformer of a
+    fixed size.
     """
     body = cast(Any, backbone)
     patches = getattr(body, "patch_embed", None)
@@ -37,7 +38,7 @@ def _window_options(body: Any) -> dict[str, Any]:
 
 
 def size_multiple(backbone: Backbone) -> int:
-    """Return what image sides must be a multiple of: a ViT's patch, 32 for Swin, 1 where any size goes."""
+    """Return what image sides must be a multiple of: a ViT's patch, 32 for Swin, else 1."""
     patches = getattr(backbone, "patch_embed", None)
     if patches is None:
         return 1
@@ -45,7 +46,7 @@ def size_multiple(backbone: Backbone) -> int:
 
 
 def dense_features(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the last feature map (N, F, h, w) of images of the backbone's size, which need not be square."""
+    """Return the last feature map (N, F, h, w) of images of the backbone's size, square or not."""
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
     prefix = getattr(backbone, "num_prefix_tokens", None)
     if grid is None or prefix is None:  # no plain ViT
