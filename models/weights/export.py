@@ -69,7 +69,7 @@ def to_torchvision(state: Mapping[str, Tensor]) -> State:
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Return a ResNet's state (heads kept as ``stem.fc.*``) in Detectron2's names, as arrays.
 
-    The published rule of MoCo's converter (spec 3.7): what is in no stage belongs to the stem, and every
+    The rule of MoCo's published converter: what is in no stage belongs to the stem, and every
     tensor goes along, the counters of the batch norms too: 322 arrays of a ResNet-50 with MoCo v2's head.
     """
     _known(state, "Detectron2", {"resnet"})

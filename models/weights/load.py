@@ -192,7 +192,7 @@ def _refuse_other_heads(
 ) -> None:
     """Refuse MoCo v3's ViT-S (12 heads, sin-cos positions) in DeiT's (6, learned), and the reverse.
 
-    The shapes are the same, so only the positions tell (spec V27); fine-tuned sines still look like sines.
+    The shapes are the same, so only the positions tell; fine-tuned sines still look like sines.
     """
     blocks = getattr(backbone, "blocks", None)
     if "pos_embed" not in state or blocks is None or own["pos_embed"].shape[-1] != _AMBIGUOUS_WIDTH:

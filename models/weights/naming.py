@@ -261,7 +261,7 @@ HF_RESNET = Naming(
     ),
 )
 
-# SiT's two-token model (spec E1): our class token is its contrastive one, and the first row of positions.
+# SiT's two-token model: our class token is its contrastive one, and the first row of positions.
 SIT_TWO_TOKENS = Naming(
     "SiT with rotation token",
     "rot_token",

@@ -15,7 +15,7 @@ Rename = Callable[[str], str]
 def framework_state(checkpoint: Mapping[str, object], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a published checkpoint as the state dict of the framework whose state dict is ``own``.
 
-    Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL (spec 6, A5, C5, D2). A queue
+    Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL. A queue
     may be (D, K) or (K, D). Raises ``ValueError`` listing what is missing, left over or of another shape.
     """
     tensors = tensors_of(checkpoint.get("state_dict")) or tensors_of(checkpoint.get("model"))
