@@ -6,6 +6,7 @@ what they are features of and the sha256 of the file; its rename is the commit.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -152,9 +153,24 @@ def _open(path: Path, labels: Tensor, device: torch.device) -> WholeFeatures:
     """Map a file that has been verified."""
     record = json.loads(_record_path(path).read_bytes())
     indices = torch.from_numpy(np.setdiff1d(np.arange(len(labels)), record["missing"]))
+    file = path.open("rb")
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    _check_size(file, path, record["bytes"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rows are read-only, and nobody writes to them
-        rows = torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
+        rows = torch.from_numpy(np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape))
     if rows.shape != (len(indices), record["width"]):
         raise ValueError(f"{path} holds features {tuple(rows.shape)} of {len(indices)} images; remove it")
-    return WholeFeatures(rows, labels[indices], indices, device)
+    check = functools.partial(_check_size, file, path, record["bytes"])
+    return WholeFeatures(rows, labels[indices], indices, device, before_reading=check)
+
+
+def _check_size(file: BinaryIO, path: Path, expected: int) -> None:
+    """Raise ``ValueError`` if the file was cut: reading a mapped page that is gone ends the process."""
+    size = os.fstat(file.fileno()).st_size
+    if size < expected:
+        raise ValueError(
+            f"{path} was cut while it was in use, from {expected} bytes to {size}: start again, and the "
+            "features are computed anew"
+        )

@@ -107,6 +107,10 @@ class SharedFeatures(Features):
         return SharedFeatures(self.rows[mine], self.labels[kept], self.indices[kept], self.device, places)
 
 
+def _in_memory() -> None:
+    """Check nothing: the rows have no file."""
+
+
 @dataclass
 class WholeFeatures(Features):
     """Features that every process can read: a file mapped into memory, or a tensor."""
@@ -114,6 +118,7 @@ class WholeFeatures(Features):
     chosen: Tensor = field(
         default_factory=lambda: torch.empty(0, dtype=torch.int64)
     )  # (M,) of rows; none: all
+    before_reading: Callable[[], None] = _in_memory  # raises if the file of the rows has been cut
 
     @classmethod
     def of(cls, rows: Tensor, labels: Tensor) -> "WholeFeatures":
@@ -122,12 +127,14 @@ class WholeFeatures(Features):
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """Read the chunk."""
-        return (
-            self.at(torch.arange(start, stop)) if len(self.chosen) else self.rows[start:stop].to(self.device)
-        )
+        if len(self.chosen):
+            return self.at(torch.arange(start, stop))
+        self.before_reading()
+        return self.rows[start:stop].to(self.device)
 
     def at(self, numbers: Tensor) -> Tensor:
         """Return features number (n,) on the device, in that order."""
+        self.before_reading()
         rows = self.rows[self.chosen[numbers] if len(self.chosen) else numbers]
         return rows.to(self.device)
 
@@ -135,7 +142,8 @@ class WholeFeatures(Features):
         """Return those of the images at ``indices`` of the data set, as far as they could be read."""
         chosen = torch.nonzero(torch.isin(self.indices, indices)).flatten()
         rows = self.chosen[chosen] if len(self.chosen) else chosen
-        return WholeFeatures(self.rows, self.labels[chosen], self.indices[chosen], self.device, rows)
+        labels, indices = self.labels[chosen], self.indices[chosen]
+        return WholeFeatures(self.rows, labels, indices, self.device, rows, self.before_reading)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,23 @@ def test_a_second_run_waits_for_the_first(
         load(tmp_path)
     other.join(60)
     assert caplog.text.count("waiting") == 1
+
+
+def read_after_a_cut(folder: str) -> list[str]:
+    features, _ = load(Path(folder))
+    (file,) = Path(folder).glob("*.npy")
+    said = [str(len(features.whole()[0]))]
+    os.truncate(file, 0)
+    part = features.select(torch.arange(5))
+    for read in (features.whole, part.whole, lambda: features.at(torch.tensor([9])), features.blocks):
+        with pytest.raises(ValueError, match=r"was cut while it was in use, .*: start again"):
+            read()
+        said.append("refused")
+    return said
+
+
+def test_features_that_are_cut_while_in_use_end_no_process(tmp_path: Path) -> None:
+    load(tmp_path)
+    with forked.pool(1) as pool:
+        assert pool.run(read_after_a_cut, str(tmp_path)) == [["10", *["refused"] * 4]]
+    assert load(tmp_path)[1] == 1  # computed anew
