@@ -71,7 +71,8 @@ def build_framework(
     shared = {**backbone, "img_size": img_size}
     target_drop_path = shared.pop("target_drop_path", 0.0)
     online = build_backbone(**shared, use_checkpoint=use_checkpoint)
-    target = build_backbone(**{**shared, "drop_path": target_drop_path})
+    shared["drop_path"] = target_drop_path
+    target = build_backbone(**shared)
     framework = cast(Any, FRAMEWORKS[name])(online, target, **options)
     module = dict(batchformer or {})
     if module.pop("enabled", False) or framework.needs_batchformer:

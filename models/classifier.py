@@ -25,7 +25,7 @@ def pretrained_backbone(
     backbone.
     """
     own = {key: value for key, value in options.items() if key != "target_drop_path"}
-    backbone = build_backbone(**{**own, **changes})
+    backbone = build_backbone(**(own | changes))
     if checkpoint is not None:
         check_norm_eps(checkpoint, own.get("norm_eps", 0.0), source)
         state, layout = backbone_state(checkpoint)

@@ -182,12 +182,12 @@ class SiT(MomentumFramework):
         ]
         with torch.no_grad():
             accuracy = (logits.argmax(1) == turns).float().mean() * 100.0
+        parts = {f"loss_{task}": value.detach() for task, value in losses.items()}
         return {
             "loss": torch.stack(terms).sum(),
             "embedding": outputs[0].embedding[:num].detach(),
             "rotation_acc": accuracy,
-            **{f"loss_{task}": value.detach() for task, value in losses.items()},
-        }
+        } | parts
 
     # ---- the later variant ---------------------------------------------------------------------------------
 

@@ -60,12 +60,11 @@ def build_backbone(
     transformers. `num_tokens` is for plain ViTs: 2 adds SiT's rotation token (timm's `reg_token`)
     to the class token. `norm_eps` (0: the model's own) is the eps of all layer norms but those
     before the MLPs. Raises `ValueError` naming the key for an unknown name, an option that the
-    backbone does not have, and images smaller than a patch. Pixels that no patch covers are
-    reported as a warning.
+    backbone does not have, and images smaller than a patch.
     """
     if name in RESNETS:
-        _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
-        _refuse(name, num_tokens=num_tokens != 1 and num_tokens)
+        tokens = num_tokens != 1 and num_tokens
+        _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed, num_tokens=tokens)
         backbone = _resnet(name, stem, drop_path, zero_init_residual)
     else:
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path}
