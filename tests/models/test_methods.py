@@ -165,7 +165,7 @@ def test_synthetics_change_the_loss_only_in_their_window(method: str) -> None:
 
 
 def test_legacy_window_divides_by_the_published_world() -> None:
-    """On 4 GPUs the published window opened at epoch 120 and never closed within 300 epochs (spec 2.4)."""
+    """On 4 GPUs the published window opened at epoch 120 and never closed within 300 epochs."""
     framework = FRAMEWORKS["synco_v2"](Tiny(), hidden_dim=8, legacy_window=4, num_hard=128, queue_size=256)
     open_epochs = [e for e in range(300) if framework.synthetics(Progress(e * 100 + 99, 100, 30000))]
     assert open_epochs == list(range(119, 300))
@@ -220,7 +220,9 @@ def test_momentum_rises_to_one() -> None:
 def test_queue_holds_keys_until_the_step_ends_and_wraps() -> None:
     queue = KeyQueue(8, 3)
     before = queue.keys.clone()
-    torch.testing.assert_close(before.norm(dim=1), torch.ones(8))  # spec S1: rows, not columns
+    torch.testing.assert_close(
+        before.norm(dim=1), torch.ones(8)
+    )  # rows; the published code normalised columns
     queue.hold(torch.full((2, 3), 1.0))
     queue.hold(torch.full((2, 3), 2.0))
     assert torch.equal(queue.keys, before)
@@ -278,7 +280,7 @@ def test_options_are_the_signatures() -> None:
 def test_parameter_counts(name: str, parameters: int) -> None:
     backbone = build_backbone(name)
     assert sum(p.numel() for p in backbone.parameters()) == parameters
-    if name == "vit_small":  # fixed positions (spec 1.4)
+    if name == "vit_small":  # fixed positions
         assert sum(p.numel() for p in backbone.parameters() if p.requires_grad) == 21_590_016
     heads = {"vit_small": 12, "deit_small": 6}
     if name in heads:

@@ -240,7 +240,7 @@ def test_without_gradient_the_keys_repeat_and_the_uncertainties_do_not_decay() -
 
 
 def test_the_average_of_the_published_variant_is_a_whole_network() -> None:
-    """Its running statistics follow too: it never sees an image itself (spec E6: the whole state)."""
+    """Its running statistics follow too: it never sees an image itself, as in the published code."""
     framework = build({**SMALL, "base_momentum": 0.0})
     for step in range(2):
         framework(views(), Progress(step, 2, 8))["loss"].backward()

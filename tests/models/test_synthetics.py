@@ -53,9 +53,7 @@ def test_float32_and_half_inputs() -> None:
 
 @pytest.mark.parametrize("kind", range(6))
 def test_vectors_follow_the_formulas(kind: int) -> None:
-    """Unit length, and made of the query and hard negatives only, with coefficients in their ranges (spec
-    2.2).
-    """
+    """Unit length, and made of the query and hard negatives only, with coefficients in their ranges."""
     queries, _, queue = (x.detach() for x in batch(torch.float64))
     similarities = queries @ queue.T
     config = SyntheticConfig(12, EACH[kind])
@@ -94,7 +92,7 @@ def test_vectors_follow_the_formulas(kind: int) -> None:
     ],
 )
 def test_mean_similarity(kind: int, sigma: float, expected: float) -> None:
-    """Monte-Carlo means of q.s at q.n = 0.5, D = 128, measured on the published code (spec 2.5)."""
+    """Monte-Carlo means of q.s at q.n = 0.5, D = 128, measured on the published code."""
     torch.manual_seed(0)
     query = torch.nn.functional.normalize(torch.randn(1, 128), dim=1)
     other = torch.nn.functional.normalize(torch.randn(400, 128), dim=1)

@@ -21,7 +21,7 @@ from utils.schedules import LearningRate, Progress
 
 GOLDEN = Path(__file__).parent / "golden"
 SINGLE_TYPES = [tuple(5 if i == kind else 0 for i in range(6)) for kind in range(6)]
-# Losses of the types 5, 6 and all six in the code before October 2024 (spec section 10).
+# Losses of the types 5, 6 and all six in the code before October 2024, by that code.
 LEGACY = {(0, 0, 0, 0, 5, 0): 0.99428189, (0, 0, 0, 0, 0, 5): 0.99428177, (5,) * 6: 1.83517289}
 
 

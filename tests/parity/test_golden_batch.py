@@ -189,7 +189,7 @@ def test_rotations() -> None:
 
 
 class Published:
-    """The originals' draws for images of 224 pixels, from numpy's global generator (spec E3)."""
+    """The originals' draws for images of 224 pixels, from numpy's global generator."""
 
     side, low = 224, 11
 

@@ -255,7 +255,7 @@ def test_the_resnet_recipes_follow_the_deleted_files() -> None:
 
 @pytest.mark.parametrize(
     ("name", "online", "trained"),
-    [  # spec 1.3, 1.4, 1.5, A1: parameters of the backbone without head
+    [  # parameters of the backbone without head
         ("moby_swin_tiny", 27_519_354, 27_519_354),
         ("moby_vit_small", 21_665_664, 21_590_016),
         ("byol_vit_small", 21_665_664, 21_590_016),
@@ -317,7 +317,7 @@ def test_every_recipe_carries_its_own_probe(name: str) -> None:
         assert rate.at(0) == 30.0
     else:
         assert (rate.warmup_start, rate.minimum, rate.warmup_steps) == (5e-7, 5e-6, 5 * steps)
-        assert linear_plan(recipe(name), 256).rates[0].base == 0.5  # spec: 64 x 4 gives a rate of 0.5
+        assert linear_plan(recipe(name), 256).rates[0].base == 0.5  # published: 64 x 4
 
 
 def test_the_two_protocols_set_the_same_keys_and_only_probe_keys() -> None:
@@ -365,12 +365,12 @@ def test_moco_v3_follows_the_published_flags(name: str) -> None:
     assert (cfg.OPTIM.NAME, cfg.OPTIM.BASE_LR, cfg.OPTIM.WEIGHT_DECAY) == (
         "lars" if resnet else "adamw", rate, decay,
     )  # fmt: skip
-    assert not cfg.OPTIM.EXCLUDE_1D  # AdamW decays everything (spec V9); LARS exempts by itself
+    assert not cfg.OPTIM.EXCLUDE_1D  # AdamW decays everything; LARS exempts by itself
     planned = plan(cfg, IMAGENET, PROCESSES[name])
     warmup, steps = (10 if resnet else 40), planned.steps_per_epoch
     assert (planned.global_batch, planned.rates[0].base) == (4096, rate * 16)
     rates = planned.rates[0]
-    assert rates.at(0) == 0.0  # spec V7
+    assert rates.at(0) == 0.0  # as published: the first step changes nothing
     assert rates.at(warmup * steps) == pytest.approx(rate * 16)
     half = (warmup * steps + planned.total_steps) // 2
     assert rates.at(half) == pytest.approx(rate * 8, rel=1e-3)
@@ -402,7 +402,7 @@ def test_sit_follows_the_published_flags(name: str) -> None:
     assert (cfg.OPTIM.WEIGHT_DECAY, cfg.OPTIM.EXCLUDE_1D, cfg.OPTIM.EXCLUDE_TOKENS) == (0.05, True, True)
     rates, epoch = planned.rates[0], planned.steps_per_epoch
     assert rates.base == pytest.approx(1e-3 * 288 / 512)
-    assert [rates.at(0), rates.at(epoch)] == [1e-6, 1e-6]  # epochs 0 and 1 (spec E6)
+    assert [rates.at(0), rates.at(epoch)] == [1e-6, 1e-6]  # epochs 0 and 1, as published
     assert rates.at(2 * epoch) == pytest.approx(1e-6 + (rates.base - 1e-6) / 5)
     assert rates.at(501 * epoch - 1) == pytest.approx(5e-6, rel=0.01)
 

@@ -177,7 +177,7 @@ def test_a_swin_smaller_than_its_window_is_not_forced_into_transformers() -> Non
 
 
 def published_names(blocks: tuple[int, ...]) -> set[str]:
-    """Return the names of MoCo v2's converted ResNet-50, spelt out (spec 3.7)."""
+    """Return the names of MoCo v2's converted ResNet-50, spelt out."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = {"stem.conv1.weight", *(f"stem.conv1.norm.{part}" for part in norm)}
     for stage, count in enumerate(blocks, start=2):
