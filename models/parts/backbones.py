@@ -234,7 +234,7 @@ def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
             raise ValueError(
                 f"MODEL.BACKBONE: timm/{timm_name} does not take {', '.join(wanted)} ({error}); set them to 0"
             ) from error
-    except (RuntimeError, AssertionError, ArithmeticError) as error:
+    except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
     backbone.num_features = _width_at(backbone.eval(), timm_name, size)
     return backbone.train()
@@ -248,7 +248,7 @@ def _width_at(backbone: Any, timm_name: str, size: int) -> int:
     images = pixels.view(1, 3, size, size).requires_grad_()
     try:
         features = backbone(images)
-    except (RuntimeError, AssertionError, ArithmeticError) as error:
+    except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
     if features.ndim != 2:
         raise ValueError(f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no vector")

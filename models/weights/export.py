@@ -220,7 +220,7 @@ def _swin_config(backbone: Any, img_size: int) -> dict[str, Any]:
         "mlp_ratio": 4.0,
         "qkv_bias": True,
         "hidden_act": "gelu",
-        "layer_norm_eps": backbone.norm.eps,
+        "layer_norm_eps": backbone.layers[0].blocks[0].norm2.eps,
         "use_absolute_embeddings": False,
         "drop_path_rate": 0.0,
         "hidden_dropout_prob": 0.0,

@@ -1,5 +1,6 @@
 """tools/convert.py: what is imported can be given to --pretrained, and comes out again bit by bit."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -179,6 +180,30 @@ def test_the_eps_of_norms_comes_in_and_goes_out(
         assert not torch.equal(again(images), original(images))
         own_eps(again)  # what the export said
         assert torch.equal(again(images), original(images))
+
+
+@torch.no_grad()
+def test_a_transformers_swin_gets_the_eps_by_the_exported_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration has one eps for all blocks, and no layer but them follows it."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    original = shaken(small("swin_tiny"))
+    own_eps(original)
+    monkeypatch.setattr(backbones, "build_backbone", lambda *_, **__: copy.deepcopy(original))
+    torch.save({"state_dict": original.state_dict()}, tmp_path / "a.pth")
+    cfg = yaml_file(tmp_path, "swin_tiny")
+    eps = ("--opts", "MODEL.BACKBONE.NORM_EPS", "1e-6")
+    out = tmp_path / "folder"
+    run("export", tmp_path / "a.pth", "--cfg", cfg, *eps, "--to", "huggingface", "--output", out)
+    assert "| layer norms | eps 1e-06, but before the MLPs" in (out / "README.md").read_text()
+    model = transformers.AutoModel.from_pretrained(out).eval()
+    for path, part in model.named_modules():
+        if isinstance(part, torch.nn.LayerNorm) and not path.endswith("layernorm_after"):
+            part.eps = 1e-6
+    images = 0.01 * torch.randn(2, 3, 64, 64)
+    found, expected = model(images).pooler_output, original(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def own_eps(swin: Any) -> None:
