@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 logger = logging.getLogger("synco")
@@ -24,6 +25,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"  # the marker that begins a scan
 _MAX_SCANS = 100  # libtiff's limit; encoders write about ten
+_FULL_SCANS = 16  # of an image of `max_pixels`: with 100 it would take 20 seconds
+_TILE_SIDES = (322, 323)  # TIFF's tags of a tile's width and height
 # Huffman and quantisation tables, restart interval, comment, application data
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
@@ -36,15 +39,15 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor
     """Decode an encoded image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
 
     EXIF orientation is not applied. Refused are truncated files, formats not in `FORMATS`, images of more
-    than 8 bits a channel where PIL keeps them, of more than `max_pixels`, and JPEGs of over 100 scans.
+    than 8 bits a channel where PIL keeps them, and what takes memory or time beyond `max_pixels`.
     JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not read is PIL's to judge.
     """
     simple = fast_jpeg()
     if simple is not None and data[:3] == _JPEG:
-        refuse_many_scans(data)
         with contextlib.suppress(ValueError):  # damaged; some damage PIL reads past
             height, width, colours, _ = simple.decode_jpeg_header(data)
-            if colours in _PLAIN_COLOURS and height * width <= max_pixels:
+            refuse_costly(data, width, height, max_pixels)
+            if colours in _PLAIN_COLOURS:
                 return torch.from_numpy(simple.decode_jpeg(data)).permute(2, 0, 1)
     with open_image(data, max_pixels) as image:
         decode = _torchvision_jpeg() if simple is None else None
@@ -58,29 +61,32 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read the header of an encoded image with PIL; refuse other formats and more than `max_pixels`."""
-    if data[:3] == _JPEG:
-        refuse_many_scans(data)
+    """Read the header of an encoded image with PIL; refuse other formats and what would cost too much."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise OSError(f"not an image of {', '.join(FORMATS)} ({len(data)} bytes)") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than DATA.MAX_PIXELS ({max_pixels})")
+    refuse_costly(data, image.width, image.height, max_pixels)
+    if isinstance(image, TiffImageFile):  # libtiff takes memory for a whole tile, however small the image
+        width, height = (int(image.tag_v2.get(side, 0)) for side in _TILE_SIDES)
+        refuse_costly(data, width, height, max_pixels)
     return image
 
 
-def refuse_many_scans(data: bytes | memoryview) -> None:
-    """Raise `ValueError` for a JPEG of over 100 scans: each is a pass over all pixels that costs few bytes.
+def refuse_costly(data: bytes | memoryview, width: int, height: int, max_pixels: int) -> None:
+    """Raise `ValueError` for more than `max_pixels`, or for a JPEG of too many scans.
 
-    Compressed data never holds the marker. A preview or a colour profile may; that is a few at most.
+    A scan is a pass over all pixels that costs few bytes. Compressed data never holds its marker; a preview
+    or a colour profile may, a few at most.
     """
-    if _has_one_scan(data):  # most files; counting would take a twelfth of the time of decoding
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels are more than DATA.MAX_PIXELS ({max_pixels})")
+    if data[:3] != _JPEG or _has_one_scan(data):  # counting would take a twelfth of the time of decoding
         return
+    most = min(_MAX_SCANS, _FULL_SCANS * max_pixels // max(width * height, 1))
     scans = bytes(data).count(_SCAN)
-    if scans > _MAX_SCANS:
-        raise ValueError(f"a JPEG of {scans} scans; more than {_MAX_SCANS} would take too long")
+    if scans > most:
+        raise ValueError(f"a JPEG of {scans} scans; more than {most} would take too long")
 
 
 def _has_one_scan(data: bytes | memoryview) -> bool:

@@ -20,7 +20,7 @@ from data.augment.ops import send
 from data.augment.parameters import draw_crop, sample_keys
 from data.augment.recipes import RandomResizedCrop, Recipe, needs_pil, spatial_ops
 from data.augment.resample import crop_resize
-from data.decode import MAX_PIXELS, decode_rgb, fast_jpeg, refuse_many_scans
+from data.decode import MAX_PIXELS, decode_rgb, fast_jpeg, refuse_costly
 from data.sampler import Request
 from data.sources.base import Source
 from data.worker import Fetched, Fetcher
@@ -104,11 +104,11 @@ def is_plain_jpeg(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> boo
     if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
         return False
     try:
-        refuse_many_scans(data)
         height, width, colours, _ = fast_jpeg().decode_jpeg_header(data)
+        refuse_costly(data, width, height, max_pixels)
     except ValueError:
         return False
-    return colours in ("YCbCr", "Gray") and height * width <= min(_PIXELS_AT_ONCE, max_pixels)
+    return colours in ("YCbCr", "Gray") and height * width <= _PIXELS_AT_ONCE
 
 
 def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:
