@@ -230,7 +230,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, key: str
 
 
 def test_an_unknown_key_that_resembles_nothing_points_to_the_list() -> None:
-    with pytest.raises(ConfigError, match=r"defaults\.py"):
+    with pytest.raises(ConfigError, match=r"utils/config/schema\.py"):
         load_config(DEFAULTS, opts=["QQQQ", "1"])
 
 
