@@ -1,7 +1,6 @@
 """Pets, Tiny-ImageNet and the flat folder cut in two: listings, labels, errors."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from torchvision import datasets as tv_datasets
 
 from data.sources import build_source, is_labelled, open_split
 from data.sources.named_sets import PET_BREEDS
+from utils.config.schema import default_config
 
 
 def save(path: Path, level: int) -> None:
@@ -68,9 +68,9 @@ def test_pets_download_goes_to_the_parent(few_pets: Path, monkeypatch: pytest.Mo
     calls = []
     monkeypatch.setattr(tv_datasets, "OxfordIIITPet", lambda root, download: calls.append((root, download)))
     for inside in ("", "oxford-iiit-pet"):
-        node = SimpleNamespace(
-            DATASET="pets", PATH=str(few_pets / inside), CACHE_MODE="part", DOWNLOAD=True, INDEX_CACHE="off"
-        )
+        node = default_config({}).DATA
+        choices = ["DATASET", "pets", "PATH", str(few_pets / inside), "DOWNLOAD", True, "INDEX_CACHE", "off"]
+        node.merge_from_list(choices)
         assert len(open_split(node, "train", labelled=True)) == 4
     assert calls == [(str(few_pets), True)] * 2
 
