@@ -23,23 +23,16 @@ def checksum(data: Any) -> int:
     return zlib.crc32(view[whole:], zlib.crc32(words.sum(axis=1, dtype="<u8").tobytes()))
 
 
-def map_file(path: Path) -> memoryview:
-    """Map a file; writing to the memory (torch insists that it may) changes a private copy of that page.
-
-    Raises ``OSError``, and ``ValueError`` for an empty file.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
-    finally:
-        os.close(descriptor)
-
-
 def load_file(path: Path) -> memoryview:
-    """Map a file of this machine; read one of a network: replaced by another machine, its map would crash."""
-    if not on_network(os.stat(path).st_dev):
-        return map_file(path)
-    return memoryview(bytearray(path.read_bytes()))
+    """Map a file of this machine; read one of a network: replaced by another machine, its map would crash.
+
+    Writing to the memory (torch insists that it may) changes a private copy of that page. Raises ``OSError``,
+    and ``ValueError`` for an empty file.
+    """
+    if on_network(os.stat(path).st_dev):
+        return memoryview(bytearray(path.read_bytes()))
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def view(data: memoryview, dtype: str, start: int, count: int) -> np.ndarray:
