@@ -1,4 +1,4 @@
-"""Decode encoded images to RGB pixels. Images may come from strangers: nothing here runs a program."""
+"""Decode encoded images to RGB pixels. Images may come from strangers: none runs a program."""
 
 import contextlib
 import functools
@@ -31,16 +31,17 @@ _TILE_SIDES = (322, 323)  # TIFF's tags of a tile's width and height
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
 
-# Pillow's limits cannot be raised to DATA.MAX_PIXELS for one image; `open_image` checks each instead.
+# Pillow's limit is one for the whole process; `open_image` checks each image's size instead.
 Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an encoded image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
 
-    EXIF orientation is not applied. Refused are truncated files, formats not in `FORMATS`, images of more
-    than 8 bits a channel where PIL keeps them, and what takes memory or time beyond `max_pixels`.
-    JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not read is PIL's to judge.
+    EXIF orientation is not applied. Refused are truncated files, formats not in `FORMATS`, images
+    of more than 8 bits a channel where PIL keeps them, and what takes memory or time beyond
+    `max_pixels`. JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not
+    read is PIL's to judge.
     """
     simple = fast_jpeg()
     if simple is not None and data[:3] == _JPEG:
@@ -61,13 +62,14 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read the header of an encoded image with PIL; refuse other formats and what would cost too much."""
+    """Read the header with PIL; refuse other formats and what would cost too much to decode."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise OSError(f"not an image of {', '.join(FORMATS)} ({len(data)} bytes)") from None
     refuse_costly(data, image.width, image.height, max_pixels)
-    if isinstance(image, TiffImageFile):  # libtiff takes memory for a whole tile, however small the image
+    if isinstance(image, TiffImageFile):
+        # libtiff takes memory for a whole tile, however small the image
         width, height = (int(image.tag_v2.get(side, 0)) for side in _TILE_SIDES)
         refuse_costly(data, width, height, max_pixels)
     return image
@@ -76,13 +78,13 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
 def refuse_costly(data: bytes | memoryview, width: int, height: int, max_pixels: int) -> None:
     """Raise `ValueError` for more than `max_pixels`, or for a JPEG of too many scans.
 
-    A scan is a pass over all pixels that costs few bytes. Compressed data never holds its marker; a preview
-    or a colour profile may, a few at most.
+    A scan is a pass over all pixels that costs few bytes. Compressed data never holds its marker; a
+    preview or a colour profile may, a few at most.
     """
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels are more than DATA.MAX_PIXELS ({max_pixels})")
-    if data[:3] != _JPEG or _has_one_scan(data):  # counting would take a twelfth of the time of decoding
-        return
+    if data[:3] != _JPEG or _has_one_scan(data):
+        return  # counting all would take a twelfth of the time of decoding
     most = min(_MAX_SCANS, _FULL_SCANS * max_pixels // max(width * height, 1))
     scans = bytes(data).count(_SCAN)
     if scans > most:
@@ -90,9 +92,10 @@ def refuse_costly(data: bytes | memoryview, width: int, height: int, max_pixels:
 
 
 def _has_one_scan(data: bytes | memoryview) -> bool:
-    """Tell whether a JPEG is sequential and its first scan holds all channels: libjpeg refuses more scans.
+    """Tell whether a JPEG is sequential and its first scan holds all channels.
 
-    Segments that libjpeg might skip in another way than this loop does count as "perhaps not".
+    Then libjpeg refuses further scans. False where libjpeg might skip segments in another way than
+    this loop does.
     """
     at, channels = 2, 0
     while at + 10 <= len(data) and data[at] == 0xFF:

@@ -82,9 +82,9 @@ def closing(index: PackIndex, described: dict[str, Any]) -> Iterator[bytes]:
 class PackedSource(Source):
     """The images of one pack; `header` is what the packer said of them.
 
-    The index is held in memory and a record is read when it is asked for. Nothing is mapped: the map of a
-    file that is cut while it is in use ends the process without a word. Raises `ValueError` if the file is
-    no whole pack.
+    The index is held in memory and a record is read when it is asked for. Nothing is mapped: the
+    map of a file that is cut while it is in use ends the process without a word. Raises `ValueError`
+    if the file is no whole pack.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class PackedSource(Source):
         super().__init__(torch.from_numpy(self.index.labels), self.header["classes"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep what is needed to open the same pack again, in a process that does not share memory."""
+        """Keep what opens the same pack again in a process that does not share memory."""
         return {"path": self.path, "digest": self.header["digest"], "max_pixels": self.max_pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def _read_index(body: bytearray, header: dict[str, Any]) -> PackIndex:
 
 
 def _check_index(index: PackIndex, header: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if a later look into the index could fail, or give what was not packed."""
+    """Raise ``ValueError`` if a later look into the index could fail or mislead."""
     count = header["count"]
     if [len(array) for array in index[:5]] != [count + 1, count, count + 1, count, count]:
         raise ValueError("the arrays of its index have other lengths than its count of images says")

@@ -25,9 +25,9 @@ _MOST_UNPACKED = 1 << 28  # bytes of a deflated entry: an uncompressed image of 
 class ZipSource(Source):
     """Images in one zip; the directory is read once, afterwards an image is one positioned read.
 
-    `cache_mode`: "no" reads on demand, "full" holds all encoded bytes in every process, "part" those with
-    index mod world == rank, reading the others on demand. A damaged entry is not held: it is an unreadable
-    image. Every process opens the file for itself.
+    `cache_mode`: "no" reads on demand, "full" holds all encoded bytes in every process, "part" those
+    with index mod world == rank, reading the others on demand. A damaged entry is not held: it is an
+    unreadable image. Every process opens the file for itself.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class ZipSource(Source):
         self._entries, self._sizes = _read_directory(path, names)
         self._file: tuple[int, int] | None = None  # (process id, descriptor)
         self._slot = np.full(len(names), -1, dtype=np.int64)
-        held = {"no": range(0), "full": range(len(names)), "part": range(rank, len(names), world)}[cache_mode]
-        self._hold(held)
+        everything, mine = range(len(names)), range(rank, len(names), world)
+        self._hold({"no": range(0), "full": everything, "part": mine}[cache_mode])
 
     def _hold(self, indices: range) -> None:
         """Keep the encoded bytes of images, within `_MOST_HELD` times the size of the archive."""
@@ -84,7 +84,7 @@ class ZipSource(Source):
         return None if slot < 0 else self._cache[self._offsets[slot] : self._offsets[slot + 1]].tobytes()
 
     def read(self, index: int) -> bytes:
-        """Read the encoded bytes of one image and check them; `OSError` or `zlib.error` if damaged."""
+        """Read and check the encoded bytes of one image; `OSError`, `zlib.error` if damaged."""
         start, packed, method, checksum = (int(value) for value in self._entries[index])
         size, descriptor = int(self._sizes[index]), self._descriptor()
         header = os.pread(descriptor, _LOCAL_HEADER.size, start)
@@ -95,7 +95,8 @@ class ZipSource(Source):
         if method == zipfile.ZIP_DEFLATED:
             if size > _MOST_UNPACKED:
                 raise OSError(f"zip entry {self.name(index)} would unpack to {size} bytes: store it instead")
-            data = zlib.decompressobj(wbits=-15).decompress(data, size + 1)  # stops there: a bomb lies
+            data = zlib.decompressobj(wbits=-15).decompress(data, size + 1)
+            # no more than one byte beyond what the directory declares: a bomb does not tell its size
         if len(data) != size or zlib.crc32(data) != checksum:
             raise OSError(f"damaged zip entry {self.name(index)}")
         return data
@@ -129,7 +130,7 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
             )
         if not 0 <= info.header_offset <= end - info.compress_size:
             raise ValueError(
-                f"DATA.PATH (--data-path): {path}: its directory says that entry {name!r} lies past its end: "
+                f"DATA.PATH (--data-path): {path}: entry {name!r} of its directory lies past its end: "
                 "it was cut or damaged, copy it again"
             )
     infos = [known[name] for name in names]
@@ -161,7 +162,8 @@ def zipped(
         raise ValueError(
             f"DATA.CACHE_MODE (--cache-mode) {cache_mode!r} is unknown: use one of {', '.join(CACHE_MODES)}"
         )
-    archive, listing, of_train = Path(path) / f"{split}.zip", _map_file(path, split), _map_file(path, "train")
+    archive = Path(path) / f"{split}.zip"
+    listing, of_train = Path(path) / f"{split}_map.txt", Path(path) / "train_map.txt"
     for file in (archive, listing):
         if not file.is_file():
             raise ValueError(f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'zip' needs it")
@@ -175,10 +177,6 @@ def zipped(
     rank = distributed.rank() if rank is None else rank
     world = distributed.world_size() if world is None else world
     return ZipSource(archive, names, labels, num_classes, cache_mode, rank, world)
-
-
-def _map_file(path: str, split: str) -> Path:
-    return Path(path) / f"{split}_map.txt"
 
 
 def _read_map(listing: Path) -> tuple[list[str], np.ndarray]:
