@@ -54,7 +54,7 @@ class ZipSource(Source):
         kept: list[bytes] = []
         for index in indices:
             if room < self._sizes[index]:
-                break  # the others are read on demand
+                continue  # it is read on demand
             try:
                 data = self.read(index)
             except (OSError, zlib.error):
