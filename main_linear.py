@@ -43,11 +43,12 @@ def main() -> int:
     args, flags = parse(_parser())
 
     from evaluation.probe import find_weights, refuse_contradictions, show_probes
-    from models import framework_defaults
-    from utils.config.load import default_config, load_config
+    from models import framework_options
+    from utils.config.load import load_config
+    from utils.config.schema import declare
 
     protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
-    cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
+    cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
     refuse_contradictions(cfg.LINEAR)
     weights = find_weights(cfg, args.pretrained)
     results = []

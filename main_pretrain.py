@@ -37,10 +37,11 @@ def main() -> int:
     from engine.plan import global_batch_size, make_plan
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
-    from models import framework_defaults
-    from utils.config.load import default_config, load_config
+    from models import framework_options
+    from utils.config.load import load_config
+    from utils.config.schema import declare
 
-    cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
+    cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     run = start_run(cfg, training=not (args.eval or args.throughput))
 
     # data
@@ -255,14 +256,15 @@ def replay_batch(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 
     from engine.replay import load_kept, replay
     from engine.run import start_run
-    from models import framework_defaults
-    from utils.config.load import default_config, load_saved
+    from models import framework_options
+    from utils.config.load import load_saved
+    from utils.config.schema import declare
     from utils.distributed import world_size
 
     path = Path(args.replay)
     kept = load_kept(path)
     device = {"DEVICE": flags.get("DEVICE", "auto")}
-    cfg = load_saved(default_config(framework_defaults()), kept["config"], path, device)
+    cfg = load_saved(declare(framework_options()), kept["config"], path, device)
     run = start_run(cfg, training=False)
     if world_size() > 1:
         raise ValueError("--replay: plays on one process; start it without torchrun")

@@ -45,11 +45,12 @@ def main() -> int:
 
     from evaluation.finetune import columns_of
     from evaluation.probe import find_weights, show_table
-    from models import framework_defaults
-    from utils.config.load import default_config, load_config
+    from models import framework_options
+    from utils.config.load import load_config
+    from utils.config.schema import declare
 
     protocol = PROTOCOLS / f"finetune_{args.protocol}.yaml" if args.protocol else None
-    cfg = load_config(default_config(framework_defaults()), [args.cfg, protocol], args.opts, flags)
+    cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
     starts: list[Path | None] = [None] if args.pretrained == "none" else [find_weights(cfg, args.pretrained)]
     if args.random_baseline and starts != [None]:
         starts.append(None)

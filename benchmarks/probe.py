@@ -18,10 +18,11 @@ from engine.plan import make_plan
 from evaluation.features import WholeFeatures
 from evaluation.knn import features_knn, vote
 from evaluation.probe import grid_points, head_accuracies
-from models import framework_defaults
+from models import framework_options
 from models.classifier import LinearHeads, freeze, grid_loss
 from models.parts.backbones import build_backbone
-from utils.config.load import default_config, load_config
+from utils.config.load import load_config
+from utils.config.schema import declare
 
 _EVALUATED = 5  # training images for each of the val split: CIFAR's share, ImageNet's is 25
 
@@ -86,7 +87,7 @@ def _epoch(
 ) -> Callable[[], None]:
     """Return an epoch of main_linear.py: its heads, groups, steps and evaluation, without loading images."""
     lrs = [0.01 * 1.5**number for number in range(rates)]
-    linear = load_config(default_config(framework_defaults()), flags={"LINEAR.LRS": lrs}).LINEAR
+    linear = load_config(declare(framework_options()), flags={"LINEAR.LRS": lrs}).LINEAR
     points, total = grid_points(linear), args.steps * args.batch
     heads = LinearHeads(width, args.classes, rates).to(device)
     groups = [

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from benchmarks.common import Side, measure, ratio
 from engine.optim import build_optimizer, parameter_groups
 from engine.precision import DTYPES, resolve_precision
-from models import build_framework, framework_defaults
+from models import build_framework, framework_options
 from models.parts.backbones import build_backbone
-from utils.config.load import default_config, load_config
+from utils.config.load import load_config
+from utils.config.schema import declare
 from utils.schedules import Progress
 
 MOMENTUM = 0.99
@@ -54,7 +55,7 @@ def update_speedup(device: torch.device, rounds: int) -> dict[str, float]:
         for parameter in online.parameters():
             parameter.grad = 1e-3 * torch.randn_like(parameter)
         if fused:
-            node = load_config(default_config(framework_defaults()), flags={"OPTIM.NAME": "adamw"}).OPTIM
+            node = load_config(declare(framework_options()), flags={"OPTIM.NAME": "adamw"}).OPTIM
             optimizer = build_optimizer(node, parameter_groups(online, node))
         else:
             optimizer = torch.optim.AdamW(online.parameters(), lr=0.0, foreach=False, fused=False)

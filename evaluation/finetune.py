@@ -19,7 +19,7 @@ from evaluation.accuracy import LabelledBatch, topk_correct
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.config.load import leaves
-from utils.config.schema import default_config, key_class
+from utils.config.schema import KEYS, key_class, plain
 from utils.distributed import all_reduce_sum, is_main
 
 logger = logging.getLogger("synco")
@@ -56,7 +56,7 @@ def _digest(cfg: CfgNode, weights: Path | None) -> str:
     """Digest the weights, the identity keys that differ from their defaults, the list of labels, the global
     batch.
     """
-    defaults = dict(leaves(default_config({})))
+    defaults = {name: plain(key.default) for name, key in KEYS.items()}
     own = {
         key: value
         for key, value in leaves(cfg)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from models.batchformer import BatchFormerMoCoV3
 from models.byol import BYOL
@@ -16,6 +16,7 @@ from models.parts.norm import convert_sync_batch_norm
 from models.sit import SiT
 from models.synco import SynCo
 from models.synco_v2 import SynCoV2
+from utils.config.key import Key, Limits
 from utils.distributed import world_size
 
 FRAMEWORKS: dict[str, type[MomentumFramework]] = {
@@ -30,23 +31,31 @@ FRAMEWORKS: dict[str, type[MomentumFramework]] = {
 }
 
 
-def framework_defaults() -> dict[str, dict[str, Any]]:
-    """Return the options and defaults of each method, read from its signature.
+def framework_options() -> dict[str, dict[str, Key]]:
+    """Return the declared options of each method, read from the signature of its class.
 
     They become the sections `MODEL.<METHOD>`. The section `batchformer` is that of the module,
     which any method may hold. The method of that name has the options of MoCo v3.
     """
     sections = {name: _options(framework) for name, framework in FRAMEWORKS.items()}
-    return {**sections, "batchformer": {"enabled": False, **_options(BatchFormer)}}
+    return {**sections, "batchformer": {"enabled": Key(False), **_options(BatchFormer)}}
 
 
-def _options(framework: type) -> dict[str, Any]:
+def _options(framework: type) -> dict[str, Key]:
     """Return the keyword-only parameters. `**rest` stands for those of the base class."""
     parameters = inspect.signature(framework).parameters.values()
+    types = get_type_hints(framework.__init__, include_extras=True)  # type: ignore[misc]
     inherits = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     options = _options(framework.__mro__[1]) if inherits else {}
-    own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return {**options, **own}
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            # `queue_size: Annotated[int, Limits(least=1)] = 65536` states the range with the option
+            extras = getattr(types[parameter.name], "__metadata__", ())
+            limits = next((extra for extra in extras if isinstance(extra, Limits)), Limits())
+            default = parameter.default
+            default = list(default) if isinstance(default, tuple) else default  # as yaml has it
+            options[parameter.name] = Key(default, programs=("pretrain",), **vars(limits))
+    return options
 
 
 def build_framework(

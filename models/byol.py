@@ -7,6 +7,7 @@ from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import cosine_regression, unit
 from models.parts.momentum import MomentumFramework
+from utils.config.key import Count, Fraction
 from utils.schedules import Progress, momentum_at
 
 
@@ -21,11 +22,11 @@ class BYOL(MomentumFramework):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        hidden_dim: int = 4096,
-        out_dim: int = 256,
+        hidden_dim: Count = 4096,
+        out_dim: Count = 256,
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
-        base_momentum: float = 0.996,
+        base_momentum: Fraction = 0.996,
         momentum_schedule: str = "cosine",
     ) -> None:
         projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)

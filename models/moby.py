@@ -8,6 +8,7 @@ from models.parts.heads import Encoder, mlp
 from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
+from utils.config.key import Count, Fraction, Temperature
 from utils.schedules import Progress, momentum_at
 
 
@@ -22,13 +23,13 @@ class MoBY(MomentumFramework):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        hidden_dim: int = 4096,
-        out_dim: int = 256,
+        hidden_dim: Count = 4096,
+        out_dim: Count = 256,
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
-        queue_size: int = 4096,
-        temperature: float = 0.2,
-        base_momentum: float = 0.99,
+        queue_size: Count = 4096,
+        temperature: Temperature = 0.2,
+        base_momentum: Fraction = 0.99,
         momentum_schedule: str = "cosine",
     ) -> None:
         projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)

@@ -9,6 +9,7 @@ from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import convert_split_batch_norm
+from utils.config.key import Count, Fraction, Temperature
 from utils.distributed import broadcast_host, exchange_rows, gather_rows, rank, world_size
 from utils.schedules import Progress
 
@@ -26,14 +27,14 @@ class MoCoV2(MomentumFramework):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        out_dim: int = 128,
+        out_dim: Count = 128,
         num_mlp_layers: int = 2,
-        queue_size: int = 65536,
-        temperature: float = 0.2,
-        base_momentum: float = 0.999,
+        queue_size: Count = 65536,
+        temperature: Temperature = 0.2,
+        base_momentum: Fraction = 0.999,
         symmetric: bool = False,
         batch_norm: str = "shuffle",
-        bn_groups: int = 1,
+        bn_groups: Count = 1,
     ) -> None:
         if batch_norm not in ("shuffle", "sync", "local"):
             raise ValueError(f"BATCH_NORM: {batch_norm!r} is not one of shuffle, sync, local")

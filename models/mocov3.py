@@ -7,6 +7,7 @@ from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import batch_contrast, contrast_metrics
 from models.parts.momentum import MomentumFramework
+from utils.config.key import Count, Fraction, Temperature
 from utils.schedules import Progress, momentum_at
 
 
@@ -27,13 +28,13 @@ class MoCoV3(MomentumFramework):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        hidden_dim: int = 4096,
-        out_dim: int = 256,
+        hidden_dim: Count = 4096,
+        out_dim: Count = 256,
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
         pred_last_batch_norm: bool = False,
-        temperature: float = 1.0,
-        base_momentum: float = 0.99,
+        temperature: Temperature = 1.0,
+        base_momentum: Fraction = 0.99,
         momentum_schedule: str = "cosine",
     ) -> None:
         width = backbone.num_features

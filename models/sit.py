@@ -1,6 +1,6 @@
 """SiT: self-supervised vision transformer (Atito, Awais and Kittler 2021, arXiv:2104.03602)."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from models.parts.corruption import corrupt, draw_corruption, draw_group_mask, m
 from models.parts.heads import Encoder
 from models.parts.losses import batch_contrast, contrast_metrics, full_precision, nt_xent
 from models.parts.momentum import MomentumFramework
+from utils.config.key import Count, Fraction, Limits, Temperature
 from utils.schedules import Progress, momentum_at
 
 TASKS = ("rotation", "contrast", "reconstruction")
@@ -105,17 +106,17 @@ class SiT(MomentumFramework):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        variant: str = "rotation",
-        hidden_dim: int = 4096,
-        out_dim: int = 512,
-        temperature: float = 0.5,
-        base_momentum: float = 0.99996,
+        variant: Annotated[str, Limits(choices=("rotation", "gmml"))] = "rotation",
+        hidden_dim: Count = 4096,
+        out_dim: Count = 512,
+        temperature: Temperature = 0.5,
+        base_momentum: Fraction = 0.99996,
         momentum_schedule: str = "constant",
         legacy_weighting: bool = False,
-        drop_fraction: float = 0.5,
-        replace_fraction: float = 0.3,
-        drop_align: int = 1,
-        drop_type: str = "zeros",
+        drop_fraction: Fraction = 0.5,
+        replace_fraction: Fraction = 0.3,
+        drop_align: Count = 1,
+        drop_type: Annotated[str, Limits(choices=("zeros", "noise"))] = "zeros",
         reconstruction_weight: float = 1.0,
     ) -> None:
         _check(backbone, variant, drop_type)

@@ -1,11 +1,11 @@
 """SynCo on MoCo v2: synthetic hard negatives (Giakoumoglou and Stathaki 2024, arXiv:2410.02401)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from models.moco import MoCoV2
 from models.parts.backbones import Backbone
 from models.parts.negatives import SyntheticConfig, refuse_short_queue
+from utils.config.key import Count, SixCounts
 from utils.schedules import Progress
 
 
@@ -22,8 +22,8 @@ class SynCo(MoCoV2):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        num_hard: int = 1024,
-        num_synthetic: Sequence[int] = (256, 256, 256, 64, 64, 64),
+        num_hard: Count = 1024,
+        num_synthetic: SixCounts = (256, 256, 256, 64, 64, 64),
         sigma: float = 0.01,
         delta: float = 0.01,
         eta: float = 0.01,

@@ -1,11 +1,11 @@
 """SynCo-v2: synthetic hard negatives on MoBY, in both directions, for transformers."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from models.moby import MoBY
 from models.parts.backbones import Backbone
 from models.parts.negatives import SyntheticConfig, refuse_short_queue
+from utils.config.key import Count, SixCounts
 from utils.schedules import Progress
 
 
@@ -23,8 +23,8 @@ class SynCoV2(MoBY):
         backbone: Backbone,
         target_backbone: Backbone | None = None,
         *,
-        num_hard: int = 256,
-        num_synthetic: Sequence[int] = (128, 128, 128, 64, 64, 64),
+        num_hard: Count = 256,
+        num_synthetic: SixCounts = (128, 128, 128, 64, 64, 64),
         sigma: float = 0.1,
         delta: float = 0.01,
         eta: float = 0.01,

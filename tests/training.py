@@ -12,11 +12,11 @@ from engine.guards import FiniteGuard
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan
 from engine.run import Run
-from models import FRAMEWORKS, framework_defaults
+from models import FRAMEWORKS, framework_options
 from models.parts.backbones import build_backbone
 from models.parts.norm import convert_sync_batch_norm
 from utils import distributed
-from utils.config.load import default_config
+from utils.config.schema import declare
 from utils.schedules import LearningRate
 
 # float64 is asked for, sizes are the smallest that keep each method's parts
@@ -86,7 +86,7 @@ def prepare(
     method: str, options: dict[str, Any], batch_norm: bool, accumulation: int = 1
 ) -> tuple[engine.TrainState, Plan]:
     """Return what ``fit`` works on: framework, optimiser, DDP, a plan of 8 steps with clipping."""
-    cfg = default_config(framework_defaults())
+    cfg = declare(framework_options()).defaults()
     run = Run(cfg, Path("unused"), torch.device("cpu"))
     framework = run.prepare(build(method, options, batch_norm))
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))

@@ -198,13 +198,14 @@ def _listing(report: Any) -> str:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from models import framework_defaults
-    from utils.config.load import default_config, load_config
+    from models import framework_options
+    from utils.config.load import load_config
+    from utils.config.schema import declare
 
     own = args.source / "config.yaml"
     if args.cfg is None and not own.is_file():
         raise ValueError("--cfg: is needed to know the backbone; give the run's yaml")
-    return load_config(default_config(framework_defaults()), [args.cfg or own], args.opts, {})
+    return load_config(declare(framework_options()), [args.cfg or own], args.opts, {})
 
 
 def _backbone(cfg: Any) -> Any:

@@ -8,12 +8,13 @@ from typing import Any
 from engine.precision import choose_device
 from engine.run import Run
 from evaluation.probe import find_weights
-from models import framework_defaults
+from models import framework_options
 from models.classifier import freeze, pretrained_backbone
 from models.parts.backbones import Backbone
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_torch
-from utils.config.load import default_config, load_config, section_options
+from utils.config.load import load_config, section_options
+from utils.config.schema import declare
 from utils.logger import setup_logger
 
 
@@ -37,7 +38,7 @@ def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
 
     Raises ``ValueError`` without data path or weights.
     """
-    cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
+    cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     setup_logger(None, is_main=True)
     if not cfg.DATA.PATH:
         raise ValueError("DATA.PATH (--data-path) is empty: name the folder of the data")

@@ -26,7 +26,7 @@ from engine.precision import choose_device
 from engine.run import Run
 from evaluation.accuracy import extract_features, few_label_accuracy, logistic_probe, topk_correct
 from evaluation.knn import knn_accuracy
-from models import framework_defaults
+from models import framework_options
 from models.parts.backbones import build_backbone
 from models.weights.load import backbone_state, load_backbone
 from tools.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
@@ -34,7 +34,8 @@ from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch
 from utils.cli import make_parser, parse, run_main
-from utils.config.load import default_config, load_config, section_options
+from utils.config.load import load_config, section_options
+from utils.config.schema import declare
 from utils.distributed import keyed_seed
 from utils.logger import setup_logger
 
@@ -79,7 +80,7 @@ def main() -> int:
     args, flags = parse(make_parser(__doc__ or ""))
     if args.eval or args.throughput:
         raise ValueError("--eval and --throughput belong to the mains; a report takes neither")
-    cfg = load_config(default_config(framework_defaults()), [args.cfg], args.opts, flags)
+    cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     setup_logger(None, is_main=True)
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
     logger.info("%s", report(run))

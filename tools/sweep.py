@@ -218,9 +218,10 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     digest of the files' contents.
     """
     from evaluation.probe import find_weights
-    from models import framework_defaults
+    from models import framework_options
     from utils.cli import make_parser
-    from utils.config.load import default_config, load_config
+    from utils.config.load import load_config
+    from utils.config.schema import declare
 
     named = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
     given = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
@@ -229,7 +230,7 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     known = [part for name in place for part in (f"--{name}", given[name])]
     parsed, _ = make_parser("sweep").parse_known_args([*known, *extra])
     flags = {key: value for key, value in vars(parsed).items() if key in ("OUTPUT", "TAG")}
-    cfg = load_config(default_config(framework_defaults()), [parsed.cfg], parsed.opts, flags)
+    cfg = load_config(declare(framework_options()), [parsed.cfg], parsed.opts, flags)
     weights = str(find_weights(cfg, args.pretrained)) if "pretrained" in args.start else "none"
     folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / "semisup"
     return folder, [*shared, *extra], weights, _content(cfg, args, weights)

@@ -4,8 +4,12 @@ In training it returns two streams: the plain features and the attended ones. Bo
 same head. In evaluation it is the identity.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
+
+from utils.config.key import Count, Fraction, Limits
 
 PAIRINGS = ("mean", "sum", "joint")
 
@@ -23,11 +27,11 @@ class BatchFormer(nn.Module):
         self,
         width: int,
         *,
-        num_layers: int = 1,
-        num_heads: int = 4,
-        dropout: float = 0.5,
+        num_layers: Count = 1,
+        num_heads: Count = 4,
+        dropout: Fraction = 0.5,
         trained: bool = True,
-        loss: str = "mean",
+        loss: Annotated[str, Limits(choices=PAIRINGS)] = "mean",
     ) -> None:
         super().__init__()
         if width % num_heads:

@@ -13,7 +13,7 @@ from data.augment.recipes import build_recipe
 from data.loader import BadImagesError, Batch, GlobalLoader, LoaderError, evaluation_batches
 from data.sources import Source, build_source, open_split, subset
 from data.worker import BadImages, Fetched
-from utils.config.schema import default_config
+from utils.config.schema import declare
 
 CPU = torch.device("cpu")
 BAD = {
@@ -218,7 +218,7 @@ def test_images_above_max_pixels_are_named_and_replaced(
 ) -> None:
     large = image_folder / "train" / "c0" / "large.jpg"
     Image.new("RGB", (400, 300)).save(large)
-    defaults = default_config({}).DATA
+    defaults = declare({}).defaults().DATA
     defaults.merge_from_list(["PATH", str(image_folder), "INDEX_CACHE", "off"])
     number = [p.name for p in sorted(large.parent.iterdir())].index("large.jpg")
     for limit, refused in ((400 * 300, False), (400 * 300 - 1, True)):

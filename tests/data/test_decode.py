@@ -16,7 +16,7 @@ from PIL import Image
 import data.decode
 from data.decode import MAX_PIXELS, decode_rgb
 from data.sources.folder_index import PackedStrings
-from utils.config.schema import default_config
+from utils.config.schema import declare
 
 
 @pytest.fixture(params=["simplejpeg", "torchvision", "PIL"], autouse=True)
@@ -150,7 +150,7 @@ def test_images_of_too_many_pixels_are_refused_from_their_header(photos: np.ndar
 
 
 def test_the_limit_of_pixels_is_data_max_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_config({}).DATA.MAX_PIXELS == MAX_PIXELS
+    assert declare({}).defaults().DATA.MAX_PIXELS == MAX_PIXELS
     assert Image.MAX_IMAGE_PIXELS is None  # else PIL would refuse what DATA.MAX_PIXELS allows
 
 

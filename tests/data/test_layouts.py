@@ -10,7 +10,7 @@ from torchvision import datasets as tv_datasets
 
 from data.sources import build_source, is_labelled, open_split
 from data.sources.named_sets import PET_BREEDS
-from utils.config.schema import default_config
+from utils.config.schema import declare
 
 
 def save(path: Path, level: int) -> None:
@@ -68,7 +68,7 @@ def test_pets_download_goes_to_the_parent(few_pets: Path, monkeypatch: pytest.Mo
     calls = []
     monkeypatch.setattr(tv_datasets, "OxfordIIITPet", lambda root, download: calls.append((root, download)))
     for inside in ("", "oxford-iiit-pet"):
-        node = default_config({}).DATA
+        node = declare({}).defaults().DATA
         choices = ["DATASET", "pets", "PATH", str(few_pets / inside), "DOWNLOAD", True, "INDEX_CACHE", "off"]
         node.merge_from_list(choices)
         assert len(open_split(node, "train", labelled=True)) == 4

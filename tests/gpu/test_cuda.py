@@ -146,6 +146,6 @@ def test_jpegs_decoded_on_the_device_give_nearly_the_same_views(tmp_path: Path) 
 
 
 def _options(method: str) -> dict[str, object]:
-    from models import framework_defaults
+    from models import framework_options
 
-    return framework_defaults()[method]
+    return framework_options()[method]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import FRAMEWORKS, build_framework, framework_defaults
+from models import FRAMEWORKS, build_framework, framework_options
 from models.parts.backbones import _warn_of_cut, build_backbone, feature_map
 from models.parts.heads import mlp
 from models.parts.mocov3_vit import sincos_positions
@@ -256,7 +256,7 @@ def test_drop_path_rates_differ_between_online_and_target() -> None:
 
 
 def test_options_are_the_signatures() -> None:
-    defaults = framework_defaults()
+    defaults = framework_options()
     assert set(defaults) == set(FRAMEWORKS)
     assert defaults["synco"]["queue_size"] == 65536  # inherited
     assert defaults["synco"]["num_synthetic"] == (256, 256, 256, 64, 64, 64)

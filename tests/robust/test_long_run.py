@@ -32,12 +32,13 @@ def long_run(root: str, steps: int, every: int) -> None:
     from engine.optim import build_optimizer, parameter_groups
     from engine.plan import make_plan
     from engine.run import start_run
-    from models import FRAMEWORKS, framework_defaults
-    from utils.config.load import default_config, load_config
+    from models import FRAMEWORKS, framework_options
+    from utils.config.load import load_config
+    from utils.config.schema import declare
 
     flags = {"OUTPUT": root, "NAME": "long", "DEVICE": "cpu", "TRAIN.EPOCHS": steps * BATCH // IMAGES}
     flags |= {"CHECKPOINT.EVERY_EPOCHS": 0, "CHECKPOINT.EVERY_STEPS": 500, "TRAIN.CHANNELS_LAST": False}
-    cfg = load_config(default_config(framework_defaults()), flags=flags)
+    cfg = load_config(declare(framework_options()), flags=flags)
     run = start_run(cfg)
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 8, 8), dtype=np.uint8)
     source = ArraySource("toy", torch.from_numpy(pixels), torch.zeros(IMAGES, dtype=torch.int64), ["0"])

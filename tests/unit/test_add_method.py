@@ -10,6 +10,9 @@ import models
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import cosine_regression, unit
 from models.parts.momentum import MomentumFramework
+from utils.config.key import Count
+from utils.config.load import ConfigError, load_config
+from utils.config.schema import declare
 from utils.logger import close_logger
 from utils.schedules import Progress
 
@@ -18,7 +21,7 @@ class Mean(MomentumFramework):
     """A toy: one view regresses on the target of the other, without a predictor."""
 
     def __init__(
-        self, backbone: nn.Module, target_backbone: nn.Module | None = None, *, width: int = 8
+        self, backbone: nn.Module, target_backbone: nn.Module | None = None, *, width: Count = 8
     ) -> None:
         super().__init__(Encoder(backbone, mlp(backbone.num_features, width, width)), target_backbone)
 
@@ -47,3 +50,13 @@ def test_toy_method_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     folder = tmp_path / "out" / "mean_resnet8" / "t"
     assert list(folder.glob("ckpt_*.pt"))
     assert "WIDTH: 12" in (folder / "config.yaml").read_text()
+
+
+def test_the_limits_of_an_option_are_declared_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.FRAMEWORKS, "mean", Mean)
+    schema = declare(models.framework_options())
+    assert load_config(schema, flags={"MODEL.MEAN.WIDTH": 1}).MODEL.MEAN.WIDTH == 1
+    with pytest.raises(
+        ConfigError, match=r"MODEL\.MEAN\.WIDTH: 0 is out of range; use a value of at least 1"
+    ):
+        load_config(schema, flags={"MODEL.MEAN.WIDTH": 0})

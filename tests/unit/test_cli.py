@@ -45,10 +45,11 @@ def test_a_flag_reaches_its_key_and_no_other(argv: list[str], key: str, value: o
 
 
 def test_every_flag_names_a_key_of_the_tree() -> None:
-    from models import framework_defaults
-    from utils.config.load import default_config, leaves
+    from models import framework_options
+    from utils.config.load import leaves
+    from utils.config.schema import declare
 
-    known = {key for key, _ in leaves(default_config(framework_defaults()))}
+    known = {key for key, _ in leaves(declare(framework_options()).defaults())}
     named = {key for key, *_ in [*cli._VALUES.values(), *cli._SWITCHES.values()]}
     assert named | set(PROBE.values()) <= known
 

@@ -20,9 +20,10 @@ from engine.guards import FiniteGuard
 from engine.meter import Meter
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import make_plan
-from models import framework_defaults
+from models import framework_options
 from models.parts.losses import cosine_regression, unit
-from utils.config.load import default_config, load_config, method_section
+from utils.config.load import load_config, method_section
+from utils.config.schema import declare
 from utils.logger import Metrics
 
 POINT = "collapsing to a point"
@@ -106,7 +107,7 @@ def course(method: str, broken: str, seed: int, steps: int, every: int, batch: i
     keys |= {"MODEL.NAME": method, "SEED": seed, "DATA.DATASET": "digits", "DATA.IMG_SIZE": 8}
     keys |= {"MODEL.BACKBONE.NAME": "resnet8", "OPTIM.BASE_LR": 0.05}
     keys |= {"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" or every < 10 else {}
-    cfg = load_config(default_config(framework_defaults()), flags=keys)
+    cfg = load_config(declare(framework_options()), flags=keys)
     torch.manual_seed(seed)
     framework = main_pretrain.framework_of(cfg)
     if "predictor" in broken:

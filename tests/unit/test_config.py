@@ -7,18 +7,12 @@ import pytest
 import yaml
 from yacs.config import CfgNode
 
-from models import framework_defaults
-from utils.config.load import (
-    ConfigError,
-    compare_for_resume,
-    default_config,
-    leaves,
-    load_config,
-    section_options,
-    to_yaml,
-)
+from models import framework_options
+from utils.config.load import ConfigError, compare_for_resume, leaves, load_config, section_options, to_yaml
+from utils.config.schema import declare
 
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
+DEFAULTS = SCHEMA.defaults()
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
@@ -29,7 +23,7 @@ def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
 
 
 def from_text(tmp_path: Path, text: str) -> CfgNode:
-    return load_config(DEFAULTS, [write(tmp_path, text)])
+    return load_config(SCHEMA, [write(tmp_path, text)])
 
 
 # ---- precedence -----------------------------------------------------------------------------------------
@@ -39,28 +33,28 @@ def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
     write(tmp_path, "TRAIN: {EPOCHS: 2, BATCH_SIZE: 2}\nSEED: 2\nOPTIM: {CLIP_GRAD: 2.0}", "base.yaml")
     own = "_BASE_: base.yaml\nTRAIN: {BATCH_SIZE: 3}\nSEED: 3\nOPTIM: {CLIP_GRAD: 3.0}"
     opts = ["SEED", "4", "OPTIM.CLIP_GRAD", "4"]
-    cfg = load_config(DEFAULTS, [write(tmp_path, own)], opts, {"OPTIM.CLIP_GRAD": 5})
+    cfg = load_config(SCHEMA, [write(tmp_path, own)], opts, {"OPTIM.CLIP_GRAD": 5})
     assert cfg.KNN.TEMPERATURE == DEFAULTS.KNN.TEMPERATURE
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.BATCH_SIZE, cfg.SEED, cfg.OPTIM.CLIP_GRAD) == (2, 3, 4, 5.0)
 
 
 def test_a_second_file_wins_and_the_first_one_names_the_run(tmp_path: Path) -> None:
     files = [write(tmp_path, "SEED: 1", "first.yaml"), None, write(tmp_path, "SEED: 2", "second.yaml")]
-    cfg = load_config(DEFAULTS, files)
+    cfg = load_config(SCHEMA, files)
     assert (cfg.SEED, cfg.NAME) == (2, "first")
 
 
 def test_the_run_is_named_by_the_file_unless_it_says_otherwise(tmp_path: Path) -> None:
     assert from_text(tmp_path, "SEED: 1").NAME == "run"
     assert from_text(tmp_path, "NAME: mine").NAME == "mine"
-    assert load_config(DEFAULTS).NAME == "moco_v2"
+    assert load_config(SCHEMA).NAME == "moco_v2"
 
 
 def test_bases_are_read_in_order_and_relative_to_their_file(tmp_path: Path) -> None:
     write(tmp_path, "SEED: 1\nTAG: a", "pieces/a.yaml")
     write(tmp_path, "_BASE_: a.yaml\nSEED: 2", "pieces/b.yaml")
     write(tmp_path, "TAG: c", "c.yml")
-    cfg = load_config(DEFAULTS, [write(tmp_path, "_BASE_: [../pieces/b.yaml, ../c.yml]", "sub/run.yaml")])
+    cfg = load_config(SCHEMA, [write(tmp_path, "_BASE_: [../pieces/b.yaml, ../c.yml]", "sub/run.yaml")])
     assert (cfg.SEED, cfg.TAG) == (2, "c")
 
 
@@ -123,9 +117,9 @@ def test_values_take_the_type_of_their_default(tmp_path: Path, text: str, key: s
         ("KNN: {K: 10}", ["KNN.K", "list"]),
         ("KNN: {K: [ten]}", ["KNN.K", "'ten'"]),
         ("KNN: {K: [[1]]}", ["KNN.K"]),
-        ("SEED: 1\nSEED: 2", ["'SEED' stands twice", "line 2"]),
-        ("TRAIN: {EPOCHS: 1, EPOCHS: 2}", ["'EPOCHS' stands twice"]),
-        ("TRAIN: {EPOCHS: 1}\nTRAIN.EPOCHS: 2", ["'TRAIN.EPOCHS' stands twice"]),
+        ("SEED: 1\nSEED: 2", ["duplicate key 'SEED'", "line 2"]),
+        ("TRAIN: {EPOCHS: 1, EPOCHS: 2}", ["duplicate key 'EPOCHS'"]),
+        ("TRAIN: {EPOCHS: 1}\nTRAIN.EPOCHS: 2", ["duplicate key 'TRAIN.EPOCHS'"]),
         ("KNN: {K: &a [1]}\nTAG: *a", ["aliases"]),
         ("SEED: !!int '3'", ["tags"]),
         ("TAG: !!python/name:os.system ''", ["tags"]),
@@ -149,7 +143,7 @@ def test_a_bad_value_is_refused_by_key_and_value(tmp_path: Path, text: str, word
 
 def test_a_value_is_checked_against_the_default_and_not_against_an_emptied_list() -> None:
     with pytest.raises(ConfigError, match=r"KNN\.K.*'ten'"):
-        load_config(DEFAULTS, opts=["KNN.K", "[]", "KNN.K", "[ten]"])
+        load_config(SCHEMA, opts=["KNN.K", "[]", "KNN.K", "[ten]"])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +180,7 @@ def test_a_value_is_checked_against_the_default_and_not_against_an_emptied_list(
 )
 def test_a_value_out_of_range_is_refused(key: str, text: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(DEFAULTS, opts=[key, text])
+        load_config(SCHEMA, opts=[key, text])
     for word in [key, *words]:
         assert word in str(error.value)
 
@@ -199,7 +193,7 @@ def test_a_name_that_leaves_the_output_folder_is_refused(tmp_path: Path, key: st
     if key == "NAME" and not name:
         return  # empty: the file names the run
     with pytest.raises(ConfigError, match=f"{key}.*no folder name"):
-        load_config(DEFAULTS, [write(tmp_path, "SEED: 1")], flags={key: name})
+        load_config(SCHEMA, [write(tmp_path, "SEED: 1")], flags={key: name})
 
 
 # ---- keys and files -------------------------------------------------------------------------------------
@@ -219,8 +213,8 @@ def test_a_name_that_leaves_the_output_folder_is_refused(tmp_path: Path, key: st
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, key: str, nearest: str) -> None:
     for load in (
-        lambda: load_config(DEFAULTS, opts=[key, "1"]),
-        lambda: load_config(DEFAULTS, flags={key: 1}),
+        lambda: load_config(SCHEMA, opts=[key, "1"]),
+        lambda: load_config(SCHEMA, flags={key: 1}),
         lambda: from_text(tmp_path, f"{key}: 1"),
     ):
         with pytest.raises(ConfigError) as error:
@@ -231,12 +225,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, key: str
 
 def test_an_unknown_key_that_resembles_nothing_points_to_the_list() -> None:
     with pytest.raises(ConfigError, match=r"utils/config/schema\.py"):
-        load_config(DEFAULTS, opts=["QQQQ", "1"])
+        load_config(SCHEMA, opts=["QQQQ", "1"])
 
 
 def test_opts_without_a_value_are_refused() -> None:
     with pytest.raises(ConfigError, match="KEY VALUE"):
-        load_config(DEFAULTS, opts=["SEED"])
+        load_config(SCHEMA, opts=["SEED"])
 
 
 @pytest.mark.parametrize(
@@ -270,7 +264,7 @@ def test_an_endless_chain_of_bases_is_refused(tmp_path: Path) -> None:
     for number in range(50):
         write(tmp_path, f"_BASE_: b{number + 1}.yaml", f"b{number}.yaml")
     with pytest.raises(ConfigError, match="more than 32"):
-        load_config(DEFAULTS, [tmp_path / "b0.yaml"])
+        load_config(SCHEMA, [tmp_path / "b0.yaml"])
 
 
 # ---- text and back --------------------------------------------------------------------------------------
@@ -281,12 +275,13 @@ def test_an_endless_chain_of_bases_is_refused(tmp_path: Path) -> None:
 )
 def test_the_written_yaml_reads_back_unchanged(tmp_path: Path, tag: str) -> None:
     flags = {"TAG": tag, "OPTIM.EPS": 1e-17, "DATA.PATH": "a: b # c\udc80é\n", "SCHEDULE.MILESTONES": []}
-    cfg = load_config(DEFAULTS, flags=flags)
-    again = load_config(DEFAULTS, [write(tmp_path, to_yaml(cfg))])
+    cfg = load_config(SCHEMA, flags=flags)
+    again = load_config(SCHEMA, [write(tmp_path, to_yaml(cfg))])
     assert dict(leaves(again)) == dict(leaves(cfg))
     assert dict(leaves(CfgNode(yaml.safe_load(to_yaml(cfg))))) == dict(leaves(cfg))
     assert compare_for_resume(to_yaml(cfg), cfg) == []
 
 
 def test_a_section_becomes_keyword_arguments() -> None:
-    assert section_options(DEFAULTS.MODEL.BYOL) == framework_defaults()["byol"]
+    declared = framework_options()["byol"]
+    assert section_options(DEFAULTS.MODEL.BYOL) == {name: key.default for name, key in declared.items()}

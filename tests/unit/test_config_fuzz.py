@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from figures import figure
 
-from models import framework_defaults
-from utils.config.load import ConfigError, compare_for_resume, default_config, leaves, load_config, to_yaml
+from models import framework_options
+from utils.config.load import ConfigError, compare_for_resume, leaves, load_config, to_yaml
+from utils.config.schema import declare
 
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
+DEFAULTS = SCHEMA.defaults()
 CONFIGS = Path(__file__).parents[2] / "configs"
 ALL_KEYS = [key for key, _ in leaves(DEFAULTS)]
 
@@ -74,7 +76,7 @@ class Fuzz:
     def load(self, files: list[Path], opts: list[str]) -> None:
         start = time.perf_counter()
         try:
-            cfg = load_config(DEFAULTS, files, opts)
+            cfg = load_config(SCHEMA, files, opts)
         except ConfigError:
             cfg = None
         self.worst = max(self.worst, time.perf_counter() - start)
@@ -167,7 +169,7 @@ def test_cycles_bombs_and_code_are_refused(tmp_path: Path) -> None:
     for path in files.values():
         start = time.perf_counter()
         with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
-            load_config(DEFAULTS, [path])
+            load_config(SCHEMA, [path])
         worst = max(worst, time.perf_counter() - start)
     figure(f"{len(files)} files with cycles, bombs, deep nesting or code: refused", len(files))
     figure("longest of them", f"{1000 * worst:.0f}", "ms")
@@ -199,7 +201,7 @@ def test_no_tag_or_name_leaves_the_output_folder(key: str) -> None:
         if key == "NAME" and not name:  # an empty name means the file's
             continue
         with pytest.raises(ConfigError, match=key):
-            load_config(DEFAULTS, flags={"NAME": "n", key: name})
+            load_config(SCHEMA, flags={"NAME": "n", key: name})
         refused += 1
     figure(f"{key}: names that are no plain folder name refused", f"{refused}/{refused}")
 
@@ -209,4 +211,4 @@ def test_odd_values_of_every_type_are_read_or_refused(text: str) -> None:
     for key in ("SEED", "OPTIM.BASE_LR", "TAG", "DATA.PATH", "OPTIM.NESTEROV", "KNN.K", text):
         for opts in ([key, text], [key, f"[{text}]"]):
             with contextlib.suppress(ConfigError):
-                to_yaml(load_config(DEFAULTS, opts=opts))
+                to_yaml(load_config(SCHEMA, opts=opts))

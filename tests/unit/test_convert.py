@@ -24,7 +24,8 @@ from models.weights.load import backbone_state, load_backbone
 from tools import convert
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_pickle, read_torch
-from utils.config.load import default_config, load_config, section_options, to_yaml
+from utils.config.load import load_config, section_options, to_yaml
+from utils.config.schema import declare
 
 ROOT = Path(__file__).resolve().parents[2]
 State = dict[str, Tensor]
@@ -160,7 +161,7 @@ def test_the_eps_of_norms_comes_in_and_goes_out(
     recipe = [ROOT / "configs/synco_v2_swin_tiny.yaml", "--opts", "DATA.IMG_SIZE", "32"]
     torch.save({"model": prefixed("encoder.", original.state_dict())}, tmp_path / "theirs.pth")
     run("import", tmp_path / "theirs.pth", "--cfg", *recipe, "--output", tmp_path / "ours.pt")
-    cfg = load_config(default_config(convert_defaults()), [recipe[0]], ["DATA.IMG_SIZE", "32"], {})
+    cfg = load_config(declare(convert_options()), [recipe[0]], ["DATA.IMG_SIZE", "32"], {})
     options, file = section_options(cfg.MODEL.BACKBONE), read_torch(tmp_path / "ours.pt")
     images = 0.01 * torch.randn(2, 3, 32, 32)  # of little variance, so that eps shows
     with torch.no_grad():
@@ -220,7 +221,7 @@ def prefixed(prefix: str, state: State) -> State:
 def our_run(folder: Path) -> Path:
     """Write what a pretraining run leaves: a configuration and a committed checkpoint of MoCo v2."""
     path = yaml_file(folder, extra="TRAIN: {EPOCHS: 7}\n")
-    cfg = load_config(default_config(convert_defaults()), [path], [], {})
+    cfg = load_config(declare(convert_options()), [path], [], {})
     run_folder = folder / "run"
     run_folder.mkdir()
     (run_folder / "config.yaml").write_text(to_yaml(cfg))
@@ -234,10 +235,10 @@ def our_run(folder: Path) -> Path:
     return run_folder
 
 
-def convert_defaults() -> dict:
-    from models import framework_defaults
+def convert_options() -> dict:
+    from models import framework_options
 
-    return framework_defaults()
+    return framework_options()
 
 
 def test_a_run_is_exported_with_its_own_configuration(tmp_path: Path) -> None:

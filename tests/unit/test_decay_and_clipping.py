@@ -11,16 +11,17 @@ from engine.guards import FiniteGuard
 from engine.loop import TrainState, set_rates, update
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, held_out_batch, make_plan
-from models import framework_defaults
-from utils.config.load import default_config, load_config
+from models import framework_options
+from utils.config.load import load_config
+from utils.config.schema import declare
 
 BATCH = SimpleNamespace(indices=torch.arange(2))
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
 
 
 def prepare(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, Plan]:
     flags = {f"OPTIM.{key}": value for key, value in {"NAME": "adamw", "EXCLUDE_1D": True, **options}.items()}
-    cfg = load_config(DEFAULTS, flags=flags)
+    cfg = load_config(SCHEMA, flags=flags)
     module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(module, cfg.OPTIM))
     plan = make_plan(cfg.OPTIM, cfg.SCHEDULE, epochs=10, steps_per_epoch=10, global_batch=8, base_rates=[0.1])

@@ -12,21 +12,23 @@ from engine.loop import set_rates
 from engine.optim import build_optimizer
 from engine.plan import make_plan
 from evaluation import finetune
-from models import framework_defaults
+from models import framework_options
 from models.classifier import Classifier, layer_ids
 from models.parts.backbones import build_backbone
-from utils.config.load import ConfigError, default_config, leaves, load_config
+from utils.config.load import ConfigError, leaves, load_config
+from utils.config.schema import declare
 from utils.config.strict_yaml import load
 from utils.schedules import cosine
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "_base_"
 PROTOCOLS = sorted(path.stem.removeprefix("finetune_") for path in CONFIGS.glob("finetune_*.yaml"))
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
+DEFAULTS = SCHEMA.defaults()
 
 
 def config(*opts: Any, protocol: str = "") -> Any:
     file = CONFIGS / f"finetune_{protocol}.yaml" if protocol else None
-    return load_config(DEFAULTS, [file], [str(o) for o in opts], {"NAME": "x"})
+    return load_config(SCHEMA, [file], [str(o) for o in opts], {"NAME": "x"})
 
 
 def optimizer_of(

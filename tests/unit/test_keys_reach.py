@@ -22,13 +22,15 @@ import main_linear
 import main_pretrain
 import main_semisup
 import utils.config.load
-from models import FRAMEWORKS, build_framework, framework_defaults
+from models import FRAMEWORKS, build_framework, framework_options
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import SplitBatchNorm2d
-from utils.config.load import default_config, leaves, method_section, section_options
+from utils.config.load import leaves, method_section, section_options
+from utils.config.schema import declare
 from utils.logger import close_logger
 
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
+DEFAULTS = SCHEMA.defaults()
 ALL_KEYS = {key for key, _ in leaves(DEFAULTS)}
 
 # What belongs to the other main; together they leave out nothing.
@@ -250,7 +252,7 @@ def build(
 
 OPTIONS = [
     (method, name)
-    for method, options in framework_defaults().items()
+    for method, options in framework_options().items()
     for name in options
     if method != "batchformer"  # a module, not a method: see below
 ]
@@ -273,7 +275,7 @@ def test_each_option_of_a_method_changes_what_is_built(method: str, name: str) -
         assert after[name] in (new[key], getattr(new[key], name, after[name]))
 
 
-@pytest.mark.parametrize("name", framework_defaults()["batchformer"])
+@pytest.mark.parametrize("name", framework_options()["batchformer"])
 def test_each_option_of_batchformer_changes_what_is_built(name: str) -> None:
     before = {**section_options(DEFAULTS.MODEL.BATCHFORMER), "enabled": name != "enabled"}
     changes = {"loss": "joint", "num_heads": 8, "dropout": 0.1, "num_layers": 2}

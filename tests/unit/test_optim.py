@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from engine.optim import LARS, build_optimizer, parameter_groups
-from models import build_framework, framework_defaults
+from models import build_framework, framework_options
 from models.parts.backbones import build_backbone
-from utils.config.load import ConfigError, default_config, load_config
+from utils.config.load import ConfigError, load_config
+from utils.config.schema import declare
 
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
 
 
 def optim(**options: Any) -> CfgNode:
-    return load_config(DEFAULTS, flags={f"OPTIM.{key}": value for key, value in options.items()}).OPTIM
+    return load_config(SCHEMA, flags={f"OPTIM.{key}": value for key, value in options.items()}).OPTIM
 
 
 def decays(module: nn.Module, node: CfgNode) -> dict[str, bool]:

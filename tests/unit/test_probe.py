@@ -29,16 +29,17 @@ from evaluation.probe import (
     show_probes,
     write_result,
 )
-from models import framework_defaults
+from models import framework_options
 from models.classifier import LinearHeads, grid_loss
-from utils.config.load import default_config, load_config
+from utils.config.load import load_config
+from utils.config.schema import declare
 
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
 
 
 def section(**keys: Any) -> CfgNode:
     flags = {f"LINEAR.{key.replace('__', '.')}": value for key, value in keys.items()}
-    return load_config(DEFAULTS, flags={"NAME": "n", **flags}).LINEAR
+    return load_config(SCHEMA, flags={"NAME": "n", **flags}).LINEAR
 
 
 def names(**keys: Any) -> list[str]:

@@ -13,13 +13,15 @@ from yacs.config import CfgNode
 from data.augment.recipes import build_recipe
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, make_plan
-from models import build_framework, framework_defaults
+from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
-from utils.config.load import default_config, leaves, load_config, method_section, section_options
+from utils.config.load import leaves, load_config, method_section, section_options
+from utils.config.schema import declare
 from utils.config.strict_yaml import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
+DEFAULTS = SCHEMA.defaults()
 IMAGENET, CIFAR = 1_281_167, 50_000
 PIECES = sorted(CONFIGS.glob("_base_/*.yaml"))
 CIFAR_RECIPES = sorted(CONFIGS.glob("cifar10/*.yaml"))
@@ -53,7 +55,7 @@ PROCESSES = {**MOCO, **SYNCO, **BYOL, **MOBY, **SYNCO_V2, **RESNETS, **MOCOV3, *
 
 @cache
 def recipe(name: str) -> CfgNode:
-    return load_config(DEFAULTS, [CONFIGS / f"{name}.yaml"])
+    return load_config(SCHEMA, [CONFIGS / f"{name}.yaml"])
 
 
 def build(cfg: CfgNode) -> MomentumFramework:
@@ -101,7 +103,7 @@ def test_the_published_recipes_are_all_there() -> None:
 
 @pytest.mark.parametrize("path", [*RECIPE_FILES, *CIFAR_RECIPES, *OTHERS], ids=lambda p: p.stem)
 def test_a_recipe_builds_and_plans(path: Path) -> None:
-    cfg = load_config(DEFAULTS, [path])
+    cfg = load_config(SCHEMA, [path])
     framework = build(cfg)
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))
     assert sum(len(group["params"]) for group in optimizer.param_groups) > 0
@@ -118,7 +120,7 @@ def test_a_recipe_builds_and_plans(path: Path) -> None:
 @pytest.mark.parametrize("path", [*PIECES, *RECIPE_FILES, *CIFAR_RECIPES], ids=lambda p: p.stem)
 def test_a_recipe_is_short_and_a_piece_stands_alone(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= (20 if path in PIECES else 15)
-    load_config(DEFAULTS, [path])
+    load_config(SCHEMA, [path])
 
 
 @pytest.mark.parametrize("path", [*RECIPE_FILES, *CIFAR_RECIPES], ids=lambda p: p.stem)
@@ -150,7 +152,7 @@ def test_a_header_says_where_the_published_run_was_in_mixed_precision(name: str)
 
 @pytest.mark.parametrize("path", [*PIECES, *RECIPE_FILES, *CIFAR_RECIPES], ids=lambda p: p.stem)
 def test_a_recipe_says_nothing_about_a_method_that_it_does_not_select(path: Path) -> None:
-    changed = dict(leaves(load_config(DEFAULTS, [path])))
+    changed = dict(leaves(load_config(SCHEMA, [path])))
     defaults = dict(leaves(DEFAULTS))
     method = changed["MODEL.NAME"].upper()
     touched = {key for key in changed if key.startswith("MODEL.") and changed[key] != defaults[key]}
@@ -336,8 +338,8 @@ def test_the_two_protocols_set_the_same_keys_and_only_probe_keys() -> None:
     for name in ("moby_swin_tiny", "moco_v2_resnet50"):
         for protocol in ("moco", "moby"):
             piece = CONFIGS / f"_base_/linear_{protocol}.yaml"
-            switched = load_config(DEFAULTS, [CONFIGS / f"{name}.yaml", piece])
-            alone = load_config(DEFAULTS, [piece])
+            switched = load_config(SCHEMA, [CONFIGS / f"{name}.yaml", piece])
+            alone = load_config(SCHEMA, [piece])
             assert all(dict(leaves(switched))[key] == dict(leaves(alone))[key] for key in moco)
 
 
@@ -409,7 +411,7 @@ def test_sit_follows_the_published_flags(name: str) -> None:
 
 @pytest.mark.parametrize("path", CIFAR_RECIPES, ids=lambda p: p.stem)
 def test_a_small_recipe_fits_cifar10(path: Path) -> None:
-    cfg = load_config(DEFAULTS, [path])
+    cfg = load_config(SCHEMA, [path])
     assert (cfg.DATA.DATASET, cfg.DATA.IMG_SIZE, cfg.AUG.RECIPE) == ("cifar10", 32, "cifar")
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.BATCH_SIZE) == (200, 512)
     assert cfg.KNN.EVERY_EPOCHS > 0

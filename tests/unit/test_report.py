@@ -15,11 +15,12 @@ import main_pretrain
 from data.sources.base import ArraySource
 from engine import precision as device
 from engine.run import Run
-from models import build_framework, framework_defaults
+from models import build_framework, framework_options
 from tools import demo, pictures, report
 from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
-from utils.config.load import ConfigError, default_config, load_config, section_options
+from utils.config.load import ConfigError, load_config, section_options
+from utils.config.schema import declare
 from utils.distributed import keyed_seed
 
 TINY = """
@@ -59,7 +60,7 @@ def flags_of(cfg: Path) -> list[str]:
 
 def open_run(cfg: Path, tag: str = "default") -> Run:
     flags = {"OUTPUT": str(cfg.parent / "output"), "TAG": tag, "DEVICE": "cpu"}
-    tree = load_config(default_config(framework_defaults()), [cfg], (), flags)
+    tree = load_config(declare(framework_options()), [cfg], (), flags)
     return Run(tree, Path(tree.OUTPUT) / tree.NAME / tree.TAG, torch.device("cpu"))
 
 
@@ -300,7 +301,7 @@ def test_a_run_computes_in_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp
         with run.autocast():
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
-    cfg = load_config(default_config(framework_defaults()), (), ("TRAIN.PRECISION", "auto"))
+    cfg = load_config(declare(framework_options()), (), ("TRAIN.PRECISION", "auto"))
     monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: True)
     assert dtype_of(cfg) is torch.bfloat16
     monkeypatch.setattr("engine.precision.cpu_has_bf16", lambda: False)
@@ -309,4 +310,4 @@ def test_a_run_computes_in_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"PRECISION.*'bf15' is not one of auto, fp32, bf16, fp16"):
-        load_config(default_config(framework_defaults()), (), ("TRAIN.PRECISION", "bf15"))
+        load_config(declare(framework_options()), (), ("TRAIN.PRECISION", "bf15"))

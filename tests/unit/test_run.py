@@ -13,9 +13,9 @@ from torch import nn
 from engine import guards
 from engine.guards import FiniteGuard, NonFiniteError, StopFlag
 from engine.run import Run
-from models import framework_defaults
+from models import framework_options
 from models.classifier import freeze
-from utils.config.load import default_config
+from utils.config.schema import declare
 
 CPU = torch.device("cpu")
 NAN = torch.tensor(float("nan"))
@@ -23,7 +23,7 @@ NAN = torch.tensor(float("nan"))
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(default_config(framework_defaults()), tmp_path / "run", CPU)
+    return Run(declare(framework_options()).defaults(), tmp_path / "run", CPU)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -32,7 +32,7 @@ def test_bf16_on_a_cpu_refuses_the_maps_that_its_gradients_are_wrong_for(
     precision: str, width: int, tmp_path: Path
 ) -> None:
     """Where the run goes on, the gradients are those of fp32; oneDNN's for the refused map are not."""
-    cfg = default_config(framework_defaults())
+    cfg = declare(framework_options()).defaults()
     cfg.TRAIN.PRECISION = precision
     run = Run(cfg, tmp_path / "run", CPU)
     network = run.prepare(nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1)))

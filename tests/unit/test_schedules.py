@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from engine.plan import Plan, make_plan
-from models import framework_defaults
-from utils.config.load import default_config, load_config
-from utils.config.schema import CHOICES
+from models import framework_options
+from utils.config.load import load_config
+from utils.config.schema import KEYS, declare
 from utils.schedules import SCHEDULES, LearningRate, Progress, cosine, momentum_at
 
-DEFAULTS = default_config(framework_defaults())
+SCHEMA = declare(framework_options())
 
 
 def rate(name: str = "cosine", *, steps: int = 10, epochs: int = 10, **options: Any) -> LearningRate:
@@ -23,7 +23,7 @@ def rate(name: str = "cosine", *, steps: int = 10, epochs: int = 10, **options: 
 def plan_of(
     *opts: str, global_batch: int = 512, epochs: int = 10, base_rates: tuple[float, ...] = (1e-3,)
 ) -> Plan:
-    cfg = load_config(DEFAULTS, opts=opts)
+    cfg = load_config(SCHEMA, opts=opts)
     return make_plan(
         cfg.OPTIM,
         cfg.SCHEDULE,
@@ -117,7 +117,7 @@ def test_every_rate_is_between_its_ends(name: str, warmup_steps: int, flags: dic
 
 
 def test_an_unknown_schedule_is_refused_before_training_though_there_is_a_warm_up() -> None:
-    cfg = load_config(DEFAULTS, opts=["SCHEDULE.WARMUP_EPOCHS", "2"]).clone()
+    cfg = load_config(SCHEMA, opts=["SCHEDULE.WARMUP_EPOCHS", "2"]).clone()
     cfg.defrost()
     cfg.SCHEDULE.NAME = "cosin"
     with pytest.raises(ValueError, match=r"SCHEDULE\.NAME: 'cosin'.*cosine"):
@@ -125,7 +125,8 @@ def test_an_unknown_schedule_is_refused_before_training_though_there_is_a_warm_u
 
 
 def test_the_configuration_and_the_code_know_the_same_schedules() -> None:
-    assert CHOICES["SCHEDULE.NAME"] == CHOICES["LINEAR.SCHEDULE.NAME"] == SCHEDULES
+    for section in ("", "LINEAR.", "FINETUNE."):
+        assert KEYS[f"{section}SCHEDULE.NAME"].choices == SCHEDULES
 
 
 # ---- the plan -------------------------------------------------------------------------------------------

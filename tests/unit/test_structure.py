@@ -25,7 +25,7 @@ FORBIDDEN_ROOMS = {
 }
 ALLOWED_UTILS = {
     "data": {"utils.distributed", "utils.checkpoints.atomic"},
-    "models": {"utils.distributed", "utils.schedules"},
+    "models": {"utils.distributed", "utils.schedules", "utils.config.key"},
 }
 
 

@@ -5,40 +5,16 @@ derived from it live in ``engine.plan.Plan``.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from yacs.config import CfgNode
 
 from utils.config import strict_yaml
-from utils.config.schema import (
-    CHOICES,
-    COMMON_SECTIONS,
-    LENGTHS,
-    MAXIMUM,
-    MINIMUM,
-    SECTION_OF,
-    default_config,
-    key_class,
-    plain,
-)
-
-__all__ = [
-    "ConfigError",
-    "compare_for_resume",
-    "default_config",
-    "key_class",
-    "leaves",
-    "load_config",
-    "load_saved",
-    "method_section",
-    "section_options",
-    "to_yaml",
-    "validate",
-]
+from utils.config.key import Key, Limits, Value
+from utils.config.schema import COMMON_SECTIONS, KEYS, SECTION_OF, Schema, key_class, plain
 
 BASE_KEY = "_BASE_"
 _MAX_BASES = 32
@@ -51,10 +27,10 @@ class ConfigError(ValueError):
 
 
 def load_config(
-    defaults: CfgNode,
+    schema: Schema,
     files: Sequence[str | Path | None] = (),
     opts: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Value] | None = None,
 ) -> CfgNode:
     """Merge yaml ``files``, ``opts`` (key, value, key, ...) and ``flags`` (dotted key -> value) and freeze.
 
@@ -62,45 +38,43 @@ def load_config(
 
     Raises ``ConfigError`` for an unknown key, a value of a wrong type or out of range, a bad or cyclic file.
     """
-    known = dict(leaves(defaults))
     paths = [Path(file) for file in files if file is not None]
-    values: dict[str, Any] = {}
+    values: dict[str, Value] = {}
     for path in paths:
         for source, tree in _read_chain(path):
-            values.update(_checked(_flatten(tree, source, known), source, known))
+            values.update(_checked(_flatten(tree, source, schema), source, schema))
     if len(opts) % 2:
         raise ConfigError(
             f"--opts: {' '.join(opts)!r} is not a list of KEY VALUE pairs; the last value is missing"
         )
     pairs = zip(opts[::2], opts[1::2], strict=True)
-    values.update(_checked(((key, _parse_scalar(text, key)) for key, text in pairs), "--opts", known))
-    values.update(_checked((flags or {}).items(), "command line", known))
-
-    return _merged(defaults, values, paths[0].stem if paths else "")
+    values.update(_checked(((key, _parse_scalar(text, key)) for key, text in pairs), "--opts", schema))
+    values.update(_checked((flags or {}).items(), "command line", schema))
+    return _merged(schema, values, paths[0].stem if paths else "")
 
 
 def load_saved(
-    defaults: CfgNode, text: str, source: str | Path, flags: Mapping[str, Any] | None = None
+    schema: Schema, text: str, source: str | Path, flags: Mapping[str, Value] | None = None
 ) -> CfgNode:
     """Rebuild the configuration whose YAML ``text`` a file of ours (``source``) holds; ``flags`` win."""
-    known = dict(leaves(defaults))
-    values = dict(_checked(_flatten(_parse_yaml(text, str(source)), str(source), known), str(source), known))
-    values.update(_checked((flags or {}).items(), "command line", known))
-    return _merged(defaults, values)
+    name = str(source)
+    values = dict(_checked(_flatten(_parse_yaml(text, name), name, schema), name, schema))
+    values.update(_checked((flags or {}).items(), "command line", schema))
+    return _merged(schema, values)
 
 
-def _merged(defaults: CfgNode, values: Mapping[str, Any], name: str = "") -> CfgNode:
+def _merged(schema: Schema, values: Mapping[str, Value], name: str = "") -> CfgNode:
     """Return the frozen tree of defaults and checked ``values``; ``name`` is the run's if nothing else is."""
-    merged = defaults.clone()
+    merged = schema.defaults()
     for key, value in values.items():
         _set(merged, key, value)
     merged.NAME = merged.NAME or name or merged.MODEL.NAME
-    validate(merged)
+    validate(merged, schema)
     merged.freeze()
     return merged
 
 
-def leaves(tree: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: CfgNode, prefix: str = "") -> Iterator[tuple[str, Value]]:
     """Yield every (dotted key, value) of the tree."""
     for key, value in tree.items():
         if isinstance(value, CfgNode):
@@ -132,7 +106,7 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
     key with its old and new value.
     """
     current = dict(leaves(tree))
-    saved = {key: value for key, value in leaves(default_config({})) if key in current}
+    saved = {name: plain(key.default) for name, key in KEYS.items() if name in current}
     saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
     tunable: list[str] = []
     fatal: list[str] = []
@@ -162,7 +136,7 @@ def _of_another_method(key: str, method: str) -> bool:
 # ---- values ---------------------------------------------------------------------------------------------
 
 
-def validate(tree: CfgNode) -> None:
+def validate(tree: CfgNode, schema: Schema) -> None:
     """Refuse values that no run can use: ranges, choices, folder names."""
     for key in ("TAG", "NAME"):
         if not _NAME.fullmatch(tree[key]):
@@ -170,63 +144,61 @@ def validate(tree: CfgNode) -> None:
                 f"{key}: {tree[key]!r} is no folder name; use letters, digits, '.', '_' and '-'"
             )
     for key, value in leaves(tree):
-        _check_range(key, value)
+        _check_limits(key, value, schema[key])
     methods = [name.lower() for name, node in tree.MODEL.items() if isinstance(node, CfgNode)]
     methods.remove("backbone")
     if tree.MODEL.NAME not in methods:
         raise ConfigError(f"MODEL.NAME: {tree.MODEL.NAME!r} is not one of {', '.join(methods)}")
 
 
-def _check_range(key: str, value: Any) -> None:
-    name = key.rsplit(".", 1)[-1]
-    choices = CHOICES.get(key, CHOICES.get(name, (value,)))
-    if value not in choices:
-        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(choices)}")
+def _check_limits(key: str, value: Value, limits: Limits) -> None:
+    if limits.choices and value not in limits.choices:
+        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(limits.choices)}")
     entries = value if isinstance(value, list) else [value]
-    least, most = LENGTHS.get(name, (0, len(entries)))
-    if not least <= len(entries) <= most:
-        wanted = least if least == most else f"{least} to {most}"
-        raise ConfigError(f"{key}: {value} has {len(entries)} entries; give {wanted}")
-    low, high = MINIMUM.get(key, MINIMUM.get(name, 0)), MAXIMUM.get(name, math.inf)
+    fewest, most = limits.entries
+    if isinstance(value, list) and not fewest <= len(value) <= most:
+        wanted = fewest if fewest == most else f"{fewest} to {most}"
+        raise ConfigError(f"{key}: {value} has {len(value)} entries; give {wanted}")
+    low, high = limits.least, limits.most
     for number in entries:
         if isinstance(number, (int, float)) and not low <= number <= high:
-            span = f"of at least {low}" if number < low else f"between {low} and {high}"
+            span = f"of at least {low:g}" if number < low else f"between {low:g} and {high:g}"
             raise ConfigError(f"{key}: {number} is out of range; use a value {span}")
 
 
 def _checked(
-    pairs: Iterable[tuple[str, Any]], source: str, known: Mapping[str, Any]
-) -> Iterator[tuple[str, Any]]:
+    pairs: Iterable[tuple[str, object]], source: str, known: Mapping[str, Key]
+) -> Iterator[tuple[str, Value]]:
     """Coerce every value to its default's type; refuse what is no leaf."""
     for key, value in pairs:
         if key not in known:
             raise ConfigError(f"{source}: {_no_leaf(key, known)}")
-        yield key, _coerce(known[key], value, key, source)
+        yield key, _coerce(known[key].default, value, key, source)
 
 
-def _coerce(default: Any, value: Any, key: str, source: str) -> Any:
-    wanted = type(default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and not -_MAX_INT <= value < _MAX_INT:
-        raise ConfigError(
-            f"{source}: {key}: {str(value)[:40]} is not a finite number that a machine can hold"
-        )
-    if wanted is float and number:
-        return float(value)
-    if wanted is list and isinstance(value, (list, tuple)):
+def _coerce(default: Value, value: object, key: str, source: str) -> Value:
+    """Return the value in the type of the default; a whole number may stand for a float or a text."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not -_MAX_INT <= value < _MAX_INT:
+            raise ConfigError(
+                f"{source}: {key}: {str(value)[:40]} is not a finite number that a machine can hold"
+            )
+        if isinstance(default, float):
+            return float(value)
+        if isinstance(default, str) and isinstance(value, int):
+            return str(value)  # --opts TAG 42
+    if isinstance(default, list) and isinstance(value, (list, tuple)):
         entry = default[0] if default else 0.0  # a list that may be empty is one of numbers
         return [_coerce(entry, item, key, source) for item in value]
-    if wanted is str and number and isinstance(value, int):
-        return str(value)  # --opts TAG 42
-    if type(value) is wanted:
-        return value
+    if type(value) is type(default):
+        return cast(Value, value)
     raise ConfigError(
         f"{source}: {key}: {value!r} is a {type(value).__name__}; "
-        f"give a {wanted.__name__} such as {default!r}"
+        f"give a {type(default).__name__} such as {default!r}"
     )
 
 
-def _no_leaf(key: str, known: Mapping[str, Any]) -> str:
+def _no_leaf(key: str, known: Mapping[str, Key]) -> str:
     inside = next((name for name in known if name.startswith(f"{key}.")), None)
     if inside:
         return f"{key} is a section; set a key of it, e.g. {inside}"
@@ -237,14 +209,14 @@ def _no_leaf(key: str, known: Mapping[str, Any]) -> str:
     return f"there is no key {key!r}{hint}"
 
 
-def _set(tree: CfgNode, key: str, value: Any) -> None:
+def _set(tree: CfgNode, key: str, value: Value) -> None:
     *sections, name = key.split(".")
     for section in sections:
         tree = tree[section]
     tree[name] = value
 
 
-def _nested(tree: CfgNode) -> dict[str, Any]:
+def _nested(tree: CfgNode) -> dict[str, object]:
     return {
         key: _nested(value) if isinstance(value, CfgNode) else plain(value) for key, value in tree.items()
     }
@@ -253,7 +225,7 @@ def _nested(tree: CfgNode) -> dict[str, Any]:
 # ---- files ----------------------------------------------------------------------------------------------
 
 
-def _read_chain(file: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_chain(file: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (file name, values) of the bases first, then of the file itself."""
     values = _read_yaml(file)
     path = file.resolve()
@@ -270,7 +242,7 @@ def _read_chain(file: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, 
     yield str(file), values
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path) -> dict[str, object]:
     if file.suffix not in (".yaml", ".yml"):
         raise ConfigError(
             f"{file}: a configuration is a .yaml file; nothing else is read, and none is executed"
@@ -285,25 +257,27 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _flatten(
-    values: Mapping[Any, Any], source: str, known: Mapping[str, Any] | None = None, prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value); refuse a key that stands twice, dotted and nested."""
+    values: Mapping[str, object], source: str, known: Mapping[str, Key] | None = None, prefix: str = ""
+) -> Iterator[tuple[str, object]]:
+    """Yield (dotted key, value); refuse a key that is given twice, dotted and nested."""
     seen: set[str] = set()
     for key, value in values.items():
         dotted = f"{prefix}{key}"
-        inner = isinstance(value, Mapping) and (value or (known and _is_section(dotted, known)))
-        for leaf, item in _flatten(value, source, known, f"{dotted}.") if inner else [(dotted, value)]:
+        pairs: Iterable[tuple[str, object]] = [(dotted, value)]
+        if isinstance(value, Mapping) and (value or (known and _is_section(dotted, known))):
+            pairs = _flatten(value, source, known, f"{dotted}.")
+        for leaf, item in pairs:
             if leaf in seen:
-                raise ConfigError(f"{source}: key {leaf!r} stands twice; remove one")
+                raise ConfigError(f"{source}: duplicate key {leaf!r}; remove one")
             seen.add(leaf)
             yield leaf, item
 
 
-def _is_section(key: str, known: Mapping[str, Any]) -> bool:
+def _is_section(key: str, known: Mapping[str, Key]) -> bool:
     return any(name.startswith(f"{key}.") for name in known)
 
 
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+def _parse_yaml(text: str, source: str) -> dict[str, object]:
     try:
         values = strict_yaml.load(text)
     except ValueError as error:
@@ -315,7 +289,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def _parse_scalar(text: str, key: str) -> Any:
+def _parse_scalar(text: str, key: str) -> object:
     try:
         return strict_yaml.load(text)
     except ValueError as error:

@@ -37,7 +37,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.value in seen:
                 raise yaml.YAMLError(
-                    f"key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})"
+                    f"duplicate key {key_node.value!r} (line {key_node.start_mark.line + 1})"
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
