@@ -1,5 +1,6 @@
 """The configuration: who wins, what is refused and how it is said."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from utils.config.load import ConfigError, compare_for_resume, leaves, load_conf
 from utils.config.schema import declare
 
 SCHEMA = declare(framework_options())
-DEFAULTS = SCHEMA.defaults()
+SCHEMA = SCHEMA.defaults()
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
@@ -34,7 +35,7 @@ def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
     own = "_BASE_: base.yaml\nTRAIN: {BATCH_SIZE: 3}\nSEED: 3\nOPTIM: {CLIP_GRAD: 3.0}"
     opts = ["SEED", "4", "OPTIM.CLIP_GRAD", "4"]
     cfg = load_config(SCHEMA, [write(tmp_path, own)], opts, {"OPTIM.CLIP_GRAD": 5})
-    assert cfg.KNN.TEMPERATURE == DEFAULTS.KNN.TEMPERATURE
+    assert cfg.KNN.TEMPERATURE == SCHEMA.KNN.TEMPERATURE
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.BATCH_SIZE, cfg.SEED, cfg.OPTIM.CLIP_GRAD) == (2, 3, 4, 5.0)
 
 
@@ -66,13 +67,13 @@ def test_one_base_may_be_reached_by_two_ways(tmp_path: Path) -> None:
 
 
 def test_the_tree_is_frozen_and_the_defaults_are_untouched(tmp_path: Path) -> None:
-    before = to_yaml(DEFAULTS)
+    before = to_yaml(SCHEMA)
     cfg = from_text(tmp_path, "SEED: 5\nKNN: {K: [1]}")
     with pytest.raises(AttributeError):
         cfg.SEED = 6
     with pytest.raises(AttributeError):
         cfg.MODEL.BACKBONE.NAME = "resnet18"
-    assert to_yaml(DEFAULTS) == before
+    assert to_yaml(SCHEMA) == before
 
 
 # ---- values ---------------------------------------------------------------------------------------------
@@ -231,6 +232,13 @@ def test_an_unknown_key_that_resembles_nothing_points_to_the_list() -> None:
 def test_opts_without_a_value_are_refused() -> None:
     with pytest.raises(ConfigError, match="KEY VALUE"):
         load_config(SCHEMA, opts=["SEED"])
+    with pytest.raises(ConfigError, match="TAG: its value is missing"):
+        load_config(SCHEMA, opts=["SEED=1", "TAG"])
+
+
+def test_opts_may_be_joined_by_an_equals_sign() -> None:
+    cfg = load_config(SCHEMA, opts=["SEED=3", "DATA.PATH", "a=b", "OUTPUT=x=y"])
+    assert (cfg.SEED, cfg.DATA.PATH, cfg.OUTPUT) == (3, "a=b", "x=y")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +248,7 @@ def test_opts_without_a_value_are_refused() -> None:
         ("other.yaml", ["cycle"]),
         ("evil.py", ["evil.py", "none is executed"]),
         ("absent.yaml", ["absent.yaml", "cannot be read"]),
-        ("folder.yaml", ["folder.yaml", "cannot be read"]),
+        ("folder.yaml", ["folder.yaml", "no regular file"]),
         ("latin.yaml", ["latin.yaml", "cannot be read"]),
         ('"nul\\0.yaml"', ["cannot be read"]),
         ("3", ["path or a list of paths"]),
@@ -261,10 +269,28 @@ def test_a_bad_base_is_refused(tmp_path: Path, base: str, words: list[str]) -> N
 
 
 def test_an_endless_chain_of_bases_is_refused(tmp_path: Path) -> None:
-    for number in range(50):
+    for number in range(300):
         write(tmp_path, f"_BASE_: b{number + 1}.yaml", f"b{number}.yaml")
-    with pytest.raises(ConfigError, match="more than 32"):
+    with pytest.raises(ConfigError, match="more than 256"):
         load_config(SCHEMA, [tmp_path / "b0.yaml"])
+
+
+def test_bases_that_fan_out_are_refused(tmp_path: Path) -> None:
+    """Each file names the next one twice: the last would be read 2^30 times."""
+    for number in range(30):
+        write(tmp_path, f"_BASE_: [b{number + 1}.yaml, b{number + 1}.yaml]", f"b{number}.yaml")
+    write(tmp_path, "SEED: 1", "b30.yaml")
+    with pytest.raises(ConfigError, match="more than 256"):
+        load_config(SCHEMA, [tmp_path / "b0.yaml"])
+
+
+def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    write(tmp_path, f"TAG: {'a' * (1 << 20)}", "large.yaml")
+    for name, reason in (("pipe", "no regular"), ("zero", "no regular"), ("large", "at most 1048576")):
+        with pytest.raises(ConfigError, match=f"{name}.yaml: .*{reason}"):
+            load_config(SCHEMA, [tmp_path / f"{name}.yaml"])
 
 
 # ---- text and back --------------------------------------------------------------------------------------
@@ -284,4 +310,4 @@ def test_the_written_yaml_reads_back_unchanged(tmp_path: Path, tag: str) -> None
 
 def test_a_section_becomes_keyword_arguments() -> None:
     declared = framework_options()["byol"]
-    assert section_options(DEFAULTS.MODEL.BYOL) == {name: key.default for name, key in declared.items()}
+    assert section_options(SCHEMA.MODEL.BYOL) == {name: key.default for name, key in declared.items()}

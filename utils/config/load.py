@@ -5,7 +5,9 @@ derived from it live in ``engine.plan.Plan``.
 """
 
 import difflib
+import itertools
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +19,8 @@ from utils.config.key import Key, Limits, Value
 from utils.config.schema import COMMON_SECTIONS, KEYS, SECTION_OF, Schema, key_class, plain
 
 BASE_KEY = "_BASE_"
-_MAX_BASES = 32
+_MAX_FILES = 256  # reads for one --cfg: bases that name two files each double at every level
+_MAX_BYTES = 1 << 20  # of one file; ours have some hundred lines
 _MAX_INT = 1 << 63
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -43,14 +46,23 @@ def load_config(
     for path in paths:
         for source, tree in _read_chain(path):
             values.update(_checked(_flatten(tree, source, schema), source, schema))
-    if len(opts) % 2:
-        raise ConfigError(
-            f"--opts: {' '.join(opts)!r} is not a list of KEY VALUE pairs; the last value is missing"
-        )
-    pairs = zip(opts[::2], opts[1::2], strict=True)
-    values.update(_checked(((key, _parse_scalar(text, key)) for key, text in pairs), "--opts", schema))
+    pairs = ((key, _parse_scalar(text, key)) for key, text in _pairs(opts))
+    values.update(_checked(pairs, "--opts", schema))
     values.update(_checked((flags or {}).items(), "command line", schema))
     return _merged(schema, values, paths[0].stem if paths else "")
+
+
+def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, text) of ``KEY VALUE`` and ``KEY=VALUE``."""
+    words = iter(opts)
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise ConfigError(f"--opts: {word}: its value is missing; give KEY VALUE or KEY=VALUE")
+            text = following
+        yield key, text
 
 
 def load_saved(
@@ -225,20 +237,23 @@ def _nested(tree: CfgNode) -> dict[str, object]:
 # ---- files ----------------------------------------------------------------------------------------------
 
 
-def _read_chain(file: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield (file name, values) of the bases first, then of the file itself."""
+def _read_chain(
+    file: Path, seen: tuple[Path, ...] = (), count: Iterator[int] | None = None
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield (file name, values) of the bases first, then of the file itself; ``count`` numbers the reads."""
+    count = count or itertools.count(1)
+    if next(count) > _MAX_FILES:
+        raise ConfigError(f"{file}: more than {_MAX_FILES} {BASE_KEY} files are read; flatten them")
     values = _read_yaml(file)
     path = file.resolve()
     if path in seen:
         raise ConfigError(f"{file}: {BASE_KEY} comes back to {path.name}; remove the cycle")
-    if len(seen) > _MAX_BASES:
-        raise ConfigError(f"{file}: more than {_MAX_BASES} nested {BASE_KEY} files; flatten them")
     bases = values.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{file}: {BASE_KEY} must be a path or a list of paths, not {bases!r}")
     for base in bases:
-        yield from _read_chain(file.parent / base, (*seen, path))
+        yield from _read_chain(file.parent / base, (*seen, path), count)
     yield str(file), values
 
 
@@ -248,7 +263,14 @@ def _read_yaml(file: Path) -> dict[str, object]:
             f"{file}: a configuration is a .yaml file; nothing else is read, and none is executed"
         )
     try:
+        state = file.stat()  # before it is opened: opening a FIFO waits for a writer, for ever
+        if not stat.S_ISREG(state.st_mode):
+            raise ConfigError(f"{file}: is no regular file; check the path of --cfg or {BASE_KEY}")
+        if state.st_size > _MAX_BYTES:
+            raise ConfigError(f"{file}: has {state.st_size} bytes; a configuration has at most {_MAX_BYTES}")
         text = file.read_text(encoding="utf-8")
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise ConfigError(
             f"{file}: cannot be read ({error}); check the path of --cfg or {BASE_KEY}"
