@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks.common import ratio
 from data.sources import build_source
 from data.sources import folder_index as listing
-from data.sources.folder_index import IMG_EXTENSIONS, PackedStrings
+from data.sources.base import PackedStrings
 from data.sources.packed import HEAD, PackedSource, PackIndex, closing
+from data.sources.scan import IMG_EXTENSIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

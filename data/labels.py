@@ -8,14 +8,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.augment.parameters import hashed
 from data.sources.base import Source
+from utils.reading import read_text
 
-_ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name of any system
+_ANY_NAME = "surrogateescape"  # file names need not be UTF-8
 
 
 def label_subset(source: Source, percent: float, seed: int, list_file: str = "") -> np.ndarray:
@@ -62,7 +62,8 @@ def write_subset(path: str | Path, source: Source, indices: np.ndarray) -> None:
     depth = _unique_depth(source)
     lines = [_suffix(source.name(int(index)), depth) for index in indices]
     temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), **_ENCODING)
+    text = "".join(f"{line}\n" for line in lines)
+    temporary.write_text(text, encoding="utf-8", errors=_ANY_NAME)
     os.replace(temporary, path)
 
 
@@ -73,19 +74,22 @@ def read_subset(source: Source, list_file: str) -> np.ndarray:
     list is empty or missing.
     """
     try:
-        text = Path(list_file).read_text(**_ENCODING)
+        text = read_text(list_file, _ANY_NAME)
     except OSError as error:
         raise ValueError(f"list of labelled images {list_file}: cannot be read ({error})") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"list of labelled images {list_file}: is empty; expected one file name a line")
     found = _find(source, {*lines, *(line.strip() for line in lines)})
     lines = [line if line in found else line.strip() for line in lines]  # a name may have outer spaces
     _refuse(list_file, "stand in it twice", [line for line, times in Counter(lines).items() if times > 1])
+    absent = [line for line in lines if line not in found]
+    in_utf8 = all(line.isascii() or _is_utf8(line) for line in absent)
     _refuse(
         list_file,
-        f"are not in the data set (such as {source.name(0)})",
-        [line for line in lines if line not in found],
+        f"are not in the data set (such as {source.name(0)})"
+        + ("" if in_utf8 else ", and the list is no text in UTF-8: save it as UTF-8"),
+        absent,
     )
     _refuse(
         list_file,
@@ -93,6 +97,10 @@ def read_subset(source: Source, list_file: str) -> np.ndarray:
         [line for line in lines if len(found[line]) > 1],
     )
     return _labelled(source, np.sort(np.array([found[line][0] for line in lines], dtype=np.int64)))
+
+
+def _is_utf8(line: str) -> bool:
+    return not any("\udc80" <= letter <= "\udcff" for letter in line)  # surrogates of other bytes
 
 
 def _refuse(list_file: str, reason: str, wrong: list[str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data.decode import decode_rgb
 from data.sources.base import digest
+from utils.reading import read_text
 
 logger = logging.getLogger("synco")
 
@@ -235,7 +236,7 @@ def read_voc(root: Path, split: str, classes: Sequence[str] = ()) -> DetectionDa
 
 def _voc_list(file: Path, part: str) -> list[str]:
     try:
-        names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(file).split("\n") if line.strip()]
     except OSError as error:
         raise AnnotationError(
             f"{file}: cannot be read ({error.strerror}); the split {part!r} means <year>_<list>, "

@@ -12,6 +12,7 @@ stopped it, and writes the same bytes.
 
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ _TASK = 16  # images that a worker encodes at once
 def main(argv: Sequence[str] | None = None) -> int:
     """Pack, or only verify; return the exit code."""
     args = _parse(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("synco").setLevel(logging.INFO)  # the listing says what it leaves out
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -180,8 +183,8 @@ def _encode_rest(
 
 
 def _index(partial: "Partial", source: "Source") -> "PackIndex":
+    from data.sources.base import PackedStrings
     from data.sources.folder import FileSource
-    from data.sources.folder_index import PackedStrings
     from data.sources.packed import HEAD, PackIndex
 
     kept = np.flatnonzero(partial.rows["length"] != SKIPPED)

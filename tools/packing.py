@@ -76,7 +76,7 @@ class Partial:
 
     def add(self, record: bytes | None, height: int, width: int) -> None:
         """Append the record of the next image, or None to leave it out."""
-        from data.sources.mmap import checksum
+        from data.sources.binary import checksum
 
         length = SKIPPED if record is None else len(record)
         self.rows[self.done] = (self.done, length, checksum(record or b""), height, width, 0)

@@ -28,6 +28,7 @@ from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.frozen import Frozen, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import make_parser, parse, run_main
+from utils.reading import read_text
 
 logger = logging.getLogger("synco")
 
@@ -66,7 +67,7 @@ def read_list(path: Path) -> list[str]:
     """Return the videos that a list names; ``ValueError`` if it is missing or empty."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: --data-path must be the folder of DAVIS; see --list")
-    names = path.read_text(encoding="utf-8").split()
+    names = read_text(path).split()
     if not names:
         raise ValueError(f"{path} names no video")
     return names

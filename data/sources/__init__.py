@@ -11,6 +11,7 @@ from data.sources import named_sets as layouts
 from data.sources import packed
 from data.sources import zip as archives
 from data.sources.base import ArraySource, Source, Subset, is_labelled, subset
+from data.sources.scan import is_folder
 
 __all__ = [
     "SOURCES",
@@ -76,7 +77,7 @@ def build_source(
         raise ValueError(f"DATA.PATH (--data-path) is empty: DATA.DATASET {dataset!r} needs a folder")
     if dataset in _DOWNLOADABLE:
         return SOURCES[dataset](path, split, download=download)
-    if not Path(path).is_dir() and not (dataset == "packed" and Path(path).is_file()):
+    if not is_folder(Path(path)) and not (dataset == "packed" and Path(path).is_file()):
         raise ValueError(
             f"DATA.PATH (--data-path) {path!r} is not a folder: DATA.DATASET {dataset!r} needs one"
         )

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,30 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Sour
         rows = torch.from_numpy(chosen)
         return ArraySource(source.title, source.images[rows], source.labels[rows], source.classes)
     return Subset(source, chosen)
+
+
+class PackedStrings:
+    """Strings in two arrays: a million paths cost no Python objects that every worker would copy."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(s) for s in strings]
+        self.offsets = np.cumsum([0, *(len(s) for s in encoded)], dtype=np.int64)
+        self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    @classmethod
+    def of_arrays(cls, blob: np.ndarray, offsets: np.ndarray) -> "PackedStrings":
+        """Take all bytes, and the int64 (N+1,) offsets that cut them."""
+        made = cls.__new__(cls)
+        made.blob, made.offsets = blob, offsets
+        return made
+
+    def __len__(self) -> int:
+        """Return the number of strings."""
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        """Return one string."""
+        return os.fsdecode(self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes())
 
 
 def digest(count: int, *parts: bytes | np.ndarray) -> str:

@@ -1,6 +1,5 @@
 """Sources that read the image files of a folder."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +8,19 @@ import torch
 from torch import Tensor
 
 from data.decode import decode_rgb
-from data.sources.base import Source, digest
-from data.sources.folder_index import IMG_EXTENSIONS, PackedStrings, list_images
+from data.sources.base import PackedStrings, Source, compare_labels, digest
+from data.sources.folder_index import list_images
+from data.sources.scan import IMG_EXTENSIONS, OUTSIDE, PassedOver, is_folder, read_folder
+from utils.reading import read_bytes
+
+_BYTES_PER_PIXEL = 8  # of a file: no format that is read needs more
+_BESIDE_PIXELS = 1 << 24  # bytes of colour profiles, previews and the like
 
 
 class FileSource(Source):
     """Images in files below `root`; `paths` are relative to it.
 
-    `paths` and `labels` may be arrays mapped from an index, whose `fingerprint` is then known.
+    `paths` and `labels` may be arrays of an index, whose `fingerprint` is then known.
     """
 
     def __init__(
@@ -38,8 +42,9 @@ class FileSource(Source):
         return str(self.root / self.paths[index])
 
     def encoded(self, index: int) -> bytes:
-        """Read the file of one image."""
-        return (self.root / self.paths[index]).read_bytes()
+        """Read the file of one image; `OSError` if it is none, or much larger than its pixels may be."""
+        most = _BYTES_PER_PIXEL * self.max_pixels + _BESIDE_PIXELS
+        return read_bytes(self.root / self.paths[index], most)
 
     def load(self, index: int) -> Tensor:
         """Read and decode one image as uint8 (3,H,W) RGB."""
@@ -55,30 +60,37 @@ class FileSource(Source):
 def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
     """Read <path>/<split>/<class>/**: the class index is the rank of the class folder's name in train/."""
     folder = Path(path) / split
-    found = _class_names(folder)
+    passed = PassedOver()
+    found = _class_names(folder, passed)
     train = Path(path) / "train"
-    classes = _class_names(train) if split != "train" and train.is_dir() else found
+    has_train = split != "train" and is_folder(train)
+    classes = _class_names(train, PassedOver()) if has_train else found
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise ValueError(f"DATA.PATH (--data-path): {folder} has classes that {train} lacks: {unknown[:5]}")
     present = set(found)
     groups = [(name, label) for label, name in enumerate(classes) if name in present]
-    listing = list_images(folder, groups, index_cache)
+    listing = list_images(folder, groups, index_cache, passed)
     for (name, _), count in zip(groups, listing.counts, strict=True):
         if not count and split == "train":
             refuse_empty(folder / name, "remove the folder: it would count as a class")
     if not len(listing.paths):
         refuse_empty(folder, "expected <class>/<image> below it")
+    if has_train:
+        compare_labels(folder, listing.labels, np.arange(len(classes)), classes)
     return FileSource(folder, listing.paths, listing.labels, classes, listing.fingerprint)
 
 
-def _class_names(folder: Path) -> list[str]:
-    if not folder.is_dir():
+def _class_names(folder: Path, passed: PassedOver) -> list[str]:
+    if not is_folder(folder):
         raise ValueError(
             f"DATA.PATH (--data-path): {folder} does not exist; DATA.DATASET 'imagefolder' expects "
             f"{folder.name}/<class>/<image> there (use 'folder' for images without classes)"
         )
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    entries = read_folder(folder, passed)
+    for name in entries.images:
+        passed.add(OUTSIDE, str(folder / name))
+    names = sorted(entries.folders + entries.linked)
     if not names:
         refuse_empty(folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes")
     return names
@@ -95,13 +107,14 @@ def folder(path: str, split: str, index_cache: str = "off") -> FileSource:
     """Read all images below <path>/<split>, or below <path> itself as train: unlabelled, for pretraining."""
     root = Path(path)
     inside = root / split
-    if not inside.is_dir() and split != "train":
+    has_split = is_folder(inside)
+    if not has_split and split != "train":
         raise ValueError(
             f"DATA.PATH (--data-path): {inside} does not exist: DATA.DATASET 'folder' has no val split"
         )
-    if inside.is_dir():
+    if has_split:
         root = inside
-    if not root.is_dir():
+    if not is_folder(root):
         raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")
     listing = list_images(root, [("", -1)], index_cache)
     if not len(listing.paths):

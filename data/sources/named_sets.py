@@ -3,9 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
+from data.sources.base import compare_labels
 from data.sources.folder import FileSource, refuse_empty
-from data.sources.folder_index import IMG_EXTENSIONS, list_images
+from data.sources.folder_index import list_images
+from data.sources.scan import PassedOver, is_folder, read_folder
 from utils.distributed import on_main
+from utils.reading import read_text
 
 # By class id, 1 to 37: alphabetical whatever the case; capitals mark the cats.
 PET_BREEDS = (
@@ -64,8 +69,10 @@ def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
     unknown = sorted({wnid for _, wnid in rows} - set(wnids))
     if unknown:
         raise ValueError(f"{root}: {split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}")
-    label = {wnid: number for number, wnid in enumerate(wnids)}
-    return FileSource(root, [name for name, _ in rows], [label[wnid] for _, wnid in rows], classes)
+    number = {wnid: number for number, wnid in enumerate(wnids)}
+    labels = np.array([number[wnid] for _, wnid in rows], dtype=np.int64)
+    compare_labels(root / split, labels, np.arange(len(wnids)), classes)
+    return FileSource(root, [name for name, _ in rows], labels, classes)
 
 
 def _tiny_train(root: Path, wnids: list[str], classes: list[str], index_cache: str) -> FileSource:
@@ -95,7 +102,9 @@ def folder_split(path: str, split: str) -> FileSource:
     The split of SiT's cows (spec E4): in the order of the reversed file names, whose ends are hashes; each
     part then by name.
     """
-    names = [e.name for e in os.scandir(path) if e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)]
+    passed = PassedOver()
+    names = read_folder(path, passed).images
+    passed.say(Path(path))
     names.sort(key=lambda name: name[::-1])
     cut = int(0.9 * len(names))
     chosen = sorted(names[:cut] if split == "train" else names[cut:])
@@ -107,7 +116,7 @@ def folder_split(path: str, split: str) -> FileSource:
 def _inside(path: str, name: str, dataset: str, remedy: str = "") -> Path:
     """Return the folder `name` in `path`, or `path` where it is that folder itself, whatever it is called."""
     inside = Path(path) / name
-    root = inside if inside.is_dir() else Path(path)
+    root = inside if is_folder(inside) else Path(path)
     marker = {"pets": "annotations", "tinyimagenet": "wnids.txt"}[dataset]
     if not (root / marker).exists():
         raise ValueError(
@@ -120,7 +129,7 @@ def _inside(path: str, name: str, dataset: str, remedy: str = "") -> Path:
 def _read(listing: Path, dataset: str) -> list[str]:
     """Return the lines of a listing that are not empty."""
     try:
-        text = listing.read_text(encoding="utf-8")
+        text = read_text(listing)
     except OSError as error:
         raise ValueError(
             f"DATA.PATH (--data-path): {listing} cannot be read; DATA.DATASET {dataset!r} needs it ({error})"
@@ -132,7 +141,9 @@ def _read(listing: Path, dataset: str) -> list[str]:
 
 
 def _refuse_missing(folder: Path, names: list[str], listing: Path) -> None:
-    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    passed = PassedOver()
+    present = set(read_folder(folder, passed).images) if is_folder(folder) else set()
+    passed.say(folder)
     missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from data.decode import decode_rgb
-from data.sources.base import Source, compare_labels, is_labelled
-from data.sources.folder_index import PackedStrings
-from data.sources.mmap import checksum, view
+from data.sources.base import PackedStrings, Source, compare_labels, is_labelled
+from data.sources.binary import checksum, view
 
 VERSION = 1
 HEAD = struct.pack("<8sI52x", b"SYNCOPAK", VERSION)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import utils.distributed as distributed
 from data.decode import decode_rgb
-from data.sources.base import Source, compare_labels, digest
-from data.sources.folder_index import IMG_EXTENSIONS, PackedStrings
+from data.sources.base import PackedStrings, Source, compare_labels, digest
+from data.sources.scan import IMG_EXTENSIONS, LEFT_BEHIND, PassedOver, left_behind
+from utils.reading import read_text
 
 CACHE_MODES = ("no", "part", "full")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of name and extra field
@@ -167,10 +168,12 @@ def zipped(
     for file in (archive, listing):
         if not file.is_file():
             raise ValueError(f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'zip' needs it")
-    names, labels = _read_map(listing)
+    passed = PassedOver()
+    names, labels = _read_map(listing, passed)
+    passed.say(listing)
     num_classes = int(labels.max()) + 1
     if split != "train" and of_train.is_file():
-        train_labels = _read_map(of_train)[1]
+        train_labels = _read_map(of_train, PassedOver())[1]
         numbers = [str(number) for number in range(max(num_classes, int(train_labels.max()) + 1))]
         compare_labels(listing, labels, train_labels, numbers)
         num_classes = int(train_labels.max()) + 1
@@ -179,14 +182,16 @@ def zipped(
     return ZipSource(archive, names, labels, num_classes, cache_mode, rank, world)
 
 
-def _read_map(listing: Path) -> tuple[list[str], np.ndarray]:
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{listing} is no text in UTF-8 ({error}): save it as UTF-8") from error
+def _read_map(listing: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
+    """Return the names and labels that a map lists; count the entries that systems left in the archive."""
+    text = read_text(listing)
+    lines = text.removesuffix("\n").split("\n") if text else []
     names, labels, most = [], [], max(_MOST_CLASSES, len(lines))
     for number, line in enumerate(lines, start=1):
         name, tab, label = line.partition("\t")
+        if any(left_behind(part) for part in name.split("/")):
+            passed.add(LEFT_BEHIND, name)
+            continue
         label = label.strip()
         if not tab or not label.isdecimal() or not name.lower().endswith(IMG_EXTENSIONS):
             raise ValueError(

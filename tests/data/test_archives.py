@@ -181,7 +181,10 @@ def test_a_map_with_a_byte_order_mark_is_read(zip_root: Path) -> None:
     expected = build_source("zip", str(zip_root), "train").fingerprint()
     listing.write_bytes(b"\xef\xbb\xbf" + listing.read_bytes())
     assert build_source("zip", str(zip_root), "train").fingerprint() == expected
-    listing.write_bytes(listing.read_text().encode("utf-16"))
+    text = listing.read_text(encoding="utf-8-sig")
+    listing.write_bytes(text.encode("utf-16"))
+    assert build_source("zip", str(zip_root), "train").fingerprint() == expected
+    listing.write_bytes(f"é{text}".encode("latin-1"))
     with pytest.raises(ValueError, match=r"train_map\.txt is no text in UTF-8 .*: save it as UTF-8"):
         build_source("zip", str(zip_root), "train")
 
@@ -220,3 +223,21 @@ def test_a_file_that_is_no_zip_is_refused(zip_root: Path) -> None:
     (zip_root / "train.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="is not a valid zip"):
         build_source("zip", str(zip_root), "train")
+
+
+def test_what_systems_leave_in_an_archive_is_left_out(
+    zip_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="synco")
+    expected = build_source("zip", str(zip_root), "train").fingerprint()
+    assert "left out" not in caplog.text
+    left = ("__MACOSX/c0/._image 00.JPEG\t3", "c1/.DS_Store\t1", "c1/._x.jpg\t1", "@eaDir/x.jpg\t9")
+    with (zip_root / "train_map.txt").open("a") as listing:
+        listing.write("\n".join(left) + "\n")
+    source = build_source("zip", str(zip_root), "train")
+    assert (source.fingerprint(), source.num_classes) == (expected, 3)
+    assert caplog.text.count("hidden files and what systems leave behind: 4 (such as ") == 1
+    text = (zip_root / "train_map.txt").read_text()
+    (zip_root / "train_map.txt").write_text(text + "./c0/image 00.JPEG\t0\n")
+    with pytest.raises(ValueError, match=r"has no entry '\./c0/image 00\.JPEG'"):
+        build_source("zip", str(zip_root), "train")  # "." is no hidden folder

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data.decode
 from data.decode import MAX_PIXELS, decode_rgb
-from data.sources.folder_index import PackedStrings
+from data.sources.base import PackedStrings
 from utils.config.schema import declare
 
 

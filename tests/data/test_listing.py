@@ -16,7 +16,7 @@ from PIL import Image
 from data.sources import Source, build_source, subset
 from data.sources import folder as files
 from data.sources import folder_index as listing
-from data.sources.mmap import checksum, file_systems, on_network
+from data.sources.binary import checksum, file_systems
 from tests import forked
 
 
@@ -47,7 +47,7 @@ def no_scan(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def scan(*args: object) -> None:
         raise AssertionError("scanned although there is an index")
 
-    return lambda: monkeypatch.setattr(listing, "_scan", scan)
+    return lambda: monkeypatch.setattr(listing, "scan", scan)
 
 
 def index_of(cache: Path) -> Path:
@@ -77,7 +77,6 @@ def test_the_second_opening_needs_no_scan_and_says_the_same(
     assert described(plain) == described(first) == described(second)
     assert plain.classes == second.classes
     assert isinstance(second, files.FileSource)
-    assert not second.paths.blob.flags.owndata  # mapped
     if not plain.name(0).endswith("jpeg"):
         assert torch.equal(plain.load(0), second.load(0))
     assert second.labels.dtype == torch.int64
@@ -252,23 +251,6 @@ def test_file_systems_without_honest_times_are_not_indexed(
     monkeypatch.setattr(listing, "file_systems", lambda: {device: "ext4"})
     opened(image_folder, cache)
     assert len(list(cache.iterdir())) == 1
-
-
-def test_a_folder_that_cannot_be_read_is_not_indexed(
-    image_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scandir = os.scandir
-
-    def refuse(path: str) -> object:
-        if str(path).endswith("closed"):
-            raise PermissionError(path)
-        return scandir(path)
-
-    (image_folder / "train" / "c0" / "closed").mkdir()
-    settle()
-    monkeypatch.setattr(listing.os, "scandir", refuse)
-    assert len(opened(image_folder, cache)) == 12
-    assert list(cache.iterdir()) == []
 
 
 def test_another_folder_at_the_same_path_is_another_folder(image_folder: Path, cache: Path) -> None:
@@ -452,21 +434,21 @@ def scans_of_a_rank(root: str, place: str, scan_on: int) -> tuple[int, str]:
     from utils import distributed
 
     count = 0
-    scan, changes, racy = listing._scan, listing._changes, listing._RACY_NS
+    scan, changes, racy = listing.scan, listing._changes, listing._RACY_NS
 
     def counting(*args: object) -> object:
         nonlocal count
         count += 1
         return scan(*args)
 
-    listing._scan, listing._RACY_NS = counting, 0
+    listing.scan, listing._RACY_NS = counting, 0
     if distributed.rank() == scan_on:
         listing._changes = lambda *args: iter(["seen from another machine"])
     try:
         fingerprint = opened(Path(root), place).fingerprint()
         return count, fingerprint
     finally:
-        listing._scan, listing._changes, listing._RACY_NS = scan, changes, racy
+        listing.scan, listing._changes, listing._RACY_NS = scan, changes, racy
 
 
 def test_the_main_process_scans_for_all(image_folder: Path, cache: Path) -> None:
@@ -501,4 +483,3 @@ def test_file_systems_are_known_by_device() -> None:
     if not systems:
         pytest.skip("no /proc/self/mountinfo")
     assert systems[os.stat("/proc").st_dev] == "proc"
-    assert not on_network(os.stat("/proc").st_dev)

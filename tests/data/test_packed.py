@@ -17,7 +17,7 @@ from data.augment.recipes import build_recipe
 from data.labels import read_subset, write_subset
 from data.loader import Batch, GlobalLoader, evaluation_batches
 from data.sources import Source, build_source, subset
-from data.sources.mmap import checksum
+from data.sources.binary import checksum
 from data.sources.packed import PackedSource
 from data.worker import BadImagesError
 from tests import forked

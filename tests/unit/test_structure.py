@@ -24,7 +24,7 @@ FORBIDDEN_ROOMS = {
     "detection": {"tools", "benchmarks"},
 }
 ALLOWED_UTILS = {
-    "data": {"utils.distributed", "utils.checkpoints.atomic"},
+    "data": {"utils.distributed", "utils.checkpoints.atomic", "utils.reading"},
     "models": {"utils.distributed", "utils.schedules", "utils.config.key"},
 }
 

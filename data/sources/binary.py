@@ -1,6 +1,5 @@
-"""Files mapped into memory: views, a fast checksum, and what a file system is."""
+"""Arrays in a file's bytes, a fast checksum, and file-system detection."""
 
-import mmap
 import os
 import zlib
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 
 _PAGE = 4096
-_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "virtiofs", "fuse.")
 
 
 def checksum(data: Any) -> int:
@@ -21,18 +19,6 @@ def checksum(data: Any) -> int:
     whole = len(view) - len(view) % _PAGE
     words = np.frombuffer(view, dtype="<u8", count=whole // 8).reshape(-1, _PAGE // 8)
     return zlib.crc32(view[whole:], zlib.crc32(words.sum(axis=1, dtype="<u8").tobytes()))
-
-
-def load_file(path: Path) -> memoryview:
-    """Map a file of this machine; read one of a network: replaced by another machine, its map would crash.
-
-    Writing to the memory (torch insists that it may) changes a private copy of that page. Raises ``OSError``,
-    and ``ValueError`` for an empty file.
-    """
-    if on_network(os.stat(path).st_dev):
-        return memoryview(bytearray(path.read_bytes()))
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def view(data: memoryview, dtype: str, start: int, count: int) -> np.ndarray:
@@ -52,8 +38,3 @@ def file_systems() -> dict[int, str]:
         major, minor = before.split()[2].split(":")
         found[os.makedev(int(major), int(minor))] = after.split()[0]
     return found
-
-
-def on_network(device: int) -> bool:
-    """Tell whether a device number (``st_dev``) belongs to a network file system."""
-    return file_systems().get(device, "").startswith(_NETWORK)
