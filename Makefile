@@ -5,6 +5,8 @@
 VENV ?= .venv
 JOBS ?= 2
 PYTHON ?= python3
+# uv installs much faster than pip; pip serves where uv is not on the PATH
+UV := $(shell command -v uv 2>/dev/null)
 BIN := $(VENV)/bin
 READY := $(VENV)/.synco-ready
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -12,8 +14,13 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 .PHONY: demo test test-slow reliability check format clean
 
 $(READY): requirements.txt requirements-dev.txt
+ifneq ($(UV),)
+	test -x $(BIN)/python || $(UV) venv --quiet --seed --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements-dev.txt
+else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+endif
 	touch $(READY)
 
 demo: $(READY)
