@@ -256,10 +256,12 @@ def test_drop_path_rates_differ_between_online_and_target() -> None:
 
 
 def test_options_are_the_signatures() -> None:
-    defaults = framework_options()
+    options = framework_options()
+    defaults = {name: {option: key.default for option, key in keys.items()} for name, keys in options.items()}
     assert set(defaults) == set(FRAMEWORKS)
+    assert options["synco"]["queue_size"].least == 1  # the limits are inherited too
     assert defaults["synco"]["queue_size"] == 65536  # inherited
-    assert defaults["synco"]["num_synthetic"] == (256, 256, 256, 64, 64, 64)
+    assert defaults["synco"]["num_synthetic"] == [256, 256, 256, 64, 64, 64]
     assert defaults["synco_v2"]["sigma"] == 0.1
     assert defaults["moco_v2"]["base_momentum"] == 0.999
     assert "num_hard" not in defaults["moby"]
