@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+
 from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD
 from models.weights.export import to_huggingface
 from utils.checkpoints.atomic import write_file, write_text
-from utils.checkpoints.safetensors import safetensors_bytes
 
 PAPERS = {
     "moco_v2": ("MoCo v2", "2003.04297"),
@@ -40,7 +41,8 @@ def write_huggingface(
         raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
     state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "model.safetensors", lambda file: file.write(safetensors_bytes(state)))
+    weights = save({key: tensor.contiguous() for key, tensor in state.items()}, metadata={"format": "pt"})
+    write_file(folder / "model.safetensors", lambda file: file.write(weights))
     write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(preprocessing(cfg), indent=2) + "\n")
     # what stands beside a run was measured with its online network

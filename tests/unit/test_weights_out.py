@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -145,8 +146,6 @@ def test_what_torchvision_does_not_have_is_refused() -> None:
 @torch.no_grad()
 def test_transformers_load_the_folder_and_give_the_same_features(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    from utils.checkpoints.safetensors import safetensors_bytes
-
     backbone = {
         "resnet18": resnet,
         "resnet50": lambda: resnet("resnet50"),
@@ -156,7 +155,7 @@ def test_transformers_load_the_folder_and_give_the_same_features(kind: str, tmp_
     }[kind]()
     size = 32 if kind.startswith("vit") else 64
     state, config = to_huggingface(backbone, size)
-    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(state))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     extra = {"add_pooling_layer": False} if kind.startswith("vit") else {}
     model, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True, **extra)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.file import CheckpointError
 from utils.checkpoints.inert import ForeignFileError, StandIn, interpret
 from utils.checkpoints.rebuild import STORAGES, Rebuilder, storage_identities
-from utils.checkpoints.safetensors import read_safetensors
 
 logger = logging.getLogger("synco")
 
@@ -35,7 +35,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     Raises ``CheckpointError`` (a ``ValueError``): missing, damaged, compressed, or asking for code.
     """
     if path.suffix == ".safetensors" and path.is_file():
-        return dict(_guarded(path, read_safetensors))
+        return dict(_guarded(path, _read_safetensors))
     if _is_zip(path):
         _guarded(path, _refuse_compressed)
     try:
@@ -74,6 +74,13 @@ def _guarded(path: Path, read: Callable[[Path], Any]) -> Any:
     except Exception as error:  # hostile bytes make libraries raise nearly any type
         reason = str(error).splitlines()[0][:80] if str(error) else ""
         raise ForeignFileError(f"{path} is damaged ({type(error).__name__}: {reason})") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; the library refuses offsets that overlap or leave the file."""
+    with safe_open(str(path), framework="pt") as file:
+        # The library may return views of the mapped file. Copies stay valid when the file changes.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def _is_zip(path: Path) -> bool:
