@@ -1,4 +1,4 @@
-"""Files of weights that once hung every reader or took gigabytes, each read in a child with a memory limit."""
+"""Files of weights that once hung every reader or took gigabytes."""
 
 import ctypes
 import json
@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

@@ -77,10 +77,10 @@ def _guarded(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; the library refuses offsets that overlap or leave the file."""
+    """Return the tensors of a safetensors file; the library refuses wrong offsets."""
     with safe_open(str(path), framework="pt") as file:
         # The library may return views of the mapped file. Copies stay valid when the file changes.
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 def _is_zip(path: Path) -> bool:
