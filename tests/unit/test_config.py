@@ -13,7 +13,7 @@ from utils.config.load import ConfigError, compare_for_resume, leaves, load_conf
 from utils.config.schema import declare
 
 SCHEMA = declare(framework_options())
-SCHEMA = SCHEMA.defaults()
+DEFAULTS = SCHEMA.defaults()
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
@@ -35,7 +35,7 @@ def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
     own = "_BASE_: base.yaml\nTRAIN: {BATCH_SIZE: 3}\nSEED: 3\nOPTIM: {CLIP_GRAD: 3.0}"
     opts = ["SEED", "4", "OPTIM.CLIP_GRAD", "4"]
     cfg = load_config(SCHEMA, [write(tmp_path, own)], opts, {"OPTIM.CLIP_GRAD": 5})
-    assert cfg.KNN.TEMPERATURE == SCHEMA.KNN.TEMPERATURE
+    assert cfg.KNN.TEMPERATURE == DEFAULTS.KNN.TEMPERATURE
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.BATCH_SIZE, cfg.SEED, cfg.OPTIM.CLIP_GRAD) == (2, 3, 4, 5.0)
 
 
@@ -67,13 +67,13 @@ def test_one_base_may_be_reached_by_two_ways(tmp_path: Path) -> None:
 
 
 def test_the_tree_is_frozen_and_the_defaults_are_untouched(tmp_path: Path) -> None:
-    before = to_yaml(SCHEMA)
+    before = to_yaml(DEFAULTS)
     cfg = from_text(tmp_path, "SEED: 5\nKNN: {K: [1]}")
     with pytest.raises(AttributeError):
         cfg.SEED = 6
     with pytest.raises(AttributeError):
         cfg.MODEL.BACKBONE.NAME = "resnet18"
-    assert to_yaml(SCHEMA) == before
+    assert to_yaml(DEFAULTS) == before
 
 
 # ---- values ---------------------------------------------------------------------------------------------
@@ -310,4 +310,4 @@ def test_the_written_yaml_reads_back_unchanged(tmp_path: Path, tag: str) -> None
 
 def test_a_section_becomes_keyword_arguments() -> None:
     declared = framework_options()["byol"]
-    assert section_options(SCHEMA.MODEL.BYOL) == {name: key.default for name, key in declared.items()}
+    assert section_options(DEFAULTS.MODEL.BYOL) == {name: key.default for name, key in declared.items()}
