@@ -302,7 +302,7 @@ def draw_heads(cfg: Any, run: "Run", frozen: Frozen, points: list["GridPoint"]) 
     import torch
 
     from models.classifier import LinearHeads
-    from utils.distributed import keyed_seed
+    from utils.randomness import keyed_seed
 
     torch.manual_seed(keyed_seed("heads", cfg.SEED))
     num_features, num_classes = frozen.backbone.num_features, frozen.train.num_classes

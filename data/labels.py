@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.augment.parameters import hashed
 from data.sources.base import Source
+from utils.randomness import hashed
 from utils.reading import read_text
 
 _ANY_NAME = "surrogateescape"  # file names need not be UTF-8

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.augment.parameters import hashed
+from utils.randomness import hashed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.augment.ops import center_crop, resized_shape, spatial
-from data.augment.parameters import CropDraws, draw_crop, draw_shift, hashed, sample_keys
+from data.augment.parameters import CropDraws, draw_crop, draw_shift, sample_keys
 from data.augment.randaugment import host_augment
 from data.augment.recipes import (
     CenterCrop,
@@ -27,6 +27,7 @@ from data.augment.recipes import (
 from data.decode import fast_jpeg
 from data.sampler import Request
 from data.sources.base import Source
+from utils.randomness import hashed
 
 logger = logging.getLogger("synco")
 

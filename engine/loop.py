@@ -15,7 +15,8 @@ from engine.plan import Plan
 from engine.replay import kept_for_replay
 from engine.run import Run
 from utils import heartbeat
-from utils.distributed import keyed_seed, rank
+from utils.distributed import rank
+from utils.randomness import keyed_seed
 from utils.schedules import Progress
 
 

@@ -22,6 +22,7 @@ from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_file
 from utils.checkpoints.folder import remove
 from utils.config.load import to_yaml
+from utils.randomness import keyed_seed
 from utils.schedules import Progress
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def _play(
         *(_watch_gradient(name, p, finding) for name, p in framework.named_parameters() if p.requires_grad),
     ]
     framework.train().zero_grad(set_to_none=True)
-    torch.manual_seed(distributed.keyed_seed("step", kept["seed"], kept["step"], part["rank"]))
+    torch.manual_seed(keyed_seed("step", kept["seed"], kept["step"], part["rank"]))
     dtype = DTYPES.get(precision)
     try:
         for views, finding.indices in zip(part["views"], part["indices"], strict=True):

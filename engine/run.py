@@ -28,6 +28,7 @@ from utils.checkpoints.atomic import write_text
 from utils.cli import lost_processes
 from utils.config.load import to_yaml
 from utils.logger import Metrics, setup_logger
+from utils.randomness import keyed_seed
 from utils.schedules import Progress
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", trainin
     """
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
-    torch.manual_seed(distributed.keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
+    torch.manual_seed(keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
     if cfg.TRAIN.DETERMINISTIC != torch.are_deterministic_algorithms_enabled():  # imports the compiler
         torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
     if device.type == "cuda":

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.features import compute_features
-from utils.distributed import all_reduce_sum, keyed_seed, rank, world_size
+from utils.distributed import all_reduce_sum, rank, world_size
+from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.sources.base import Source
-from utils.distributed import keyed_seed
 from utils.logger import METRICS_FILE
+from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
 

@@ -36,8 +36,8 @@ from utils.checkpoints.foreign import read_torch
 from utils.cli import make_parser, parse, run_main
 from utils.config.load import load_config, section_options
 from utils.config.schema import declare
-from utils.distributed import keyed_seed
 from utils.logger import setup_logger
+from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
 

@@ -3,7 +3,6 @@
 Every helper is the identity when no process group is initialised, so no caller needs a second code path.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -88,16 +87,6 @@ def close_processes() -> None:
     """Leave the process group, if any."""
     if is_distributed():
         dist.destroy_process_group()
-
-
-def keyed_seed(*parts: int | str) -> int:
-    """Hash ``parts`` to a 63-bit seed: the same on every rank, machine and Python version.
-
-    Randomness is keyed and never stored, so a run's draws depend neither on workers nor on where it was
-    resumed.
-    """
-    text = "\x1f".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def barrier() -> None:

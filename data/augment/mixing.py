@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from utils.distributed import keyed_seed, rank
+from utils.distributed import rank
+from utils.randomness import keyed_seed
 
 
 class Mixing:

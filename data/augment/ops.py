@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment.noise import keyed_normal
 from data.augment.parameters import JITTER_OPS, Draws
 from data.augment.recipes import (
     IMAGENET_MEAN,
@@ -34,6 +33,7 @@ from data.augment.recipes import (
     spatial_ops,
 )
 from data.augment.resample import chunk_length, crop_resize, gaussian_blur
+from utils.randomness import keyed_normal
 
 logger = logging.getLogger("synco")
 

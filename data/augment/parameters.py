@@ -1,8 +1,6 @@
 """Keyed random parameters: every draw about a sample is a pure function of (seed, epoch, sample, view).
 
-A counter-based generator: a 64-bit key per sample, one stream number per draw, the splitmix64 finaliser
-(Steele et al. 2014, "Fast splittable pseudorandom number generators") as the hash. Nothing is stored, and one
-sample in a worker draws what a whole batch draws in the main process.
+The generator is `utils.randomness`: a 64-bit key a sample, one stream number a draw.
 """
 
 import math
@@ -24,11 +22,10 @@ from data.augment.recipes import (
     photometric_ops,
     view_size,
 )
-from utils.distributed import keyed_seed
+from utils.randomness import hashed, stream_keys, uniform, uniform_between
 
 Draws: TypeAlias = dict[str, np.ndarray]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ATTEMPTS = 10  # of RandomResizedCrop as in torchvision, of RandomErasing as in timm
 _COPY_SHIFT = np.uint64(40)  # a sample's index takes fewer bits
 
@@ -40,20 +37,6 @@ RAND_AUGMENT, ERASE_NOISE = 700, 701  # streams of whole generators
 _FACTORS = {"brightness": 10, "contrast": 11, "saturation": 12, "hue": 13}
 JITTER_OPS = tuple(_FACTORS)  # numbers in `order` count along this
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)
-
-
-def mix(values: np.ndarray) -> np.ndarray:
-    """Hash uint64 values one by one with the splitmix64 finaliser, a bijection."""
-    x = values.astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hashed(indices: np.ndarray, *parts: int | str) -> np.ndarray:
-    """Return one uint64 per index (any shape), keyed by `parts`; distinct indices give distinct values."""
-    base = np.array([keyed_seed(*parts)], dtype=np.uint64)
-    return mix((np.asarray(indices).astype(np.uint64) + np.uint64(1)) * _GOLDEN + base)
 
 
 def sample_keys(
@@ -68,25 +51,14 @@ def sample_keys(
     return hashed(numbered, "view", seed, epoch, view)
 
 
-def uniform(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
-    """Return float64 uniforms in [0, 1), one per key; `stream` is broadcast against `keys`."""
-    counter = mix(np.atleast_1d(np.asarray(stream, dtype=np.uint64)) * _GOLDEN)
-    return (mix(keys ^ counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def stream_keys(keys: np.ndarray, stream: int) -> np.ndarray:
-    """Return uint64 seeds (N,) for a generator of its own, one per key."""
-    return mix(keys ^ mix(np.array([stream], dtype=np.uint64) * _GOLDEN))
-
-
 class CropDraws:
     """What a RandomResizedCrop draws for samples `keys` (N,) before the sizes of their images are known."""
 
     def __init__(self, op: RandomResizedCrop, keys: np.ndarray) -> None:
         attempts, column = np.arange(_ATTEMPTS), keys[:, None]
         self.op = op
-        self._shares = _between(uniform(column, _AREA + attempts), *op.scale).tolist()
-        self._ratios = np.exp(_between(uniform(column, _RATIO + attempts), *np.log(op.ratio))).tolist()
+        self._shares = uniform_between(column, _AREA + attempts, *op.scale).tolist()
+        self._ratios = np.exp(uniform_between(column, _RATIO + attempts, *np.log(op.ratio))).tolist()
         self._corners = np.stack([uniform(keys, _TOP), uniform(keys, _LEFT)], axis=1).tolist()
 
     def box(self, sample: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -140,10 +112,6 @@ def draw_shift(op: RandomCropPad, keys: np.ndarray, height: int, width: int) -> 
     return np.stack([top, left, *(np.full(len(keys), op.size),) * 2], axis=1)
 
 
-def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
-    return low + u * (high - low)
-
-
 def draw_photometric(view: View, keys: np.ndarray) -> Draws:
     """Draw all parameters of the photometric operations of `view`: arrays whose first dimension is N.
 
@@ -162,7 +130,7 @@ def draw_photometric(view: View, keys: np.ndarray) -> Draws:
                 draws["gray"] = uniform(keys, _GRAY) < op.p
             case GaussianBlur():
                 draws["blur"] = uniform(keys, _BLUR) < op.p
-                draws["sigma"] = _between(uniform(keys, _SIGMA), *op.sigma)
+                draws["sigma"] = uniform_between(keys, _SIGMA, *op.sigma)
             case Solarize():
                 draws["solarize"] = uniform(keys, _SOLARIZE) < op.p
             case RandomErasing():
@@ -175,8 +143,8 @@ def _draw_jitter(op: ColorJitter, keys: np.ndarray) -> Draws:
     draws["order"] = _ORDERS[np.floor(uniform(keys, _ORDER) * len(_ORDERS)).astype(np.int64)]
     for name in ("brightness", "contrast", "saturation"):
         strength = getattr(op, name)
-        draws[name] = _between(uniform(keys, _FACTORS[name]), max(0.0, 1.0 - strength), 1.0 + strength)
-    draws["hue"] = _between(uniform(keys, _FACTORS["hue"]), -op.hue, op.hue)
+        draws[name] = uniform_between(keys, _FACTORS[name], max(0.0, 1.0 - strength), 1.0 + strength)
+    draws["hue"] = uniform_between(keys, _FACTORS["hue"], -op.hue, op.hue)
     return draws
 
 
@@ -186,9 +154,9 @@ def draw_erasing(op: RandomErasing, keys: np.ndarray, size: int) -> Draws:
     A box is (top, left, height, width) and smaller than the image both ways; ten attempts, then none.
     """
     attempts, column = np.arange(_ATTEMPTS), keys[:, None]
-    area = size * size * _between(uniform(column, _ERASE_AREA + attempts), 0.02, 1 / 3)
+    area = size * size * uniform_between(column, _ERASE_AREA + attempts, 0.02, 1 / 3)
     edge = math.log(0.3)
-    ratio = np.exp(_between(uniform(column, _ERASE_RATIO + attempts), edge, -edge))
+    ratio = np.exp(uniform_between(column, _ERASE_RATIO + attempts, edge, -edge))
     h = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     w = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (h < size) & (w < size)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augment.parameters import RAND_AUGMENT, draw_photometric, stream_keys
+from data.augment.parameters import RAND_AUGMENT, draw_photometric
 from data.augment.recipes import (
     IMAGENET_MEAN,
     HorizontalFlip,
@@ -23,6 +23,7 @@ from data.augment.recipes import (
     spatial_ops,
     view_size,
 )
+from utils.randomness import stream_keys
 
 
 def host_augment(crop: Tensor, view: View, key: np.ndarray) -> Tensor:

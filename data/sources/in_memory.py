@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment.parameters import hashed
 from data.sources.base import ArraySource
 from utils.distributed import on_main
+from utils.randomness import hashed
 
 
 def stratified_split(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,17 +11,13 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from data.augment.noise import keyed_normal
-from data.augment.noise import mix as tensor_mix
 from data.augment.ops import photometric, spatial
 from data.augment.parameters import (
     RAND_AUGMENT,
     draw_erasing,
     draw_photometric,
     draw_shift,
-    mix,
     sample_keys,
-    stream_keys,
 )
 from data.augment.randaugment import host_augment, rand_augmenter, seeded_globals
 from data.augment.recipes import (
@@ -44,6 +40,7 @@ from data.augment.reference import reference_transform
 from data.loader import GlobalLoader
 from data.sources import ArraySource, build_source
 from data.worker import crop_one, draw_boxes
+from utils.randomness import keyed_normal, splitmix, splitmix_tensor, stream_keys
 
 CPU = torch.device("cpu")
 RAND = "rand-m9-mstd0.5-inc1"
@@ -225,7 +222,7 @@ def test_noise_is_standard_normal_keyed_and_independent() -> None:
 def test_tensors_are_hashed_as_arrays_are() -> None:
     values = np.array([0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15], dtype=np.uint64)
     np.testing.assert_array_equal(
-        tensor_mix(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64), mix(values)
+        splitmix_tensor(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64), splitmix(values)
     )
 
 

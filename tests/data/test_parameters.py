@@ -6,8 +6,9 @@ import torch
 from scipy import stats
 from torchvision import transforms
 
-from data.augment.parameters import draw_crop, draw_photometric, sample_keys, uniform
+from data.augment.parameters import draw_crop, draw_photometric, sample_keys
 from data.augment.recipes import RandomResizedCrop, build_recipe
+from utils.randomness import uniform
 
 KEYS = sample_keys(1, 2, np.arange(20_000), 0)
 SAME_LAW = 1e-3  # p-value below which two samples are taken to differ; every draw is fixed, so no flakiness

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from utils import distributed
 from utils.checkpoints.file import CheckpointError
+from utils.randomness import keyed_seed
 
 
 def whoami() -> tuple[int, int, bool, bool]:
@@ -145,7 +146,7 @@ def test_on_all_fails_everywhere_or_nowhere(ranks: Pool) -> None:
 
 
 def seeds() -> list[int]:
-    return [distributed.keyed_seed("a", 1), distributed.keyed_seed("a", 1, 2), distributed.keyed_seed("a1")]
+    return [keyed_seed("a", 1), keyed_seed("a", 1, 2), keyed_seed("a1")]
 
 
 def test_keys_are_the_same_on_every_rank_and_for_ever(ranks: Pool) -> None:
@@ -153,7 +154,7 @@ def test_keys_are_the_same_on_every_rank_and_for_ever(ranks: Pool) -> None:
     assert first == second == seeds()
     assert len(set(first)) == 3
     assert all(0 <= seed < 2**63 for seed in first)
-    assert distributed.keyed_seed("step", 0, 0, 0) == 2631477829001902122
+    assert keyed_seed("step", 0, 0, 0) == 2631477829001902122
 
 
 def hang() -> None:

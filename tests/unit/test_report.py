@@ -21,7 +21,7 @@ from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
 from utils.config.load import ConfigError, load_config, section_options
 from utils.config.schema import declare
-from utils.distributed import keyed_seed
+from utils.randomness import keyed_seed
 
 TINY = """
 NAME: tiny

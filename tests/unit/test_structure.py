@@ -24,8 +24,8 @@ FORBIDDEN_ROOMS = {
     "detection": {"tools", "benchmarks"},
 }
 ALLOWED_UTILS = {
-    "data": {"utils.distributed", "utils.checkpoints.atomic", "utils.reading"},
-    "models": {"utils.distributed", "utils.schedules", "utils.config.key"},
+    "data": {"utils.distributed", "utils.randomness", "utils.checkpoints.atomic", "utils.reading"},
+    "models": {"utils.distributed", "utils.randomness", "utils.schedules", "utils.config.key"},
 }
 
 
