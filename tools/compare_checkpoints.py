@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoints import file as checkpoint
+from utils.cli import run_main
 
 _STATE = ("framework", "optimizer", "scaler", "step", "best")
 
@@ -22,15 +23,25 @@ def main() -> int:
     if len(sys.argv) != 3:
         print(__doc__)
         return 2
-    first, second = (dict(entries(checkpoint.load(Path(path)))) for path in sys.argv[1:])
+    first, second = (compared(Path(path)) for path in sys.argv[1:])
     different = sorted(first.keys() ^ second.keys())
     different += [key for key in first.keys() & second.keys() if not same(first[key], second[key])]
     if different:
         print(f"{len(different)} of {len(first)} entries differ, e.g. {', '.join(sorted(different)[:5])}")
         return 1
     tensors = sum(isinstance(value, torch.Tensor) for value in first.values())
-    print(f"identical: {len(first)} entries, {tensors} of them tensors, at step {first['step']}")
+    print(
+        f"identical: {len(first)} entries, {tensors} of them tensors, at step {first.get('step', 'unknown')}"
+    )
     return 0
+
+
+def compared(path: Path) -> dict[str, Any]:
+    """Return the leaves of a checkpoint to compare; `ValueError` if it has none."""
+    found = dict(entries(checkpoint.load(path)))
+    if not found:
+        raise ValueError(f"{path} holds none of {', '.join(_STATE)}; name two checkpoints of runs")
+    return found
 
 
 def entries(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -54,4 +65,4 @@ def same(first: Any, second: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD
 from models.weights.export import to_huggingface
-from utils.checkpoints.atomic import write_file, write_text
+from utils.checkpoints.atomic import sync_folder, write_file, write_text
 
 PAPERS = {
     "moco_v2": ("MoCo v2", "2003.04297"),
@@ -40,14 +40,19 @@ def write_huggingface(
     if folder.is_file():
         raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
     state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save({key: tensor.contiguous() for key, tensor in state.items()}, metadata={"format": "pt"})
-    write_file(folder / "model.safetensors", lambda file: file.write(weights))
-    write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-    write_text(folder / "preprocessor_config.json", json.dumps(preprocessing(cfg), indent=2) + "\n")
     # what stands beside a run was measured with its online network
     measured = {} if args.which == "target" and not args.results else found_results(source, args.results)
-    write_text(folder / "README.md", model_card(cfg, checkpoint, config, args.which, measured))
+    card = model_card(cfg, checkpoint, config, args.which, measured)
+    folder.mkdir(parents=True, exist_ok=True)
+    # No library loads a folder without config.json. So it goes first and comes last: a kill in between
+    # leaves a folder that is refused, never new weights beside an old configuration.
+    (folder / "config.json").unlink(missing_ok=True)
+    sync_folder(folder)
+    write_file(folder / "model.safetensors", lambda file: file.write(weights))
+    write_text(folder / "preprocessor_config.json", json.dumps(preprocessing(cfg), indent=2) + "\n")
+    write_text(folder / "README.md", card)
+    write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
 def preprocessing(cfg: Any) -> dict[str, Any]:

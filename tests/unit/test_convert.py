@@ -1,10 +1,13 @@
 """tools/convert.py: what is imported can be given to --pretrained, and comes out again bit by bit."""
 
+import contextlib
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from models.classifier import pretrained_backbone
 from models.parts import backbones
 from models.parts.backbones import build_backbone
 from models.weights.load import backbone_state, load_backbone
-from tools import convert
+from tools import compare_checkpoints, convert
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_pickle, read_torch
 from utils.config.load import load_config, section_options, to_yaml
@@ -296,6 +299,54 @@ def test_the_model_card_says_what_was_done_and_measured(tmp_path: Path) -> None:
         torch.testing.assert_close(
             model(images).pooler_output.flatten(1), backbone(images), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_a_killed_export_leaves_no_folder_that_loads_but_mixes_two_models(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = our_run(tmp_path), tmp_path / "hf"
+    run("export", folder, "--to", "huggingface", "--output", out)
+    old = (out / "model.safetensors").read_bytes()
+    monkeypatch.setattr(os, "replace", KilledAfter(renames, os.replace))
+    killed = pytest.raises(KeyboardInterrupt) if renames < 4 else contextlib.nullcontext()
+    with killed:
+        run("export", folder, "--to", "huggingface", "--output", out, "--which", "target")
+    assert (out / "config.json").exists() == (renames == 4)
+    if renames == 4:
+        assert (out / "model.safetensors").read_bytes() != old
+        assert "the target one" in (out / "README.md").read_text()
+
+
+class KilledAfter:
+    """Let some calls of a function pass, then stop as a kill would."""
+
+    def __init__(self, calls: int, function: Callable[..., Any]) -> None:
+        self.left, self.function = calls, function
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.function(*arguments)
+
+
+def test_checkpoints_without_a_step_are_compared_and_files_without_state_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compare(first: str, second: str) -> int:
+        names = [str(tmp_path / first), str(tmp_path / second)]
+        monkeypatch.setattr(sys, "argv", ["compare_checkpoints.py", *names])
+        return compare_checkpoints.main()
+
+    torch.save({"framework": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    torch.save({"framework": {"w": torch.zeros(2)}}, tmp_path / "b.pt")
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "c.pt")
+    assert compare("a.pt", "a.pt") == 0
+    assert "at step unknown" in capsys.readouterr().out
+    assert compare("a.pt", "b.pt") == 1
+    with pytest.raises(ValueError, match=r"c\.pt holds none of framework"):
+        compare("c.pt", "c.pt")
 
 
 def test_a_whole_moco_state_is_imported_for_its_framework(tmp_path: Path) -> None:
