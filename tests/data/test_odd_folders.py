@@ -15,7 +15,7 @@ from data.decode import FORMATS
 from data.sources import Source, build_source
 from data.sources import folder as files
 from data.sources import folder_index as listing
-from data.sources.scan import IMG_EXTENSIONS, left_behind
+from data.sources.scan import IMG_EXTENSIONS, is_folder, left_behind
 from tools import pack
 
 
@@ -105,6 +105,22 @@ def test_a_link_that_may_lead_to_a_closed_folder_is_an_error(
     monkeypatch.setattr(os, "scandir", Entries)
     with pytest.raises(ValueError, match=r"c1/more cannot be read \(Permission denied\)"):
         opened(image_folder)
+
+
+def test_a_folder_that_may_not_be_looked_at_is_not_taken_for_a_missing_one(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [is_folder(image_folder / name) for name in ("train", "absent")] == [True, False]
+    real = os.stat
+
+    def refuse(path: object, **options: bool) -> os.stat_result:
+        if str(path) == str(image_folder / "train"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(ValueError, match=r"DATA\.PATH.*train cannot be read"):
+        opened(image_folder, split="val")
 
 
 def test_a_class_that_val_lacks_is_said(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -349,6 +365,7 @@ def test_pack_leaves_the_same_out_and_says_so(image_folder: Path, caplog: pytest
     caplog.clear()
     litter(image_folder / "train")
     litter(image_folder / "train" / "c2")
+    logging.getLogger("synco").setLevel(logging.WARNING)  # as where no main has set it
     assert pack.main([*flags, "--output", str(littered)]) == 0
     assert littered.read_bytes() == plain.read_bytes()
     assert len(said(caplog)) == 1

@@ -33,6 +33,7 @@ def test_marks_tell_the_encoding(tmp_path: Path, encoding: str) -> None:
     [
         TEXT.replace("二", "").encode("latin-1"),
         TEXT.encode("utf-16-le"),
+        "a.jpg\n".encode("utf-16-le"),  # zero bytes are valid UTF-8
         TEXT.encode("gb18030"),
         b"\xff\xfea\0b",
         b"\x89PNG\r\n\x1a\n\0\0",
