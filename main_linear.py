@@ -203,7 +203,7 @@ def train_heads(
     from engine.loop import fit
     from engine.plan import make_plan
     from evaluation.knn import features_knn
-    from evaluation.probe import grid_points, head_accuracies, write_result
+    from evaluation.probe import grid_points, head_accuracies, open_points, write_result
     from models.classifier import grid_loss
 
     linear, points = cfg.LINEAR, grid_points(cfg.LINEAR)
@@ -235,10 +235,13 @@ def train_heads(
             with torch.no_grad(), run.autocast():
                 features = frozen.backbone(run.views(features)).float()
         losses = grid_loss(state.model(features), batch.labels, linear.LABEL_SMOOTHING)
-        return {"loss": losses.sum(), "best_loss": losses.detach().min()}
+        # The loss of a head that diverges stays out of the sum; its gradient is still not finite.
+        finite = losses.detach().isfinite()
+        best = losses.detach().where(finite, torch.inf).min()
+        return {"loss": losses.where(finite, 0.0).sum(), "best_loss": best}
 
     def evaluate(progress: "Progress") -> dict[str, float]:
-        return head_accuracies(heads, frozen.queries, points)
+        return head_accuracies(heads, frozen.queries, open_points(points, state.closed_at))
 
     if args.eval and not resumed:
         raise ValueError(
@@ -250,7 +253,7 @@ def train_heads(
             return {}, outcome.value
     final = evaluate(plan.progress(state.step))
     what = {"weights": label, "labels": f"{percent:g}pct", "images": len(source)}
-    return write_result(run, what, state.best, final, knn, points), 0
+    return write_result(run, what, state.best, final, knn, points, state.closed_at), 0
 
 
 def labelled_images(frozen: Frozen, percent: float, seed: int) -> tuple["Source", "Features | None"]:
@@ -311,6 +314,8 @@ def draw_heads(cfg: Any, run: "Run", frozen: Frozen, points: list["GridPoint"]) 
 
 def open_state(cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoint"]) -> "TrainState":
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
+    import torch
+
     from engine.loop import TrainState
     from engine.optim import build_optimizer
 
@@ -319,7 +324,9 @@ def open_state(cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoi
         for pair, point in zip(heads.pairs(), points, strict=True)
     ]
     optimizer = build_optimizer(cfg.LINEAR.OPTIM, groups)
-    return TrainState(heads, optimizer, run.wrap(heads), clip_groups=heads.pairs())
+    # A grid closes the heads that diverge; a single head stops the run.
+    closed_at = torch.full((len(points),), -1, device=run.device) if len(points) > 1 else None
+    return TrainState(heads, optimizer, run.wrap(heads), clip_groups=heads.pairs(), closed_at=closed_at)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _epoch(
             set_rates(optimizer, plan, number)
             forward_and_backward(state, [batch], step, plan.progress(number))
             update(state, plan, guard, [batch])
-        head_accuracies(heads, blocks, points)
+        head_accuracies(heads, blocks, dict(enumerate(points)))
 
     return epoch
 

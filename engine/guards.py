@@ -4,6 +4,7 @@ finite.
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
@@ -53,9 +54,10 @@ class StopFlag:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopFlag":
-        """Install the handlers."""
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+        """Install the handlers; Python allows them only in the main thread, so elsewhere there are none."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:

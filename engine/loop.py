@@ -56,6 +56,9 @@ class TrainState:
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)  # highest value of each evaluation so far
     clip_groups: Sequence[Sequence[nn.Parameter]] | None = None  # clipped apart; None: all together
+    # (G,) int64: the step at which a group diverged and was closed, -1 while it is open. None: a norm
+    # that is not finite stops the run.
+    closed_at: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
@@ -65,7 +68,7 @@ class TrainState:
             "scaler": self.scaler.state_dict() if self.scaler else {},
             "step": self.step,
             "best": dict(self.best),
-        }
+        } | ({} if self.closed_at is None else {"closed_at": self.closed_at})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a checkpoint; every key and shape must match."""
@@ -75,6 +78,8 @@ class TrainState:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.best = dict(state["best"])
+        if self.closed_at is not None and "closed_at" in state:  # older checkpoints lack it
+            self.closed_at.copy_(state["closed_at"])
 
 
 def fit(
@@ -176,8 +181,12 @@ def update(
         if plan.clip_per_tensor
         else state.clip_groups or [trainable]
     )
-    norms = [clip_gradient(parameters, plan.clip_grad) for parameters in groups]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    norms = torch.stack([clip_gradient(parameters, plan.clip_grad) for parameters in groups])
+    norm = torch.linalg.vector_norm(norms) if len(norms) > 1 else norms[0]
+    if state.closed_at is not None:
+        diverged = ~torch.isfinite(norms) | (state.closed_at >= 0)
+        norm = torch.linalg.vector_norm(norms.masked_fill(diverged, 0))
+        norm = norm.where(~diverged.all(), torch.nan)  # with no group left the guard stops the run
     guard.check(norm, state.step, micro_batches, loss)
     if state.scaler:  # skips a step that overflowed and lowers the scale
         state.scaler.step(state.optimizer)
@@ -186,8 +195,38 @@ def update(
         if norm.device.type == "cuda":
             skip_if_not_finite(state.optimizer, norm)
         state.optimizer.step()
+    if state.closed_at is not None:
+        close_diverged(groups, diverged, state.closed_at, state.optimizer, state.step)
     state.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def close_diverged(
+    groups: Sequence[Sequence[nn.Parameter]],
+    diverged: Tensor,
+    closed_at: Tensor,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
+    """Close groups after an update, so that the others train on as if they were alone.
+
+    A group is closed if its gradient was not finite (`diverged`, (G,) bool) or its parameters are not finite
+    now. It becomes zero, with its optimiser state, and stays zero. `closed_at` (G,) notes the step. All ranks
+    hold the same averaged gradients and parameters, so all decide alike.
+    """
+    sizes = torch.stack([nn.utils.get_total_norm(group) for group in groups])
+    closed = diverged | ~torch.isfinite(sizes)
+    # On a GPU the masks are applied without a look, since a look would wait for the device.
+    if closed.device.type == "cpu" and not closed.any():
+        return
+    closed_at.copy_(torch.where(closed & (closed_at < 0), step, closed_at))
+    for group, mask in zip(groups, closed, strict=True):
+        for parameter in group:
+            parameter.masked_fill_(mask, 0)
+            for value in optimizer.state[parameter].values():
+                if torch.is_tensor(value) and value.ndim:
+                    value.masked_fill_(mask, 0)
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:

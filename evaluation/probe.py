@@ -1,5 +1,6 @@
 """What a linear probe is about and reports: weights, grid, the accuracy of each head, one table."""
 
+import functools
 import json
 import logging
 from collections import Counter
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from engine.guards import NonFiniteError
 from engine.run import Run
 from evaluation.accuracy import topk_correct
 from utils.checkpoints import file as checkpoint
@@ -98,29 +100,56 @@ def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
     return f"linear/{label}{'-cached' if linear.CACHED_FEATURES else ''}{subset}"
 
 
+def diverged(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[str, int]:
+    """Return the names of the points whose heads were closed, and the step of each."""
+    steps = [-1] * len(points) if closed_at is None else closed_at.tolist()
+    return {point.name: step for point, step in zip(points, steps, strict=True) if step >= 0}
+
+
+def open_points(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[int, GridPoint]:
+    """Return the points whose heads still train, by their place in the grid; log the others once."""
+    closed = diverged(points, closed_at)
+    for name, step in closed.items():
+        _say_closed(name, step)
+    if len(closed) == len(points):
+        raise NonFiniteError(f"every head diverged ({', '.join(closed)}); give lower learning rates (--lr)")
+    return {number: point for number, point in enumerate(points) if point.name not in closed}
+
+
+@functools.cache  # once a process
+def _say_closed(name: str, step: int) -> None:
+    if is_main():
+        logger.warning(
+            "%s diverged at step %d and was closed; the other heads go on. Its lr is too high", name, step
+        )
+
+
 @torch.no_grad()
 def head_accuracies(
-    heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Sequence[GridPoint]
+    heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Mapping[int, GridPoint]
 ) -> dict[str, float]:
     """Return percent top-1 and top-5 of each head (``lr30/top1``) and of the best one (``top1``, ``top5``).
 
     ``blocks`` are this process's (features, labels), on its device; the counts of all processes are summed.
+    ``points`` are those to report, by their place in the grid.
     """
-    counts = torch.zeros(2 * len(points) + 1, dtype=torch.int64, device=next(heads.parameters()).device)
+    num_heads = len(list(heads.parameters())) // 2  # a weight and a bias each
+    counts = torch.zeros(2 * num_heads + 1, dtype=torch.int64, device=next(heads.parameters()).device)
     size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))  # weights (C, F) and biases (C,)
     for features, labels in blocks:
         for part, target in zip(features.split(size), labels.split(size), strict=True):
             counts[:-1] += topk_correct(heads(part), target, (1, 5)).flatten()
         counts[-1] += len(labels)
     *right, total = all_reduce_sum(counts).tolist()
-    accuracy = [[100.0 * count / total for count in right[i : i + 2]] for i in range(0, len(right), 2)]
-    values = {
-        f"{point.name}/top{k}": row[i]
-        for point, row in zip(points, accuracy, strict=True)
-        for i, k in ((0, 1), (1, 5))
+    accuracy = {
+        point.name: [100.0 * count / total for count in right[2 * place : 2 * place + 2]]
+        for place, point in points.items()
     }
-    best = max(accuracy)
-    return {"top1": best[0], "top5": best[1], **values}
+    top1, top5 = max(accuracy.values())
+    values = {"top1": top1, "top5": top5}
+    for name, row in accuracy.items():
+        values[f"{name}/top1"], values[f"{name}/top5"] = row
+    return values
 
 
 def write_result(
@@ -130,26 +159,35 @@ def write_result(
     final: Mapping[str, float],
     knn: Mapping[str, float],
     points: Sequence[GridPoint],
+    closed_at: Tensor | None = None,
 ) -> dict[str, Any]:
     """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
     point.
 
-    ``what`` was probed stands first. Weight decays are named where there are several.
+    ``what`` was probed stands first. Weight decays are named where there are several. Heads that diverged are
+    listed with their step and have no accuracy.
     """
-    chosen = max(points, key=lambda point: best.get(f"{point.name}/top1", final[f"{point.name}/top1"]))
+    closed = diverged(points, closed_at)
+    trained = [point for point in points if point.name not in closed]
+
+    def best_of(point: GridPoint) -> float:
+        return best.get(f"{point.name}/top1", final[f"{point.name}/top1"])
+
+    chosen = max(trained, key=best_of)
     several = len({point.weight_decay for point in points}) > 1
     result = {
         **what,
         "lr": chosen.lr,
         **({"weight_decay": chosen.weight_decay} if several else {}),
-        "best_top1": best.get("top1", final["top1"]),
+        "best_top1": best_of(chosen),
         "final_top1": final[f"{chosen.name}/top1"],
         "final_top5": final[f"{chosen.name}/top5"],
         **knn,
         "final_by_point" if several else "final_by_lr": {
             point.name if several else f"{point.lr:g}": [final[f"{point.name}/top{k}"] for k in (1, 5)]
-            for point in points
+            for point in trained
         },
+        **({"diverged": closed} if closed else {}),
     }
     if is_main():
         write_text(run.folder / "result.json", json.dumps(result, indent=1))

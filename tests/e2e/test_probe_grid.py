@@ -72,6 +72,50 @@ def test_each_head_of_each_subset_is_the_head_of_a_run_alone(prober: Prober, suf
     assert result["images"] == {"5": 72, "100": 1438}[labels]
 
 
+DIVERGING = ("--lr", "0.1", "1e18", "--weight-decay", "0", "0.01", "--cached-features")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_diverging_head_is_closed_and_leaves_the_others_alone(prober: Prober, world: int) -> None:
+    # lr x weight decay far above 2: these weights grow past float32 within a few steps
+    tag, beside = f"diverging{world}", f"healthy{world}"
+    text = prober.run(tag, *DIVERGING, world=world, LINEAR__EPOCHS=4)
+    assert len(re.findall(r"lr1e\+18_wd0\.01 diverged at step \d+ and was closed", text)) == 1
+    flags = ("--lr", "0.1", "--weight-decay", "0", "0.01", "--cached-features")
+    prober.run(beside, *flags, world=world, LINEAR__EPOCHS=4)
+    mixed, healthy = prober.heads(tag), prober.heads(beside)
+    for name in ("weights", "biases"):
+        assert torch.equal(mixed[f"{name}.0"], healthy[f"{name}.0"])
+        assert torch.equal(mixed[f"{name}.2"], healthy[f"{name}.1"])
+        assert not mixed[f"{name}.3"].any()  # the closed head is zero
+    result, alone = prober.result(tag), prober.result(beside)
+    assert set(result["diverged"]) == {"lr1e+18_wd0.01"}
+    assert "lr1e+18_wd0.01" not in result["final_by_point"]
+    assert result["final_by_point"].items() >= alone["final_by_point"].items()
+    log = (prober.folder(tag) / "metrics.jsonl").read_text()
+    assert "NaN" not in log
+    assert "null" not in log
+
+
+def test_a_grid_with_a_closed_head_resumes_bit_identically(prober: Prober) -> None:
+    keys = {"LINEAR__EPOCHS": 4, "LINEAR__BATCH_SIZE": 256}
+    prober.run("whole", *DIVERGING, **keys)
+    step = max(prober.result("whole")["diverged"].values()) + 4
+    (job,) = prober.start("cut", *DIVERGING, prepare=partial(runs.kill_at, step=step), **keys)
+    assert job.wait() == -signal.SIGKILL
+    prober.run("cut", *DIVERGING, **keys)
+    assert runs.digest(prober.folder("cut")) == runs.digest(prober.folder("whole"))
+    assert prober.result("cut") == prober.result("whole")
+
+
+def test_a_grid_whose_heads_all_diverge_stops(prober: Prober) -> None:
+    (job,) = prober.start(
+        "all", "--lr", "1e17", "1e18", "--weight-decay", "0.1", "--cached-features", LINEAR__EPOCHS=4
+    )
+    assert job.wait() == 3, job.text()
+    assert "the gradient norm is nan" in job.text()
+
+
 def test_a_subset_beside_others_is_the_subset_by_itself(prober: Prober) -> None:
     prober.run("subset", *GRID, "--labels", "5")
     assert runs.digest(prober.folder("subset", "-cached-5pct")) == runs.digest(

@@ -150,13 +150,13 @@ def test_accuracies_are_exact_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter)
     points = grid_points(section(LRS=[1.0, 2.0, 3.0]))
-    whole = head_accuracies(heads, [(x, y)], points)
+    whole = head_accuracies(heads, [(x, y)], dict(enumerate(points)))
     for i, point in enumerate(points):
         counts = topk_correct(heads.head(i)(x), y, (1, 5)).tolist()
         assert [whole[f"{point.name}/top{k}"] for k in (1, 5)] == [2.0 * count for count in counts]
     assert whole["top1"] == max(whole[f"{point.name}/top1"] for point in points)
     monkeypatch.setattr("evaluation.probe._LOGITS", 3 * 6 * 4)
-    assert head_accuracies(heads, [(x[:20], y[:20]), (x[20:], y[20:])], points) == whole
+    assert head_accuracies(heads, [(x[:20], y[:20]), (x[20:], y[20:])], dict(enumerate(points))) == whole
 
 
 def result_of(folder: Path, **keys: Any) -> dict[str, Any]:

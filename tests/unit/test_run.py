@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_a_stop_that_could_not_be_saved_is_not_called_saved(
     assert "NOT saved" in runs.status(run.folder)["reason"]
     with pytest.raises(OSError, match="last checkpoint was not saved"):
         run.done(7)
+
+
+def test_a_run_in_a_thread_installs_no_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: StopFlag().__enter__().received).result() is None
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_flag_takes_one_signal_and_its_echo_and_gives_the_handlers_back(
