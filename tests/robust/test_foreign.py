@@ -29,7 +29,8 @@ from yacs.config import CfgNode
 from tools import convert
 from utils.checkpoints.file import CheckpointError
 from utils.checkpoints.foreign import read_pickle, read_torch
-from utils.checkpoints.inert import ForeignFileError, StandIn
+from utils.checkpoints.pickles import StandIn
+from utils.checkpoints.rebuild import ForeignFileError
 
 # ---- what honest files hold ------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,8 @@ from utils.checkpoints.atomic import (
     write_synced,
     write_text,
 )
+from utils.checkpoints.rebuild import CheckpointError
+from utils.checkpoints.torch_file import read_file
 from utils.logger import finite_json
 
 logger = logging.getLogger("synco")
@@ -34,10 +35,6 @@ logger = logging.getLogger("synco")
 _NAME = re.compile(r"ckpt_(\d{8,})\.(pt|json)")
 _RESERVED = ("sha256", "bytes", "step", "replaces", "seal")
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
-
-
-class CheckpointError(ValueError):
-    """Report a checkpoint that cannot be trusted, read or written, with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -151,25 +148,30 @@ def load(path: Path) -> dict[str, Any]:
 
     CheckpointError: missing, a folder, truncated, damaged, not a torch file, or a file that needs unpickling.
     """
+    value, stand_ins = read(path)
+    if stand_ins:
+        raise CheckpointError(
+            f"{path} needs unpickling ({', '.join(stand_ins)}), which can execute code, so it is not loaded."
+            " Where you trust it, save its tensors alone once: torch.save({'state_dict': tensors}, file)"
+        )
+    return value
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what `load` does and the names of objects of other kinds, which stand there as data only."""
     if path.is_dir():
         inside = sorted(item.name for item in path.iterdir() if item.suffix in (".pt", ".pth", ".tar"))
         example = f", e.g. {inside[-1]}" if inside else ""
         raise CheckpointError(f"{path} is a folder; name a checkpoint file in it{example}")
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; check the path of the checkpoint")
-    try:
-        if _has_record(path):
-            _verify(path)
-        else:
-            _check_zip(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # on damaged bytes torch raises nearly any type
-        raise CheckpointError(_explain(path, error)) from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of tensors")
-    return checkpoint
+    recorded = _has_record(path)
+    if recorded:
+        _verify(path)
+    value, stand_ins = read_file(path, checksums=not recorded)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a dictionary of tensors")
+    return value, stand_ins
 
 
 def digest(path: Path) -> str:
@@ -238,46 +240,6 @@ def is_valid(path: Path) -> bool:
 def _current(target: Path) -> dict[str, Any] | None:
     """Return size and sha256 of the committed file that a save is about to replace, None if there is none."""
     return {"bytes": target.stat().st_size, "sha256": sha256_of(target)} if is_valid(target) else None
-
-
-def _check_zip(path: Path) -> None:
-    """Compare the checksums that torch writes into its zip files but does not read."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return  # truncated, older than torch 1.6, or no torch file: torch.load tells
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # damaged directories raise more than BadZipFile
-        raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from error
-    if damaged:
-        raise CheckpointError(f"{path} is damaged: {damaged} fails its checksum; copy or download it again")
-
-
-def _explain(path: Path, error: Exception) -> str:
-    """Turn what torch.load raised into a cause and a remedy."""
-    if isinstance(error, OSError):
-        return f"{path} cannot be read: {error}"
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # files before torch 1.6, or damaged ones
-        unsafe = re.findall(r"GLOBAL ([\w.]+)", str(error))
-    if unsafe or "TorchScript" in str(error):
-        what = ", ".join(unsafe) or "a TorchScript archive"
-        return (
-            f"{path} needs unpickling ({what}), which can execute code, so it is not loaded."
-            " Where you trust it, save its tensors alone once: torch.save({'state_dict': tensors}, file)"
-        )
-    with path.open("rb") as file:
-        head = file.read(2)
-    if not head:
-        return f"{path} is empty"
-    if head == b"PK":
-        return f"{path} is truncated or damaged ({_first_line(error)}); copy or download it again"
-    return f"{path} is not a torch file, or is truncated ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
 
 
 def record_path(path: Path) -> Path:

@@ -1,30 +1,31 @@
 """Read pickles with Python's own unpickler, which finds only the names of a short list here.
 
 A pickle is a program: it names functions and calls them with what it holds. The names that files of
-weights need (tensors, arrays, ordered dictionaries) lead to methods below, which check every size
+weights need (tensors, arrays, ordered dictionaries) lead to our own functions, which check every size
 before they build anything. Any other name becomes a `StandIn`, which only remembers. Nothing that a
 file names is imported or called.
 """
 
-import math
 import pickle
 import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, NamedTuple
+from types import FunctionType, MethodType
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class CheckpointError(ValueError):
-    """Report a checkpoint that cannot be trusted, read or written, with the remedy."""
-
-
-class ForeignFileError(CheckpointError):
-    """Report a file of another program that cannot be read safely, with the reason."""
+from utils.checkpoints.rebuild import (
+    FUNCTIONS,
+    STORAGES,
+    ForeignFileError,
+    Storage,
+    fill_array,
+    set_order,
+)
 
 
 class StandIn:
@@ -54,29 +55,6 @@ class StandIn:
         return self.target
 
 
-class Storage(NamedTuple):
-    """The values of tensors: flat bytes in memory and their type."""
-
-    flat: Tensor  # (bytes,) uint8
-    dtype: torch.dtype
-
-
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
-}
-
 # A file that names one of these is hostile: it is refused, although nothing of it would be called.
 _CODE = set(
     "asyncio bdb code codeop commands ctypes functools importlib inspect io _io marshal multiprocessing"
@@ -93,7 +71,6 @@ _UNUSUAL = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 _MOST_OPERATIONS = 2_000_000  # a network of 1,000 tensors with its optimiser needs about 100,000
 _MOST_KEYS = 10_000  # that are no text: keys can be chosen to collide, which costs their square
 _MOST_NAMES = 1_000
-_MOST_DIMENSIONS = 64
 
 Locate = Callable[[str, int, int], Tensor]  # key of a storage, count, bytes a value -> flat bytes
 
@@ -132,7 +109,10 @@ def _scan(file: BinaryIO) -> int:
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler with a list of names, checked keys and checked calls."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, file: BinaryIO, size: int, locate: Locate | None) -> None:
         super().__init__(file, encoding="latin1")  # text of Python 2 may be raw bytes
@@ -145,12 +125,14 @@ class _Unpickler(pickle._Unpickler):
     # ---- names and calls ----------------------------------------------------------------------
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return our method, type or stand-in for a name; nothing is imported."""
+        """Return our function, type or stand-in for a name; nothing is imported."""
         dotted = f"{module}.{name}"
         if not re.fullmatch(r"[\w.]{1,200}", dotted):
             raise ForeignFileError("names something that is no Python name: do not trust it")
-        if dotted in _KNOWN:
-            return getattr(self, _KNOWN[dotted])
+        if dotted in _METHODS:
+            return getattr(self, _METHODS[dotted])
+        if dotted in FUNCTIONS:
+            return FUNCTIONS[dotted]
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         dtype = getattr(torch, name, None) if module == "torch" else None
@@ -159,10 +141,12 @@ class _Unpickler(pickle._Unpickler):
         self._refuse(module, name)
         if module not in ("builtins", "__builtin__") and dotted not in _SILENT:
             self.foreign.add(dotted)
-        if len(self.classes) > _MOST_NAMES:
-            raise ForeignFileError(f"names more than {_MOST_NAMES:,} classes")
-        # Each name is a class of its own, since pickles make objects by `cls.__new__(cls)`.
-        return self.classes.setdefault(dotted, type("StandIn", (StandIn,), {"target": dotted}))
+        if dotted not in self.classes:
+            if len(self.classes) == _MOST_NAMES:
+                raise ForeignFileError(f"names more than {_MOST_NAMES:,} classes")
+            # a class for each name, since pickles make objects by `cls.__new__(cls)`
+            self.classes[dotted] = type("StandIn", (StandIn,), {"target": dotted})
+        return self.classes[dotted]
 
     def _refuse(self, module: str, name: str) -> None:
         builtin = module in ("builtins", "__builtin__") and name not in _TYPES
@@ -177,7 +161,7 @@ class _Unpickler(pickle._Unpickler):
             raise ForeignFileError("holds a sparse, quantised or empty-shell tensor; save dense ones")
 
     def _call(self, target: Any, arguments: Any) -> Any:
-        known = getattr(target, "__self__", None) is self
+        known = isinstance(target, (FunctionType, MethodType))  # find_class gives only ours
         stand_in = isinstance(target, type) and issubclass(target, StandIn)
         if not isinstance(arguments, (tuple, list)) or not (known or stand_in):
             raise ForeignFileError("is a damaged or hostile pickle (it calls what is no function)")
@@ -204,10 +188,10 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(target, StandIn):
             target.state = state
         elif isinstance(target, np.ndarray):
-            self._fill_array(target, *state)
+            self._spend(state[4])
+            fill_array(target, *state)
         elif isinstance(target, np.dtype):
-            if state[1] == ">":
-                target.__setstate__(target.newbyteorder(">").__reduce__()[2])
+            set_order(target, state[1])
         elif isinstance(target, OrderedDict):
             if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
                 target._metadata = state["_metadata"]  # type: ignore[attr-defined]  # of a state_dict
@@ -277,15 +261,6 @@ class _Unpickler(pickle._Unpickler):
     def _make_frozenset(self, values: list | tuple = ()) -> frozenset:
         return frozenset(self._make_set(values))
 
-    def _make_bytes(self, text: Any = b"", encoding: str = "latin1") -> bytes:
-        """Return what old protocols write as a call; a number would be a length."""
-        if encoding not in ("latin1", "latin-1") or not isinstance(text, (str, bytes, list)):
-            raise ForeignFileError("holds bytes that are no text in latin1")
-        return text.encode("latin1") if isinstance(text, str) else bytes(text)
-
-    def _make_complex(self, real: float, imaginary: float) -> complex:
-        return complex(real, imaginary)
-
     # ---- tensors ------------------------------------------------------------------------------
 
     def persistent_load(self, identity: Any) -> Storage:
@@ -301,115 +276,20 @@ class _Unpickler(pickle._Unpickler):
             raise ForeignFileError("was written by torch before 0.4; save it with a newer torch")
         return Storage(self.locate(key, count, dtype.itemsize), dtype)
 
-    def _tensor(self, storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> Tensor:
-        if not isinstance(storage, Storage):
-            raise ForeignFileError("holds a tensor without a storage")
-        _check_shape((offset,))
-        _check_shape(shape)
-        _check_shape(stride)
-        base = storage.flat.view(storage.dtype)
-        if len(shape) != len(stride):
-            raise ForeignFileError("holds a tensor with an impossible shape")
-        if math.prod(shape) == 0:
-            return torch.empty(shape, dtype=base.dtype)
-        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if last >= base.numel() or math.prod(shape) > base.numel():
-            raise ForeignFileError(f"holds a tensor of shape {tuple(shape)} without as many values")
-        return base.as_strided(shape, stride, offset)
-
-    def _tensor_v3(
-        self,
-        storage: Storage,
-        offset: int,
-        shape: tuple,
-        stride: tuple,
-        grad: bool,
-        hooks: Any,
-        dtype: torch.dtype,
-        *_: Any,
-    ) -> Tensor:
-        return self._tensor(Storage(storage.flat, dtype), offset, shape, stride)
-
-    def _parameter(self, data: Any, *_: Any) -> Any:
-        return data
-
     def _with_attributes(self, build: Any, kind: Any, arguments: Any, *_: Any) -> Any:
         return self._call(build, arguments)
 
-    def _size(self, shape: tuple) -> torch.Size:
-        _check_shape(shape)
-        return torch.Size(shape)
 
-    def _device(self, name: str, index: int | None = None) -> str:
-        if type(name) is not str:
-            raise ForeignFileError("holds a device without a name")
-        return name
-
-    # ---- arrays -------------------------------------------------------------------------------
-
-    def _dtype(self, code: str, *_: Any) -> np.dtype:
-        if type(code) is not str or not re.fullmatch(r"[<>=|]?[biufcSU?]\d{0,9}", code):
-            raise ForeignFileError("holds an array of objects; only numbers and text are read")
-        return np.dtype(np.dtype(code), copy=True)  # type: ignore[call-overload]  # the order may be set
-
-    def _empty_array(self, *_: Any) -> np.ndarray:
-        return np.empty(0, np.uint8)
-
-    def _fill_array(self, array: np.ndarray, _: int, shape: tuple, dtype: np.dtype, order: bool, raw: Any) -> None:
-        data = _array_bytes(shape, dtype, raw)
-        self._spend(data)
-        array.__setstate__((1, tuple(shape), dtype, bool(order), data))
-
-    def _buffer_array(self, raw: Any, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-        data = _array_bytes(shape, dtype, raw)
-        return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if order == "F" else "C")
-
-    def _scalar(self, dtype: np.dtype, raw: Any) -> Any:
-        return np.frombuffer(_array_bytes((), dtype, raw), dtype)[0]
-
-
-def _check_shape(numbers: Any) -> None:
-    """Refuse sizes whose product or text would take long."""
-    proper = isinstance(numbers, (tuple, list)) and len(numbers) <= _MOST_DIMENSIONS
-    if not proper or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
-        raise ForeignFileError("holds a tensor or an array with an impossible shape")
-
-
-def _array_bytes(shape: Any, dtype: Any, raw: Any) -> bytes:
-    """Return the bytes of an array if they are as many as its shape says."""
-    _check_shape(shape)
-    data = raw.encode("latin1") if isinstance(raw, str) else raw
-    if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray)):
-        raise ForeignFileError("holds an array of objects; only numbers and text are read")
-    if dtype.itemsize == 0 or len(data) != math.prod(shape) * dtype.itemsize:
-        raise ForeignFileError(f"holds an array of shape {tuple(shape)} but {len(data)} bytes for it")
-    return bytes(data)
-
-
-_KNOWN = {  # name in the file -> method of the unpickler
-    "torch._utils._rebuild_tensor": "_tensor",
-    "torch._utils._rebuild_tensor_v2": "_tensor",
-    "torch._utils._rebuild_tensor_v3": "_tensor_v3",
-    "torch._utils._rebuild_parameter": "_parameter",
-    "torch._utils._rebuild_parameter_with_state": "_parameter",
+_METHODS = {  # name in the file -> method of the unpickler
     "torch._tensor._rebuild_from_type_v2": "_with_attributes",
-    "torch.Size": "_size",
-    "torch.device": "_device",
     "collections.OrderedDict": "_mapping",
     "collections.defaultdict": "_mapping",
     "collections.Counter": "_mapping",
-    "_codecs.encode": "_make_bytes",
-    "numpy.dtype": "_dtype",
+    "builtins.set": "_make_set",
+    "__builtin__.set": "_make_set",
+    "builtins.frozenset": "_make_frozenset",
+    "__builtin__.frozenset": "_make_frozenset",
 }
-for _module in ("builtins", "__builtin__"):
-    _KNOWN[f"{_module}.set"] = "_make_set"
-    _KNOWN[f"{_module}.frozenset"] = "_make_frozenset"
-    _KNOWN[f"{_module}.bytes"] = _KNOWN[f"{_module}.bytearray"] = "_make_bytes"
-    _KNOWN[f"{_module}.complex"] = "_make_complex"
-for _module in ("numpy.core", "numpy._core"):
-    _KNOWN[f"{_module}.multiarray._reconstruct"] = "_empty_array"
-    _KNOWN[f"{_module}.multiarray.scalar"] = "_scalar"
-    _KNOWN[f"{_module}.numeric._frombuffer"] = "_buffer_array"
 for _operation, _method in (
     (pickle.REDUCE, _Unpickler.load_reduce),
     (pickle.NEWOBJ, _Unpickler.load_reduce),

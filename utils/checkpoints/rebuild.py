@@ -1,18 +1,35 @@
-"""Rebuild tensors, arrays and containers from stand-ins, by functions of our own that trust no size.
+"""Build tensors and arrays from what a pickle says of them: functions of ours that trust no size.
 
-Every shape is checked against the bytes that are really in the file; the rest stays a ``StandIn``.
+Each one checks its arguments before it builds anything, and raises `ForeignFileError`, or `TypeError`
+for arguments that no such file has.
 """
 
-import collections
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoints.inert import ForeignFileError, Name, Reference, StandIn
+_MOST_DIMENSIONS = 64
+
+
+class CheckpointError(ValueError):
+    """Report a checkpoint that cannot be trusted, read or written, with the remedy."""
+
+
+class ForeignFileError(CheckpointError):
+    """Report a file of another program that cannot be read safely, with the reason."""
+
+
+class Storage(NamedTuple):
+    """The values of tensors: flat bytes in memory and their type."""
+
+    flat: Tensor  # (bytes,) uint8
+    dtype: torch.dtype
+
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -25,214 +42,135 @@ STORAGES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
 
 
-def storage_identities(value: Any) -> Iterator[tuple]:
-    """Yield the checked persistent ids in a tree of stand-ins."""
-    stack, seen = [value], set()
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, Reference):
-            yield checked_identity(node)
-        elif isinstance(node, StandIn):
-            stack += [*node.arguments, node.state, *node.items, *node.entries.values()]
-        elif isinstance(node, dict):
-            stack += node.values()
-        elif isinstance(node, (list, tuple)):
-            stack += node
+def _check_shape(numbers: Any) -> None:
+    """Refuse sizes whose product or text would take long."""
+    proper = isinstance(numbers, (tuple, list)) and len(numbers) <= _MOST_DIMENSIONS
+    if not proper or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+        raise ForeignFileError("holds a tensor or an array with an impossible shape")
 
 
-def flat_tensor(raw: bytes, dtype: torch.dtype) -> Tensor:
-    """Return a copy of little-endian bytes as a flat tensor."""
-    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+def _array_bytes(shape: Any, dtype: Any, raw: Any) -> bytes:
+    """Return the bytes of an array if they are as many as its shape says."""
+    _check_shape(shape)
+    data = raw.encode("latin1") if isinstance(raw, str) else raw
+    if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray)):
+        raise ForeignFileError("holds an array of objects; only numbers and text are read")
+    if dtype.itemsize == 0 or len(data) != math.prod(shape) * dtype.itemsize:
+        raise ForeignFileError(f"holds an array of shape {tuple(shape)} but {len(data)} bytes for it")
+    return bytes(data)
 
 
-def checked_identity(reference: Reference) -> tuple:
-    """Return ('storage', type, key, location, count, ...) of a reference, or raise ``ForeignFileError``."""
-    identity = reference.identity
-    if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage"):
-        raise ForeignFileError("refers to something that is no storage of a tensor")
-    _, kind, key, _, count = identity[:5]
-    if not (
-        isinstance(kind, Name) and kind.module in ("torch", "torch.storage") and kind.attribute in STORAGES
-    ):
-        raise ForeignFileError(f"has a storage of the unknown type {kind}")
-    if not isinstance(key, str) or not isinstance(count, int):
-        raise ForeignFileError("has a storage without a proper name or size")
-    return identity
+def _tensor(storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> Tensor:
+    if not isinstance(storage, Storage):
+        raise ForeignFileError("holds a tensor without a storage")
+    _check_shape((offset,))
+    _check_shape(shape)
+    _check_shape(stride)
+    base = storage.flat.view(storage.dtype)
+    if len(shape) != len(stride):
+        raise ForeignFileError("holds a tensor with an impossible shape")
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=base.dtype)
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if last >= base.numel() or math.prod(shape) > base.numel():
+        raise ForeignFileError(f"holds a tensor of shape {tuple(shape)} without as many values")
+    return base.as_strided(shape, stride, offset)
 
 
-class Rebuilder:
-    """Turn the stand-ins of tensors, arrays and containers into values, each object once."""
-
-    def __init__(self, storage: Callable[[str], bytes] | None) -> None:
-        self.storage = storage
-        self.storages: dict[str, Tensor] = {}
-        self.done: dict[int, Any] = {}
-        self.kept: list[Any] = []  # keeps the ids of `done` valid
-        self.foreign: set[str] = set()
-
-    def finish(self, value: Any) -> tuple[Any, list[str]]:
-        """Return the value and the names of what stayed a stand-in; ``storage(key)`` gives raw bytes."""
-        return self._value(value), sorted(self.foreign)
-
-    def _value(self, node: Any) -> Any:
-        if id(node) in self.done:
-            return self.done[id(node)]
-        self.kept.append(node)
-        if isinstance(node, StandIn):
-            result = self._stand_in(node)
-        elif isinstance(node, Reference):
-            raise ForeignFileError("holds a bare storage; save tensors instead")
-        elif isinstance(node, Name):
-            result = self._name(node)
-        elif type(node) is tuple:
-            result = tuple(self._value(item) for item in node)
-        elif type(node) is list:
-            result = self.done[id(node)] = []
-            result.extend(self._value(item) for item in node)
-        elif type(node) is dict:
-            result = self.done[id(node)] = {}
-            self._fill(result, node)
-        else:
-            result = node
-        self.done[id(node)] = result
-        return result
-
-    def _fill(self, target: dict, entries: Mapping[Any, Any]) -> None:
-        for key, item in entries.items():
-            plain = self._value(key) if isinstance(key, (StandIn, Name)) else key
-            target[plain if isinstance(plain, (str, int, tuple)) else str(plain)] = self._value(item)
-
-    def _name(self, node: Name) -> Any:
-        """Keep what is named, not called: types and dtypes in configurations."""
-        dtype = getattr(torch, node.attribute, None) if node.module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        self.foreign.add(str(node))
-        return StandIn(node)
-
-    def _stand_in(self, node: StandIn) -> Any:
-        known = _REBUILD.get(str(node))
-        if known is not None:
-            return known(self, node)
-        self.foreign.add(str(node))
-        result = self.done[id(node)] = StandIn(node.target)
-        result.arguments = tuple(self._value(item) for item in node.arguments)
-        result.state = self._value(node.state)
-        result.items = [self._value(item) for item in node.items]
-        self._fill(result.entries, node.entries)
-        return result
-
-    # each returns the value of one known construction
-    def _tensor(self, node: StandIn) -> Tensor:
-        reference, offset, shape, stride, *_ = node.arguments
-        base = self._base(reference)
-        numbers = (offset, *shape, *stride)
-        if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-            raise ForeignFileError("holds a tensor with an impossible shape")
-        if math.prod(shape) == 0:
-            return torch.empty(shape, dtype=base.dtype)
-        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if last >= base.numel() or math.prod(shape) > base.numel():
-            raise ForeignFileError(f"holds a tensor of shape {shape} but only {base.numel()} values for it")
-        return base.as_strided(shape, stride, offset)
-
-    def _base(self, reference: Any) -> Tensor:
-        """Return a storage as a flat tensor, its size checked against the bytes in the file."""
-        if not isinstance(reference, Reference) or self.storage is None:
-            raise ForeignFileError("holds a tensor without a storage")
-        _, kind, key, _, count, *_ = checked_identity(reference)
-        dtype = STORAGES[kind.attribute]
-        if key not in self.storages:
-            raw = self.storage(key)
-            if len(raw) != count * dtype.itemsize:
-                raise ForeignFileError(
-                    f"declares {count} values in storage {key!r}, which has {len(raw)} bytes"
-                )
-            self.storages[key] = flat_tensor(raw, dtype)
-        return self.storages[key].view(dtype)
-
-    def _parameter(self, node: StandIn) -> Any:
-        return self._value(node.arguments[0])
-
-    def _mapping(self, node: StandIn) -> dict:
-        result = self.done[id(node)] = collections.OrderedDict()
-        pairs = node.arguments[-1] if node.arguments and isinstance(node.arguments[-1], (list, dict)) else []
-        self._fill(result, dict(pairs) if isinstance(pairs, dict) else {pair[0]: pair[1] for pair in pairs})
-        self._fill(result, node.entries)
-        return result
-
-    def _encoded(self, node: StandIn) -> bytes:
-        text, encoding = node.arguments
-        if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-            raise ForeignFileError("holds bytes in an unusual encoding")
-        return text.encode("latin-1")
-
-    def _builtin(self, node: StandIn) -> Any:
-        """Rebuild what old protocols write as calls: sets, and bytes without any."""
-        kind = {"set": set, "frozenset": frozenset, "bytes": bytes, "bytearray": bytearray}[
-            node.target.attribute
-        ]
-        items = self._value(node.arguments[0]) if node.arguments else []
-        if not isinstance(items, (list, bytes)) or not all(isinstance(item, (str, int)) for item in items):
-            raise ForeignFileError(f"holds a {kind.__name__} of more than numbers and text")
-        return kind(items)
-
-    def _dtype(self, node: StandIn) -> np.dtype:
-        code = node.arguments[0]
-        order = node.state[1] if isinstance(node.state, tuple) and len(node.state) > 1 else "<"
-        if not isinstance(code, str) or not code or code[0] not in "biufcSU?" or not code[1:].isdigit():
-            raise ForeignFileError(f"holds an array of the type {code!r}; only numbers and text are read")
-        return np.dtype(code).newbyteorder(">" if order == ">" else "<")
-
-    def _array(self, node: StandIn) -> np.ndarray:
-        _, shape, dtype, fortran, raw = node.state
-        return self._filled(raw, dtype, shape, "F" if fortran else "C")
-
-    def _buffer_array(self, node: StandIn) -> np.ndarray:
-        raw, dtype, shape, order = node.arguments
-        return self._filled(raw, dtype, shape, order)
-
-    def _scalar(self, node: StandIn) -> Any:
-        dtype, raw = node.arguments
-        return self._filled(raw, dtype, (), "C")[()]
-
-    def _filled(self, raw: Any, dtype: Any, shape: tuple, order: str) -> np.ndarray:
-        data, kind = self._value(raw), self._value(dtype)
-        data = data.encode("latin-1") if isinstance(data, str) else data
-        if not isinstance(kind, np.dtype) or not isinstance(data, (bytes, bytearray)):
-            raise ForeignFileError("holds an array that is not made of numbers or text")
-        if kind.itemsize == 0 or len(data) != math.prod(shape) * kind.itemsize:
-            raise ForeignFileError(f"holds an array of shape {shape} but {len(data)} bytes for it")
-        return np.frombuffer(bytearray(data), kind).reshape(shape, order="F" if order == "F" else "C")
+def _tensor_v3(
+    storage: Storage,
+    offset: int,
+    shape: tuple,
+    stride: tuple,
+    grad: bool,
+    hooks: Any,
+    dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
+    return _tensor(Storage(storage.flat, dtype), offset, shape, stride)
 
 
-_REBUILD: dict[str, Callable[[Rebuilder, StandIn], Any]] = {
-    "torch._utils._rebuild_tensor": Rebuilder._tensor,
-    "torch._utils._rebuild_tensor_v2": Rebuilder._tensor,
-    "torch._utils._rebuild_parameter": Rebuilder._parameter,
-    "torch._utils._rebuild_parameter_with_state": Rebuilder._parameter,
-    "torch.Size": lambda rebuilder, node: torch.Size(rebuilder._value(node.arguments[0])),
-    "torch.device": lambda rebuilder, node: str(node.arguments[0]),
-    "collections.OrderedDict": Rebuilder._mapping,
-    "collections.defaultdict": Rebuilder._mapping,
-    "_codecs.encode": Rebuilder._encoded,
-    **{
-        f"{module}.{kind}": Rebuilder._builtin
-        for module in ("builtins", "__builtin__")
-        for kind in ("set", "frozenset", "bytes", "bytearray")
-    },
-    "numpy.dtype": Rebuilder._dtype,
-    "numpy.core.multiarray._reconstruct": Rebuilder._array,
-    "numpy._core.multiarray._reconstruct": Rebuilder._array,
-    "numpy.core.multiarray.scalar": Rebuilder._scalar,
-    "numpy._core.multiarray.scalar": Rebuilder._scalar,
-    "numpy.core.numeric._frombuffer": Rebuilder._buffer_array,
-    "numpy._core.numeric._frombuffer": Rebuilder._buffer_array,
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _size(shape: tuple) -> torch.Size:
+    _check_shape(shape)
+    return torch.Size(shape)
+
+
+def _device(name: str, index: int | None = None) -> str:
+    if type(name) is not str:
+        raise ForeignFileError("holds a device without a name")
+    return name
+
+
+def _bytes(text: Any = b"", encoding: str = "latin1") -> bytes:
+    """Return what old protocols write as a call; a number would be a length."""
+    if encoding not in ("latin1", "latin-1") or not isinstance(text, (str, bytes, list)):
+        raise ForeignFileError("holds bytes that are no text in latin1")
+    return text.encode("latin1") if isinstance(text, str) else bytes(text)
+
+
+def _bytearray(*arguments: Any) -> bytearray:
+    return bytearray(_bytes(*arguments))
+
+
+def _dtype(code: str, *_: Any) -> np.dtype:
+    if type(code) is not str or not re.fullmatch(r"[<>=|]?[biufcSU?]\d{0,9}", code):
+        raise ForeignFileError("holds an array of objects; only numbers and text are read")
+    return np.dtype(code, copy=True)  # a copy, since set_order changes it
+
+
+def set_order(dtype: np.dtype, order: Any) -> None:
+    """Give a new type the byte order that the file says."""
+    if order == ">":
+        dtype.__setstate__(dtype.newbyteorder(">").__reduce__()[2])  # type: ignore[attr-defined]
+
+
+def _empty_array(*_: Any) -> np.ndarray:
+    return np.empty(0, np.uint8)
+
+
+def fill_array(array: np.ndarray, _: int, shape: tuple, dtype: np.dtype, fortran: bool, raw: Any) -> None:
+    """Give an array that `_empty_array` made its shape and values."""
+    data = _array_bytes(shape, dtype, raw)
+    array.__setstate__((1, tuple(shape), dtype, bool(fortran), data))  # type: ignore[arg-type]
+
+
+def _buffer_array(raw: Any, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
+    data = _array_bytes(shape, dtype, raw)
+    return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: np.dtype, raw: Any) -> Any:
+    return np.frombuffer(_array_bytes((), dtype, raw), dtype)[0]
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {  # name in the file -> what is called in its place
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "_codecs.encode": _bytes,
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytearray,
+    "__builtin__.bytes": _bytes,
+    "__builtin__.bytearray": _bytearray,
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray._reconstruct": _empty_array,
+    "numpy._core.multiarray._reconstruct": _empty_array,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _buffer_array,
+    "numpy._core.numeric._frombuffer": _buffer_array,
 }
