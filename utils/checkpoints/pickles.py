@@ -64,7 +64,7 @@ _CODE = set(
 _TORCH_CODE = ("torch.hub", "torch.jit", "torch.package", "torch.serialization", "torch.utils.cpp_extension")
 _HARMLESS = {"types.SimpleNamespace", "multiprocessing.Value"}
 _TYPES = {"dict", "list", "tuple", "slice", "range", "object", "int", "float", "str", "bool"}
-_SILENT = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # named, never called
+_SILENT = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # said only if called
 
 # EXT reads a registry of this process, PERSID and the buffers objects outside of the pickle.
 _UNUSUAL = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
@@ -165,6 +165,8 @@ class _Unpickler(pickle._Unpickler):
         stand_in = isinstance(target, type) and issubclass(target, StandIn)
         if not isinstance(arguments, (tuple, list)) or not (known or stand_in):
             raise ForeignFileError("is a damaged or hostile pickle (it calls what is no function)")
+        if stand_in:
+            self.foreign.add(target.target)
         for argument in arguments if known else ():
             self._spend(argument)
         return target(*arguments)
