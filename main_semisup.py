@@ -128,7 +128,7 @@ def _reading(cfg: Any) -> dict[str, Any]:
 
 def _loader(cfg: Any, train: "Source", even: bool, device: "torch.device") -> "GlobalLoader":
     """Return the loader of the training images; ``even`` batches can be mixed in pairs."""
-    from data.augment.recipes import finetune_recipe
+    from data.augment.finetune import finetune_recipe
     from data.loader import GlobalLoader
     from evaluation.finetune import fitting_batch
     from utils.config.load import section_options

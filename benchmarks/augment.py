@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.common import Side, measure, ratio
 from benchmarks.step import show
-from data.augment.ops import choose_backend, photometric
-from data.augment.parameters import draw_photometric, sample_keys
+from data.augment.base import sample_keys
+from data.augment.pipeline import choose_backend, draw_photometric, photometric
 from data.augment.recipes import build_recipe
 
 BACKENDS = ("torch", "fused")

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import Side, measure, ratio, repeated
 from benchmarks.loss import published_loss
+from benchmarks.reference import reference_transform
 from benchmarks.step import average_in_a_loop, show
-from data.augment.recipes import Recipe, build_recipe
-from data.augment.reference import reference_transform
+from data.augment.base import Recipe
+from data.augment.recipes import build_recipe
 from data.decode import FORMATS
 from data.loader import Batch, GlobalLoader
 from data.sources import build_source

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.common import ratio
 from benchmarks.decode import add_arguments as add_data_arguments
 from benchmarks.decode import interleaved, load_photos, print_rates, rate
-from data.augment.ops import choose_backend, photometric
-from data.augment.parameters import draw_photometric, sample_keys
+from benchmarks.reference import reference_transform
+from data.augment.base import sample_keys
+from data.augment.pipeline import choose_backend, draw_photometric, photometric
 from data.augment.recipes import build_recipe
-from data.augment.reference import reference_transform
 from data.decode import FORMATS, decode_rgb
 from data.sampler import Request
 from data.sources.base import Source

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment.ops import send
-from data.augment.parameters import draw_crop, sample_keys
-from data.augment.recipes import RandomResizedCrop, Recipe, needs_pil, spatial_ops
+from data.augment.base import Recipe, needs_pil, sample_keys, send, spatial_ops
+from data.augment.crops import RandomResizedCrop
 from data.augment.resample import crop_resize
 from data.decode import MAX_PIXELS, decode_rgb, fast_jpeg, refuse_costly
 from data.sampler import Request
@@ -172,7 +171,7 @@ def crops(images: Sequence[Tensor], item: Encoded, recipe: Recipe, seed: int) ->
         op = spatial_ops(view)[0]
         assert isinstance(op, RandomResizedCrop)
         keys = sample_keys(seed, item["epoch"], item["wanted"].numpy(), number, item["copies"].numpy())
-        views.append(_crop_ragged(images, draw_crop(op, keys, heights, widths), op))
+        views.append(_crop_ragged(images, op.draw(keys, heights, widths), op))
     return views
 
 

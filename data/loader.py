@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import utils.distributed as distributed
-from data.augment.ops import choose_backend, photometric, spatial
-from data.augment.parameters import draw_photometric, sample_keys
-from data.augment.recipes import Recipe, build_recipe, check_view, is_random, needs_pil
+from data.augment.base import Recipe, is_random, needs_pil, sample_keys
+from data.augment.crops import crop_batch, draw_boxes
+from data.augment.pipeline import choose_backend, draw_photometric, photometric
+from data.augment.recipes import build_recipe, check_view
 from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.sources.base import Source
-from data.worker import BadImages, BadImagesError, Fetched, Fetcher, draw_boxes
+from data.worker import BadImages, BadImagesError, Fetched, Fetcher
 
 logger = logging.getLogger("synco")
 
@@ -59,7 +60,7 @@ class GlobalLoader:
     `num_workers` processes, and so are arrays where the recipe works on single images (RandAugment). With
     `drop_last=False` an epoch's last batch is filled up from the epoch's start. `repeated_aug` puts so many
     differently augmented copies of an image into an epoch of unchanged length. `backend` says what augments
-    the views (`data.augment.ops.choose_backend`). With `decode` "device" the workers only read files
+    the views (`data.augment.pipeline.choose_backend`). With `decode` "device" the workers only read files
     (`data.device_decode`); images held as one array are not decoded.
     """
 
@@ -139,7 +140,7 @@ class GlobalLoader:
         views = []
         for number, view in enumerate(self.recipe):
             keys = sample_keys(self.seed, request.epoch, request.indices, number, request.copies)
-            crops = spatial(rows, view, draw_boxes(view, keys, shape))
+            crops = crop_batch(rows, view, draw_boxes(view, keys, shape))
             views.append(photometric(crops, view, draw_photometric(view, keys), self.backend))
         return self._batch(views, torch.from_numpy(request.indices))
 

@@ -6,24 +6,20 @@ from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment.ops import center_crop, resized_shape, spatial
-from data.augment.parameters import CropDraws, draw_crop, draw_shift, sample_keys
-from data.augment.randaugment import host_augment
-from data.augment.recipes import (
-    CenterCrop,
-    RandomCropPad,
+from data.augment.base import Recipe, host_ops, sample_keys, spatial_ops, view_size
+from data.augment.crops import (
+    CropDraws,
     RandomResizedCrop,
-    Recipe,
-    Resize,
-    View,
-    host_ops,
-    spatial_ops,
-    view_size,
+    crop_batch,
+    crop_one,
+    draw_boxes,
+    resize_one,
+    window,
 )
+from data.augment.pipeline import host_augment
 from data.decode import fast_jpeg
 from data.sampler import Request
 from data.sources.base import Source
@@ -31,7 +27,6 @@ from utils.randomness import hashed
 
 logger = logging.getLogger("synco")
 
-Box: TypeAlias = tuple[int, ...] | np.ndarray  # top, left, height, width
 Cropper: TypeAlias = Callable[[Tensor, int, Tensor], object]  # image (3,H,W), its place, view (3,S,S)
 
 _ATTEMPTS = 20  # replacements for one image before giving up
@@ -51,20 +46,6 @@ class Fetched(TypedDict):
     copies: Tensor  # (N,) which repetition of its sample each is
     indices: Tensor  # (N,) indices that were loaded: differs where a bad image was replaced
     failures: list[tuple[str, str]]  # (name, reason) of the images that could not be read
-
-
-def draw_boxes(view: View, keys: np.ndarray, shape: tuple[int, int] | torch.Size) -> np.ndarray | None:
-    """Draw the crops (N,4) of `view` for images of one (height, width); None if the crop is not random."""
-    height, width = shape
-    for op in spatial_ops(view):
-        match op:
-            case Resize():
-                height, width = resized_shape(height, width, op)
-            case RandomResizedCrop():
-                return draw_crop(op, keys, np.full(len(keys), height), np.full(len(keys), width))
-            case RandomCropPad():
-                return draw_shift(op, keys, height, width)
-    return None
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, count: int) -> int:
@@ -101,7 +82,7 @@ class Fetcher(Dataset[Fetched]):
 
     def _rows(self, request: Request, images: Tensor) -> list[Tensor]:
         rows = images[torch.from_numpy(request.indices)]
-        return [spatial(rows, view, None) for view in self.recipe]
+        return [crop_batch(rows, view, None) for view in self.recipe]
 
     def _samples(self, request: Request, failures: list[tuple[str, str]]) -> tuple[list[Tensor], list[int]]:
         """Return the views (N,3,S,S), channels last as they are decoded, and the indices that were loaded."""
@@ -171,9 +152,9 @@ def _resizing_cropper(op: RandomResizedCrop, draws: CropDraws) -> Cropper:
     def crop(image: Tensor, place: int, out: Tensor) -> None:
         box = draws.box(place, image.shape[1], image.shape[2])
         if image.stride(0) == out.stride(0) == 1:  # channels last, as decoded
-            resize(_window(image, box)[None], size, False, None, None, out=out[None])
+            resize(window(image, box)[None], size, False, None, None, out=out[None])
         else:
-            out.copy_(resize_one(_window(image, box), (op.size, op.size), op.interpolation))
+            out.copy_(resize_one(window(image, box), (op.size, op.size), op.interpolation))
 
     return crop
 
@@ -183,36 +164,6 @@ _RESIZE = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
-
-
-def _window(image: Tensor, box: Box) -> Tensor:
-    top, left, height, width = (int(value) for value in box)
-    return image[:, top : top + height, left : left + width]
-
-
-def crop_one(image: Tensor, view: View, box: Box | None) -> Tensor:
-    """Run the crop and resize operations of `view` on one uint8 image (3,H,W) -> (3,S,S)."""
-    for op in spatial_ops(view):
-        match op:
-            case RandomResizedCrop():
-                assert box is not None
-                image = resize_one(_window(image, box), (op.size, op.size), op.interpolation)
-            case Resize():
-                size = resized_shape(image.shape[1], image.shape[2], op)
-                image = resize_one(image, size, op.interpolation)
-            case CenterCrop():
-                image = center_crop(image, op.size)
-            case RandomCropPad():
-                assert box is not None
-                image = _window(F.pad(image, [op.padding] * 4), box)
-    return image
-
-
-def resize_one(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize uint8 (3,H,W) with antialiasing, the kernel of torchvision, to (3,*size)."""
-    if image.shape[1:] == size:
-        return image
-    return F.interpolate(image[None], size=size, mode=interpolation, antialias=True)[0]
 
 
 class BadImages:

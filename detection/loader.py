@@ -14,14 +14,14 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from data import loader as batches
-from data.augment.parameters import sample_keys
+from data.augment.base import sample_keys
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.worker import BadImages, BadImagesError, replacement
 from detection.annotations import DetectionData, Objects
 from utils import distributed
 from utils.randomness import uniform
 
-_FLIP, _SIZE = 1, 2  # streams of draws, see data.augment.parameters
+_FLIP, _SIZE = 1, 2  # streams of draws, see utils.randomness
 _FINER = 3  # odd, so that a pixel's centre is one of the finer pixels' centre
 _ATTEMPTS = 20  # replacements for one image before giving up
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from models.weights.export import to_huggingface
 from utils.checkpoints.atomic import sync_folder, write_file, write_text
 

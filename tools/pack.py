@@ -241,8 +241,7 @@ class Encoder:
     def _encode(self, index: int) -> tuple[bytes, int, int, str]:
         from PIL import Image
 
-        from data.augment.ops import resized_shape
-        from data.augment.recipes import Resize
+        from data.augment.crops import Resize
         from data.decode import decode_rgb
 
         data = self.source.encoded(index)
@@ -253,7 +252,7 @@ class Encoder:
         height, width = pixels.shape[:2]
         side = self.settings["short_side"]
         if side and min(height, width) > side:
-            height, width = resized_shape(height, width, Resize(side))
+            height, width = Resize(side).shape(height, width)
             smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
             pixels = np.asarray(smaller)
             if not self.settings["raw"]:

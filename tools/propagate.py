@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augment.ops import normalise_
+from data.augment.crops import resize_one
+from data.augment.pipeline import normalise_
 from data.decode import decode_rgb, open_image
-from data.worker import resize_one
 from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.frozen import Frozen, open_frozen

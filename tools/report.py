@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
-from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from data.loader import evaluation_batches
 from data.sources import open_split
 from data.sources.base import Source

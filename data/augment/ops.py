@@ -1,167 +1,176 @@
-"""Batched augmentation on any device: the drawn parameters are applied to a whole batch at once.
+"""The operations on a batch, one class each: parameters, draw and application stand together.
 
-Everything random was drawn before (`parameters.py`); these functions are deterministic. Samples that an
-operation does not touch are not computed: the host knows their indices, so this costs no synchronisation.
+Draws are keyed by the sample (`utils.randomness`); application is deterministic and runs on any device. An
+operation may have fused kernels as well: `data.augment.fused.opcodes`.
 """
 
-import functools
-import importlib.util
-import logging
+import math
+from dataclasses import dataclass
+from itertools import permutations
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment.parameters import JITTER_OPS, Draws
-from data.augment.recipes import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CenterCrop,
-    ColorJitter,
-    GaussianBlur,
-    Grayscale,
-    HorizontalFlip,
-    PhotometricOp,
-    RandomCropPad,
-    RandomErasing,
-    RandomResizedCrop,
-    Resize,
-    Solarize,
-    View,
-    device_ops,
-    spatial_ops,
-)
-from data.augment.resample import chunk_length, crop_resize, gaussian_blur
-from utils.randomness import keyed_normal
-
-logger = logging.getLogger("synco")
+from data.augment.base import BatchOp, Draws, HostOp, send
+from data.augment.resample import constant, gaussian_blur
+from utils.randomness import keyed_normal, stream_keys, uniform, uniform_between
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
+JITTER_OPS = ("brightness", "contrast", "saturation", "hue")  # numbers in `order` count along this
+_HUE = JITTER_OPS.index("hue")
+_ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)
+_ATTEMPTS = 10  # of RandomErasing, as in timm
 
 
-def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto") -> Tensor:
-    """Apply the batched operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
+@dataclass(frozen=True)
+class HorizontalFlip(BatchOp, HostOp):
+    """Mirror left-right with probability `p`."""
 
-    What a view does on the host (`host_ops`) was done where the image was read. `draws` come from
-    `draw_photometric`; values stay in [0,1] between operations. `backend` is that of `choose_backend`: both
-    agree to 1e-4 but where a level meets the threshold of Solarize.
+    name: ClassVar[str] = "flip"
+    streams: ClassVar[tuple[int, ...]] = (1,)
+    p: float = 0.5
+
+    def draw(self, keys: np.ndarray, size: int) -> Draws:
+        """Draw flip (N,)."""
+        return {"flip": uniform(keys, 1) < self.p}
+
+    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+        """Mirror."""
+        return x.flip(-1)
+
+    def on_host(self, crop: Tensor, key: np.ndarray, interpolation: str) -> Tensor:
+        """Mirror one crop if drawn: the draw is that of the batch."""
+        return crop.flip(-1) if self.draw(key, crop.shape[-1])["flip"][0] else crop
+
+
+@dataclass(frozen=True)
+class ColorJitter(BatchOp):
+    """Change brightness, contrast, saturation and hue in random order, all of them with probability `p`."""
+
+    name: ClassVar[str] = "jitter"
+    streams: ClassVar[tuple[int, ...]] = (2, 3, 10, 11, 12, 13)
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    p: float
+
+    def draw(self, keys: np.ndarray, size: int) -> Draws:
+        """Draw jitter (N,), order (N,4) into `JITTER_OPS`, three factors (N,) and hue (N,) in turns."""
+        draws = {"jitter": uniform(keys, 2) < self.p}
+        draws["order"] = _ORDERS[np.floor(uniform(keys, 3) * len(_ORDERS)).astype(np.int64)]
+        strengths = (self.brightness, self.contrast, self.saturation)
+        for name, stream, strength in zip(JITTER_OPS, (10, 11, 12), strengths, strict=False):
+            draws[name] = uniform_between(keys, stream, max(0.0, 1.0 - strength), 1.0 + strength)
+        draws["hue"] = uniform_between(keys, 13, -self.hue, self.hue)
+        return draws
+
+    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+        """Apply the four to every sample in its own order."""
+        return color_jitter(x, {name: draws[name] for name in ("order", *JITTER_OPS)})
+
+
+@dataclass(frozen=True)
+class Grayscale(BatchOp):
+    """Replace all channels by the luma with probability `p`."""
+
+    name: ClassVar[str] = "gray"
+    streams: ClassVar[tuple[int, ...]] = (4,)
+    p: float = 0.2
+
+    def draw(self, keys: np.ndarray, size: int) -> Draws:
+        """Draw gray (N,)."""
+        return {"gray": uniform(keys, 4) < self.p}
+
+    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+        """Replace."""
+        return luma(x).expand_as(x)
+
+
+@dataclass(frozen=True)
+class GaussianBlur(BatchOp):
+    """Blur with a Gaussian of standard deviation U(`sigma`) pixels, with probability `p`."""
+
+    name: ClassVar[str] = "blur"
+    streams: ClassVar[tuple[int, ...]] = (5, 6)
+    sigma: tuple[float, float] = (0.1, 2.0)
+    p: float = 0.5
+
+    def draw(self, keys: np.ndarray, size: int) -> Draws:
+        """Draw blur (N,) and sigma (N,) in pixels."""
+        return {"blur": uniform(keys, 5) < self.p, "sigma": uniform_between(keys, 6, *self.sigma)}
+
+    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+        """Blur."""
+        return gaussian_blur(x, send(draws["sigma"], x.device), self.sigma[1])
+
+
+@dataclass(frozen=True)
+class Solarize(BatchOp):
+    """Invert the levels from `threshold` (0 to 255) on, with probability `p`."""
+
+    name: ClassVar[str] = "solarize"
+    streams: ClassVar[tuple[int, ...]] = (7,)
+    threshold: int = 128
+    p: float = 0.2
+
+    def draw(self, keys: np.ndarray, size: int) -> Draws:
+        """Draw solarize (N,)."""
+        return {"solarize": uniform(keys, 7) < self.p}
+
+    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+        """Invert; lerp with weights 0 and 1 is faster on a CPU than a choice by a mask."""
+        return x.lerp(1.0 - x, (x >= self.threshold / 255).to(x.dtype))
+
+
+@dataclass(frozen=True)
+class RandomErasing(BatchOp):
+    """Replace a random rectangle of the normalised image by normal noise, with probability `p`.
+
+    Zhong et al. 2020, "Random erasing data augmentation", in timm's mode "pixel": area U(0.02, 1/3) of the
+    image, aspect ratio log-uniform in [0.3, 1/0.3], one rectangle.
     """
-    ops = device_ops(view)
-    work = tuple(op for op in ops if not isinstance(op, RandomErasing))
-    fused = bool(work) and choose_backend(backend, images.device) == "fused"
-    x = (_fused if fused else _in_chunks)(images, work, draws)
-    return erase_(x, draws) if len(work) < len(ops) else x
 
+    name: ClassVar[str] = "erase"
+    # Each attempt has its own area and ratio: 400 to 409 and 500 to 509. 701 seeds the noise.
+    streams: ClassVar[tuple[int, ...]] = (8, 400, 500, 600, 601, 701)
+    after_normalisation: ClassVar[bool] = True
+    p: float = 0.25
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """Return "fused" (compiled by numba for a CPU, by Triton for a GPU) or "torch".
+    def draw(self, keys: np.ndarray, size: int) -> Draws:
+        """Draw erase (N,), erase_box (N,4) of (top, left, height, width), and erase_key (N,).
 
-    "auto" is "fused" on a CPU that has numba, else "torch": the kernels for a GPU have been interpreted and
-    compiled, but not yet run on one. A ValueError where "fused" is asked for and cannot run.
-    """
-    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
-        return "torch"
-    package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
-    if package is None:
-        raise ValueError(f"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on {device}: use 'torch'")
-    if _has(package):
-        return "fused"
-    if backend == "fused":
-        raise ValueError(
-            f"AUG.BACKEND 'fused' needs {package}: pip install {package}, or use 'auto' or 'torch'"
-        )
-    return "torch"
+        A box is smaller than the image both ways; ten attempts, then the sample is not erased.
+        """
+        attempts, column = np.arange(_ATTEMPTS), keys[:, None]
+        area = size * size * uniform_between(column, 400 + attempts, 0.02, 1 / 3)
+        edge = math.log(0.3)
+        ratio = np.exp(uniform_between(column, 500 + attempts, edge, -edge))
+        h = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        w = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (h < size) & (w < size)
+        first = fits.argmax(axis=1)[:, None]
+        h, w = np.take_along_axis(h, first, 1)[:, 0], np.take_along_axis(w, first, 1)[:, 0]
+        top = np.floor(uniform(keys, 600) * (size - h + 1)).astype(np.int64)
+        left = np.floor(uniform(keys, 601) * (size - w + 1)).astype(np.int64)
+        return {
+            "erase": (uniform(keys, 8) < self.p) & fits.any(axis=1),
+            "erase_box": np.stack([top, left, h, w], axis=1),
+            "erase_key": stream_keys(keys, 701),
+        }
 
-
-@functools.cache
-def _has(package: str) -> bool:
-    found = importlib.util.find_spec(package) is not None
-    if not found:
-        logger.info("%s is not installed: the augmentation is several times slower without it", package)
-    return found
-
-
-def _fused(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
-    if images.device.type == "cpu":
-        from data.augment.fused.cpu import fused_photometric
-
-        return fused_photometric(images, ops, draws)
-    from data.augment.fused.gpu import can_run
-    from data.augment.fused.gpu import fused_photometric as fused_on_gpu
-
-    return (fused_on_gpu if can_run(ops) else _in_chunks)(images, ops, draws)
-
-
-def _in_chunks(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
-    length = chunk_length(images.device, *images.shape[1:])
-    if len(images) <= length:
-        return _photometric(images, ops, draws)
-    parts = [slice(start, start + length) for start in range(0, len(images), length)]
-    return torch.cat([_photometric(images[p], ops, {k: v[p] for k, v in draws.items()}) for p in parts])
-
-
-def _photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
-    x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
-    for op in ops:
-        _apply(op, x, draws)
-    return normalise_(x)
-
-
-def erase_(x: Tensor, draws: Draws) -> Tensor:
-    """Put normal noise into the drawn rectangles of normalised images `x` (N,3,S,S), in place."""
-    chosen = np.flatnonzero(draws["erase"])
-    if not len(chosen):
-        return x
-    index = send(chosen, x.device)
-    top, left, height, width = send(draws["erase_box"][chosen], x.device)[:, :, None].unbind(1)
-    row, col = (torch.arange(side, device=x.device) for side in x.shape[-2:])
-    rows, cols = ((row >= top) & (row < top + height), (col >= left) & (col < left + width))
-    noise = keyed_normal(send(draws["erase_key"][chosen].view(np.int64), x.device), tuple(x.shape[1:]))
-    inside = (rows[:, :, None] & cols[:, None, :])[:, None]
-    return x.index_copy_(0, index, torch.where(inside, noise, x.index_select(0, index)))
-
-
-def normalise_(x: Tensor) -> Tensor:
-    """Subtract ImageNet's mean and divide by its standard deviation, in place; `x` (N,3,H,W) in [0,1]."""
-    return x.sub_(_constant(IMAGENET_MEAN, x.device)).div_(_constant(IMAGENET_STD, x.device))
-
-
-def _apply(op: PhotometricOp, x: Tensor, draws: Draws) -> None:
-    """Apply one operation in place to the samples of `x` (N,3,S,S) that drew it."""
-    name = _MASKS[type(op)]
-    chosen = np.flatnonzero(draws[name])
-    if not len(chosen):
-        return
-    index = send(chosen, x.device)
-    part = x if len(chosen) == len(x) else x.index_select(0, index)
-    match op:
-        case HorizontalFlip():
-            part = part.flip(-1)
-        case ColorJitter():
-            part = color_jitter(part, {name: draws[name][chosen] for name in ("order", *JITTER_OPS)})
-        case Grayscale():
-            part = luma(part).expand_as(part)
-        case GaussianBlur():
-            part = gaussian_blur(part, send(draws["sigma"][chosen], x.device), op.sigma[1])
-        case Solarize():
-            part = part.lerp(1.0 - part, (part >= op.threshold / 255).to(part.dtype))
-    x[index] = part
-
-
-_MASKS: dict[type, str] = {
-    HorizontalFlip: "flip",
-    ColorJitter: "jitter",
-    Grayscale: "gray",
-    GaussianBlur: "blur",
-    Solarize: "solarize",
-}
-
-
-def send(values: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a host array to `device` without waiting for it; floats become float32."""
-    tensor = torch.from_numpy(values.astype(np.float32) if values.dtype.kind == "f" else values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    def apply(self, x: Tensor, draws: Draws) -> Tensor:
+        """Put the noise into the rectangles."""
+        top, left, height, width = send(draws["erase_box"], x.device)[:, :, None].unbind(1)
+        row, col = (torch.arange(side, device=x.device) for side in x.shape[-2:])
+        rows = (row >= top) & (row < top + height)
+        cols = (col >= left) & (col < left + width)
+        # The noise is made on the device: torch knows no uint64, so the keys go as int64.
+        keys = send(draws["erase_key"].view(np.int64), x.device)
+        noise = keyed_normal(keys, tuple(x.shape[1:]))
+        return torch.where((rows[:, :, None] & cols[:, None, :])[:, None], noise, x)
 
 
 def luma(x: Tensor) -> Tensor:
@@ -178,9 +187,8 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
     """
     hue_place = np.argmax(draws["order"] == _HUE, axis=1)
     ranking = np.argsort(-hue_place, kind="stable")
-    before = [
-        int((hue_place > slot).sum()) for slot in (2, 1, 0)
-    ]  # samples with 3, 2, 1 operations before hue
+    # how many samples have 3, 2, 1 operations before hue
+    before = [int((hue_place > slot).sum()) for slot in (2, 1, 0)]
     factors = send(_slot_factors({name: values[ranking] for name, values in draws.items()}), x.device)
     index = send(ranking, x.device)
     y = x.index_select(0, index)
@@ -191,9 +199,6 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
     for slot, count in enumerate(before, start=3):
         _affine_(y[count:], factors[slot, :, count:])
     return torch.empty_like(y).index_copy_(0, index, y)
-
-
-_HUE = JITTER_OPS.index("hue")
 
 
 def _slot_factors(draws: Draws) -> np.ndarray:
@@ -237,64 +242,6 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = (green - blue).mul_(inverse)
     if_green.lerp_(if_blue, (value - green).sign_())  # weight 0 where green is the largest, else 1
     hue.lerp_(if_green, (value - red).sign_()).add_(6.0 * shift[:, None, None])
-    turned = hue[:, None] + _constant((3.0, 1.0, -1.0), x.device)
+    turned = hue[:, None] + constant((3.0, 1.0, -1.0), x.device)
     turned.sub_((turned * (1 / 6)).round_(), alpha=6.0).abs_().neg_().add_(2.0).clamp_(0.0, 1.0)
     return torch.sub(value[:, None], turned.mul_(chroma[:, None]), out=turned)
-
-
-@functools.lru_cache
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return per-channel constants (C,1,1) on `device`; cached, because a copy would wait for the device."""
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def spatial(images: Tensor, view: View, boxes: np.ndarray | None) -> Tensor:
-    """Run the crop and resize operations of `view` on equally large images: uint8 (N,3,H,W) -> (N,3,S,S).
-
-    `boxes` (N,4) are the drawn windows of a random crop, None where there is none.
-    """
-    for op in spatial_ops(view):
-        match op:
-            case RandomResizedCrop():
-                assert boxes is not None
-                images = crop_resize(images, boxes, op.size, op.interpolation)
-            case Resize():
-                images = _resize(images, op)
-            case CenterCrop():
-                images = center_crop(images, op.size)
-            case RandomCropPad():
-                assert boxes is not None
-                images = shift_crop(images, boxes, op)
-    return images
-
-
-def _resize(images: Tensor, op: Resize) -> Tensor:
-    height, width = images.shape[-2:]
-    size = resized_shape(height, width, op)
-    if size == (height, width):
-        return images
-    whole = np.tile(np.array([[0, 0, height, width]]), (len(images), 1))
-    return crop_resize(images, whole, size, op.interpolation)
-
-
-def shift_crop(images: Tensor, boxes: np.ndarray, op: RandomCropPad) -> Tensor:
-    """Cut the windows `boxes` (N,4) out of uint8 images (N,3,H,W) with black around them: (N,3,S,S)."""
-    padded = F.pad(images, [op.padding] * 4)
-    corner = send(np.ascontiguousarray(boxes[:, :2]), images.device)
-    side = torch.arange(op.size, device=images.device)
-    row, col = (corner[:, :1] + side)[:, None, :, None], (corner[:, 1:] + side)[:, None, None, :]
-    sample, channel = (torch.arange(n, device=images.device) for n in padded.shape[:2])
-    return padded[sample[:, None, None, None], channel[None, :, None, None], row, col]
-
-
-def resized_shape(height: int, width: int, op: Resize) -> tuple[int, int]:
-    """Return the (height, width) that `op` gives an image, rounded down as in torchvision."""
-    if height <= width:
-        return op.size, int(op.size * width / height)
-    return int(op.size * height / width), op.size
-
-
-def center_crop(images: Tensor, size: int) -> Tensor:
-    """Cut the central `size` x `size` window of (..., H, W), rounded as in torchvision."""
-    top, left = (round((length - size) / 2.0) for length in images.shape[-2:])
-    return images[..., top : top + size, left : left + size]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.augment.recipes import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from data.loader import GlobalLoader
 from data.sources.base import Source
 

@@ -3,48 +3,56 @@
 import contextlib
 import functools
 import random
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from data.augment.parameters import RAND_AUGMENT, draw_photometric
-from data.augment.recipes import (
-    IMAGENET_MEAN,
-    HorizontalFlip,
-    RandAugment,
-    RandomResizedCrop,
-    Resize,
-    View,
-    host_ops,
-    spatial_ops,
-    view_size,
-)
+from data.augment.base import IMAGENET_MEAN, HostOp
 from utils.randomness import stream_keys
 
+RAND_AUGMENT = 700  # the stream that seeds timm's generators
 
-def host_augment(crop: Tensor, view: View, key: np.ndarray) -> Tensor:
-    """Run the operations of `view` up to RandAugment on a uint8 crop (3,S,S); `key` (1,) is the sample's."""
-    for op in host_ops(view):
-        if isinstance(op, HorizontalFlip) and draw_photometric((op,), key)["flip"][0]:
-            crop = crop.flip(-1)
-        elif isinstance(op, RandAugment):
-            augment = rand_augmenter(op.config, view_size(view), view_interpolation(view))
-            image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
-            with seeded_globals(int(stream_keys(key, RAND_AUGMENT)[0])):
-                image = augment(image)
-            crop = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return crop
+_RAND_SECTION = re.compile(
+    r"m\d+|n[1-9]\d*|p(0(\.\d+)?|1(\.0*)?)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)"
+)
+
+
+@dataclass(frozen=True)
+class RandAugment(HostOp):
+    """Run timm's RandAugment on the uint8 crop; `config` is timm's text, "rand-m9-mstd0.5-inc1"."""
+
+    streams: ClassVar[tuple[int, ...]] = (RAND_AUGMENT,)
+    config: str
+
+    def __post_init__(self) -> None:
+        """Refuse what timm would drop or fail on without a hint."""
+        first, *sections = self.config.split("-")
+        wrong = [section for section in sections if not _RAND_SECTION.fullmatch(section)]
+        if first != "rand" or wrong:
+            raise ValueError(
+                f"RandAugment {self.config!r}: {(wrong or [first])[0]!r} is not understood; use timm's "
+                "form, rand-m9-mstd0.5-inc1 (m magnitude, n operations, p probability, mstd, mmax, inc)"
+            )
+
+    def on_host(self, crop: Tensor, key: np.ndarray, interpolation: str) -> Tensor:
+        """Run timm's transform with global generators that the sample's key seeds."""
+        augment = rand_augmenter(self.config, crop.shape[-1], interpolation)
+        image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+        with seeded_globals(int(stream_keys(key, RAND_AUGMENT)[0])):
+            image = augment(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @functools.lru_cache
 def rand_augmenter(config: str, size: int, interpolation: str) -> Callable[[Image.Image], Image.Image]:
     """Build timm's transform with the settings of its `create_transform`: shifts and grey by the image."""
-    from timm.data.auto_augment import rand_augment_transform
-
     hparams = {
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
@@ -58,18 +66,12 @@ def rand_augmenter(config: str, size: int, interpolation: str) -> Callable[[Imag
 
 
 def _posterize(
-    original: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any
+    original: Callable[..., Image.Image], image: Image.Image, bits: int, **options: object
 ) -> Image.Image:
     """Return black where timm asks for 0 bits, as Pillow did before 12: it now raises an error."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return original(image, bits, **options)
-
-
-def view_interpolation(view: View) -> str:
-    """Return how the view's crop is resized, which is also how RandAugment turns and shears."""
-    resizing = [op for op in spatial_ops(view) if isinstance(op, RandomResizedCrop | Resize)]
-    return resizing[0].interpolation if resizing else "bicubic"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Crop and resize of a whole batch as two batched matrix products, blur as two grouped convolutions."""
 
+import functools
 import math
 
 import numpy as np
@@ -80,3 +81,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     x = F.pad(images.flatten(0, 1)[None], [reach] * 4, mode="replicate")
     x = F.conv2d(x, kernels[:, None, None, :], groups=len(kernels))
     return F.conv2d(x, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
+
+
+@functools.lru_cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return per-channel constants (C,1,1) on `device`; cached, because a copy would wait for the device."""
+    return torch.tensor(values, device=device)[:, None, None]

@@ -10,24 +10,21 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from data.augment.ops import adjust_hue, color_jitter, normalise_, photometric, spatial
-from data.augment.parameters import JITTER_OPS, Draws, draw_crop, draw_photometric, sample_keys
-from data.augment.recipes import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CenterCrop,
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Draws, View, sample_keys
+from data.augment.crops import CenterCrop, RandomResizedCrop, Resize, crop_batch, crop_one
+from data.augment.ops import (
+    JITTER_OPS,
     ColorJitter,
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
-    RandomResizedCrop,
-    Resize,
     Solarize,
-    View,
-    build_recipe,
+    adjust_hue,
+    color_jitter,
 )
+from data.augment.pipeline import draw_photometric, normalise_, photometric
+from data.augment.recipes import build_recipe
 from data.augment.resample import crop_resize, gaussian_blur
-from data.worker import crop_one
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -74,7 +71,7 @@ def test_batched_crop_is_within_a_level_of_the_worker_crop_and_of_pil(
     photos: np.ndarray, interpolation: str, size: int
 ) -> None:
     view = (RandomResizedCrop(size, (0.05, 1.0), interpolation=interpolation),)
-    boxes = draw_crop(view[0], sample_keys(0, 0, np.arange(6), 0), np.full(6, 96), np.full(6, 128))
+    boxes = view[0].draw(sample_keys(0, 0, np.arange(6), 0), np.full(6, 96), np.full(6, 128))
     batched = crop_resize(to_tensor(photos), boxes, size, interpolation).to(torch.int16)
     for i, image in enumerate(photos):
         worker = crop_one(to_tensor(photos[[i]])[0], view, boxes[i]).to(torch.int16)
@@ -108,7 +105,7 @@ def test_evaluation_resize_is_within_a_level_of_torchvision(
     image = np.ascontiguousarray(photos[0][: shape[0], : shape[1]])
     expected = np.asarray(tv.center_crop(tv.resize(Image.fromarray(image), 40), [32, 32])).astype(np.int16)
     for ours in (
-        spatial(to_tensor(image[None]), view, None)[0],
+        crop_batch(to_tensor(image[None]), view, None)[0],
         crop_one(to_tensor(image[None])[0], view, None),
     ):
         difference = np.abs(ours.permute(1, 2, 0).numpy() - expected)
@@ -124,10 +121,10 @@ def test_small_evaluation_view_of_a_square_is_a_straight_resize(photos: np.ndarr
     square = np.ascontiguousarray(photos[:1, :side, :side])
     resized = Image.fromarray(square[0]).resize((32, 32), Image.Resampling.BILINEAR)
     expected = np.asarray(resized).astype(np.int16)
-    ours = spatial(to_tensor(square), view, None)[0].permute(1, 2, 0).numpy()
+    ours = crop_batch(to_tensor(square), view, None)[0].permute(1, 2, 0).numpy()
     assert np.abs(ours - expected).max() <= 1
     same = to_tensor(photos[:, :32, :32].copy())
-    assert torch.equal(spatial(same, view, None), same)
+    assert torch.equal(crop_batch(same, view, None), same)
 
 
 def test_jitter_in_every_order_equals_torchvision(photos: np.ndarray) -> None:
@@ -222,7 +219,7 @@ def check_chain(images: list[Image.Image], name: str, size: int, backend: str) -
     for number, view in enumerate(build_recipe(name, size)):
         keys = sample_keys(5, 1, np.arange(len(images)), number)
         widths, heights = (np.array([image.size[axis] for image in images]) for axis in (0, 1))
-        boxes, draws = draw_crop(view[0], keys, heights, widths), draw_photometric(view, keys)
+        boxes, draws = view[0].draw(keys, heights, widths), draw_photometric(view, keys)
         arrays = [to_tensor(np.array(image)[None])[0] for image in images]
         crops = torch.stack([crop_one(image, view, box) for image, box in zip(arrays, boxes, strict=True)])
         ours += list(to_levels(photometric(crops, view, draws, backend)).permute(0, 2, 3, 1).numpy())

@@ -10,7 +10,10 @@ from photos import draw_photo
 from PIL import Image
 
 import data.device_decode
-from data.augment.recipes import IMAGENET_STD, RandAugment, RandomResizedCrop, Recipe, build_recipe
+from data.augment.base import IMAGENET_STD, Recipe
+from data.augment.crops import RandomResizedCrop
+from data.augment.randaugment import RandAugment
+from data.augment.recipes import build_recipe
 from data.device_decode import check_decodable, is_plain_jpeg
 from data.loader import Batch, GlobalLoader
 from data.sources.base import subset

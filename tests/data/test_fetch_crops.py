@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.augment.parameters import CropDraws, draw_crop, sample_keys
-from data.augment.randaugment import host_augment
-from data.augment.recipes import RandomResizedCrop, Recipe, build_recipe, finetune_recipe
+from data.augment.base import Recipe, sample_keys
+from data.augment.crops import CropDraws, RandomResizedCrop, crop_one
+from data.augment.finetune import finetune_recipe
+from data.augment.pipeline import host_augment
+from data.augment.recipes import build_recipe
 from data.sampler import Request
 from data.sources.base import Source
-from data.worker import Fetcher, crop_one
+from data.worker import Fetcher
 
 SIZES = [(40, 60), (96, 128), (33, 33), (32, 32), (90, 20), (64, 64), (5, 7)]
 
@@ -57,7 +59,7 @@ def test_a_request_gives_the_crops_of_its_samples(photos: np.ndarray, name: str,
             image, key = source.loaded[index], sample_keys(9, 2, chosen[[place]], number, copies[[place]])
             if isinstance(view[0], RandomResizedCrop):
                 height, width = image.shape[-2:]
-                box = draw_crop(view[0], key, np.array([height]), np.array([width]))[0]
+                box = view[0].draw(key, np.array([height]), np.array([width]))[0]
                 expected = host_augment(crop_one(image, view, box), view, key)
                 assert torch.equal(views[place], expected)
             one = Fetcher(source, recipe, seed=9)[Request(0, 2, chosen[[place]], copies[[place]])]

@@ -11,35 +11,16 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from data.augment.ops import photometric, spatial
-from data.augment.parameters import (
-    RAND_AUGMENT,
-    draw_erasing,
-    draw_photometric,
-    draw_shift,
-    sample_keys,
-)
-from data.augment.randaugment import host_augment, rand_augmenter, seeded_globals
-from data.augment.recipes import (
-    ColorJitter,
-    HorizontalFlip,
-    RandAugment,
-    RandomCropPad,
-    RandomErasing,
-    RandomResizedCrop,
-    Resize,
-    build_recipe,
-    check_view,
-    device_ops,
-    finetune_recipe,
-    host_ops,
-    is_random,
-    needs_pil,
-)
-from data.augment.reference import reference_transform
+from benchmarks.reference import reference_transform
+from data.augment.base import device_ops, host_ops, is_random, needs_pil, sample_keys
+from data.augment.crops import RandomCropPad, RandomResizedCrop, Resize, crop_batch, crop_one, draw_boxes
+from data.augment.finetune import finetune_recipe
+from data.augment.ops import ColorJitter, HorizontalFlip, RandomErasing
+from data.augment.pipeline import draw_photometric, host_augment, photometric
+from data.augment.randaugment import RAND_AUGMENT, RandAugment, rand_augmenter, seeded_globals
+from data.augment.recipes import build_recipe, check_view
 from data.loader import GlobalLoader
 from data.sources import ArraySource, build_source
-from data.worker import crop_one, draw_boxes
 from utils.randomness import keyed_normal, splitmix, splitmix_tensor, stream_keys
 
 CPU = torch.device("cpu")
@@ -115,14 +96,24 @@ CROP, FLIP, RA, ERASE = RandomResizedCrop(16), HorizontalFlip(), RandAugment(RAN
         ((CROP, ERASE, FLIP), "RandomErasing must come last"),
         ((CROP, RA, RA), "only once"),
         ((Resize(8), CROP), "must start with"),
-        ((CROP, RandAugment("m9")), "'m9' is not understood; use timm's form"),
-        ((CROP, RandAugment("rand-m9-mstd-inc1")), "'mstd' is not understood"),
-        ((CROP, RandAugment("rand-m9-x3")), "'x3' is not understood"),
     ],
 )
 def test_views_that_cannot_run_are_refused(view: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_view(view)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("m9", "'m9' is not understood; use timm's form"),
+        ("rand-m9-mstd-inc1", "'mstd' is not understood"),
+        ("rand-m9-x3", "'x3' is not understood"),
+    ],
+)
+def test_rand_augments_that_timm_would_not_understand_are_refused(config: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RandAugment(config)
 
 
 def test_jitter_beside_rand_augment_is_refused_as_it_would_do_nothing() -> None:
@@ -135,11 +126,11 @@ def test_jitter_beside_rand_augment_is_refused_as_it_would_do_nothing() -> None:
 
 def test_shifts_follow_torchvisions_law_and_are_applied_as_by_it(photos: np.ndarray) -> None:
     op = RandomCropPad(32, 4)
-    boxes = draw_shift(op, sample_keys(0, 0, np.arange(20_000), 0), 32, 36)
+    boxes = op.draw(sample_keys(0, 0, np.arange(20_000), 0), np.full(20_000, 32), np.full(20_000, 36))
     for column, last in ((0, 8), (1, 12)):
         assert stats.chisquare(np.bincount(boxes[:, column], minlength=last + 1)).pvalue > SAME_LAW
     images = torch.from_numpy(photos[:, :32, :36].copy()).permute(0, 3, 1, 2)
-    batched = spatial(images, (op,), boxes[:6])
+    batched = crop_batch(images, (op,), boxes[:6])
     for image, box, ours in zip(images, boxes[:6], batched, strict=True):
         expected = tv.crop(tv.pad(image, [4]), *(int(v) for v in box))
         assert torch.equal(ours, expected)
@@ -152,9 +143,9 @@ def test_other_sizes_are_resized_before_the_shift(photos: np.ndarray) -> None:
     boxes = draw_boxes(view, sample_keys(0, 0, np.arange(6), 0), images.shape[-2:])
     assert boxes is not None
     assert boxes[:, 1].max() <= int(16 * 128 / 96) + 8 - 16
-    assert spatial(images, view, boxes).shape == (6, 3, 16, 16)
+    assert crop_batch(images, view, boxes).shape == (6, 3, 16, 16)
     with pytest.raises(ValueError, match=r"4 x 4 pixels with 4 around it is smaller than the crop of 16"):
-        draw_shift(RandomCropPad(16), sample_keys(0, 0, np.arange(1), 0), 4, 4)
+        RandomCropPad(16).draw(sample_keys(0, 0, np.arange(1), 0), np.array([4]), np.array([4]))
 
 
 def test_resident_and_fetched_shifts_are_the_same() -> None:
@@ -184,7 +175,7 @@ def found_boxes(view: tuple, count: int, size: int) -> np.ndarray:
 def test_erased_boxes_follow_timms_law(p: float, size: int) -> None:
     count = 3000
     theirs = found_boxes((RandomResizedCrop(size), RandomErasing(p)), count, size)
-    draws = draw_erasing(RandomErasing(p), sample_keys(1, 2, np.arange(20_000), 0), size)
+    draws = RandomErasing(p).draw(sample_keys(1, 2, np.arange(20_000), 0), size)
     ours = draws["erase_box"][draws["erase"]]
     assert (ours[:, 2:] < size).all()  # never a whole row or column
     assert (ours[:, :2] >= 0).all()

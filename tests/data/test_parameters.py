@@ -6,8 +6,10 @@ import torch
 from scipy import stats
 from torchvision import transforms
 
-from data.augment.parameters import draw_crop, draw_photometric, sample_keys
-from data.augment.recipes import RandomResizedCrop, build_recipe
+from data.augment.base import sample_keys
+from data.augment.crops import RandomResizedCrop
+from data.augment.pipeline import draw_photometric
+from data.augment.recipes import build_recipe
 from utils.randomness import uniform
 
 KEYS = sample_keys(1, 2, np.arange(20_000), 0)
@@ -34,10 +36,10 @@ def test_one_sample_draws_what_a_batch_draws() -> None:
     view = build_recipe("byol", 32)[1]
     sizes = np.arange(100) + 30
     keys = sample_keys(7, 0, np.arange(100), 1)
-    boxes, draws = draw_crop(view[0], keys, sizes, sizes[::-1]), draw_photometric(view, keys)
+    boxes, draws = view[0].draw(keys, sizes, sizes[::-1]), draw_photometric(view, keys)
     for i in (0, 13, 99):
         key = sample_keys(7, 0, np.array([i]), 1)
-        np.testing.assert_array_equal(draw_crop(view[0], key, sizes[[i]], sizes[[99 - i]]), boxes[[i]])
+        np.testing.assert_array_equal(view[0].draw(key, sizes[[i]], sizes[[99 - i]]), boxes[[i]])
         for name, values in draw_photometric(view, key).items():
             np.testing.assert_array_equal(values, draws[name][[i]])
 
@@ -56,7 +58,7 @@ def test_one_sample_draws_what_a_batch_draws() -> None:
 def test_crop_boxes_follow_torchvisions_law(height: int, width: int, scale: tuple[float, float]) -> None:
     op = RandomResizedCrop(16, scale)
     count = 3000
-    ours = draw_crop(op, KEYS[:count], np.full(count, height), np.full(count, width))
+    ours = op.draw(KEYS[:count], np.full(count, height), np.full(count, width))
     torch.manual_seed(0)
     image = torch.zeros(3, height, width)
     theirs = np.array(
@@ -80,7 +82,7 @@ def test_crop_falls_back_to_torchvisions_central_crop(height: int, width: int) -
     op = RandomResizedCrop(16, (0.9, 1.0))
     expected = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), op.scale, op.ratio)
     np.testing.assert_array_equal(
-        draw_crop(op, KEYS[:50], np.full(50, height), np.full(50, width)), [expected] * 50
+        op.draw(KEYS[:50], np.full(50, height), np.full(50, width)), [expected] * 50
     )
 
 

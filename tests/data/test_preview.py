@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment.ops import normalise_
+from data.augment.finetune import finetune_recipe
+from data.augment.pipeline import normalise_
 from data.augment.preview import save_grid, save_preview
-from data.augment.recipes import build_recipe, finetune_recipe
+from data.augment.recipes import build_recipe
 from data.sources import build_source
 
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.augment.recipes import ColorJitter, RandomResizedCrop, Resize, build_recipe, finetune_recipe
+from data.augment.crops import RandomResizedCrop, Resize
+from data.augment.finetune import finetune_recipe
+from data.augment.ops import ColorJitter
+from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sampler import BatchPlan, RequestSampler, epoch_order
 from data.sources import ArraySource, Source, build_source

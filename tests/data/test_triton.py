@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from triton_cases import BLOCK, CASES, COUNT, HEIGHT, WIDTH, drawn, images
 
+from data.augment.base import IMAGENET_STD
 from data.augment.fused.opcodes import programs
-from data.augment.ops import photometric
-from data.augment.parameters import JITTER_OPS
-from data.augment.recipes import IMAGENET_STD, ColorJitter, GaussianBlur, Solarize
+from data.augment.ops import JITTER_OPS, ColorJitter, GaussianBlur, Solarize
+from data.augment.pipeline import photometric
 
 triton = pytest.importorskip("triton", reason="the GPU's kernels need Triton")
 
@@ -69,19 +69,21 @@ def test_numbers_of_the_operations_are_those_of_the_programs() -> None:
 
 
 def test_a_blur_before_a_contrast_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import data.augment.ops
-    from data.augment.fused.gpu import can_run, tables
+    import data.augment.pipeline
+    from data.augment.fused.gpu import tables
+    from data.augment.fused.opcodes import can_run
 
     jitter, blur = ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0), GaussianBlur(p=1.0)
-    assert can_run((jitter, blur))
-    assert can_run((blur, Solarize()))
-    assert not can_run((blur, Solarize(), jitter))
+    assert can_run((jitter, blur), "cuda")
+    assert can_run((blur, Solarize()), "cuda")
+    assert can_run((blur, Solarize(), jitter), "cpu")
+    assert not can_run((blur, Solarize(), jitter), "cuda")
     asked = []
-    monkeypatch.setattr("data.augment.fused.gpu.fused_photometric", lambda *_: asked.append("fused"))
-    monkeypatch.setattr("data.augment.ops._in_chunks", lambda *_: asked.append("torch"))
+    monkeypatch.setattr("data.augment.fused.gpu.run_on_gpu", lambda *_: asked.append("fused"))
+    monkeypatch.setattr("data.augment.pipeline._in_chunks", lambda *_: asked.append("torch"))
     on_gpu = torch.empty(1, 3, 4, 4, dtype=torch.uint8, device="meta")
     for ops in ((jitter, blur), (blur, jitter)):
-        data.augment.ops._fused(on_gpu, ops, {})
+        data.augment.pipeline._fused(on_gpu, ops, {})
     assert asked == ["fused", "torch"]
     plan = programs(CASES["moco_v2 1"], drawn("moco_v2 1"), COUNT)
     assert tables(plan)[2] == drawn("moco_v2 1")["blur"].sum()

@@ -3,8 +3,10 @@
 import pytest
 from torchvision import transforms
 
-from data.augment.recipes import RECIPES, RandomResizedCrop, Recipe, build_recipe, check_view, view_size
-from data.augment.reference import reference_transform
+from benchmarks.reference import reference_transform
+from data.augment.base import Recipe, view_size
+from data.augment.crops import RandomResizedCrop
+from data.augment.recipes import RECIPES, build_recipe, check_view
 
 CROP, FLIP, JITTER, GRAY, BLUR, SOLARIZE = (
     "RandomResizedCrop",

@@ -10,18 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.augment.parameters import JITTER_OPS, Draws, draw_photometric, sample_keys
-from data.augment.recipes import (
-    RECIPES,
-    ColorJitter,
-    GaussianBlur,
-    Grayscale,
-    HorizontalFlip,
-    PhotometricOp,
-    Solarize,
-    build_recipe,
-    device_ops,
-)
+from data.augment.base import Draws, PhotometricOp, device_ops, sample_keys
+from data.augment.ops import JITTER_OPS, ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, Solarize
+from data.augment.pipeline import draw_photometric
+from data.augment.recipes import RECIPES, build_recipe
 
 COUNT, HEIGHT, WIDTH, BLOCK = 5, 21, 26, 512  # two blocks, the last not full
 _JITTER = ColorJitter(0.9, 0.9, 0.9, 0.5, p=1.0)
@@ -75,9 +67,7 @@ def main(file: Path) -> None:
     from data.augment.fused import gpu as fused_cuda
 
     fused_cuda.BLOCK = BLOCK
-    torch.save(
-        {case: fused_cuda.fused_photometric(images(case), CASES[case], drawn(case)) for case in CASES}, file
-    )
+    torch.save({case: fused_cuda.run_on_gpu(images(case), CASES[case], drawn(case)) for case in CASES}, file)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.augment.base import BatchOp, Draws
 from data.augment.fused.numba_kernels import compiled
 from data.augment.fused.opcodes import SCALE, SHIFT, programs
-from data.augment.parameters import Draws
-from data.augment.recipes import PhotometricOp
 
 logger = logging.getLogger("synco")
 
@@ -25,8 +24,8 @@ _SMALL_BATCH = 1 << 20  # pixels; starting threads for fewer costs more than it 
 _PATIENCE = 1.5  # seconds to get the compiled kernel before it is logged that this takes longer
 
 
-def fused_photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
-    """Apply `ops` (RandomErasing is none of them) as drawn, and normalise.
+def run_on_cpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    """Apply `ops` (see `opcodes.can_run`) as drawn, and normalise.
 
     `images` uint8 (N,3,H,W) on the CPU, planar or channels last; returns float32 (N,3,H,W), planar.
     """

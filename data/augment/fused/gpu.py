@@ -1,6 +1,6 @@
 """The photometric operations of a view in four kernels for a GPU; importing this imports Triton.
 
-Same draws, laws and order as the batched operations of `ops`, the plain twin, which take hundreds of
+Same draws, laws and order as the batched operations of `pipeline`, the plain twin, which take hundreds of
 kernels. A view moves its bytes once in, once out and, where it is blurred, once more between the passes.
 """
 
@@ -10,20 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.augment.base import BatchOp, Draws, send
 from data.augment.fused.opcodes import BLUR, CONTRAST, END, SCALE, SHIFT, Programs, programs
 from data.augment.fused.triton_kernels import HEADER, blur_columns, blur_rows, grey_sums, points
-from data.augment.ops import send
-from data.augment.parameters import Draws
-from data.augment.recipes import PhotometricOp
 
 BLOCK = 1024  # pixels of a program: eight of each channel a thread
 
 
-def fused_photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Draws) -> Tensor:
-    """Apply `ops` (RandomErasing is none of them) as drawn, and normalise.
+def run_on_gpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    """Apply `ops` (see `opcodes.can_run`) as drawn, and normalise.
 
-    `images` uint8 (N,3,H,W) of any strides; returns float32 (N,3,H,W), planar. A blur may not come before a
-    contrast: see `can_run`.
+    `images` uint8 (N,3,H,W) of any strides; returns float32 (N,3,H,W), planar.
     """
     assert images.dtype == torch.uint8
     assert images.shape[1] == 3
@@ -49,13 +46,6 @@ def fused_photometric(images: Tensor, ops: tuple[PhotometricOp, ...], draws: Dra
         blur_rows[(count, blocks, 3)](table, numbers, out, between, width, plane, **sizes)
         blur_columns[grid](table, numbers, between, constants, out, width, plane, **sizes)
     return out
-
-
-def can_run(ops: tuple[PhotometricOp, ...]) -> bool:
-    """Tell whether the kernels can run `ops`: the grey mean of a contrast is taken before any blur."""
-    names = [type(op).__name__ for op in ops]
-    both = {"ColorJitter", "GaussianBlur"} <= set(names)
-    return not both or names.index("ColorJitter") < names.index("GaussianBlur")
 
 
 def tables(plan: Programs) -> tuple[np.ndarray, np.ndarray, int]:

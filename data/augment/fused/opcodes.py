@@ -4,19 +4,19 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-from data.augment.parameters import JITTER_OPS, Draws
-from data.augment.recipes import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, BatchOp, Draws
+from data.augment.ops import (
+    JITTER_OPS,
     ColorJitter,
     GaussianBlur,
     Grayscale,
     HorizontalFlip,
-    PhotometricOp,
     Solarize,
 )
 
@@ -30,6 +30,9 @@ SCALE = np.array([1 / std for std in IMAGENET_STD], dtype=np.float32)
 SHIFT = np.array([mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], np.float32)
 
 
+Ops: TypeAlias = tuple[BatchOp, ...]
+
+
 @dataclass(frozen=True)
 class Programs:
     """The programs of N samples: at most K operations, the last of which is END, after the flip."""
@@ -41,40 +44,85 @@ class Programs:
     reaches: np.ndarray  # (N,) int64: taps that count on each side
 
 
-def programs(ops: tuple[PhotometricOp, ...], draws: Draws, count: int) -> Programs:
-    """Write down `ops` (RandomErasing is none of them) as drawn for `count` samples."""
-    flips = np.zeros(count, dtype=np.bool_)
-    steps: list[tuple[np.ndarray, np.ndarray]] = []
-    taps, reaches = np.ones((count, 1), dtype=np.float32), np.zeros(count, dtype=np.int64)
+class _Writer:
+    """The programs while they are written: the functions of `WRITERS` add to them."""
 
-    def add(mask: np.ndarray, code: np.ndarray | int, value: np.ndarray | float = 0.0) -> None:
-        steps.append((np.where(mask, code, NOTHING), np.broadcast_to(value, count)))
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.flips = np.zeros(count, dtype=np.bool_)
+        self.steps: list[tuple[np.ndarray, np.ndarray]] = []  # codes and values, each (N,)
+        self.taps, self.reaches = np.ones((count, 1), dtype=np.float32), np.zeros(count, dtype=np.int64)
 
+    def add(self, mask: np.ndarray, code: np.ndarray | int, value: np.ndarray | float = 0.0) -> None:
+        """Add one operation to the samples in `mask`."""
+        self.steps.append((np.where(mask, code, NOTHING), np.broadcast_to(value, self.count)))
+
+
+def _flip(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+    # The kernels do it first: it commutes with all others, because the blur is symmetric.
+    writer.flips = np.ascontiguousarray(draws["flip"])
+
+
+def _jitter(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+    factors = np.stack([draws[name] for name in JITTER_OPS], axis=1)
+    for kinds in draws["order"].T:
+        value = np.take_along_axis(factors, kinds[:, None], axis=1)[:, 0]
+        changes = value != (kinds != HUE)  # factors of 1 and 0 turns do not
+        writer.add(draws["jitter"] & changes, kinds, value)
+
+
+def _gray(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+    writer.add(draws["gray"], GRAY)
+
+
+def _blur(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+    assert isinstance(op, GaussianBlur)
+    writer.add(draws["blur"], BLUR)
+    writer.taps, writer.reaches = _taps(draws["sigma"], op.sigma[1])
+
+
+def _solarize(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+    assert isinstance(op, Solarize)
+    # A little lower: the level at the threshold may round to below it.
+    writer.add(draws["solarize"], SOLARIZE, op.threshold / 255 - 1e-6)
+
+
+# The one table of the fused paths: an operation that is not in it runs by torch.
+WRITERS: dict[type, Callable[[BatchOp, Draws, _Writer], None]] = {
+    HorizontalFlip: _flip,
+    ColorJitter: _jitter,
+    Grayscale: _gray,
+    GaussianBlur: _blur,
+    Solarize: _solarize,
+}
+
+
+def can_run(ops: Ops, device_type: str = "cpu") -> bool:
+    """Tell whether the fused path of a device ("cpu" or "cuda") can run `ops`; else torch has to.
+
+    The GPU's kernels take the grey mean of a contrast before any blur, so a blur may not come first.
+    """
+    kinds = [type(op) for op in ops]
+    if not all(kind in WRITERS for kind in kinds):
+        return False
+    if device_type == "cpu" or not {ColorJitter, GaussianBlur} <= set(kinds):
+        return True
+    return kinds.index(ColorJitter) < kinds.index(GaussianBlur)
+
+
+def programs(ops: Ops, draws: Draws, count: int) -> Programs:
+    """Write down `ops` (see `can_run`) as drawn for `count` samples."""
+    writer = _Writer(count)
     for op in ops:
-        match op:
-            case HorizontalFlip():
-                # done first: it commutes with all others, blurs being symmetric
-                flips = np.ascontiguousarray(draws["flip"])
-            case ColorJitter():
-                factors = np.stack([draws[name] for name in JITTER_OPS], axis=1)
-                for kinds in draws["order"].T:
-                    value = np.take_along_axis(factors, kinds[:, None], axis=1)[:, 0]
-                    changes = value != (kinds != HUE)  # factors of 1 and 0 turns do not
-                    add(draws["jitter"] & changes, kinds, value)
-            case Grayscale():
-                add(draws["gray"], GRAY)
-            case GaussianBlur():
-                add(draws["blur"], BLUR)
-                taps, reaches = _taps(draws["sigma"], op.sigma[1])
-            case Solarize():  # a little lower: the level at the threshold may round to below it
-                add(draws["solarize"], SOLARIZE, op.threshold / 255 - 1e-6)
-            case _:
-                raise AssertionError(f"{op} is not an operation of the fused paths")
-    add(np.ones(count, dtype=np.bool_), END)
-    codes, values = (np.stack(columns, axis=1) for columns in zip(*steps, strict=True))
+        WRITERS[type(op)](op, draws, writer)
+    writer.add(np.ones(count, dtype=np.bool_), END)
+    codes = np.stack([codes for codes, _ in writer.steps], axis=1)
+    values = np.stack([values for _, values in writer.steps], axis=1)
+    # Move NOTHING behind END: the kernels stop at END. A stable sort keeps the order of the rest.
     order = np.argsort(codes == NOTHING, axis=1, kind="stable")
     codes = np.take_along_axis(codes, order, axis=1).astype(np.int64)
-    return Programs(flips, codes, np.take_along_axis(values, order, axis=1).astype(np.float32), taps, reaches)
+    values = np.take_along_axis(values, order, axis=1).astype(np.float32)
+    return Programs(writer.flips, codes, values, writer.taps, writer.reaches)
 
 
 def _taps(sigma: np.ndarray, max_sigma: float) -> tuple[np.ndarray, np.ndarray]:

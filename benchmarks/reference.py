@@ -7,26 +7,11 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from data.augment.randaugment import rand_augmenter, view_interpolation
-from data.augment.recipes import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CenterCrop,
-    ColorJitter,
-    GaussianBlur,
-    Grayscale,
-    HorizontalFlip,
-    PhotometricOp,
-    RandAugment,
-    RandomCropPad,
-    RandomErasing,
-    RandomResizedCrop,
-    Resize,
-    Solarize,
-    SpatialOp,
-    View,
-    view_size,
-)
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, PhotometricOp, SpatialOp, View, view_size
+from data.augment.crops import CenterCrop, RandomCropPad, RandomResizedCrop, Resize
+from data.augment.ops import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomErasing, Solarize
+from data.augment.pipeline import view_interpolation
+from data.augment.randaugment import RandAugment, rand_augmenter
 
 
 def reference_transform(view: View) -> transforms.Compose:
@@ -66,6 +51,7 @@ def _reference_op(op: SpatialOp | PhotometricOp, view: View) -> Callable[[Any], 
             return rand_augmenter(op.config, view_size(view), view_interpolation(view))
         case RandomErasing():
             return _erasing(op.p)
+    raise TypeError(f"torchvision and timm have no {type(op).__name__}")
 
 
 def _erasing(p: float) -> Callable[[Any], Any]:

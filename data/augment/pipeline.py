@@ -1,0 +1,154 @@
+"""Draw and apply the operations of a view to a whole batch, on any device.
+
+Samples that an operation does not touch are not computed: the host knows their indices, so this costs no
+synchronisation.
+"""
+
+import functools
+import importlib.util
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.augment.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BatchOp,
+    Draws,
+    HostOp,
+    View,
+    device_ops,
+    host_ops,
+    photometric_ops,
+    send,
+    spatial_ops,
+    view_size,
+)
+from data.augment.fused.opcodes import can_run
+from data.augment.resample import chunk_length, constant
+
+logger = logging.getLogger("synco")
+
+
+def draw_photometric(view: View, keys: np.ndarray) -> Draws:
+    """Draw all parameters of the batched operations of `view`: arrays whose first dimension is N.
+
+    Each operation's `draw` says which. RandAugment draws for itself.
+    """
+    draws: Draws = {}
+    for op in photometric_ops(view):
+        if isinstance(op, BatchOp):
+            # only RandomErasing needs the size, and a view of batched operations alone has none
+            draws |= op.draw(keys, view_size(view) if spatial_ops(view) else 0)
+    return draws
+
+
+def host_augment(crop: Tensor, view: View, key: np.ndarray) -> Tensor:
+    """Run the host's operations of `view` on a uint8 crop (3,S,S); `key` (1,) is the sample's."""
+    for op in host_ops(view):
+        assert isinstance(op, HostOp)  # check_view
+        crop = op.on_host(crop, key, view_interpolation(view))
+    return crop
+
+
+def view_interpolation(view: View) -> str:
+    """Return how the view's crop is resized, which is also how RandAugment turns and shears."""
+    for op in spatial_ops(view):
+        if hasattr(op, "interpolation"):
+            return op.interpolation
+    return "bicubic"
+
+
+def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto") -> Tensor:
+    """Apply the batched operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
+
+    What a view does on the host (`host_ops`) was done where the image was read. `draws` come from
+    `draw_photometric`; values stay in [0,1] between operations. `backend` is that of `choose_backend`:
+    both agree to 1e-4 except where a level meets the threshold of Solarize. A view that has an operation
+    without an opcode runs by torch, whatever `backend` says.
+    """
+    ops = device_ops(view)
+    before = tuple(op for op in ops if not op.after_normalisation)
+    fused = bool(before) and choose_backend(backend, images.device) == "fused"
+    x = (_fused if fused else _in_chunks)(images, before, draws)
+    for op in ops[len(before) :]:  # check_view: these come last
+        apply_(op, x, draws)
+    return x
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Return "fused" (compiled by numba for a CPU, by Triton for a GPU) or "torch".
+
+    "auto" is "fused" on a CPU that has numba, else "torch": the kernels for a GPU have been interpreted and
+    compiled, but not yet run on one. A ValueError where "fused" is asked for and cannot run.
+    """
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        return "torch"
+    package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
+    if package is None:
+        raise ValueError(f"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on {device}: use 'torch'")
+    if _has(package):
+        return "fused"
+    if backend == "fused":
+        raise ValueError(
+            f"AUG.BACKEND 'fused' needs {package}: pip install {package}, or use 'auto' or 'torch'"
+        )
+    return "torch"
+
+
+@functools.cache
+def _has(package: str) -> bool:
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        logger.info("%s is not installed: the augmentation is several times slower without it", package)
+    return found
+
+
+def _fused(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    if not can_run(ops, images.device.type):
+        return _in_chunks(images, ops, draws)
+    if images.device.type == "cpu":
+        from data.augment.fused.cpu import run_on_cpu  # numba is an optional package
+
+        return run_on_cpu(images, ops, draws)
+    from data.augment.fused.gpu import run_on_gpu  # Triton is an optional package
+
+    return run_on_gpu(images, ops, draws)
+
+
+def _in_chunks(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    length = chunk_length(images.device, *images.shape[1:])
+    if len(images) <= length:
+        return _plain(images, ops, draws)
+    parts = []
+    for start in range(0, len(images), length):
+        part = slice(start, start + length)
+        parts.append(_plain(images[part], ops, {name: v[part] for name, v in draws.items()}))
+    return torch.cat(parts)
+
+
+def _plain(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    for op in ops:
+        apply_(op, x, draws)
+    return normalise_(x)
+
+
+def apply_(op: BatchOp, x: Tensor, draws: Draws) -> None:
+    """Apply one operation in place to the samples of `x` (N,3,S,S) that drew it."""
+    chosen = np.flatnonzero(draws[op.name])
+    if not len(chosen):
+        return
+    index = send(chosen, x.device)
+    part = x
+    if len(chosen) < len(x):
+        part = x.index_select(0, index)
+        draws = {name: values[chosen] for name, values in draws.items()}
+    x[index] = op.apply(part, draws)
+
+
+def normalise_(x: Tensor) -> Tensor:
+    """Subtract ImageNet's mean, divide by its standard deviation, in place; `x` (N,3,H,W) in [0,1]."""
+    return x.sub_(constant(IMAGENET_MEAN, x.device)).div_(constant(IMAGENET_STD, x.device))
