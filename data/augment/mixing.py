@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from utils.distributed import rank
@@ -29,8 +30,6 @@ class Mixing:
         smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
-        from timm.data.mixup import Mixup
-
         self.active = (mixup > 0 or cutmix > 0) and prob > 0
         self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
         self._mixup = Mixup(
@@ -41,8 +40,6 @@ class Mixing:
         self, images: Tensor, labels: Tensor, indices: Tensor, step: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Return mixed images (N, 3, H, W) and class shares (N, C); to be mixed, N must be even."""
-        from timm.data.mixup import mixup_target
-
         if not self.active:
             return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         with _numpy_seeded(keyed_seed("mixing", self.seed, step, rank(), int(indices[0]))):
