@@ -169,6 +169,8 @@ class _Unpickler(pickle._Unpickler):
             self.foreign.add(target.target)
         for argument in arguments if known else ():
             self._spend(argument)
+        if stand_in:
+            self._spend(arguments)  # the call copies them, and a file can repeat a call in five bytes
         return target(*arguments)
 
     def _spend(self, value: Any) -> None:
@@ -179,6 +181,15 @@ class _Unpickler(pickle._Unpickler):
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], arguments)
+
+    def load_newobj_ex(self) -> None:
+        """Call with the keywords as one more argument: passed on as keywords they would be copied."""
+        keywords = self.stack.pop()
+        arguments = self.stack.pop()
+        if not isinstance(arguments, tuple):
+            raise ForeignFileError("is a damaged or hostile pickle (arguments that are no tuple)")
+        self._spend(arguments)
+        self.stack[-1] = self._call(self.stack[-1], (*arguments, keywords))
 
     def _instantiate(self, target: Any, arguments: Any) -> None:
         self.append(self._call(target, arguments))
@@ -263,6 +274,11 @@ class _Unpickler(pickle._Unpickler):
     def _make_frozenset(self, values: list | tuple = ()) -> frozenset:
         return frozenset(self._make_set(values))
 
+    def _complex(self, real: float, imaginary: float) -> complex:
+        if not isinstance(real, float) or not isinstance(imaginary, float):
+            raise ForeignFileError("holds a complex number that is not made of two numbers")
+        return complex(real, imaginary)
+
     # ---- tensors ------------------------------------------------------------------------------
 
     def persistent_load(self, identity: Any) -> Storage:
@@ -287,6 +303,8 @@ _METHODS = {  # name in the file -> method of the unpickler
     "collections.OrderedDict": "_mapping",
     "collections.defaultdict": "_mapping",
     "collections.Counter": "_mapping",
+    "builtins.complex": "_complex",
+    "__builtin__.complex": "_complex",
     "builtins.set": "_make_set",
     "__builtin__.set": "_make_set",
     "builtins.frozenset": "_make_frozenset",
@@ -295,6 +313,7 @@ _METHODS = {  # name in the file -> method of the unpickler
 for _operation, _method in (
     (pickle.REDUCE, _Unpickler.load_reduce),
     (pickle.NEWOBJ, _Unpickler.load_reduce),
+    (pickle.NEWOBJ_EX, _Unpickler.load_newobj_ex),
     (pickle.BUILD, _Unpickler.load_build),
     (pickle.SETITEM, _Unpickler.load_setitem),
     (pickle.SETITEMS, _Unpickler.load_setitems),
