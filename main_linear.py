@@ -296,6 +296,7 @@ def open_loader(
         timeout=cfg.DATA.TIMEOUT,
         max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         backend=cfg.AUG.BACKEND,
+        size_key="LINEAR.BATCH_SIZE",
         **batches,
     )
 

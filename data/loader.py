@@ -83,6 +83,7 @@ class GlobalLoader:
         decode: str = "worker",
         rank: int | None = None,
         world: int | None = None,
+        size_key: str = "TRAIN.BATCH_SIZE",
     ) -> None:
         for view in recipe:
             check_view(view)
@@ -95,7 +96,9 @@ class GlobalLoader:
         self.backend = choose_backend(backend, self.device)
         self.rank = distributed.rank() if rank is None else rank
         world = distributed.world_size() if world is None else world
-        self.plan = BatchPlan(len(source), global_batch, seed, world, accumulation, drop_last, repeated_aug)
+        self.plan = BatchPlan(
+            len(source), global_batch, seed, world, accumulation, drop_last, repeated_aug, size_key
+        )
         self.bad = BadImages(max_bad_fraction, self.steps_per_epoch * global_batch // world)
         can_stay = source.images is not None and not needs_pil(recipe)
         self.resident = can_stay if resident is None else resident

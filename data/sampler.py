@@ -30,13 +30,14 @@ class BatchPlan:
     accumulation: int = 1
     drop_last: bool = True
     repeats: int = 1
+    size_key: str = "TRAIN.BATCH_SIZE"  # of the configuration, for messages
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be cut evenly, and say which can."""
         if self.repeats < 1:
             raise ValueError(f"REPEATED_AUG {self.repeats} must be at least 1 (1: no repetition)")
         share = self.world * self.accumulation
-        size = "TRAIN.BATCH_SIZE (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
+        size = f"{self.size_key} (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
         per_rank, left = divmod(self.global_batch, share)
         if left or self.global_batch < 1:
             works = f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else f"{share}"
@@ -46,9 +47,7 @@ class BatchPlan:
             )
         if self.num_samples < self.global_batch:
             largest = self.num_samples // share
-            remedy = (
-                f"set TRAIN.BATCH_SIZE to at most {largest}" if largest else "use fewer of the latter two"
-            )
+            remedy = f"set {self.size_key} to at most {largest}" if largest else "use fewer of the latter two"
             raise ValueError(
                 f"the data set has {self.num_samples} images, fewer than one global batch of "
                 f"{self.global_batch} ({size} = {per_rank} x {self.accumulation} x {self.world}): {remedy}"

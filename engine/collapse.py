@@ -41,7 +41,7 @@ class CollapseMonitor:
 
     def look(self) -> dict[str, float]:
         """Return spread and, now and then, effective rank of what was noted, as metrics to be logged."""
-        if not self._rows:
+        if not self._rows or len(self._rows[-1]) < 2:  # the spread of one embedding is 0, and no collapse
             return {}
         values = {"embedding_std": float(embedding_std(self._rows[-1]))}
         self._spread.see(values["embedding_std"])

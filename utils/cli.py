@@ -6,10 +6,12 @@ Imports nothing heavy: ``--help`` answers at once.
 import argparse
 import contextlib
 import difflib
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 # flag -> configuration key; a flag that is not given leaves the configuration alone
 _VALUES: dict[str, tuple[str, type, str]] = {
@@ -128,7 +130,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     stopped at once. With ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
     """
     try:
-        code = main()
+        code = _recorded(main)()
     except (Exception, KeyboardInterrupt) as error:
         explained = _explain(error)
         if explained is None:
@@ -140,8 +142,47 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def _recorded(main: Callable[[], int]) -> Callable[[], int]:
+    """Under torchrun, let its own report name an error that ``main`` raises."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record  # takes seconds: torch
+
+    return cast("Callable[[], int]", record(main))
+
+
 _CODES = {"NonFiniteError": 3, "LoaderError": 5}
 _MEMORY_REMEDY = "lower --batch-size and raise --accumulation-steps, or add --use-checkpoint"
+_FILES = "too many open files: raise `ulimit -n`, or lower DATA.NUM_WORKERS"
+_LIMITS = {  # of the machine, by errno; a loader worker that meets one ends with it as exit code
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EAGAIN: "no further process or thread may start: raise `ulimit -u` or the container's limit of "
+    "processes, or lower DATA.NUM_WORKERS",
+    errno.ENOMEM: "memory ran out: lower DATA.NUM_WORKERS or the batch size",
+    errno.ENOSPC: "/dev/shm is full: enlarge it (docker run --shm-size=8g or --ipc=host), or lower "
+    "DATA.NUM_WORKERS (0 needs none) or the batch size",
+}
+
+
+def error_number(error: BaseException) -> int:
+    """Return the errno of a limit of the machine behind an error of Python or torch, else 0."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    text = str(error)
+    if "can't start new thread" in text:
+        return errno.EAGAIN
+    if "received 0 items of ancdata" in text:  # a file that a worker sent could not be opened
+        return errno.EMFILE
+    return next((number for number in _LIMITS if os.strerror(number) in text), 0)
+
+
+def worker_failure(text: str) -> str:
+    """Return the line of a loader worker's death from torch's ``text``, which tells its exit code."""
+    code = re.search(r"exit code:? (\d+)", text)
+    reason = _LIMITS.get(int(code[1])) if code else ""
+    reason = reason or f"{_first_line(text)} If it was killed, memory ran out: lower DATA.NUM_WORKERS"
+    return f"a data loader worker failed: {reason}"
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:
@@ -150,21 +191,22 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     Types of other modules go by name, since nothing heavy is imported here.
     """
     name, text = type(error).__name__, str(error)
-    if isinstance(error, (ValueError, ImportError)):
-        return 2, text
-    if isinstance(error, OSError):
-        return 2, f"{text}; check the path, its permissions and the free space"
+    number = error_number(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "stopped by Ctrl-C"
     if name in _CODES:
         return _CODES[name], text
     if text.startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it anywhere in the main thread
-        return 5, f"a data loader worker failed ({_first_line(text)}); if memory ran out, lower NUM_WORKERS"
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return 5, worker_failure(text)
+    if number == errno.ENOMEM or name == "OutOfMemoryError" or "can't allocate memory" in text:
         return 4, f"out of memory; {_MEMORY_REMEDY}: {_first_line(text)}"
+    if isinstance(error, (ValueError, ImportError)):
+        return 2, text
+    if isinstance(error, OSError) and number in (0, errno.ENOSPC):
+        return 2, f"{text}; check the path, its permissions and the free space"
     if lost_processes(error):
         return 5, f"lost the other processes; {_who_is_missing()}: {_first_line(text)}"
-    return None
+    return (5, _LIMITS[number]) if number else None
 
 
 def lost_processes(error: BaseException) -> bool:
@@ -188,12 +230,20 @@ def _report(error: BaseException, message: str) -> None:
         import traceback
 
         traceback.print_exception(error)
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     # An error that all ranks share has one reporter; and all read the same configuration.
     reporter = "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
-    if rank == reporter:
+    if rank == reporter and _first_to_say(message):
         with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
             sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}\n")
+
+
+def _first_to_say(message: str) -> bool:
+    if "torch" not in sys.modules:
+        return True
+    from utils.heartbeat import first_to_say
+
+    return first_to_say(message)
 
 
 def _leave_processes() -> None:

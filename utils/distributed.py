@@ -41,7 +41,15 @@ def is_main() -> bool:
 
 def local_rank() -> int:
     """Return the rank on this machine, as every launcher exports it in ``LOCAL_RANK``."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _announced("LOCAL_RANK", 0)
+
+
+def _announced(name: str, default: int) -> int:
+    """Return a number of the launcher's environment; one that is empty counts as not given."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} in the environment is no number; unset it, or use torchrun")
+    return int(text)
 
 
 def init_processes(device: torch.device) -> None:
@@ -49,11 +57,19 @@ def init_processes(device: torch.device) -> None:
 
     Without ``WORLD_SIZE`` in the environment (plain ``python``) this does nothing.
     """
-    if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if is_distributed() or _announced("WORLD_SIZE", 1) < 2:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=_START)
-    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this machine; "
+            "give the launcher another --master_port"
+        ) from error
     # torchrun's store outlives a restart, and holds the addresses of the processes before it.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(

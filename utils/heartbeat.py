@@ -6,10 +6,14 @@ say so; who stays silent is the one that hangs, or is gone.
 
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from utils import distributed
+
+T = TypeVar("T")
 
 _GRACE = 1.0  # seconds that the others have to notice too
 _PATIENCE = 3.0  # seconds for the store to answer: the process that holds it may be the one that hangs
@@ -33,12 +37,35 @@ def missing() -> str:
     """
     global _told
     if not _told and distributed.world_size() > 1:
-        answer: list[str] = []
-        thread = threading.Thread(target=lambda: answer.append(_ask()), daemon=True)
-        thread.start()
-        thread.join(_GRACE + _PATIENCE)
-        _told = answer[0] if answer else "the process that holds the common store, rank 0, does not answer"
+        silent = "the process that holds the common store, rank 0, does not answer"
+        _told = _within(_GRACE + _PATIENCE, _ask, silent)
     return _told
+
+
+def first_to_say(message: str) -> bool:
+    """Tell whether no other process has said this ``message``; True as well if the store does not answer."""
+    if distributed.world_size() == 1:
+        return True
+    first = _within(_PATIENCE, lambda: _mark(message), True)
+    if distributed.rank() == 0:
+        time.sleep(_GRACE)  # this process may hold the store, and the others ask it too
+    return first
+
+
+def _mark(message: str) -> bool:
+    try:
+        return _store().add(f"synco/said/{distributed.keyed_seed(message)}", 1) == 1
+    except Exception:  # the store is gone with the process that held it
+        return True
+
+
+def _within(seconds: float, ask: Callable[[], T], otherwise: T) -> T:
+    """Return what ``ask`` answers, or ``otherwise`` if it takes longer than ``seconds``."""
+    answer: list[T] = []
+    thread = threading.Thread(target=lambda: answer.append(ask()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0] if answer else otherwise
 
 
 def _ask() -> str:

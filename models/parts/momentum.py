@@ -140,7 +140,8 @@ class KeyQueue(nn.Module):
         self._pending.clear()
         size, num = self.keys.shape[0], keys.shape[0]
         if size % num:
-            fitting = f"{max(size // num, 1) * num} or {(size // num + 1) * num}"
+            below = size // num * num
+            fitting = f"{below} or {below + num}" if below else f"{num}"
             raise ValueError(
                 f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x processes "
                 f"x accumulation, twice that under BatchFormer or SYMMETRIC); use e.g. {fitting}"

@@ -146,6 +146,13 @@ def test_sizes_that_cannot_work_are_refused_with_sizes_that_do(
         BatchPlan(count, batch, seed=0, world=world, accumulation=accumulation)
 
 
+def test_a_message_names_the_key_that_the_program_reads() -> None:
+    with pytest.raises(ValueError, match=r"LINEAR.BATCH_SIZE \(--batch-size\).*set LINEAR.BATCH_SIZE to"):
+        GlobalLoader(
+            array_source(), RECIPE, global_batch=64, seed=0, device=CPU, size_key="LINEAR.BATCH_SIZE"
+        )
+
+
 def test_resident_files_are_refused(image_folder: Path) -> None:
     source = build_source("imagefolder", str(image_folder), "train")
     with pytest.raises(ValueError, match="resident"):

@@ -167,6 +167,17 @@ def test_the_probe_under_torchrun_and_plain_python(launched: Place) -> None:
     assert launched.result("probe1").keys() == launched.result("probe").keys()
 
 
+@pytest.mark.slow
+def test_the_launcher_names_the_error_and_all_ranks_say_it_once(place: Place) -> None:
+    process = place.start(*torchrun(PRETRAIN, *place.flags("many", 400)))
+    text, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1
+    assert text.count("error: the data set has 32 images") + text.count("error (rank 1): the data") == 1
+    report = text[text.index("FAILED") :]  # torchrun's own
+    assert "ValueError: the data set has 32 images, fewer than one global batch of 800" in report
+    assert "TRAIN.BATCH_SIZE" in report
+
+
 def test_a_worker_that_fails_ends_the_launcher_and_leaves_no_process(place: Place) -> None:
     process = place.start(*torchrun(PRETRAIN, *place.flags("bad", 4, "--epochs", "0")))
     text, _ = process.communicate(timeout=LIMIT)

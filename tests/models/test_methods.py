@@ -244,6 +244,9 @@ def test_queue_that_does_not_divide_is_refused() -> None:
     queue.hold(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"QUEUE_SIZE: 8 is not a multiple of the 3 keys.*use e.g. 6 or 9"):
         queue.flush()
+    queue.hold(torch.zeros(16, 3))
+    with pytest.raises(ValueError, match=r"use e.g. 16$"):  # not "16 or 16"
+        queue.flush()
 
 
 def test_drop_path_rates_differ_between_online_and_target() -> None:

@@ -234,3 +234,65 @@ def test_the_exit_code_is_the_mains() -> None:
     with pytest.raises(SystemExit) as stop:
         cli.run_main(lambda: 75)
     assert stop.value.code == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MemoryError(), 4, "out of memory; lower --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 4, "lower"),
+        (OSError(12, "Cannot allocate memory"), 4, "out of memory"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), 5, "ulimit -u"),
+        (RuntimeError("can't start new thread"), 5, "DATA.NUM_WORKERS"),
+        (OSError(24, "Too many open files", "a.jpg"), 5, "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), 5, "ulimit -n"),
+        (RuntimeError("unable to write to file </t>: No space left on device (28)"), 5, "/dev/shm"),
+        (OSError(28, "No space left on device", "ckpt.pt"), 2, "free space"),
+        (OSError(13, "Permission denied", "x"), 2, "permissions"),
+        (RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 28. x"), 5, "shm-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 5, "NUM_WORKERS"),
+    ],
+)
+def test_a_limit_of_the_machine_is_told_with_its_remedy(error: Exception, code: int, words: str) -> None:
+    explained = cli._explain(error)
+    assert explained is not None
+    assert explained[0] == code
+    assert words in explained[1]
+    assert "\n" not in explained[1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape (24)"), KeyError("x"), AssertionError("28")])
+def test_numbers_in_a_fault_of_ours_are_no_limit_of_the_machine(error: Exception) -> None:
+    assert cli._explain(error) is None
+
+
+def test_a_number_of_the_launcher_may_be_empty_but_not_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from utils import distributed
+
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("LOCAL_RANK", "")
+    distributed.init_processes(torch.device("cpu"))
+    assert (distributed.world_size(), distributed.local_rank()) == (1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE='two' .* unset it"):
+        distributed.init_processes(torch.device("cpu"))
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    import torch
+
+    from utils import distributed
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ValueError, match=f"MASTER_PORT {port} is in use.*--master_port"):
+            distributed.init_processes(torch.device("cpu"))

@@ -194,3 +194,11 @@ def test_views_that_are_all_the_same_are_told(tmp_path: Path, caplog: pytest.Log
         assert not caplog.text
         warn_of_identical_views([view, view.clone()])
     assert "the two views of an image are identical" in caplog.text
+
+
+def test_one_embedding_has_no_spread_and_is_no_collapse() -> None:
+    monitor = CollapseMonitor()
+    for _ in range(10):
+        monitor.note(torch.ones(1, 16))
+        assert monitor.look() == {}
+    assert monitor.verdict() == HEALTHY
