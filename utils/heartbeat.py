@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from utils import distributed
+from utils.randomness import keyed_seed
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def first_to_say(message: str) -> bool:
 
 def _mark(message: str) -> bool:
     try:
-        return _store().add(f"synco/said/{distributed.keyed_seed(message)}", 1) == 1
+        return _store().add(f"synco/said/{keyed_seed(message)}", 1) == 1
     except Exception:  # the store is gone with the process that held it
         return True
 
