@@ -83,6 +83,43 @@ def test_files_that_pickle_a_configuration_give_their_tensors(
     assert "left out as data only: argparse.Namespace" in caplog.text
 
 
+@pytest.mark.parametrize("foreign", [False, True], ids=["weights alone", "with a configuration"])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_every_kind_of_value_comes_out_as_it_was_saved(form: str, foreign: bool, tmp_path: Path) -> None:
+    kinds = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8]
+    kinds += [torch.bool, torch.complex64, torch.uint16, torch.uint64]
+    tensors = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds}
+    base = torch.arange(12.0)
+    tensors |= {"base": base, "part": base[2:5], "t": base.view(3, 4).t(), "0": torch.tensor(3)}
+    tensors |= {"none": torch.empty(0, 3), "parameter": nn.Parameter(torch.ones(2))}
+    values = {
+        "counter": collections.Counter([1, 1, 30]),
+        "default": collections.defaultdict(dict, {3: {"x": 1}}),
+        "ordered": collections.OrderedDict(a=1),
+        "sets": [{1, "a"}, frozenset([2]), {1.5}],
+        "bytes": [b"\x00\xff", bytearray(b"12"), b""],
+        "torch": [torch.Size([1, 2]), torch.float16],
+        "numbers": [2**70, -5, 1.5, 1 + 2j, None, True, (1, (2, 3)), ()],
+        "keys": {1: 1, (0, "a"): 2, None: 3, 2**40: 4, 1.5: 5},
+    }
+    saved = {**tensors, **values} | ({"config": CfgNode({"A": 1})} if foreign else {})
+    torch.save(saved, tmp_path / "a.pth", **FORMATS[form])
+    read = read_torch(tmp_path / "a.pth")
+    assert list(read) == list(saved)
+    for key, tensor in tensors.items():
+        assert torch.equal(read[key], tensor)
+        assert read[key].dtype == tensor.dtype
+        assert read[key].stride() == tensor.stride()
+    assert read["part"].untyped_storage().data_ptr() == read["base"].untyped_storage().data_ptr()
+    assert {key: read[key] for key in values} == values
+    assert [type(item) for item in read["sets"] + read["bytes"]] == [
+        type(item)
+        for item in values["sets"] + values["bytes"]  # type: ignore[operator]
+    ]
+    read["base"][0] = 7.0  # it may be written
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickles_read_as_they_were_written(protocol: int, tmp_path: Path) -> None:
     """The ground truth of the revisited Oxford and Paris sets is such a file (spec 7)."""

@@ -9,7 +9,7 @@ file names is imported or called.
 import pickle
 import pickletools
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from types import FunctionType, MethodType
 from typing import Any, BinaryIO, ClassVar
@@ -258,7 +258,8 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1].update([self._key(value) for value in values])
 
     def load_frozenset(self) -> None:
-        self.append(frozenset([self._key(value) for value in self.pop_mark()]))
+        values = self.pop_mark()  # first, since it changes `append`
+        self.append(frozenset([self._key(value) for value in values]))
 
     def _mapping(self, *arguments: Any) -> dict:
         result: dict = OrderedDict()
@@ -267,6 +268,9 @@ class _Unpickler(pickle._Unpickler):
             pairs = last.items() if isinstance(last, dict) else last
             self._set(result, [(key, value) for key, value in pairs])
         return result
+
+    def _counter(self, counts: dict | None = None) -> Counter:
+        return Counter(self._mapping(counts))
 
     def _make_set(self, values: list | tuple = ()) -> set:
         return {self._key(value) for value in values}
@@ -302,7 +306,7 @@ _METHODS = {  # name in the file -> method of the unpickler
     "torch._tensor._rebuild_from_type_v2": "_with_attributes",
     "collections.OrderedDict": "_mapping",
     "collections.defaultdict": "_mapping",
-    "collections.Counter": "_mapping",
+    "collections.Counter": "_counter",
     "builtins.complex": "_complex",
     "__builtin__.complex": "_complex",
     "builtins.set": "_make_set",

@@ -106,9 +106,9 @@ def _size(shape: tuple) -> torch.Size:
 
 
 def _device(name: str, index: int | None = None) -> str:
-    if type(name) is not str:
+    if type(name) is not str or type(index) not in (int, type(None)):
         raise ForeignFileError("holds a device without a name")
-    return name
+    return name if index is None else f"{name}:{index % 1000}"
 
 
 def _bytes(text: Any = b"", encoding: str = "latin1") -> bytes:
