@@ -5,11 +5,16 @@ import contextlib
 import functools
 import logging
 import multiprocessing
+import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
+from operator import length_hint
 from typing import TypeVar
 
 import numpy as np
@@ -26,11 +31,14 @@ from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.sources.base import Source
 from data.worker import BadImages, BadImagesError, Fetched, Fetcher
+from utils.cli import error_number, worker_failure
 
 logger = logging.getLogger("synco")
 
 T = TypeVar("T")
 
+_SHM = "/dev/shm"  # where batches travel from the workers
+_PREFETCHED = 2  # batches that each worker prepares ahead
 _PATIENCE = 6.0  # seconds for workers to end by themselves
 
 __all__ = ["BadImagesError", "Batch", "GlobalLoader", "LoaderError", "evaluation_batches", "fetch_in_order"]
@@ -130,7 +138,8 @@ class GlobalLoader:
             read = fetch_in_order(reader, requests, self.num_workers, self.timeout, self.device)
             fetched = decode_in_order(read, host, self.device)
         else:
-            fetched = fetch_in_order(host, requests, self.num_workers, self.timeout, self.device)
+            size = host.shared_bytes(self.plan.micro_batch)
+            fetched = fetch_in_order(host, requests, self.num_workers, self.timeout, self.device, size)
         with contextlib.closing(fetched):
             for item in fetched:
                 self.bad.count(item)
@@ -211,9 +220,9 @@ def _evaluate(
     device: torch.device,
     skip_unreadable: bool,
 ) -> Iterator[Batch]:
-    with contextlib.closing(
-        fetch_in_order(Fetcher(source, recipe, seed=None), requests, num_workers, timeout, device)
-    ) as fetched:
+    fetcher = Fetcher(source, recipe, seed=None)
+    size = fetcher.shared_bytes(max((len(request.indices) for request in requests), default=0))
+    with contextlib.closing(fetch_in_order(fetcher, requests, num_workers, timeout, device, size)) as fetched:
         for item in fetched:
             bad = {name for name, _ in item["failures"]}
             for name, reason in item["failures"]:
@@ -235,6 +244,27 @@ def _init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # multiprocessing only prints that a batch could not be sent, and the run would wait for it in vain
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, _item: object) -> None:
+    """End this worker with the number of the error, from which the main process tells the reason."""
+    os._exit(error_number(error) or 1)
+
+
+def refuse_small_shm(batch_bytes: int, num_batches: int) -> None:
+    """Refuse batches that /dev/shm cannot hold while they wait for this machine's processes."""
+    if not os.path.isdir(_SHM):
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    needed, free = batch_bytes * num_batches * ranks, shutil.disk_usage(_SHM).free
+    if needed > free:
+        raise ValueError(
+            f"{_SHM} has {free / 2**20:.1f} MiB free, and the loader workers may fill "
+            f"{needed / 2**20:.1f} MiB: enlarge it (docker run --shm-size=8g or --ipc=host), or lower "
+            "DATA.NUM_WORKERS (0 needs none) or the batch size"
+        )
 
 
 def fetch_in_order(
@@ -243,38 +273,64 @@ def fetch_in_order(
     num_workers: int,
     timeout: float,
     device: torch.device,
+    batch_bytes: int = 0,
 ) -> Generator[T, None, None]:
-    """Run `dataset[request]` for all requests in order, in `num_workers` processes or in this one."""
+    """Run `dataset[request]` for all requests in order, in `num_workers` processes or in this one.
+
+    `batch_bytes` is what one result takes in shared memory, where it is known.
+    """
     if num_workers == 0:
         yield from (dataset[request] for request in requests)
         return
+    waiting = _PREFETCHED * num_workers
+    refuse_small_shm(batch_bytes, min(waiting, length_hint(requests, waiting)))
     loader = DataLoader(
         dataset,
         sampler=requests,
         batch_size=None,
         num_workers=num_workers,
+        prefetch_factor=_PREFETCHED,
         timeout=timeout,
         pin_memory=device.type == "cuda",
         worker_init_fn=_init_worker,
     )
     before = set(multiprocessing.active_children())
-    iterator = iter(loader)
+    try:
+        iterator = iter(loader)
+    except BaseException:  # no further process or thread: those that have started would stay
+        _kill([child for child in multiprocessing.active_children() if child not in before])
+        raise
     workers = [child for child in multiprocessing.active_children() if child not in before]
     stop = functools.partial(_stop, iterator, workers)
     atexit.register(stop)
     try:
         yield from iterator
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
+    except Exception as error:
+        explained = _explained(error, timeout, [worker.exitcode for worker in workers])
+        if explained is None:
             raise
-        raise LoaderError(
-            f"a data loader worker failed: {error}. If it was killed, memory ran out: lower "
-            f"DATA.NUM_WORKERS ({num_workers}); if it timed out, the storage is slow or stuck "
-            f"(DATA.TIMEOUT {timeout:g} s)"
-        ) from error
+        raise explained from error
     finally:
         stop()
         atexit.unregister(stop)
+
+
+def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exception | None:
+    """Return an error of the workers in one line; None for a fault of ours, which keeps its traceback."""
+    text = str(error)
+    if text.startswith("DataLoader timed out"):
+        return LoaderError(
+            f"no batch came from the loader workers within DATA.TIMEOUT, {timeout:g} s: the storage is slow "
+            "or stuck"
+        )
+    if text.startswith("DataLoader"):
+        return LoaderError(worker_failure(text, next(filter(None, codes), 0)))
+    # torch's text: "Caught NAME in DataLoader worker process 0.", a traceback, "module.NAME: the message"
+    parts = re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)
+    mendable = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+    if mendable and text.startswith("Caught ") and len(parts) > 1:
+        return type(error)(" ".join(parts[-1].split()))
+    return None
 
 
 def _stop(iterator: object, workers: list[BaseProcess]) -> None:

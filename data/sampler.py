@@ -106,6 +106,10 @@ class RequestSampler:
     def __init__(self, plan: BatchPlan, rank: int, start: int, stop: int) -> None:
         self.plan, self.rank, self.start, self.stop = plan, rank, start, stop
 
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return max(0, self.stop - self.start) * self.plan.accumulation
+
     def __iter__(self) -> Iterator[Request]:
         """Yield `accumulation` requests a step."""
         current, order = -1, np.empty(0, dtype=np.int64)

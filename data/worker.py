@@ -64,6 +64,10 @@ class Fetcher(Dataset[Fetched]):
         if source.images is None:
             fast_jpeg()  # found, or missed in the log, before any worker starts
 
+    def shared_bytes(self, count: int) -> int:
+        """Return the bytes of shared memory in which the views of ``count`` images travel."""
+        return count * sum(3 * view_size(view) ** 2 for view in self.recipe)
+
     def __getitem__(self, request: Request) -> Fetched:
         """Load and crop the images of a request."""
         failures: list[tuple[str, str]] = []

@@ -177,12 +177,12 @@ def error_number(error: BaseException) -> int:
     return next((number for number in _LIMITS if os.strerror(number) in text), 0)
 
 
-def worker_failure(text: str) -> str:
-    """Return the line of a loader worker's death from torch's ``text``, which tells its exit code."""
-    code = re.search(r"exit code:? (\d+)", text)
-    reason = _LIMITS.get(int(code[1])) if code else ""
-    reason = reason or f"{_first_line(text)} If it was killed, memory ran out: lower DATA.NUM_WORKERS"
-    return f"a data loader worker failed: {reason}"
+def worker_failure(text: str, code: int = 0) -> str:
+    """Return the line of a loader worker's death from its exit code, which torch's ``text`` may tell."""
+    told = re.search(r"exit code:? (\d+)", text)
+    reason = _LIMITS.get(code or (int(told[1]) if told else 0))
+    killed = f"{_first_line(text)}; if it was killed, memory ran out: lower DATA.NUM_WORKERS"
+    return f"a data loader worker failed: {reason or killed}"
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:

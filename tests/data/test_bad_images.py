@@ -2,7 +2,9 @@
 
 import logging
 import multiprocessing
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +124,10 @@ def test_evaluation_never_replaces(broken_folder: Path, num_workers: int) -> Non
         )
 
 
+def _full(tensor: torch.Tensor) -> object:
+    raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+
 class _Faulty(Source):
     """A source whose first image does something terrible to its worker."""
 
@@ -141,11 +147,18 @@ class _Faulty(Source):
             time.sleep(60)
         if self.fault == "signalled":
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.fault == "unsendable":
+            ForkingPickler.register(torch.Tensor, _full)
         return torch.zeros((3, 8, 8), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("killed", "lower DATA.NUM_WORKERS"), ("hung", "DATA.TIMEOUT")]
+    ("fault", "message"),
+    [
+        ("killed", "lower DATA.NUM_WORKERS"),
+        ("hung", "within DATA.TIMEOUT, 3 s: the storage is slow"),
+        ("unsendable", "/dev/shm is full: enlarge it"),
+    ],
 )
 def test_dead_and_hung_workers_give_a_clear_error(
     fault: str, message: str, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +171,44 @@ def test_dead_and_hung_workers_give_a_clear_error(
     with pytest.raises(LoaderError, match=message):
         list(loader.from_step(0, 1))
     assert not multiprocessing.active_children()
+
+
+def test_a_batch_that_cannot_be_sent_is_noticed_before_the_time_is_out() -> None:
+    recipe = build_recipe("linear", 8)
+    loader = GlobalLoader(
+        _Faulty("unsendable"), recipe, global_batch=8, seed=0, device=CPU, num_workers=2, timeout=3600
+    )
+    with pytest.raises(LoaderError, match="/dev/shm is full"):
+        list(loader.from_step(0, 1))
+
+
+def test_shared_memory_too_small_for_the_workers_is_refused_before_they_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("data.loader._SHM", "/")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * 3 * 8 * 8 * 8))
+    recipe = build_recipe("linear", 8)
+    for workers, steps, fits in ((2, 9, True), (3, 9, False), (3, 4, True), (0, 9, True)):
+        loader = GlobalLoader(
+            _Faulty("none"), recipe, global_batch=8, seed=0, device=CPU, num_workers=workers
+        )
+        if fits:
+            assert len(list(loader.from_step(0, steps))) == steps
+        else:
+            with pytest.raises(ValueError, match=r"^/ has .* MiB free.*DATA.NUM_WORKERS"):
+                list(loader.from_step(0, steps))
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    source = build_source("folder", str(tmp_path), "train")
+    loader = GlobalLoader(
+        source, build_recipe("linear", 8), global_batch=5, seed=0, device=CPU, num_workers=1
+    )
+    with pytest.raises(BadImagesError, match=r"^20 images in a row cannot be read[^\n]*\Z"):
+        list(loader.from_step(0, 1))
 
 
 def test_workers_leave_termination_to_the_main_process() -> None:
