@@ -31,7 +31,7 @@ from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.sources.base import Source
 from data.worker import BadImages, BadImagesError, Fetched, Fetcher
-from utils.cli import error_number, worker_failure
+from utils.limits import error_number, worker_failure
 
 logger = logging.getLogger("synco")
 

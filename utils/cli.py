@@ -8,10 +8,11 @@ import contextlib
 import difflib
 import errno
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
+
+from utils.limits import LIMITS, error_number, first_line, worker_failure
 
 # flag -> configuration key; a flag that is not given leaves the configuration alone
 _VALUES: dict[str, tuple[str, type, str]] = {
@@ -153,36 +154,6 @@ def _recorded(main: Callable[[], int]) -> Callable[[], int]:
 
 _CODES = {"NonFiniteError": 3, "LoaderError": 5}
 _MEMORY_REMEDY = "lower --batch-size and raise --accumulation-steps, or add --use-checkpoint"
-_FILES = "too many open files: raise `ulimit -n`, or lower DATA.NUM_WORKERS"
-_LIMITS = {  # of the machine, by errno; a loader worker that meets one ends with it as exit code
-    errno.EMFILE: _FILES,
-    errno.ENFILE: _FILES,
-    errno.EAGAIN: "no further process or thread may start: raise `ulimit -u` or the container's limit of "
-    "processes, or lower DATA.NUM_WORKERS",
-    errno.ENOMEM: "memory ran out: lower DATA.NUM_WORKERS or the batch size",
-    errno.ENOSPC: "/dev/shm is full: enlarge it (docker run --shm-size=8g or --ipc=host), or lower "
-    "DATA.NUM_WORKERS (0 needs none) or the batch size",
-}
-
-
-def error_number(error: BaseException) -> int:
-    """Return the errno of a limit of the machine behind an error of Python or torch, else 0."""
-    if isinstance(error, MemoryError):
-        return errno.ENOMEM
-    text = str(error)
-    if "can't start new thread" in text:
-        return errno.EAGAIN
-    if "received 0 items of ancdata" in text:  # a file that a worker sent could not be opened
-        return errno.EMFILE
-    return next((number for number in _LIMITS if os.strerror(number) in text), 0)
-
-
-def worker_failure(text: str, code: int = 0) -> str:
-    """Return the line of a loader worker's death from its exit code, which torch's ``text`` may tell."""
-    told = re.search(r"exit code:? (\d+)", text)
-    reason = _LIMITS.get(code or (int(told[1]) if told else 0))
-    killed = f"{_first_line(text)}; if it was killed, memory ran out: lower DATA.NUM_WORKERS"
-    return f"a data loader worker failed: {reason or killed}"
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:
@@ -199,14 +170,14 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     if text.startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it anywhere in the main thread
         return 5, worker_failure(text)
     if number == errno.ENOMEM or name == "OutOfMemoryError" or "can't allocate memory" in text:
-        return 4, f"out of memory; {_MEMORY_REMEDY}: {_first_line(text)}"
+        return 4, f"out of memory; {_MEMORY_REMEDY}: {first_line(text)}"
     if isinstance(error, (ValueError, ImportError)):
         return 2, text
     if isinstance(error, OSError) and number in (0, errno.ENOSPC):
         return 2, f"{text}; check the path, its permissions and the free space"
     if lost_processes(error):
-        return 5, f"lost the other processes; {_who_is_missing()}: {_first_line(text)}"
-    return (5, _LIMITS[number]) if number else None
+        return 5, f"lost the other processes; {_who_is_missing()}: {first_line(text)}"
+    return (5, LIMITS[number]) if number else None
 
 
 def lost_processes(error: BaseException) -> bool:
@@ -219,10 +190,6 @@ def _who_is_missing() -> str:
     from utils.heartbeat import missing
 
     return missing() or "one of them says why, or was killed"
-
-
-def _first_line(text: str) -> str:
-    return (text.splitlines() or [""])[0][:200]
 
 
 def _report(error: BaseException, message: str) -> None:

@@ -24,7 +24,13 @@ FORBIDDEN_ROOMS = {
     "detection": {"tools", "benchmarks"},
 }
 ALLOWED_UTILS = {
-    "data": {"utils.distributed", "utils.randomness", "utils.checkpoints.atomic", "utils.reading"},
+    "data": {
+        "utils.distributed",
+        "utils.randomness",
+        "utils.checkpoints.atomic",
+        "utils.reading",
+        "utils.limits",
+    },
     "models": {"utils.distributed", "utils.randomness", "utils.schedules", "utils.config.key"},
 }
 
