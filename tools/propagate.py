@@ -23,6 +23,7 @@ from torch import Tensor
 from data.augment.crops import resize_one
 from data.augment.pipeline import normalise_
 from data.decode import decode_rgb, open_image
+from data.sources.scan import PassedOver, is_folder, read_folder
 from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.frozen import Frozen, open_frozen
@@ -79,7 +80,10 @@ def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: i
     Raises ``ValueError`` if frames or the first mask are missing, or the backbone cannot take the frames'
     size.
     """
-    paths = sorted(frames.glob("*.jpg"))
+    passed = PassedOver()
+    names = read_folder(frames, passed).images if is_folder(frames) else []
+    passed.say(frames)
+    paths = [frames / name for name in sorted(names) if name.endswith(".jpg")]
     if not paths or not (truth / f"{paths[0].stem}.png").is_file():
         missing = truth / (f"{paths[0].stem}.png" if paths else "")
         raise ValueError(f"a video needs frames in {frames} and the first one's mask, {missing}")

@@ -226,6 +226,17 @@ def test_without_later_annotations_masks_are_written_and_not_judged(
     assert "only first frames are annotated" in capsys.readouterr().out
 
 
+def test_what_systems_leave_beside_the_frames_is_no_frame(
+    davis: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (davis / "DAVIS/JPEGImages/480p/squares/._00000.jpg").write_bytes(b"\0\5\x16\7")
+    with caplog.at_level("INFO", "synco"):
+        folder = run_tool(davis, monkeypatch, "--short-side", "64")
+    names = sorted(path.name for path in (folder / "squares").iterdir())
+    assert names == [f"{number:05d}.png" for number in range(5)]
+    assert "left out: hidden files and what systems leave behind: 1" in caplog.text
+
+
 def test_frames_keep_their_shape_up_to_multiples_of_64() -> None:
     assert tool.frame_size(480, 854, 480) == (480, 832)
     assert tool.frame_size(1080, 1920, 480) == (480, 832)
