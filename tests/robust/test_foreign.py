@@ -101,6 +101,7 @@ def test_every_kind_of_value_comes_out_as_it_was_saved(form: str, foreign: bool,
         "bytes": [b"\x00\xff", bytearray(b"12"), b""],
         "torch": [torch.Size([1, 2]), torch.float16],
         "numbers": [2**70, -5, 1.5, 1 + 2j, None, True, (1, (2, 3)), ()],
+        "classes": {index: str(index) for index in range(21_841)},  # as many as ImageNet-21k
         "keys": {1: 1, (0, "a"): 2, None: 3, 2**40: 4, 1.5: 5},
     }
     saved = {**tensors, **values} | ({"config": CfgNode({"A": 1})} if foreign else {})

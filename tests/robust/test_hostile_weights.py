@@ -93,7 +93,7 @@ def test_safetensors_are_read_in_proportion_to_their_size(tmp_path: Path) -> Non
     code = "import sys, pathlib, test_hostile_weights as t; print(t.bytes_touched(pathlib.Path(sys.argv[1])))"
     # With a fixed threshold each large allocation is mapped afresh, so that each copied page is a fault.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     touched = subprocess.run(
         [sys.executable, "-c", code, str(path)],
         env=environment,
@@ -183,6 +183,8 @@ VALUES = {  # the value of one key of the dictionary
     "numbers of a megabyte": b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01(" + number(1 << 8_000_000)
     + b"2" * 30 + b"tcnumpy\ndtype\n(U\x02f8tR\x89U\x00tb",
     "colliding keys": b"}(" + b"".join(number(key) + b"K\x01" for key in COLLIDING) + b"u",
+    "keys without text": b"}(" + b"".join(number(key) + b"N" for key in range(30_001)) + b"u",
+    "tuples as keys": b"}(" + b"".join(number(key) + b"\x85N" for key in range(3_001)) + b"u",
     "a set of colliding keys": b"\x8f(" + b"".join(map(number, COLLIDING)) + b"\x90",
     "three million sets": b"(" + b"\x8f" * 3_000_000 + b"l",
     "100,000 classes": b"(" + b"".join(b"ca\nB%d\n" % i for i in range(100_000)) + b"l",
