@@ -1,4 +1,4 @@
-"""Read files that people and other systems wrote: images, and lists of names, labels and classes."""
+"""Read files that people and other systems wrote: images, lists of names, labels and classes."""
 
 import codecs
 import os
@@ -32,10 +32,10 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """Return the text of a file in UTF-8, or in the encoding of its byte order mark; line ends are \\n.
+    """Return the text of a file in UTF-8 or as its byte order mark says; line ends are \\n.
 
-    Raises ValueError with the remedy for another encoding. `errors` "surrogateescape" lets a list in
-    UTF-8 name files whose names are not.
+    Raises ValueError with the remedy for another encoding. `errors` "surrogateescape" lets a list
+    in UTF-8 name files whose names are not.
     """
     data, encoding = read_bytes(path), "utf-8"
     for mark, name in _MARKS:

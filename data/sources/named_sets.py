@@ -99,8 +99,8 @@ def _tiny_val(root: Path) -> list[tuple[str, str]]:
 def folder_split(path: str, split: str) -> FileSource:
     """Return nine tenths (train) or the rest (val) of the images right in `path`, without labels.
 
-    The split of SiT's cows (spec E4): in the order of the reversed file names, whose ends are hashes; each
-    part then by name.
+    As the published fork of SiT for the COWS set does: in the order of the reversed file names, whose
+    ends are hashes; each part then by name.
     """
     passed = PassedOver()
     names = read_folder(path, passed).images

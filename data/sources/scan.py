@@ -1,4 +1,4 @@
-"""Find the images below folders: what counts as one, what is left out, and each real folder once."""
+"""Find the images below folders: what is one, what is left out, and each real folder once."""
 
 import errno
 import logging
@@ -50,12 +50,12 @@ Group = tuple[str, int]  # a folder below the root, and the label of the images 
 
 
 def left_behind(name: str) -> bool:
-    """Tell whether a file or a folder of this name is none of the data set's: hidden, or a system's."""
+    """Tell whether a file or folder of this name is hidden or a system's, so not of the data set."""
     return _LEFT_BEHIND.match(name) is not None
 
 
 class PassedOver(dict[str, tuple[int, str]]):
-    """What a listing left out: count and first path by kind; kinds that begin with "." are extensions."""
+    """What a listing left out: kind -> count and first path; a kind with "." is an extension."""
 
     def add(self, kind: str, path: str, count: int = 1) -> None:
         """Count one or more, of which `path` is the first."""
@@ -200,11 +200,11 @@ class Tree:
         self.passed = PassedOver()
         self._real_root = os.path.realpath(root)
         self._seen: set[str] = set()  # real paths of folders
-        # By number of the group and path from its folder: "" or "/a/b", which sort as full paths do.
+        # By number of the group and path from its folder: "" or "/a/b", sorted as full paths are.
         self._packed: dict[tuple[int, str], tuple[bytes, np.ndarray]] = {}
 
     def walk(self) -> None:
-        """Find the images: first those in real folders, then those behind links that lead elsewhere.
+        """Find the images: first those in real folders, then those behind links elsewhere.
 
         A link to a folder of the data set, or to one around it, would list images again, under
         another label or without end.
@@ -225,7 +225,7 @@ class Tree:
                     waiting.append((number, inside, real))
 
     def _tops(self) -> list[tuple[int, str, str]]:
-        """Return number, "" and real path of each group's folder; ValueError if two are the same."""
+        """Return number, "" and real path of each group's folder; ValueError if two are one."""
         known: dict[str, str] = {}
         for folder, _ in self.groups:
             real = os.path.realpath(self.root / folder)

@@ -1,4 +1,4 @@
-"""Folders as they are found: what cannot be read, links, pipes, what systems leave, other extensions."""
+"""Folders as they are found: unreadable parts, links, pipes, what systems leave, extensions."""
 
 import errno
 import logging
