@@ -171,6 +171,8 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         return 5, worker_failure(text)
     if number == errno.ENOMEM or name == "OutOfMemoryError" or "can't allocate memory" in text:
         return 4, f"out of memory; {_MEMORY_REMEDY}: {first_line(text)}"
+    if text.startswith("Expected more than 1 value per channel"):  # torch's batch norm, at the first step
+        return 2, "--batch-size 1: batch norm needs at least 2 images on each process; raise it"
     if isinstance(error, (ValueError, ImportError)):
         return 2, text
     if isinstance(error, OSError) and number in (0, errno.ENOSPC):

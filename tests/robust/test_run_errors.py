@@ -367,6 +367,17 @@ def test_out_of_memory_names_the_remedy(tmp_path: Path) -> None:
     assert_fails(4, argv, "out of memory; lower --batch-size", tmp_path, prepare=out_of_memory)
 
 
+def test_one_image_and_batch_norm_names_the_flag(tmp_path: Path) -> None:
+    argv = runs.arguments("byol", tmp_path, "t", TRAIN__BATCH_SIZE=1)
+    assert_fails(2, argv, "--batch-size 1: batch norm needs at least 2", tmp_path)
+    assert runs.steps_saved(tmp_path / "byol" / "t") == []
+
+
+def test_a_tensor_too_large_for_the_memory_of_a_cpu_is_out_of_memory(tmp_path: Path) -> None:
+    argv = runs.arguments("moco_v2", tmp_path, "t", MODEL__MOCO_V2__QUEUE_SIZE=1 << 50)
+    assert_fails(4, argv, "out of memory; lower --batch-size.*allocate", tmp_path)
+
+
 def fault_of_ours(rank: int) -> None:
     def fail() -> None:
         raise AssertionError("cannot be")
