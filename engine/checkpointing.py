@@ -41,6 +41,17 @@ def find_checkpoint(folder: Path, resume: str, training: bool) -> tuple[Path, st
     return (Path(resume), wanted) if wanted else None
 
 
+def evaluation_of(path: Path) -> dict[str, float]:
+    """Return the evaluation that is noted beside a checkpoint, {} if there is none."""
+    try:
+        found = checkpoint.read_record(path).get("evaluated")
+    except (OSError, checkpoint.CheckpointError):
+        return {}  # a file without a record, such as a copy
+    if not isinstance(found, dict):
+        return {}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
 def load_own(
     path: Path, cfg: CfgNode, task: str, fingerprint: str, plan: Plan
 ) -> tuple[dict[str, Any], list[str]]:

@@ -7,6 +7,7 @@ may have either small, but then it grows; only what is small and does not grow i
 
 import math
 from collections import deque
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,15 @@ class CollapseMonitor:
         while len(self._rows) > 1 and sum(map(len, self._rows)) - len(self._rows[0]) >= most:
             self._rows.popleft()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the newest embeddings, if they are finite, and the number of looks."""
+        rows = [row for row in self._rows if torch.isfinite(row).all()]
+        return {"embeddings": rows, "looks": self._looks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+        self._rows, self._looks = deque(state["embeddings"]), state["looks"]
+
     def look(self) -> dict[str, float]:
         """Return spread and, now and then, effective rank of what was noted, as metrics to be logged."""
         if not self._rows or len(self._rows[-1]) < 2:  # the spread of one embedding is 0, and no collapse
@@ -47,7 +57,8 @@ class CollapseMonitor:
         self._spread.see(values["embedding_std"])
         on_gpu = self._rows[-1].device.type == "cuda"
         if self._looks % (_EVERY_ON_GPU if on_gpu else 1) == 0:
-            rows = torch.cat(list(self._rows))[-_ROWS:]
+            device = self._rows[-1].device  # those of a checkpoint are on the CPU
+            rows = torch.cat([row.to(device) for row in self._rows])[-_ROWS:]
             self._of = min(rows.shape)
             values["embedding_rank"] = float(effective_rank(rows))
             self._rank.see(values["embedding_rank"] / self._of)

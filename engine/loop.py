@@ -92,12 +92,15 @@ def fit(
 ) -> Outcome:
     """Train from ``state.step`` to the end of the plan, or until a stop signal.
 
-    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch,
-    before its checkpoint, so that a run killed in between evaluates again.
+    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch, after
+    its checkpoint: an evaluation that fails costs no epoch. A run that was killed in between finishes the
+    evaluation when it starts again.
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
     with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
         first = state.step
+        if evaluate is not None and first and first % plan.steps_per_epoch == 0:
+            run.evaluated(state, plan, run.known_evaluation or evaluate(plan.progress(first)))
         for index, micro_batches in loader.from_step(first, plan.total_steps):
             run.begin_step(index, first)
             progress = plan.progress(index)
@@ -108,21 +111,28 @@ def fit(
             state.module.after_step(progress)  # type: ignore[operator]
             state.step = index + 1
             run.meter.log(progress, out, plan)
+            if run.due(state.step, plan):
+                save(state, plan, run, guard)
             is_best = False
             if evaluate is not None and state.step % plan.steps_per_epoch == 0:
                 heartbeat.beat(f"the evaluation after {state.step} steps")
-                is_best = run.evaluated(progress.next, evaluate(progress.next), state.best)
+                is_best = run.evaluated(state, plan, evaluate(progress.next))
             stopping = stop.agreed()
-            if stopping or run.due(state.step, plan, is_best):
-                heartbeat.beat(f"the checkpoint of step {state.step}")
-                guard.flush()
-                run.checkpoint(state, plan)
+            if (stopping or is_best) and not run.is_saved(state.step):
+                save(state, plan, run, guard)
             if stopping:
                 run.preempted(state.step, stop.received or "a signal to another rank")
                 return Outcome.PREEMPTED
         guard.flush()
         run.done(state.step)
     return Outcome.DONE
+
+
+def save(state: TrainState, plan: Plan, run: Run, guard: FiniteGuard) -> None:
+    """Commit a checkpoint, once the gradient norm of the last step has been read."""
+    heartbeat.beat(f"the checkpoint of step {state.step}")
+    guard.flush()
+    run.checkpoint(state, plan)
 
 
 def seed_step(seed: int, step: int) -> None:

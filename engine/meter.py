@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,12 @@ from utils.schedules import Progress
 logger = logging.getLogger("synco")
 
 
+def keep_best(best: dict[str, float], values: Mapping[str, float]) -> None:
+    """Update the best value of each evaluation so far: of a loss the lowest."""
+    for name, value in values.items():
+        best[name] = (min if "loss" in name else max)(best.get(name, value), value)
+
+
 class Meter:
     """Gathers a step's metrics on the device and reads them only when they are shown."""
 
@@ -24,13 +32,41 @@ class Meter:
         self._line: ProgressLine | None = None
         self._window: list[dict[str, Tensor]] = []
         self._window_start = time.perf_counter()
+        self._timed = 0  # steps since then
         self._collapse = CollapseMonitor()
         self._verdict = HEALTHY
 
     def start(self, total_steps: int) -> None:
         """Begin to measure the pace of a run of ``total_steps``."""
         self._line = ProgressLine(total_steps) if distributed.is_main() else None
-        self._window_start = time.perf_counter()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._window_start, self._timed = time.perf_counter(), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to log what an uninterrupted one logs.
+
+        That is, of each process, the metrics since the last line. They are lists of numbers: a checkpoint
+        refuses tensors that are not finite, and a metric may be. On rank 0 also the newest embeddings.
+        """
+        names = sorted(self._window[-1]) if self._window else []
+        rows = self._table(names).tolist() if names else []
+        return {
+            "names": names,
+            "rows": distributed.all_objects(rows),
+            "collapse": self._collapse.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``; on another number of processes each takes the mean of all."""
+        parts = state["rows"]
+        if parts and parts[0]:
+            tables = torch.tensor(parts)  # (processes, steps, metrics)
+            same = len(parts) == distributed.world_size()
+            table = tables[distributed.rank()] if same else tables.mean(0)
+            self._window = [dict(zip(state["names"], row.unbind(), strict=True)) for row in table]
+        self._collapse.load_state_dict(state["collapse"])
 
     def close_line(self) -> None:
         """Wipe the progress line."""
@@ -39,6 +75,7 @@ class Meter:
 
     def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
         """Note a step's scalars; write means over steps and processes every ``LOG.PRINT_FREQ`` steps."""
+        self._timed += 1
         self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
         if "embedding" in out and distributed.is_main():
             self._collapse.note(out["embedding"])
@@ -49,14 +86,14 @@ class Meter:
         if seen := self._collapse.look():
             values |= seen
             self._tell(self._collapse.verdict())
-        seconds_per_step = (time.perf_counter() - self._window_start) / len(self._window)
+        seconds_per_step = (time.perf_counter() - self._window_start) / self._timed
         values["images_per_second"] = plan.global_batch / seconds_per_step
         values["lr"] = plan.rates[0].at(progress.step)
         values["epoch"] = progress.next.epoch_position
         self._window.clear()
         self.metrics.write(progress.step + 1, values)
         self._say(progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step)
-        self._window_start = time.perf_counter()
+        self._restart_clock()
 
     def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
         """Log an epoch's evaluation, if there was one; ``best`` keeps the best of each value: of a loss the
@@ -64,20 +101,25 @@ class Meter:
         """
         if not values:
             return
-        for name, value in values.items():
-            best[name] = (min if "loss" in name else max)(best.get(name, value), value)
+        keep_best(best, values)
         self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
         shown = ", ".join(
             f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name
         )
         logger.info("epoch %d done: %s", progress.epoch - 1, shown)
-        self._window_start = time.perf_counter()  # the evaluation's time is not training's
+        self._restart_clock()  # the evaluation's time is not training's
 
     def _mean_of_window(self) -> dict[str, float]:
         names = sorted(self._window[-1])
-        table = torch.stack([torch.stack([row[name] for name in names]) for row in self._window]).mean(0)
+        table = self._table(names).mean(0)
         table = distributed.all_reduce_sum(table) / distributed.world_size()
         return dict(zip(names, table.tolist(), strict=True))
+
+    def _table(self, names: list[str]) -> Tensor:
+        """Return the metrics since the last line, (steps, metrics) float32."""
+        device = self._window[-1][names[0]].device
+        rows = [torch.stack([row[name].to(device) for name in names]) for row in self._window]
+        return torch.stack(rows)
 
     def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
         hidden = ("epoch", "images_per_second")

@@ -1,11 +1,16 @@
 """Which device a process uses, and which arithmetic: what the configuration says, or what is fast there."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from engine.gradients import AveragedGradients
 from utils import distributed
+
+M = TypeVar("M", bound=nn.Module)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,3 +75,68 @@ class _Refusal:
                 f"TRAIN.PRECISION: bf16 on a CPU gives {self.name}, a convolution of stride {stride} over a "
                 f"map {width} wide, wrong gradients; use --precision fp32, or a larger DATA.IMG_SIZE"
             )
+
+
+class Precision:
+    """Where and in which arithmetic a run computes: device, precision and memory format."""
+
+    def __init__(self, precision: str, device: torch.device, channels_last: bool) -> None:
+        self.device = device
+        self.precision = resolve_precision(precision, device)
+        self.channels_last = channels_last
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward in ``TRAIN.PRECISION``."""
+        dtype = DTYPES.get(self.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Return a gradient scaler for fp16, which needs one."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
+    def prepare(self, module: M) -> M:
+        """Move a module to the device, in the memory format of the run, equal on all ranks."""
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        module = module.to(self.device)
+        distributed.broadcast_module(module)
+        if self.device.type == "cpu" and self.precision == "bf16":
+            refuse_wrong_gradients(module)
+        return module
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Wrap a prepared module for gradient averaging if there are several processes.
+
+        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be local.
+        """
+        if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        return AveragedGradients(module)
+
+    def views(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) in the run's memory format."""
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    @contextmanager
+    def evaluating(self, module: M) -> Iterator[M]:
+        """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
+
+        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the others' may
+        differ.
+        """
+        was_training = [(part, part.training) for part in module.modules()]
+        for buffer in module.buffers():
+            distributed.broadcast(buffer)
+        module.eval()
+        try:
+            with torch.no_grad(), self.autocast(), _uncompiled(module):
+                yield module
+        finally:
+            for part, training in was_training:
+                part.training = training
+
+
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which compiled parts run as they are: an evaluation's shapes would compile anew."""
+    compiled = any(part._compiled_call_impl is not None for part in module.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -1,5 +1,6 @@
 """A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -7,20 +8,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from yacs.config import CfgNode
 
 from engine import checkpointing as resume
-from engine.gradients import AveragedGradients
-from engine.meter import Meter
+from engine.meter import Meter, keep_best
 from engine.plan import Plan
-from engine.precision import DTYPES, choose_device, refuse_wrong_gradients, resolve_precision
+from engine.precision import Precision, choose_device
 from utils import distributed, heartbeat
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints import folder as retention
@@ -29,17 +29,14 @@ from utils.cli import lost_processes
 from utils.config.load import to_yaml
 from utils.logger import Metrics, setup_logger
 from utils.randomness import keyed_seed
-from utils.schedules import Progress
 
 if TYPE_CHECKING:
     from engine.loop import TrainState
 
 logger = logging.getLogger("synco")
 
-M = TypeVar("M", bound=nn.Module)
 
-
-class Run:
+class Run(Precision):
     """The place and the means of one run; only rank 0 writes."""
 
     def __init__(
@@ -48,8 +45,7 @@ class Run:
         self.cfg = cfg
         self.task = task  # decides which keys are its identity, see utils.config.schema
         self.folder = folder
-        self.device = device
-        self.precision = resolve_precision(cfg.TRAIN.PRECISION, device)
+        super().__init__(cfg.TRAIN.PRECISION, device, cfg.TRAIN.CHANNELS_LAST)
         self.seed: int = cfg.SEED
         self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
         self.training = training  # an evaluation looks at a folder that may be another process's
@@ -60,61 +56,8 @@ class Run:
         self._resumed_from: Path | None = None
         self._origin: str | None = None  # the --resume file that the folder's checkpoints descend from
         self._saved_step: int | None = None
+        self.known_evaluation: dict[str, float] = {}  # of the step that the run resumed at
         self._evaluated: tuple[int, dict[str, float]] = (0, {})  # after which step, with what result
-
-    # ---- precision and processes ---------------------------------------------------------------------------
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward in ``TRAIN.PRECISION``."""
-        dtype = DTYPES.get(self.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """Return a gradient scaler for fp16, which needs one."""
-        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
-
-    def prepare(self, module: M) -> M:
-        """Move a module to the device, in the memory format of the run, equal on all ranks."""
-        if self.cfg.TRAIN.CHANNELS_LAST:
-            module = module.to(memory_format=torch.channels_last)
-        module = module.to(self.device)
-        distributed.broadcast_module(module)
-        if self.device.type == "cpu" and self.precision == "bf16":
-            refuse_wrong_gradients(module)
-        return module
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Wrap a prepared module for gradient averaging if there are several processes.
-
-        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be local.
-        """
-        if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
-            return module
-        return AveragedGradients(module)
-
-    def views(self, images: Tensor) -> Tensor:
-        """Return images (N, 3, H, W) in the run's memory format."""
-        return (
-            images.contiguous(memory_format=torch.channels_last) if self.cfg.TRAIN.CHANNELS_LAST else images
-        )
-
-    @contextmanager
-    def evaluating(self, module: M) -> Iterator[M]:
-        """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
-
-        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the others' may
-        differ.
-        """
-        was_training = [(part, part.training) for part in module.modules()]
-        for buffer in module.buffers():
-            distributed.broadcast(buffer)
-        module.eval()
-        try:
-            with torch.no_grad(), self.autocast(), _uncompiled(module):
-                yield module
-        finally:
-            for part, training in was_training:
-                part.training = training
 
     # ---- the folder ----------------------------------------------------------------------------------------
 
@@ -134,11 +77,32 @@ class Run:
             # The kernel releases it with the process; loader workers do not inherit it, as they do flock's.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
-                f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
-            ) from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
+                ) from error
+            logger.warning(
+                "the file system of %s has no locks (%s): nothing stops a second job in this folder",
+                *(self.folder, error),
+            )
         if self._status().get("state") != "done":  # e.g. preempted: a start that fails must not be requeued
             self.finish("starting", 0)
+
+    def _check_lock(self) -> None:
+        """Refuse to write into a folder that is no longer the one that this run locked."""
+        if self._lock is None:
+            return
+        held = os.fstat(self._lock.fileno())
+        try:
+            found = os.stat(self.folder / ".lock")
+        except FileNotFoundError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            self.training = False  # nothing more is written there, not even status.json
+            raise ValueError(
+                f"--output: {self.folder}/.lock is not the one that this run locked: the folder was moved or "
+                "removed, or another run uses it. Nothing was written. Move the folder back and start again"
+            )
 
     def _status(self) -> dict[str, Any]:
         try:
@@ -217,42 +181,59 @@ class Run:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
-    def due(self, step: int, plan: Plan, is_best: bool = False) -> bool:
-        """Tell whether a checkpoint is due after ``step`` steps: by its number, or as the best so far."""
+    def due(self, step: int, plan: Plan) -> bool:
+        """Tell whether a checkpoint is due after ``step`` steps."""
         every = self.cfg.CHECKPOINT
         by_epoch = every.EVERY_EPOCHS and step % (every.EVERY_EPOCHS * plan.steps_per_epoch) == 0
         by_step = every.EVERY_STEPS and step % every.EVERY_STEPS == 0
-        return bool(by_epoch or by_step or is_best or step == plan.total_steps)
+        return bool(by_epoch or by_step or step == plan.total_steps)
 
-    def evaluated(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> bool:
-        """Log an evaluation; tell whether it is the best so far by ``CHECKPOINT.KEEP_BEST``.
+    def is_saved(self, step: int) -> bool:
+        """Tell whether the checkpoint of ``step`` is committed."""
+        return self._saved_step == step
 
-        Raises ``ValueError`` if that names nothing that was measured.
+    def evaluated(self, state: "TrainState", plan: Plan, values: dict[str, float]) -> bool:
+        """Log an evaluation and note it beside the checkpoint of its step, if there is one.
+
+        Tells whether it is the best so far by ``CHECKPOINT.KEEP_BEST``. Raises ``ValueError`` if that names
+        nothing that was measured.
         """
         metric = self.cfg.CHECKPOINT.KEEP_BEST
         if values and self.task != "pretrain":  # which has told at once, and measures now this, now that
             retention.require(metric, values)
-        is_best = metric in values and retention.improves(metric, values[metric], best.get(metric))
-        self._evaluated = (progress.step, values)
-        self.meter.record(progress, values, best)
+        is_best = metric in values and retention.improves(metric, values[metric], state.best.get(metric))
+        self._evaluated = (state.step, values)
+        keep_best(state.best, values)
+        if values and self.is_saved(state.step):  # noted before it is logged: a resume logs what is noted
+            distributed.on_main(lambda: self._note_evaluation(state, plan))
+        self.meter.record(plan.progress(state.step), values, state.best)
         return is_best
+
+    def _note_evaluation(self, state: "TrainState", plan: Plan) -> None:
+        path = checkpoint.path_of(self.folder, state.step)
+        try:
+            checkpoint.amend(path, evaluated=self._evaluated[1], best=dict(state.best))
+            self._prune(plan)
+        except (OSError, checkpoint.CheckpointError) as error:
+            logger.error("the evaluation of step %d is not noted in its checkpoint (%s)", state.step, error)
 
     def checkpoint(self, state: "TrainState", plan: Plan) -> None:
         """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
-        keep_every = self.cfg.CHECKPOINT.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
         payload = {
             **state.state_dict(),
+            "meter": self.meter.state_dict(),
             "config": to_yaml(self.cfg),
             "dataset": self.fingerprint,
             "global_batch": plan.global_batch,
         }
-        problem = distributed.on_main(lambda: self._save(state.step, payload, keep_every))
+        problem = distributed.on_main(lambda: self._save(state.step, payload, plan))
         if not problem:
             self._saved_step = state.step
         elif distributed.is_main():
             logger.error("%s", problem)
 
-    def _save(self, step: int, payload: dict[str, Any], keep_every: int | None) -> str:
+    def _save(self, step: int, payload: dict[str, Any], plan: Plan) -> str:
+        self._check_lock()
         meta = {
             "torch": torch.__version__,
             "best": payload["best"],
@@ -260,12 +241,9 @@ class Run:
             "origin": self._origin,
             "evaluated": self._evaluated[1] if self._evaluated[0] == step else {},
         }
-        keep = self.cfg.CHECKPOINT
         try:
             path = checkpoint.save(self.folder, step, payload, meta=meta)
-            best = retention.best(self.folder, keep.KEEP_BEST) if keep.KEEP_BEST else None
-            protect = [path for path in (self._resumed_from, best) if path]
-            retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
+            self._prune(plan)
         except OSError as error:
             return (
                 f"checkpoint of step {step} failed ({error}); the older ones are intact. "
@@ -273,6 +251,13 @@ class Run:
             )
         logger.info("checkpoint %s", path)
         return ""
+
+    def _prune(self, plan: Plan) -> None:
+        keep = self.cfg.CHECKPOINT
+        best = retention.best(self.folder, keep.KEEP_BEST) if keep.KEEP_BEST else None
+        protect = [path for path in (self._resumed_from, best) if path]
+        keep_every = keep.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
+        retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
 
     def resume(self, state: "TrainState", plan: Plan) -> bool:
         """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was
@@ -295,13 +280,17 @@ class Run:
         for change in changes:
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
+        self.known_evaluation = distributed.on_main(lambda: resume.evaluation_of(path))
+        keep_best(state.best, self.known_evaluation)
         logger.info("resumed from %s at step %d", path, state.step)
         if not self.training:
             return True
         self._resumed_from, self._saved_step = path, state.step
         if self._origin:  # later ones belong to another course of the run, and would be taken for newer
             distributed.on_main(lambda: retention.set_aside(self.folder, after=state.step))
-        self.metrics.truncate_after(state.step)
+        if "meter" in saved:  # older checkpoints lack it
+            self.meter.load_state_dict(saved["meter"])
+        self.metrics.truncate_after(state.step, evaluation_too=True)  # fit writes it again
         return True
 
     # ---- what a person sees --------------------------------------------------------------------------------
@@ -317,12 +306,6 @@ class Run:
         )
         logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
         self.meter.start(plan.total_steps)
-
-
-def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which compiled parts run as they are: an evaluation's shapes would compile anew."""
-    compiled = any(part._compiled_call_impl is not None for part in module.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True) -> Run:

@@ -5,6 +5,7 @@ what they are features of and the sha256 of the file; its rename is the commit.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -77,9 +78,11 @@ def _alone(folder: Path) -> Iterator[None]:
         file = (folder / "features.lock").open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return False
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                return False
+            logger.warning("the file system of %s has no locks (%s): going on without", folder, error)
         held.append(file)
         return True
 

@@ -136,11 +136,14 @@ class Metrics:
         self._purge_step: int | None = None
         self._warned: set[str] = set()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop lines of steps > `step`, and torn lines, so that a resumed run writes each step once."""
+    def truncate_after(self, step: int, evaluation_too: bool = False) -> None:
+        """Drop torn lines and lines of steps > `step`, so that a resumed run writes each step once.
+
+        With `evaluation_too` also the evaluation after `step`, which has no learning rate.
+        """
         self._purge_step = step + 1
         if self._folder is not None:
-            self._guard(METRICS_FILE, lambda: self._rewrite(step))
+            self._guard(METRICS_FILE, lambda: self._rewrite(step, evaluation_too))
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
         """Append the line {"step": step, **values}, numbers also to TensorBoard; tensors hold one element."""
@@ -189,7 +192,7 @@ class Metrics:
             self._file.seek(size - 1)
             self._torn = self._file.read(1) != b"\n"  # a killed process left half a line
 
-    def _rewrite(self, step: int) -> None:
+    def _rewrite(self, step: int, evaluation_too: bool) -> None:
         assert self._folder is not None
         path = self._folder / METRICS_FILE
         if self._file is not None:
@@ -199,7 +202,7 @@ class Metrics:
             return
         tmp = path.with_name(path.name + ".tmp")
         with path.open(encoding="utf-8", errors="replace") as old, tmp.open("w", encoding="utf-8") as new:
-            new.writelines(line for line in old if (found := _step_of(line)) is not None and found <= step)
+            new.writelines(line for line in old if _stays(line, step, evaluation_too))
         os.replace(tmp, path)
 
     def _scalars(self, step: int, values: dict[str, Any]) -> None:
@@ -212,14 +215,16 @@ class Metrics:
                 self._board.add_scalar(key, value, step)
 
 
-def _step_of(line: str) -> int | None:
-    """Return the step of a line of metrics.jsonl, None if the line is torn or not ours."""
+def _stays(line: str, step: int, evaluation_too: bool) -> bool:
+    """Tell whether a line of metrics.jsonl is whole and stays, see `Metrics.truncate_after`."""
     try:
         record = json.loads(line)
     except ValueError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if type(step) is int and line.endswith("\n") else None
+        return False
+    found = record.get("step") if isinstance(record, dict) else None
+    if type(found) is not int or not line.endswith("\n"):
+        return False
+    return found < step or (found == step and ("lr" in record or not evaluation_too))
 
 
 class ProgressLine:

@@ -13,12 +13,13 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from torch import nn
 
+from utils.checkpoints import file
 from utils.checkpoints.file import CheckpointError, load, newest_valid, save
 from utils.checkpoints.folder import prune, sweep
 
@@ -549,3 +550,48 @@ def test_kill_at_any_instant_of_prune(tmp_path: Path) -> None:
         assert steps_left(folder) == [4, 5]
 
     assert crash_everywhere(folder, lambda: prune(folder, keep_last=2), check) >= 6
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        b'"step": 1e999',
+        b'"step": 1e3',
+        b'"step": "7"',
+        b'"step": -1',
+        b'"step": true',
+        b'"step": 99999999999999999999999',
+        b'"step": NaN',
+    ],
+)
+def test_a_record_with_an_odd_step_is_no_record(edit: bytes, tmp_path: Path) -> None:
+    for step in (6, 7):
+        save(tmp_path, step, {"w": torch.ones(2)}, meta={})
+    record = tmp_path / "ckpt_00000007.json"
+    record.write_bytes(record.read_bytes().replace(b'"step": 7', edit))
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 6
+
+
+@pytest.mark.parametrize(
+    "replaces", [7, "x", [1], {}, {"bytes": "7", "sha256": ""}, {"bytes": 1, "sha256": 7}]
+)
+def test_a_sealed_record_that_replaces_something_odd_is_passed_over(replaces: Any, tmp_path: Path) -> None:
+    for step in (6, 7):
+        save(tmp_path, step, {"w": torch.ones(2)}, meta={})
+    path = tmp_path / "ckpt_00000007.json"
+    record = {**json.loads(path.read_text()), "replaces": replaces}
+    record.pop("seal")
+    path.write_text(json.dumps({**record, "seal": file._seal(record)}))
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == (7 if replaces == {} else 6)
+
+
+def test_a_record_of_megabytes_is_no_record(tmp_path: Path) -> None:
+    for step in (6, 7):
+        save(tmp_path, step, {"w": torch.ones(2)}, meta={"note": "x" * (step // 7 << 21)})
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 6

@@ -1,5 +1,6 @@
 """Features on the disk are used when they are those of the weights and images, and only then."""
 
+import errno
 import json
 import logging
 import os
@@ -162,6 +163,19 @@ def test_a_second_run_waits_for_the_first(
         load(tmp_path)
     other.join(60)
     assert caplog.text.count("waiting") == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_said_and_waits_for_nobody(
+    code: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("evaluation.feature_cache.fcntl.lockf", refuse)
+    load(tmp_path)
+    assert caplog.text.count("has no locks") == 1
+    assert "another run" not in caplog.text
 
 
 def read_after_a_cut(folder: str) -> list[str]:

@@ -1,10 +1,12 @@
 """Parts of a run that need no training: modes around an evaluation, status.json, flags and guards."""
 
+import errno
 import logging
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -13,6 +15,7 @@ from torch import nn
 
 from engine import guards
 from engine.guards import FiniteGuard, NonFiniteError, StopFlag
+from engine.loop import TrainState
 from engine.run import Run
 from models import framework_options
 from models.classifier import freeze
@@ -137,3 +140,40 @@ def test_a_signal_before_the_first_step_is_a_preemption_and_after_the_last_one_n
         assert stop.value.code == 75
         assert runs.status(run.folder)["state"] == state
         run.finish("done", 9)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_a_warning(
+    code: int, run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("engine.run.fcntl.lockf", refuse)
+    run.open_folder()
+    assert caplog.text.count("has no locks") == 1
+    run._check_lock()
+    run.close()
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_lock_that_vanished_is_noticed_before_anything_is_written(
+    how: str, run: Run, tmp_path: Path
+) -> None:
+    run.open_folder()
+    run._check_lock()
+    lock = run.folder / ".lock"
+    if how == "moved":
+        run.folder.rename(tmp_path / "elsewhere")
+    else:
+        lock.unlink()
+    if how == "replaced":
+        lock.touch()
+    before = sorted(tmp_path.rglob("*"))
+    module = nn.Linear(2, 2)
+    state = TrainState(module, torch.optim.SGD(module.parameters(), 0.1), module, step=3)
+    with pytest.raises(ValueError, match="is not the one that this run locked"):
+        run.checkpoint(state, SimpleNamespace(global_batch=4, steps_per_epoch=1))
+    run.finish("failed", 3, "its lock vanished")
+    assert sorted(tmp_path.rglob("*")) == before
+    run.close()

@@ -34,6 +34,7 @@ logger = logging.getLogger("synco")
 
 _NAME = re.compile(r"ckpt_(\d{8,})\.(pt|json)")
 _RESERVED = ("sha256", "bytes", "step", "replaces", "seal")
+_MOST_RECORD = 1 << 20  # bytes; ours have about a thousand
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 
@@ -52,7 +53,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, meta: dict[str, Any]
     `meta` (config digest, metrics, versions) goes into the JSON. CheckpointError: a tensor is not finite, or
     a type would not load with weights_only=True. OSError: the disk failed; older checkpoints are intact.
     """
-    target = folder / f"ckpt_{step:08d}.pt"
+    target = path_of(folder, step)
     if clash := set(meta) & set(_RESERVED):
         raise CheckpointError(f"meta may not use the reserved keys {sorted(clash)}")
     portable = _portable(state, "")
@@ -115,6 +116,13 @@ def _write_record(target: Path, record: dict[str, Any]) -> None:
     except TypeError as error:
         raise CheckpointError(f"meta must hold JSON values only: {error}") from error
     write_text(record_path(target), json.dumps({**record, "seal": _seal(record)}, indent=1))
+
+
+def amend(path: Path, **meta: Any) -> None:
+    """Replace entries of a checkpoint's record, e.g. with an evaluation that came after the save."""
+    if clash := set(meta) & set(_RESERVED):
+        raise CheckpointError(f"meta may not use the reserved keys {sorted(clash)}")
+    _write_record(path, {**read_record(path), **finite_json(meta)})
 
 
 def newest_valid(folder: Path) -> Found | None:
@@ -206,9 +214,19 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the JSON of a checkpoint, its seal checked; ``CheckpointError`` if it is damaged."""
     source = record_path(path)
     try:
-        record = json.loads(source.read_bytes())
+        with source.open("rb") as file:
+            data = file.read(_MOST_RECORD + 1)
+        if len(data) > _MOST_RECORD:
+            raise ValueError("too large")
+        record = json.loads(data)
         seal = record.pop("seal")
-        int(record["step"]), int(record["bytes"]), str(record["sha256"])
+        entries = [record, *([record["replaces"]] if record.get("replaces") else [])]
+        counts = [record["step"], *(entry["bytes"] for entry in entries)]
+        # a step of 1e999 or "7" is a number for nobody
+        if any(type(count) is not int or not 0 <= count < 1 << 63 for count in counts):
+            raise ValueError("a step or size that is no count")
+        if any(type(entry["sha256"]) is not str for entry in entries):
+            raise ValueError("a sha256 that is no text")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{source} is not a record of a checkpoint ({type(error).__name__})") from error
     if seal != _seal(record):
@@ -245,6 +263,11 @@ def _current(target: Path) -> dict[str, Any] | None:
 def record_path(path: Path) -> Path:
     """Return the JSON that vouches for a checkpoint."""
     return path.with_suffix(".json")
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step."""
+    return folder / f"ckpt_{step:08d}.pt"
 
 
 def step_of(path: Path) -> int:

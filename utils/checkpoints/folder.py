@@ -30,14 +30,19 @@ def sweep(folder: Path) -> None:
 
 
 def set_aside(folder: Path, after: int) -> None:
-    """Move the checkpoints of later steps than ``after`` into ``folder``/set_aside, each JSON first."""
+    """Move the checkpoints of later steps than ``after`` into ``folder``/set_aside.
+
+    The JSON moves last. A kill between the two moves leaves a JSON whose file is in set_aside: no
+    checkpoint for `newest_valid`, and the next call finishes the move.
+    """
     later = [path for path in committed(folder) if step_of(path) > after]
     if later:
         aside = folder / "set_aside"
         aside.mkdir(exist_ok=True)
         for path in later:
-            for part in (record_path(path), path):
-                os.replace(part, aside / part.name)
+            if path.exists():
+                os.replace(path, aside / path.name)
+            os.replace(record_path(path), aside / record_path(path).name)
         logger.warning("%d later checkpoint(s) moved to %s", len(later), aside)
 
 
