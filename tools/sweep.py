@@ -4,13 +4,17 @@ python tools/sweep.py --cfg configs/synco_resnet50.yaml --data-path D --output O
     --epochs 1:60 10:30 --lr-backbone 0.005 0.01 0.02 0.05 0.1 --lr-classifier 0.5 --seeds 0 1 2
     --start pretrained random -- --opts DATA.NUM_WORKERS 4
 
-Each point is one run of main_semisup.py on one GPU (or on the CPU), with a share of its labels held out. For
-each start, mode and percentage the point with the best mean validation accuracy is trained again on all the
-labels and the test split is read once, at the end. What is finished is skipped and what was interrupted goes
-on, so the same command may be started again. What follows -- goes to every run.
+Each point is one run of main_semisup.py on one GPU (or on the CPU), with a share of its labels held out. When
+all points are there, the best mean validation accuracy of each start, mode and percentage is chosen, and the
+choice is written down for good. Only then is the chosen point trained again on all the labels and the test
+split read, once. A point that failed is run again by the same command; one that diverged (code 3) has lost.
+What is finished is skipped and what was interrupted goes on. What follows -- goes to every run.
 """
 
 import argparse
+import ctypes
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -21,23 +25,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.sweep_points import Point, Setting, as_csv, choose, markdown, table  # noqa: E402
+from tools.sweep_points import Group, Point, Setting, as_csv, choose, markdown, table  # noqa: E402
+from utils.checkpoints.atomic import write_text  # noqa: E402
 
 _GRACE = 120.0  # seconds that stopped runs get to save
+_POLL = 0.2  # seconds
+_DIVERGED = 3  # exit code of a run whose gradient was not finite
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid, then the choices; print and write the table; return the exit code."""
     args, extra = _parse(argv)
-    from utils.checkpoints.atomic import write_text
-
     folder, shared, weights, content = _place(args, extra)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made a background job ignore it
         signal.signal(number, _interrupt)
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = [Point(s, seed, args.hold_out) for s in settings(args, weights) for seed in args.seeds]
     try:
         found = runner.run(grid)
-        choice = choose(found)
+        choice = recorded_choice(runner, args.name, grid, found)
         tests = runner.run([point.on_all_labels() for point in grid if point.setting in choice.values()])
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
@@ -57,7 +63,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown(rows) + f"written to {folder / args.name}.md and .csv")
     for point, reason in runner.failed.items():
         print(f"FAILED {point}: {reason}")
+    if runner.failed and not choice:
+        print(
+            "nothing is chosen and the test split is not read before all points are there: start the same "
+            "command again"
+        )
     return 1 if runner.failed else 0
+
+
+def recorded_choice(
+    runner: "Runner", name: str, grid: Sequence[Point], found: dict[Point, dict[str, Any]]
+) -> dict[Group, Setting]:
+    """Return the choice of this grid: the one that is written down, else a new one once all points are there.
+
+    A second choice would read the test split a second time, so the first one stays.
+    """
+    path = runner.folder / f"{name}.choice.json"
+    names = sorted(runner.command(point)[0] for point in grid)
+    key = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    records = json.loads(path.read_bytes()) if path.exists() else {}
+    if key not in records:
+        lost = [
+            point for point in grid if point not in found and runner.command(point)[0] not in runner.diverged
+        ]
+        if lost:
+            return {}
+        if records:
+            print(f"note: {path} has the choice of another grid, whose test accuracies were read before")
+        records[key] = [asdict(setting) for setting in choose(found).values()]
+        write_text(path, json.dumps(records, indent=1))  # before the test split is read
+    settings = [Setting(**values) for values in records[key]]
+    return {setting.group: setting for setting in settings}
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel, in a new run, to send SIGTERM when the sweep dies: the run saves and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _interrupt(*_: object) -> None:
@@ -94,6 +136,7 @@ class Runner:
     keep: bool = False
     content: str = ""  # what the runs depend on beside their arguments, see _content
     failed: dict[str, str] = field(default_factory=dict)
+    diverged: set[str] = field(default_factory=set)  # of those that failed: their loss was not finite
     _running: dict[str, tuple[Point, subprocess.Popen[bytes], str]] = field(default_factory=dict)
 
     def run(self, points: Sequence[Point]) -> dict[Point, dict[str, Any]]:
@@ -135,14 +178,36 @@ class Runner:
 
     def _start(self, point: Point, device: str, number: str) -> None:
         name, command = self.command(point)
+        self._wait_for_earlier(name)
         print(f"[{number}] {shlex.join(command)}", flush=True)
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device) if device else dict(os.environ)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._log(name).open("ab") as log:  # a session of its own: Ctrl-C is passed on once, by us
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self._running[name] = (point, process, device)
+
+    def _wait_for_earlier(self, name: str) -> None:
+        """Wait for a run that an earlier sweep left: it holds the lock of its folder until it has saved."""
+        path, said = self.folder / name / ".lock", False
+        while path.exists():
+            with path.open("a+") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EAGAIN):
+                        return  # a file system without locks
+            if not said:
+                print(f"waiting for {name}: another process is running it", flush=True)
+            said = True
+            time.sleep(_POLL)
 
     def _ended(self) -> Iterator[str]:
         for name, (point, process, device) in list(self._running.items()):
@@ -152,6 +217,8 @@ class Runner:
             result = self.result(point)
             if process.returncode or result is None:
                 last = self._log(name).read_text(errors="replace").strip().splitlines()[-1:]
+                if process.returncode == _DIVERGED:
+                    self.diverged.add(name)
                 self.failed[name] = f"exit code {process.returncode}: {''.join(last)}"
                 print(f"FAILED {name}: {self.failed[name]}", flush=True)
             elif not self.keep:

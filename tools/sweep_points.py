@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("start", "mode", "labels", "epochs", "lr_backbone", "lr_classifier", "seeds", "val_top1", "chosen")
+Group = tuple[str, str, float]  # start, mode, percentage: what one choice is made among
 TESTS = ("test_top1", "test_top5")
 
 
@@ -25,7 +27,7 @@ class Setting:
     lr_classifier: float
 
     @property
-    def group(self) -> tuple[str, str, float]:
+    def group(self) -> Group:
         """Return what one choice is made among."""
         return self.start, self.mode, self.percent
 
@@ -71,7 +73,7 @@ class Point:
         return f"{part}-{start}-{s.percent:g}pct-{s.mode}-{rates}-seed{self.seed}-{digest}"
 
 
-def choose(found: dict[Point, dict[str, Any]]) -> dict[tuple[str, str, float], Setting]:
+def choose(found: dict[Point, dict[str, Any]]) -> dict[Group, Setting]:
     """Return for each group the setting with the best mean validation top-1 of the last epoch.
 
     Ties go to the first. Settings of which a seed failed are no candidates: their mean is another's.
@@ -82,7 +84,7 @@ def choose(found: dict[Point, dict[str, Any]]) -> dict[tuple[str, str, float], S
         values = [result["last_val_top1"] for result in _of(found, setting)]
         if len(values) == seeds:
             means[setting] = statistics.fmean(values)
-    best: dict[tuple[str, str, float], Setting] = {}
+    best: dict[Group, Setting] = {}
     for setting, mean in means.items():
         if setting.group not in best or mean > means[best[setting.group]]:
             best[setting.group] = setting
@@ -95,7 +97,7 @@ def _of(found: dict[Point, dict[str, Any]], setting: Setting) -> list[dict[str, 
 
 def table(
     found: dict[Point, dict[str, Any]],
-    choice: dict[tuple[str, str, float], Setting],
+    choice: dict[Group, Setting],
     tests: dict[Point, dict[str, Any]],
 ) -> list[dict[str, str]]:
     """Return a row for each setting: mean and deviation over seeds, and the test accuracies of the chosen."""
@@ -131,8 +133,20 @@ def spread(values: Sequence[float]) -> str:
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """Write rows as a table."""
     columns = [*COLUMNS, *TESTS]
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    cells = [[_in_markdown(row[column]) for column in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _in_markdown(text: str) -> str:
+    """Return a cell that stays one cell whatever a file is called."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
+
+
+def _in_csv(text: str) -> str:
+    """Return a cell that no spreadsheet takes for a formula: weights may be called =cmd.pt."""
+    is_number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?( ± [\d.]+)?", text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not is_number else text
 
 
 def as_csv(rows: Sequence[dict[str, str]]) -> str:
@@ -140,5 +154,6 @@ def as_csv(rows: Sequence[dict[str, str]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, [*COLUMNS, *TESTS], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({column: _in_csv(value) for column, value in row.items()})
     return text.getvalue()

@@ -37,7 +37,7 @@ plan = json.loads(os.environ.get("FAKE", "{}"))
 rate, seed = float(value("--lr-backbone")), int(value("--seed"))
 if plan.get("fail") == [rate, seed] and "search" in value("--run-name"):
     print("error: out of luck")
-    sys.exit(2)
+    sys.exit(plan.get("code", 2))
 time.sleep(plan.get("sleep", 0))
 good = 100 - 100 * abs(rate - 0.05) + seed
 held = float(value("FINETUNE.HOLD_OUT"))
@@ -60,6 +60,30 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(place: Path, *more: str) -> int:
     words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
     return sweep.main([*words, "--lr-backbone", "0.01", "0.05", *more])
+
+
+def sweep_process(place: Path, sleep: float) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment of a sweep of two runs side by side that take their time."""
+    root = str(Path(sweep.__file__).parents[1])
+    script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job\n"
+    script += f"import sys; from pathlib import Path; sys.path.insert(0, {root!r}); from tools import sweep\n"
+    script += f"sweep.ROOT = Path({str(place)!r}); sys.exit(sweep.main(sys.argv[1:]))"
+    words = (
+        f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3 --jobs 2".split()
+    )
+    command = [sys.executable, "-c", script, *words, "--lr-backbone", "0.01", "0.05"]
+    return command, dict(os.environ, FAKE=json.dumps({"sleep": sleep}))
+
+
+def wait_for(place: Path, state: str, count: int) -> None:
+    """Wait until so many runs are in a state."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        texts = [path.read_text() for path in place.rglob("status.json")]
+        if sum(f'"{state}"' in text for text in texts) == count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"not {count} runs {state}: {texts}")
 
 
 def folders(place: Path, part: str = "") -> list[Path]:
@@ -133,13 +157,70 @@ def test_no_jobs_are_refused(place: Path) -> None:
         run(place, "--jobs", "-1")
 
 
-def test_a_run_that_fails_is_reported_and_no_candidate(
+def test_nothing_is_chosen_before_all_points_are_there(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0]}))
     assert run(place, "--seeds", "0", "1") == 1
-    assert "out of luck" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "out of luck" in out
+    assert "start the same command again" in out
+    assert folders(place, "chosen-") == []  # the test split is not read
+    monkeypatch.delenv("FAKE")
+    assert run(place, "--seeds", "0", "1") == 0  # the failed point is run again, the best one
+    assert all("lr0.05" in folder.name for folder in folders(place, "chosen-"))
+
+
+def test_a_point_that_diverged_has_lost(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0], "code": 3}))
+    assert run(place, "--seeds", "0", "1") == 1
+    assert len(folders(place, "chosen-")) == 2
     assert all("lr0.01" in folder.name for folder in folders(place, "chosen-"))
+
+
+def test_the_test_split_is_read_for_one_choice_only(place: Path) -> None:
+    assert run(place) == 0
+    (winner,) = folders(place, "search-random-1pct-finetune-lr0.05")
+    (winner / "result.json").write_text(json.dumps({"last_val_top1": 1.0}))  # another would win now
+    assert run(place) == 0
+    (chosen,) = folders(place, "chosen-")
+    assert "lr0.05" in chosen.name
+    assert len((chosen / "calls").read_text().splitlines()) == 1
+    assert "| 0.05 | 0.5 | 1 | 1.00 | yes |" in (place / "out/c/default/semisup/sweep.md").read_text()
+
+
+def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_the_next_one_waits(place: Path) -> None:
+    command, env = sweep_process(place, sleep=60)
+    job = subprocess.Popen(command, env=env)
+    wait_for(place, "running", 2)
+    job.kill()
+    job.wait()
+    wait_for(place, "preempted", 2)  # SIGTERM reached them: saved and ended
+    assert run(place) == 0
+    assert len(folders(place, "chosen-")) == 1
+
+
+def test_a_run_of_an_earlier_sweep_is_waited_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place) == 0
+    folder = folders(place, "search-")[0]
+    (folder / "status.json").write_text(json.dumps({"state": "running"}))
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); "
+            "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(2)",
+            str(folder / ".lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert held.stdout is not None
+    assert held.stdout.readline() == b"held\n"
+    assert run(place) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"waiting for {folder.name}") == 1
+    assert "FAILED" not in out
+    held.wait()
 
 
 def test_each_job_sees_its_own_gpu(place: Path) -> None:
@@ -153,18 +234,9 @@ def test_each_job_sees_its_own_gpu(place: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_runs_save_and_leaves_none_behind(place: Path, number: signal.Signals) -> None:
-    root = str(Path(sweep.__file__).parents[1])
-    script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job\n"
-    script += f"import sys; from pathlib import Path; sys.path.insert(0, {root!r}); from tools import sweep\n"
-    script += f"sweep.ROOT = Path({str(place)!r}); sys.exit(sweep.main(sys.argv[1:]))"
-    words = (
-        f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3 --jobs 2".split()
-    )
-    env = dict(os.environ, FAKE=json.dumps({"sleep": 60}))
-    job = subprocess.Popen([sys.executable, "-c", script, *words, "--lr-backbone", "0.01", "0.05"], env=env)
-    end = time.monotonic() + 60
-    while len(list(place.rglob("status.json"))) < 2 and time.monotonic() < end:
-        time.sleep(0.05)
+    command, env = sweep_process(place, sleep=60)
+    job = subprocess.Popen(command, env=env)
+    wait_for(place, "running", 2)
     time.sleep(0.2)
     job.send_signal(number)
     assert job.wait(60) == 130
@@ -204,3 +276,12 @@ def test_the_mean_over_seeds_decides_and_groups_choose_apart() -> None:
     assert [row["test_top1"] for row in rows] == ["", "7.00", "failed"]
     assert markdown(rows).count("\n") == 5
     assert as_csv(rows).splitlines()[1].startswith("random,finetune,1 %,3,0.1,0.5,2,50.00 ± 56.57,,")
+
+
+def test_no_cell_is_a_formula_or_two_cells() -> None:
+    odd = Setting("=cmd|calc!A0.pt", "finetune", 1.0, 3, 0.1, 0.5)
+    rows = table(results((odd, 0, 1.0)), {}, {})
+    assert as_csv(rows).splitlines()[1].startswith("'=cmd|calc!A0,finetune")
+    assert "| =cmd\\|calc!A0 | finetune |" in markdown(rows)
+    rows[0]["val_top1"] = "-1.50 ± 0.20"
+    assert ",-1.50 ± 0.20," in as_csv(rows)
