@@ -228,13 +228,14 @@ def _train_and_test(
     groups = finetune_groups(backbone, classifier.heads, node, layers)
     optimizer = build_optimizer(node.OPTIM, groups, fused=run.scaler() is None)
     state = TrainState(classifier, optimizer, run.wrap(classifier), run.scaler())
+    # The reference is what training starts from, not a checkpoint, which may hold a backbone that moved.
+    unmoved = Frozen(backbone) if frozen and train else None
     if not run.resume(state, plan) and not train:
         others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"
         raise ValueError(
             f"--eval: {run.folder} holds no checkpoint; run it without --eval first, with as many processes, "
             f"or name a run with --run-name (there are: {others})"
         )
-    unmoved = Frozen(backbone) if frozen else None
     run.describe(classifier, plan, len(splits.train))
     if train:
         run.write_extra("subset.txt", lambda path: write_subset(path, splits.source, splits.chosen))

@@ -210,6 +210,7 @@ class Run(Precision):
         return is_best
 
     def _note_evaluation(self, state: "TrainState", plan: Plan) -> None:
+        self._check_lock()
         path = checkpoint.path_of(self.folder, state.step)
         try:
             checkpoint.amend(path, evaluated=self._evaluated[1], best=dict(state.best))

@@ -167,6 +167,8 @@ def test_a_frozen_backbone_that_moves_stops_the_run(runner: Runner) -> None:
     assert "frozen backbone moved: bn1.running_mean" in text
     # the epoch is saved before its evaluation, which is where the check stands
     assert runs.steps_saved(runner.folder("moved")) == [3, 5]
+    # and the same command does not go on from the backbone that moved
+    assert "frozen backbone moved: bn1.running_mean" in runner.run("--run-name", "moved", code=1)
 
 
 # ---- what is measured -------------------------------------------------------------------------------------
