@@ -159,10 +159,11 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
     from models.classifier import pretrained_backbone
     from utils.checkpoints.foreign import read_torch
     from utils.config.load import section_options
+    from utils.names import folder_name
 
     node = cfg.FINETUNE
     refuse_contradictions(node)
-    name = args.run_name or run_name(cfg, weights)
+    name = folder_name(args.run_name, "--run-name") if args.run_name else run_name(cfg, weights)
     if args.run_name and args.random_baseline and weights is None:
         name += "-random"
     run = start_run(cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput))

@@ -18,6 +18,7 @@ from evaluation.accuracy import topk_correct
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.distributed import all_reduce_sum, is_main, on_main
+from utils.names import folder_name
 
 logger = logging.getLogger("synco")
 
@@ -95,9 +96,13 @@ def refuse_contradictions(linear: CfgNode) -> None:
 
 
 def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
-    """Return the folder of a probe below that of its run: ``linear/<weights>[-cached][-<percent>pct]``."""
+    """Return the folder of a probe below that of its run: ``linear/<weights>[-cached][-<percent>pct]``.
+
+    Raises ``ValueError`` for the name of a file that would lead elsewhere, such as ``...pt``.
+    """
     subset = f"-{percent:g}pct" if percent < 100 else ""
-    return f"linear/{label}{'-cached' if linear.CACHED_FEATURES else ''}{subset}"
+    place = folder_name(label, "--pretrained: the name of the weights' file, without its ending")
+    return f"linear/{place}{'-cached' if linear.CACHED_FEATURES else ''}{subset}"
 
 
 def diverged(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[str, int]:

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.packing import SKIPPED, Partial, Progress, difference  # noqa: E402
+from utils.names import OneLine, visible  # noqa: E402
+from utils.streams import guard_streams  # noqa: E402
 
 if TYPE_CHECKING:
     from data.sources.base import Source
@@ -37,7 +39,9 @@ _TASK = 16  # images that a worker encodes at once
 def main(argv: Sequence[str] | None = None) -> int:
     """Pack, or only verify; return the exit code."""
     args = _parse(argv)
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("synco").setLevel(logging.INFO)  # the listing says what it leaves out
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError) as error:
         again = "" if isinstance(error, ValueError) else "; free space or mend it, the same command goes on"
-        print(f"\nerror: {error}{again}", file=sys.stderr)
+        print(f"\nerror: {visible(str(error))}{again}", file=sys.stderr)
         return 1
     return 0
 
@@ -118,7 +122,7 @@ def pack(args: argparse.Namespace) -> None:
     size = args.output.stat().st_size
     print(f"{args.output}: {len(source) - len(left_out)} images, {size / 2**30:.2f} GiB")
     for name in left_out:
-        print(f"left out, unreadable: {name}")
+        print(f"left out, unreadable: {visible(name)}")
 
 
 def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
@@ -263,4 +267,5 @@ class Encoder:
 
 
 if __name__ == "__main__":
+    guard_streams(escape=False)  # its bar moves the cursor
     sys.exit(main())

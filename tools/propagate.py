@@ -29,6 +29,7 @@ from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.frozen import Frozen, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import make_parser, parse, run_main
+from utils.names import folder_name
 from utils.reading import read_text
 
 logger = logging.getLogger("synco")
@@ -49,10 +50,11 @@ def main() -> int:
 
     frozen = open_frozen(args, flags)
     root = Path(frozen.run.cfg.DATA.PATH)
+    names = read_list(root / args.list)
     settings = f"{frozen.label}-{args.resolution}-{args.short_side}-{Path(args.list).stem}"
-    folder = frozen.folder(f"propagation/{settings}")
+    folder = frozen.folder(f"propagation/{folder_name(settings, '--resolution')}")
     quality = {}
-    for name in read_list(root / args.list):
+    for name in names:
         frames, truth = (root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations"))
         masks = carry(frozen, frames, truth, folder / name, args.short_side)
         quality.update({f"{name}/{label}": scores for label, scores in judge(masks, truth).items()})
@@ -65,13 +67,13 @@ def main() -> int:
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the videos that a list names; ``ValueError`` if it is missing or empty."""
+    """Return the videos that a list names; ``ValueError`` if it is missing, empty or names another place."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: --data-path must be the folder of DAVIS; see --list")
     names = read_text(path).split()
     if not names:
         raise ValueError(f"{path} names no video")
-    return names
+    return [folder_name(name, str(path)) for name in names]
 
 
 def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: int) -> list[Path]:

@@ -25,6 +25,7 @@ from models.parts.resolution import at_size, size_multiple
 from tools.frozen import Frozen, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import make_parser, parse, run_main
+from utils.names import folder_name
 
 SETS = ("roxford5k", "rparis6k")
 MULTI_SCALE = (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)
@@ -44,9 +45,9 @@ def main() -> int:
     frozen = open_frozen(args, flags)
     scales = MULTI_SCALE if args.multi_scale else (1.0,)
     root = Path(frozen.run.cfg.DATA.PATH)
-    results = {name: evaluate_set(frozen, root / name, scales, args.crop_queries) for name in args.sets}
-    settings = [frozen.label, *args.sets]
+    settings = [frozen.label, *(folder_name(name, "--sets") for name in args.sets)]
     settings += ["ms"] * args.multi_scale + ["crop"] * args.crop_queries
+    results = {name: evaluate_set(frozen, root / name, scales, args.crop_queries) for name in args.sets}
     file = frozen.folder("retrieval") / f"{'-'.join(settings)}.json"
     record = {"weights": frozen.label, "scales": list(scales), "crop_queries": args.crop_queries}
     write_text(file, json.dumps({**record, "sets": results}, indent=1))

@@ -34,6 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from tools.sweep_points import Group, Point, Setting, as_csv, choose, markdown, table  # noqa: E402
 from utils.checkpoints.atomic import write_text  # noqa: E402
+from utils.names import folder_name  # noqa: E402
+from utils.streams import guard_streams  # noqa: E402
 
 _GRACE = 120.0  # seconds that stopped runs get to save
 _POLL = 0.2  # seconds
@@ -277,6 +279,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args(words[:at])
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out {args.hold_out}: a choice needs validation labels; use e.g. 0.2")
+    folder_name(args.name, "--name")
     return args, words[at + 1 :]
 
 
@@ -338,6 +341,7 @@ def _devices(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
+    guard_streams()
     try:
         sys.exit(main())
     except ValueError as error:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 from utils.limits import LIMITS, error_number, first_line, worker_failure
+from utils.names import visible
+from utils.streams import guard_streams
 
 # flag -> configuration key; a flag that is not given leaves the configuration alone
 _VALUES: dict[str, tuple[str, type, str]] = {
@@ -130,6 +132,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     memory, 5 a loader worker or another process failed, 75 preempted (start the same command again), 130
     stopped at once. With ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
     """
+    guard_streams()
     try:
         code = _recorded(main)()
     except (Exception, KeyboardInterrupt) as error:
@@ -198,13 +201,15 @@ def _report(error: BaseException, message: str) -> None:
     if os.environ.get("SYNCO_DEBUG"):
         import traceback
 
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError):  # as below
+            traceback.print_exception(error)
     rank = os.environ.get("RANK") or "0"
     # An error that all ranks share has one reporter; and all read the same configuration.
     reporter = "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
     if rank == reporter and _first_to_say(message):
+        text = visible(message, keep="\n").replace("\n", "\n  ")  # no name begins a line of its own
         with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
-            sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}\n")
+            sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {text}\n")
 
 
 def _first_to_say(message: str) -> bool:

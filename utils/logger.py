@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from termcolor import colored
 
 from utils.distributed import rank
+from utils.names import OneLine, visible
 
 logger = logging.getLogger("synco")
 
@@ -26,23 +27,20 @@ METRICS_FILE = "metrics.jsonl"
 _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
-class _TerminalFormatter(logging.Formatter):
+class _TerminalFormatter(OneLine):
     """Format a record for people: time, level if not INFO, message; coloured on a terminal."""
 
     def __init__(self, color: bool, label: str) -> None:
         super().__init__(datefmt="%H:%M:%S")
         self.color, self.label = color, label
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         stamp = self.formatTime(record, self.datefmt)
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
         if self.color:
             stamp = colored(stamp, "green", force_color=True)
             level = colored(level, _COLORS.get(record.levelno, "blue"), force_color=True) if level else ""
-        return f"{stamp} {self.label}{level}{text}"
+        return f"{stamp} {self.label}{level}{visible(record.message)}"
 
 
 class _TerminalHandler(logging.StreamHandler):
@@ -71,7 +69,9 @@ class _FileHandler(logging.FileHandler):
             logger.warning("cannot write %s (%s); training goes on", self.baseFilename, sys.exc_info()[1])
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def _is_terminal(stream: TextIO | None) -> bool:
+    if stream is None:  # closed before Python started
+        return False
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # closed
@@ -96,7 +96,7 @@ def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
         except OSError as error:
             logger.warning("cannot open %s (%s); training goes on without it", folder / LOG_FILE, error)
         else:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
     return logger
 
@@ -164,12 +164,17 @@ class Metrics:
             self._board = None
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
-        """Run `action`; an error of the outside world is warned about once for each output."""
+        """Run `action`; an error of the outside world is warned about once for each output.
+
+        TensorBoard is a program of others: it fails on import and while it writes in ways of its own.
+        """
         try:
             action()
-        except (OSError, ImportError, UnicodeError) as error:  # the last: paths that a C locale cannot spell
+        except Exception as error:
             if name == "tensorboard":  # its writer thread is dead after an error
                 self._tensorboard, self._board = False, None
+            elif not isinstance(error, (OSError, UnicodeError)):  # paths that a C locale cannot spell
+                raise
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning("cannot write %s (%s); training goes on", name, error)

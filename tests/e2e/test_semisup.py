@@ -256,6 +256,8 @@ def test_a_runs_folder_names_its_newest_weights(runner: Runner) -> None:
         (("--lr-backbones", "1"), "--lr-backbone"),
         (("--training-mode", "SSL"), "--training-mode"),
         (("--eval", "--run-name", "nothing"), "--eval"),
+        (("--run-name", "../../other/x"), "--run-name"),
+        (("--run-name", ".."), "--run-name"),
     ],
 )
 def test_what_a_person_can_mend_is_one_line(runner: Runner, flags: tuple[str, ...], words: str) -> None:

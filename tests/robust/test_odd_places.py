@@ -1,7 +1,9 @@
 """A run does not mind where it is: umask, locale, time zone, blanks, umlauts, links, read-only images."""
 
+import json
 import locale
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -36,3 +38,19 @@ def test_a_run_in_an_odd_place(tmp_path: Path) -> None:
     figure("run and resume in an odd place", "identical to a plain one")
     assert digests[0] == digests[1]
     assert (real / "moco_v2" / "t" / "status.json").stat().st_mode & 0o077 == 0
+
+
+def no_streams(rank: int) -> None:
+    """Leave what Python finds after 1>&- 2>&-."""
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.stderr = None  # type: ignore[assignment]
+
+
+def test_a_run_without_standard_output_and_error(tmp_path: Path) -> None:
+    argv = runs.arguments("byol", tmp_path / "out", "t", DATA__NUM_WORKERS=1)
+    (job,) = forked.start("main_pretrain", argv, tmp_path / "log", prepare=no_streams)
+    assert job.wait() == 0
+    folder = tmp_path / "out" / "byol" / "t"
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert "checkpoint" in (folder / "log.txt").read_text()

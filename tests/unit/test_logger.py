@@ -4,10 +4,12 @@ import io
 import json
 import logging
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +221,53 @@ def test_missing_tensorboard_is_a_warning(
     metrics.close()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        AttributeError("module 'distutils' has no attribute 'version'"),
+        TypeError("Descriptors cannot be created directly."),
+        RuntimeError("anything"),
+    ],
+)
+@pytest.mark.parametrize("where", ["__init__", "add_scalar", "close"])
+def test_a_tensorboard_that_fails_in_any_way_is_one_warning(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    where: str,
+) -> None:
+    class Board:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            self.fail("__init__")
+
+        def add_scalar(self, *_: object) -> None:
+            self.fail("add_scalar")
+
+        def close(self) -> None:
+            self.fail("close")
+
+        def fail(self, here: str) -> None:
+            if here == where:
+                raise error
+
+    module = SimpleNamespace(SummaryWriter=Board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    metrics = Metrics(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="synco"):
+        for step in (1, 2):
+            metrics.write(step, {"loss": 1.0})
+        metrics.close()
+    assert len(caplog.messages) == 1
+    assert str(error) in caplog.text
+    assert len(read_lines(tmp_path)) == 2
+
+
+def test_a_fault_of_ours_in_the_metrics_is_no_warning(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        Metrics(tmp_path, tensorboard=False).write(1, {"loss": object()})  # type: ignore[dict-item]
+
+
 def test_finite_json_reaches_every_depth() -> None:
     value = {"a": [1.0, float("inf"), {"b": (float("nan"), None, True)}]}
     assert finite_json(value) == {"a": [1.0, "inf", {"b": ["nan", None, True]}]}
@@ -270,3 +319,45 @@ def test_progress_line_is_silent_elsewhere() -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("bad\udcff.png", r"bad\udcff.png"),
+        ("a\n2026-01-01 00:00:00,000 INFO checkpoint /forged", r"a\n2026-01-01 00:00:00,000 INFO checkpoint"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+    ],
+)
+def test_a_name_is_one_visible_line_on_terminal_and_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, shown: str
+) -> None:
+    logger = setup_logger(tmp_path, is_main=True)
+    logger.warning("unreadable image replaced: %s", name)
+    for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        assert f"unreadable image replaced: {shown}" in text
+        assert text.count("\n") == 1
+        assert "cannot write" not in text
+        assert "\x1b" not in text
+
+
+def test_a_traceback_keeps_its_lines_but_no_control_characters(tmp_path: Path) -> None:
+    try:
+        raise ValueError("\x1b[2J\udcff")
+    except ValueError:
+        setup_logger(tmp_path, is_main=True).exception("lost")
+    lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0].endswith("ERROR lost")
+    assert lines[1].startswith("Traceback")
+    assert lines[-1] == r"ValueError: \x1b[2J\udcff"
+
+
+def test_a_closed_standard_error_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)  # as with 2>&-
+    setup_logger(tmp_path, is_main=True).info("still here")
+    line = ProgressLine(10)
+    line.update(epoch=0, step=1, loss=1.0, lr=0.1, images_per_second=1.0)
+    line.close()
+    assert "still here" in (tmp_path / "log.txt").read_text()

@@ -222,3 +222,8 @@ def test_too_many_unreadable_images_stop_a_probe() -> None:
         refuse_missing(source, torch.arange(989), 1e-4)
     with pytest.raises(BadImagesError, match="1 of 1000"):
         refuse_missing(source, torch.arange(999), 0.0)
+
+
+def test_a_file_of_weights_whose_name_leads_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="--pretrained"):
+        probe_folder(section(), "..", 100.0)  # the stem of ...pt

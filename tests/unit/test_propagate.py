@@ -265,3 +265,10 @@ def test_errors_name_the_file(davis: Path, monkeypatch: pytest.MonkeyPatch) -> N
     Image.new("RGB", (128, 96)).save(davis / "DAVIS/Annotations/480p/squares/00000.png")
     with pytest.raises(ValueError, match="is of mode RGB; a mask is an indexed or a grey PNG"):
         run_tool(davis, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "..", "/evil"])
+def test_a_list_that_names_another_place_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "val.txt").write_text(f"bear\n{name}\n")
+    with pytest.raises(ValueError, match=r"val\.txt: .* is no name of a folder"):
+        tool.read_list(tmp_path / "val.txt")

@@ -214,6 +214,14 @@ def test_oblong_tokens_keep_rows_and_columns() -> None:
     assert different.nonzero().tolist() == [[1, 3]]
 
 
+def test_a_set_that_lies_elsewhere_is_refused_before_it_is_measured(
+    oxford: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"^--sets: '../toxford' is no name of a folder"):
+        run_tool(oxford, monkeypatch, "--sets", "../toxford")
+    assert not (oxford / "out/tiny/default/retrieval").exists()
+
+
 @torch.no_grad()
 def test_multi_scale_is_the_mean_over_sizes() -> None:
     backbone = build_backbone("resnet8", img_size=32).eval()

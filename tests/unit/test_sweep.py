@@ -157,6 +157,12 @@ def test_no_jobs_are_refused(place: Path) -> None:
         run(place, "--jobs", "-1")
 
 
+def test_a_table_is_not_written_elsewhere(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--name: .* is no name of a folder"):
+        run(place, "--name", "../evil")
+    assert not folders(place)
+
+
 def test_nothing_is_chosen_before_all_points_are_there(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,8 +72,11 @@ def write_file(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: after a kill it holds the old text or the new one."""
-    write_file(path, lambda file: file.write(text.encode()))
+    """Replace `path` by `text` in one step: after a kill it holds the old text or the new one.
+
+    Bytes of a file's name that are no UTF-8 are written as escapes.
+    """
+    write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def sync_folder(folder: Path) -> None:

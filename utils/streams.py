@@ -1,0 +1,55 @@
+"""Standard output and error of a program: closed ones and strangers' names in them change nothing."""
+
+import io
+import os
+import sys
+from typing import Any
+
+from utils.names import visible
+
+
+def guard_streams(escape: bool = True) -> None:
+    """Let this process write whatever its standard output and error are.
+
+    What was closed at the start becomes the null device: else the next file that is opened, a checkpoint
+    even, gets the number 2, and libraries write their messages into it. Control characters in what is
+    printed are shown as escapes, if `escape`.
+    """
+    _fill_gaps()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:  # not one of a test
+        sys.stdout = _output(sys.stdout, _Visible if escape else io.TextIOWrapper)
+
+
+def _fill_gaps() -> None:
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
+def _output(stream: io.TextIOWrapper, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
+    stream.flush()
+    raw = _Pipe(stream.fileno(), "wb", closefd=False)
+    lines = stream.line_buffering or stream.write_through  # the latter: python -u
+    return kind(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=lines)
+
+
+class _Pipe(io.FileIO):
+    """Drops what nobody reads any more (`| head -1`): the work and its exit code go on."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+class _Visible(io.TextIOWrapper):
+    """Shows the control characters of names and of keys in files of others as escapes."""
+
+    def write(self, text: str) -> int:
+        super().write(visible(text, keep="\n\t"))
+        return len(text)
