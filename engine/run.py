@@ -28,6 +28,7 @@ from utils.checkpoints.atomic import write_text
 from utils.cli import lost_processes
 from utils.config.load import to_yaml
 from utils.logger import Metrics, setup_logger
+from utils.names import visible
 from utils.randomness import keyed_seed
 
 if TYPE_CHECKING:
@@ -164,12 +165,13 @@ class Run(Precision):
     def finish(self, state: str, step: int, reason: str = "") -> None:
         """Write ``status.json``, which a requeue script reads.
 
-        The state is starting, running, done, preempted (the same command goes on from here) or failed.
+        The state is starting, running, done, preempted (the same command goes on from here) or failed. The
+        reason may hold a file's name: whoever prints it prints no control characters.
         """
         self.meter.close_line()
         if not self.training:
             return
-        status = json.dumps({"state": state, "step": step, "reason": reason})
+        status = json.dumps({"state": state, "step": step, "reason": visible(reason)})
         self.write_extra("status.json", lambda path: write_text(path, status))
 
     def close(self) -> None:

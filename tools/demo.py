@@ -4,6 +4,7 @@ python tools/demo.py; an interrupted demo goes on where it stopped, a finished o
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.streams import guard_streams  # noqa: E402
+
 SCRIPTS = ("main_pretrain.py", "tools/report.py")
 THREADS = 8  # more do not make this network faster
 
@@ -68,8 +73,10 @@ def environment(threads: int) -> dict[str, str]:
 
 def say(text: str) -> None:
     """Write a line among the output of the scripts."""
-    sys.stderr.write(f"\n== {text}\n")
+    with contextlib.suppress(OSError):  # nobody reads any more: the scripts go on
+        sys.stderr.write(f"\n== {text}\n")
 
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(main())

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -241,6 +242,13 @@ def test_without_matplotlib_there_is_one_warning(
     assert not pictures.save_learning_curve(tmp_path / "curve.png", tmp_path, "knn20")
     assert len(caplog.messages) == 1
     assert "pip install matplotlib" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_a_demo_needs_no_standard_error(tmp_path: Path, redirection: str) -> None:
+    flags = f"--output {tmp_path} --nope"  # its first script refuses the flag
+    command = ["bash", "-c", f'exec "$0" -u -m tools.demo {flags} {redirection}', sys.executable]
+    assert subprocess.run(command, cwd=Path(demo.__file__).parents[1], timeout=120).returncode == 2
 
 
 def test_a_demo_goes_on_with_the_newest_tag(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Parts of a run that need no training: modes around an evaluation, status.json, flags and guards."""
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -82,6 +83,13 @@ def test_the_status_of_a_complete_run_survives_another_start(run: Run) -> None:
     run.close()
     run.open_folder()
     assert runs.status(run.folder)["state"] == "starting"
+
+
+def test_a_reason_in_the_status_holds_no_control_characters(run: Run) -> None:
+    run.open_folder()
+    run.finish("failed", 3, "ValueError: a\x1b[2J\n/x\udcff.png")
+    status = json.loads((run.folder / "status.json").read_text())
+    assert status == {"state": "failed", "step": 3, "reason": r"ValueError: a\x1b[2J\n/x\udcff.png"}
 
 
 def test_a_stop_that_could_not_be_saved_is_not_called_saved(
