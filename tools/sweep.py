@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -41,6 +42,8 @@ _GRACE = 120.0  # seconds that stopped runs get to save
 _POLL = 0.2  # seconds
 _DIVERGED = 3  # exit code of a run whose gradient was not finite
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Loaded here: between fork and exec of a process with threads, loading may wait for a lock for ever.
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     grid = [Point(s, seed, args.hold_out) for s in settings(args, weights) for seed in args.seeds]
     try:
         found = runner.run(grid)
-        choice = recorded_choice(runner, args.name, grid, found)
+        choice = recorded_choice(runner, grid, found)
         tests = runner.run([point.on_all_labels() for point in grid if point.setting in choice.values()])
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
@@ -65,43 +68,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(markdown(rows) + f"written to {folder / args.name}.md and .csv")
     for point, reason in runner.failed.items():
         print(f"FAILED {point}: {reason}")
-    if runner.failed and not choice:
-        print(
-            "nothing is chosen and the test split is not read before all points are there: start the same "
-            "command again"
-        )
+    if runner.failed.keys() - runner.diverged and not choice:
+        print("points are missing: nothing is chosen, no test split read; start the same command again")
     return 1 if runner.failed else 0
 
 
 def recorded_choice(
-    runner: "Runner", name: str, grid: Sequence[Point], found: dict[Point, dict[str, Any]]
+    runner: "Runner", grid: Sequence[Point], found: dict[Point, dict[str, Any]]
 ) -> dict[Group, Setting]:
     """Return the choice of this grid: the one that is written down, else a new one once all points are there.
 
-    A second choice would read the test split a second time, so the first one stays.
+    A second choice would read the test split a second time, so the first one stays. A group of which
+    every point diverged has no choice yet: a later call may make it.
     """
-    path = runner.folder / f"{name}.choice.json"
+    path = runner.folder / "sweep.choice.json"  # the same file whatever --name the table has
     names = sorted(runner.command(point)[0] for point in grid)
     key = hashlib.sha256("\n".join(names).encode()).hexdigest()
     records = json.loads(path.read_bytes()) if path.exists() else {}
-    if key not in records:
-        lost = [
-            point for point in grid if point not in found and runner.command(point)[0] not in runner.diverged
-        ]
-        if lost:
-            return {}
-        if records:
+    kept = {setting.group: setting for setting in (Setting(**values) for values in records.get(key, []))}
+    best = choose(found, len({point.seed for point in grid}))
+    for group, setting in kept.items():
+        if best.get(group, setting) != setting:
+            print(f"note: another point is the best now; the choice in {path} stays: {setting}")
+    here = {runner.command(point)[0] for point in found} | runner.diverged
+    if here.issuperset(names) and best.keys() - kept.keys():
+        if records.keys() - {key}:
             print(f"note: {path} has the choice of another grid, whose test accuracies were read before")
-        records[key] = [asdict(setting) for setting in choose(found).values()]
+        kept = best | kept
+        records[key] = [asdict(setting) for setting in kept.values()]
         write_text(path, json.dumps(records, indent=1))  # before the test split is read
-    settings = [Setting(**values) for values in records[key]]
-    return {setting.group: setting for setting in settings}
+    return kept
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Ask the kernel, in a new run, to send SIGTERM when the sweep dies: the run saves and ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's own handler would lose it before exec
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # the sweep died before the kernel was asked
+        os._exit(1)
 
 
 def _interrupt(*_: object) -> None:
@@ -150,6 +155,8 @@ class Runner:
                 while waiting and free:
                     point = waiting.pop(0)
                     if self.result(point) is None:
+                        self._wait_for_earlier(self.command(point)[0])
+                    if self.result(point) is None:  # an earlier sweep's run has not finished it either
                         self._start(point, free.pop(), f"{total - len(waiting)}/{total}")
                     else:
                         done += 1
@@ -180,7 +187,6 @@ class Runner:
 
     def _start(self, point: Point, device: str, number: str) -> None:
         name, command = self.command(point)
-        self._wait_for_earlier(name)
         print(f"[{number}] {shlex.join(command)}", flush=True)
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device) if device else dict(os.environ)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +197,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(_end_with_parent, os.getpid()),
             )
         self._running[name] = (point, process, device)
 

@@ -73,13 +73,12 @@ class Point:
         return f"{part}-{start}-{s.percent:g}pct-{s.mode}-{rates}-seed{self.seed}-{digest}"
 
 
-def choose(found: dict[Point, dict[str, Any]]) -> dict[Group, Setting]:
+def choose(found: dict[Point, dict[str, Any]], seeds: int) -> dict[Group, Setting]:
     """Return for each group the setting with the best mean validation top-1 of the last epoch.
 
-    Ties go to the first. Settings of which a seed failed are no candidates: their mean is another's.
+    Ties go to the first. Settings without all their ``seeds`` are no candidates: their mean is another's.
     """
     means: dict[Setting, float] = {}
-    seeds = max((len(_of(found, s)) for s in {point.setting for point in found}), default=0)
     for setting in dict.fromkeys(point.setting for point in found):
         values = [result["last_val_top1"] for result in _of(found, setting)]
         if len(values) == seeds:
@@ -140,7 +139,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 def _in_markdown(text: str) -> str:
     """Return a cell that stays one cell whatever a file is called."""
-    return " ".join(text.splitlines()).replace("|", "\\|")
+    return " ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|")
 
 
 def _in_csv(text: str) -> str:

@@ -33,6 +33,8 @@ def stop(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
 state("running")
+if value("FINETUNE.TEST") == "True":
+    assert (folder.parent / "sweep.choice.json").exists(), "no choice is written down"
 plan = json.loads(os.environ.get("FAKE", "{}"))
 rate, seed = float(value("--lr-backbone")), int(value("--seed"))
 if plan.get("fail") == [rate, seed] and "search" in value("--run-name"):
@@ -184,11 +186,46 @@ def test_a_point_that_diverged_has_lost(place: Path, monkeypatch: pytest.MonkeyP
     assert all("lr0.01" in folder.name for folder in folders(place, "chosen-"))
 
 
-def test_the_test_split_is_read_for_one_choice_only(place: Path) -> None:
+def test_seeds_that_diverged_apart_leave_no_candidate() -> None:
+    a, b = (Setting("none", "finetune", 1.0, 3, rate, 0.5) for rate in (0.1, 0.2))
+    assert choose(results((a, 0, 90.0), (b, 1, 60.0)), 2) == {}
+
+
+def test_a_grid_that_diverged_is_chosen_from_once_a_point_is_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
+    monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0], "code": 3}))
+    assert sweep.main([*words, "--lr-backbone", "0.05"]) == 1
+    assert "start the same command again" not in capsys.readouterr().out  # it would diverge again
+    assert not list(place.rglob("*.choice.json"))
+    monkeypatch.delenv("FAKE")
+    assert sweep.main([*words, "--lr-backbone", "0.05"]) == 0
+    assert len(folders(place, "chosen-")) == 1
+
+
+def test_a_choice_that_was_missing_leaves_the_others_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE", json.dumps({"fail": [0.0, 0], "code": 3}))
+    assert run(place, "--weights", "finetune", "freeze") == 1  # the one frozen point diverged
+    (winner,) = folders(place, "search-random-1pct-finetune-lr0.05")
+    (winner / "result.json").write_text(json.dumps({"last_val_top1": 1.0}))
+    monkeypatch.delenv("FAKE")
+    assert run(place, "--weights", "finetune", "freeze") == 0
+    finetuned, frozen = folders(place, "chosen-")
+    assert "finetune-lr0.05" in finetuned.name
+    assert "freeze" in frozen.name
+
+
+def test_the_test_split_is_read_for_one_choice_only(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place) == 0
     (winner,) = folders(place, "search-random-1pct-finetune-lr0.05")
     (winner / "result.json").write_text(json.dumps({"last_val_top1": 1.0}))  # another would win now
+    capsys.readouterr()
     assert run(place) == 0
+    assert "another point is the best now; the choice in" in capsys.readouterr().out
+    assert run(place, "--name", "other") == 0  # another name of the table is no other grid
     (chosen,) = folders(place, "chosen-")
     assert "lr0.05" in chosen.name
     assert len((chosen / "calls").read_text().splitlines()) == 1
@@ -227,6 +264,38 @@ def test_a_run_of_an_earlier_sweep_is_waited_for(place: Path, capsys: pytest.Cap
     assert out.count(f"waiting for {folder.name}") == 1
     assert "FAILED" not in out
     held.wait()
+
+
+def test_a_run_that_finished_while_it_was_waited_for_is_not_run_again(place: Path) -> None:
+    """A chosen one would read the test split a second time."""
+    assert run(place) == 0
+    (folder,) = folders(place, "chosen-")
+    (folder / "status.json").write_text(json.dumps({"state": "running"}))
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, pathlib, sys, time; f = open(sys.argv[1] + '/.lock', 'a+'); "
+            "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(2); "
+            "pathlib.Path(sys.argv[1], 'status.json').write_text('{\"state\": \"done\"}')",
+            str(folder),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert held.stdout is not None
+    assert held.stdout.readline() == b"held\n"
+    assert run(place) == 0
+    held.wait()
+    assert len((folder / "calls").read_text().splitlines()) == 1
+
+
+def test_a_run_whose_sweep_died_before_it_began_does_not_begin() -> None:
+    script = "import os, sys; sys.path.insert(0, sys.argv[1]); from tools import sweep; "
+    script += "sweep._end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"
+    root = str(Path(sweep.__file__).parents[1])
+    for other, begins in ((0, True), (1, False)):
+        child = subprocess.run([sys.executable, "-c", script, root, str(other)], capture_output=True)
+        assert (b"began" in child.stdout) == begins, child.stderr
 
 
 def test_each_job_sees_its_own_gpu(place: Path) -> None:
@@ -275,7 +344,7 @@ def test_the_mean_over_seeds_decides_and_groups_choose_apart() -> None:
     a, b = (Setting("none", "finetune", 1.0, 3, rate, 0.5) for rate in (0.1, 0.2))
     c = Setting("w.pt", "finetune", 1.0, 3, 0.1, 0.5)
     found = results((a, 0, 90.0), (a, 1, 10.0), (b, 0, 60.0), (b, 1, 60.0), (c, 0, 5.0), (c, 1, 5.0))
-    choice = choose(found)
+    choice = choose(found, 2)
     assert choice == {b.group: b, c.group: c}
     rows = table(found, choice, {Point(b, 0, 0.0): {"last_test_top1": 7.0, "last_test_top5": 8.0}})
     assert [row["chosen"] for row in rows] == ["", "yes", "yes"]
@@ -289,5 +358,7 @@ def test_no_cell_is_a_formula_or_two_cells() -> None:
     rows = table(results((odd, 0, 1.0)), {}, {})
     assert as_csv(rows).splitlines()[1].startswith("'=cmd|calc!A0,finetune")
     assert "| =cmd\\|calc!A0 | finetune |" in markdown(rows)
+    rows[0]["start"] = "a\\|b\nc"
+    assert markdown(rows).splitlines()[-1].startswith("| a\\\\\\|b c | finetune |")
     rows[0]["val_top1"] = "-1.50 ± 0.20"
     assert ",-1.50 ± 0.20," in as_csv(rows)
