@@ -328,6 +328,7 @@ def test_durations_read_well(seconds: float, text: str) -> None:
         ("a\n2026-01-01 00:00:00,000 INFO checkpoint /forged", r"a\n2026-01-01 00:00:00,000 INFO checkpoint"),
         ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
     ],
+    ids=["not UTF-8", "newline", "escape"],  # an id with a lone surrogate ends the parallel runner
 )
 def test_a_name_is_one_visible_line_on_terminal_and_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, shown: str
