@@ -331,8 +331,14 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     ids=["not UTF-8", "newline", "escape"],  # an id with a lone surrogate ends the parallel runner
 )
 def test_a_name_is_one_visible_line_on_terminal_and_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, shown: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shown: str,
 ) -> None:
+    # pytest's own handler keeps the raw name, which its parallel runner cannot send
+    monkeypatch.setattr(logging.getLogger("synco"), "propagate", False)
     logger = setup_logger(tmp_path, is_main=True)
     logger.warning("unreadable image replaced: %s", name)
     for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_text(encoding="utf-8")):
@@ -342,7 +348,10 @@ def test_a_name_is_one_visible_line_on_terminal_and_file(
         assert "\x1b" not in text
 
 
-def test_a_traceback_keeps_its_lines_but_no_control_characters(tmp_path: Path) -> None:
+def test_a_traceback_keeps_its_lines_but_no_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("synco"), "propagate", False)  # as above
     try:
         raise ValueError("\x1b[2J\udcff")
     except ValueError:
