@@ -44,12 +44,9 @@ def find_checkpoint(folder: Path, resume: str, training: bool) -> tuple[Path, st
 def evaluation_of(path: Path) -> dict[str, float]:
     """Return the evaluation that is noted beside a checkpoint, {} if there is none."""
     try:
-        found = checkpoint.read_record(path).get("evaluated")
+        return checkpoint.evaluation_of(checkpoint.read_record(path))
     except (OSError, checkpoint.CheckpointError):
         return {}  # a file without a record, such as a copy
-    if not isinstance(found, dict):
-        return {}
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def load_own(

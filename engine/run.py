@@ -1,7 +1,5 @@
 """A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -27,6 +25,7 @@ from utils.checkpoints import folder as retention
 from utils.checkpoints.atomic import write_text
 from utils.cli import lost_processes
 from utils.config.load import to_yaml
+from utils.locks import try_lock
 from utils.logger import Metrics, setup_logger
 from utils.names import visible
 from utils.randomness import keyed_seed
@@ -57,6 +56,7 @@ class Run(Precision):
         self._resumed_from: Path | None = None
         self._origin: str | None = None  # the --resume file that the folder's checkpoints descend from
         self._saved_step: int | None = None
+        self._own: Path | None = None  # the checkpoint of this folder that was saved or resumed last
         self.known_evaluation: dict[str, float] = {}  # of the step that the run resumed at
         self._evaluated: tuple[int, dict[str, float]] = (0, {})  # after which step, with what result
 
@@ -70,21 +70,14 @@ class Run(Precision):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("a+")
+            ours = try_lock(self._lock, self.folder)
         except OSError as error:
             raise ValueError(
                 f"--output: {self.folder} cannot be written ({error}); choose another folder"
             ) from error
-        try:
-            # The kernel releases it with the process; loader workers do not inherit it, as they do flock's.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
-                ) from error
-            logger.warning(
-                "the file system of %s has no locks (%s): nothing stops a second job in this folder",
-                *(self.folder, error),
+        if not ours:
+            raise ValueError(
+                f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
             )
         if self._status().get("state") != "done":  # e.g. preempted: a start that fails must not be requeued
             self.finish("starting", 0)
@@ -96,8 +89,11 @@ class Run(Precision):
         held = os.fstat(self._lock.fileno())
         try:
             found = os.stat(self.folder / ".lock")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             found = None
+        except OSError as error:  # a file server that stutters says nothing about the lock
+            logger.warning("%s/.lock cannot be looked at (%s)", self.folder, error)
+            return
         if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
             self.training = False  # nothing more is written there, not even status.json
             raise ValueError(
@@ -206,7 +202,8 @@ class Run(Precision):
         is_best = metric in values and retention.improves(metric, values[metric], state.best.get(metric))
         self._evaluated = (state.step, values)
         keep_best(state.best, values)
-        if values and self.is_saved(state.step):  # noted before it is logged: a resume logs what is noted
+        own = self._own == checkpoint.path_of(self.folder, state.step)  # not --resume's file from elsewhere
+        if values and own:  # noted before it is logged: a resume logs what is noted
             distributed.on_main(lambda: self._note_evaluation(state, plan))
         self.meter.record(plan.progress(state.step), values, state.best)
         return is_best
@@ -232,6 +229,7 @@ class Run(Precision):
         problem = distributed.on_main(lambda: self._save(state.step, payload, plan))
         if not problem:
             self._saved_step = state.step
+            self._own = checkpoint.path_of(self.folder, state.step)
         elif distributed.is_main():
             logger.error("%s", problem)
 
@@ -289,6 +287,8 @@ class Run(Precision):
         if not self.training:
             return True
         self._resumed_from, self._saved_step = path, state.step
+        if path.resolve().parent == self.folder.resolve():
+            self._own = checkpoint.path_of(self.folder, state.step)
         if self._origin:  # later ones belong to another course of the run, and would be taken for newer
             distributed.on_main(lambda: retention.set_aside(self.folder, after=state.step))
         if "meter" in saved:  # older checkpoints lack it

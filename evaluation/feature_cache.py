@@ -5,8 +5,6 @@ what they are features of and the sha256 of the file; its rename is the commit.
 """
 
 import contextlib
-import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -32,6 +30,7 @@ from utils.checkpoints.atomic import (
     write_text,
 )
 from utils.distributed import is_main, on_all, on_main
+from utils.locks import try_lock
 
 logger = logging.getLogger("synco")
 
@@ -76,13 +75,9 @@ def _alone(folder: Path) -> Iterator[None]:
     def locked() -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "features.lock").open("a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                return False
-            logger.warning("the file system of %s has no locks (%s): going on without", folder, error)
+        if not try_lock(file, folder):
+            file.close()
+            return False
         held.append(file)
         return True
 

@@ -1,8 +1,6 @@
 """What a pack in the making leaves on the disk, so that a kill at any instant loses only the last seconds."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import sys
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from utils.locks import try_lock
 
 if TYPE_CHECKING:
     from data.sources.packed import PackIndex
@@ -114,11 +114,8 @@ class Partial:
 
 def _lock(journal: Any, path: Path) -> None:
     """Refuse to write beside another process; the lock is not inherited by workers, which may outlive it."""
-    try:
-        fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: the file system knows no locks
-            raise ValueError(f"{path} is being written by another process ({error})") from error
+    if not try_lock(journal, path):
+        raise ValueError(f"{path} is being written by another process; wait for it")
 
 
 def _read_journal(journal: Any, path: Path, settings: dict[str, Any]) -> np.ndarray:

@@ -13,8 +13,6 @@ What is finished is skipped and what was interrupted goes on. What follows -- go
 
 import argparse
 import ctypes
-import errno
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -35,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.sweep_points import Group, Point, Setting, as_csv, choose, markdown, table  # noqa: E402
 from utils.checkpoints.atomic import write_text  # noqa: E402
+from utils.locks import try_lock  # noqa: E402
 from utils.names import folder_name  # noqa: E402
 from utils.streams import guard_streams  # noqa: E402
 
@@ -206,12 +205,8 @@ class Runner:
         path, said = self.folder / name / ".lock", False
         while path.exists():
             with path.open("a+") as file:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if try_lock(file, path.parent):
                     return
-                except OSError as error:
-                    if error.errno not in (errno.EACCES, errno.EAGAIN):
-                        return  # a file system without locks
             if not said:
                 print(f"waiting for {name}: another process is running it", flush=True)
             said = True

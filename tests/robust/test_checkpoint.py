@@ -21,7 +21,7 @@ from torch import nn
 
 from utils.checkpoints import file
 from utils.checkpoints.file import CheckpointError, load, newest_valid, save
-from utils.checkpoints.folder import prune, sweep
+from utils.checkpoints.folder import best, prune, sweep
 
 META = {"config_digest": "abc", "metrics": {"loss": 0.5}}
 
@@ -595,3 +595,16 @@ def test_a_record_of_megabytes_is_no_record(tmp_path: Path) -> None:
     found = newest_valid(tmp_path)
     assert found is not None
     assert found.step == 6
+
+
+def test_only_numbers_of_a_record_are_an_evaluation(tmp_path: Path) -> None:
+    odd = {"a": 10**400, "b": True, "c": "x", "d": None, "e": [1.0]}
+    save(tmp_path, 1, {"w": torch.ones(2)}, meta={"evaluated": {**odd, "n": float("nan"), "ok": 2}})
+    save(tmp_path, 2, {"w": torch.ones(2)}, meta={"evaluated": [1]})
+    values = file.evaluation_of(file.read_record(tmp_path / "ckpt_00000001.pt"))
+    assert values.pop("n") != 0.0  # not a number, as it was
+    assert values == {"ok": 2.0}
+    assert file.evaluation_of(file.read_record(tmp_path / "ckpt_00000002.pt")) == {}
+    assert best(tmp_path, "a") is None
+    assert best(tmp_path, "n") is None
+    assert best(tmp_path, "ok") == tmp_path / "ckpt_00000001.pt"

@@ -214,7 +214,7 @@ def test_a_text_file_is_no_checkpoint(trained: Path, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("loss went down")
     argv = runs.arguments("moby", tmp_path, "t", "--resume", str(text))
-    assert_fails(2, argv, "notes.txt is no file of weights|is not a torch file", tmp_path)
+    assert_fails(2, argv, "notes.txt is no file of weights", tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     argv = runs.arguments("moby", tmp_path, "t", "--resume", str(tmp_path / "other.pth"))
     assert_fails(2, argv, "other.pth is no checkpoint of such a run", tmp_path)

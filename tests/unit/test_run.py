@@ -20,6 +20,7 @@ from engine.loop import TrainState
 from engine.run import Run
 from models import framework_options
 from models.classifier import freeze
+from utils.checkpoints import file as checkpoint
 from utils.config.schema import declare
 
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_a_file_system_without_locks_is_a_warning(
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("engine.run.fcntl.lockf", refuse)
+    monkeypatch.setattr("utils.locks.fcntl.lockf", refuse)
     run.open_folder()
     assert caplog.text.count("has no locks") == 1
     run._check_lock()
@@ -184,4 +185,76 @@ def test_a_lock_that_vanished_is_noticed_before_anything_is_written(
         run.checkpoint(state, SimpleNamespace(global_batch=4, steps_per_epoch=1))
     run.finish("failed", 3, "its lock vanished")
     assert sorted(tmp_path.rglob("*")) == before
+    run.close()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EDEADLK])
+def test_a_lock_that_fails_otherwise_is_an_error_in_its_own_words(
+    code: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("utils.locks.fcntl.lockf", refuse)
+    with pytest.raises(ValueError, match=os.strerror(code)):
+        run.open_folder()
+
+
+def test_a_lock_that_cannot_be_looked_at_once_is_no_reason_to_stop(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.open_folder()
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.os.stat", stale)
+        run._check_lock()
+    assert "cannot be looked at" in caplog.text
+    run.close()
+
+
+def trained(run: Run, step: int, weight: float) -> TrainState:
+    module = nn.Linear(2, 2)
+    nn.init.constant_(module.weight, weight)
+    return TrainState(module, torch.optim.SGD(module.parameters(), 0.1), module, step=step)
+
+
+PLAN = SimpleNamespace(
+    global_batch=4,
+    steps_per_epoch=1,
+    progress=lambda step: SimpleNamespace(step=step, epoch_position=1.0, epoch=1),
+)
+
+
+def test_an_evaluation_is_not_noted_where_the_lock_vanished(run: Run) -> None:
+    run.open_folder()
+    state = trained(run, 3, 1.0)
+    run.checkpoint(state, PLAN)
+    record = run.folder / "ckpt_00000003.json"
+    before = record.read_bytes()
+    (run.folder / ".lock").unlink()
+    with pytest.raises(ValueError, match="is not the one that this run locked"):
+        run.evaluated(state, PLAN, {"knn5_top1": 50.0})
+    assert record.read_bytes() == before
+    run.close()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_evaluation_of_a_file_from_elsewhere_is_noted_in_no_record_of_the_folder(
+    ours: bool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpointing.load_own", lambda path, *_: (checkpoint.load(path), []))
+    run.open_folder()
+    run.checkpoint(trained(run, 3, 1.0), PLAN)
+    mine = run.folder / "ckpt_00000003.pt"
+    path = mine if ours else checkpoint.save(tmp_path / "else", 3, checkpoint.load(mine), meta={})
+    again = Run(run.cfg.clone(), run.folder, CPU)
+    again.cfg.RESUME = "" if ours else str(path)
+    state = trained(again, 0, 0.0)
+    assert again.resume(state, PLAN)
+    before = mine.with_suffix(".json").read_bytes()
+    again.evaluated(state, PLAN, {"knn5_top1": 50.0})
+    assert (mine.with_suffix(".json").read_bytes() != before) == ours
     run.close()

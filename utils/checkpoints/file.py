@@ -125,6 +125,18 @@ def amend(path: Path, **meta: Any) -> None:
     _write_record(path, {**read_record(path), **finite_json(meta)})
 
 
+def evaluation_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return the evaluation in a record, {} if there is none; what is no number is left out."""
+    noted = record.get("evaluated")
+    values: dict[str, float] = {}
+    for name, value in noted.items() if isinstance(noted, dict) else ():
+        if value in ("nan", "inf", "-inf"):  # as `finite_json` writes them
+            values[name] = float(value)
+        elif type(value) in (int, float) and abs(value) < 1e300:
+            values[name] = float(value)
+    return values
+
+
 def newest_valid(folder: Path) -> Found | None:
     """Return the newest checkpoint of `folder` that verifies, None if nothing was ever committed there.
 

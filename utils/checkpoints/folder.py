@@ -4,6 +4,7 @@ What a checkpoint is, and when it counts as valid, is in ``utils.checkpoints.fil
 """
 
 import logging
+import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from utils.checkpoints.file import (
     CheckpointError,
     committed,
+    evaluation_of,
     is_valid,
     read_record,
     record_path,
@@ -84,10 +86,10 @@ def best(folder: Path, metric: str) -> Path | None:
     values: list[tuple[float, Path]] = []
     for path in reversed(committed(folder)):
         try:
-            value = read_record(path)["evaluated"][metric]
-        except (CheckpointError, OSError, LookupError, TypeError):
-            continue  # damaged, or saved at a step without an evaluation
-        if isinstance(value, int | float):
+            value = evaluation_of(read_record(path)).get(metric, math.nan)
+        except (CheckpointError, OSError):
+            continue  # damaged
+        if not math.isnan(value):  # nan also: saved at a step without an evaluation
             values.append((-value if "loss" in metric else value, path))
     return max(values, key=lambda entry: entry[0])[1] if values else None
 
