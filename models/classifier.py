@@ -72,7 +72,7 @@ class LinearHeads(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (G, N, C) of features (N, F).
 
-        Each head has a matrix product of its own, so its logits are bit-identical to those of a run
+        Each head is one matrix product, so its logits are bit-identical to those of a run
         alone. One product for all heads would first copy all weights into one matrix, which costs
         more.
         """

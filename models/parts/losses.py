@@ -1,4 +1,4 @@
-"""Losses, computed in float32 under any autocast. Each fast form has a plain twin for tests."""
+"""Losses, computed in float32 under any autocast. Each fast form has a slow, plain form for tests."""
 
 from typing import Any, NamedTuple
 

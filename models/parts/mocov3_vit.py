@@ -54,7 +54,7 @@ def _initialise(vit: nn.Module) -> None:
     for path, module in vit.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if path.endswith("qkv"):  # each of q, k, v as a matrix of its own
+        if path.endswith("qkv"):  # q, k and v are three separate matrices
             bound = math.sqrt(6.0 / (module.out_features // 3 + module.in_features))
             nn.init.uniform_(module.weight, -bound, bound)
         else:

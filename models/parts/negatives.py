@@ -4,7 +4,7 @@ Each synthetic is `s = norm(a q + b n + c n' + d eps + e sign(q))`, where q is t
 are hard queue entries. It is a constant: the gradient of its logit `q . s` by the query is s. So
 neither the vectors nor autograd are needed. The logit and the length follow from the similarities
 `u = q . n`, which the contrastive loss has computed already, and the gradient is a weighted sum of
-queue entries, the query, its sign and the noise. `materialise` is the plain twin that builds the
+queue entries, the query, its sign and the noise. `materialise` is the slow, plain form that builds the
 vectors.
 """
 
@@ -107,7 +107,7 @@ def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> l
 
 
 def materialise(draws: list[Synthetics], queries: Tensor, queue: Tensor) -> Tensor:
-    """Return the unit vectors (B, sum N, D): the plain twin of `ClosedForm`, for tests."""
+    """Return the unit vectors (B, sum N, D): the slow, plain form of `ClosedForm`, for tests."""
     vectors = []
     for s in draws:
         vector = _column(s.b) * queue[s.first]

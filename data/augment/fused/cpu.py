@@ -1,6 +1,6 @@
 """The photometric operations of a view fused for a CPU; importing this imports numba, an optional package.
 
-Same draws, laws and order as the batched operations of `data.augment`, the plain twin. A sample is the work
+Same draws, formulas and order as the batched torch operations of `ops.py`. A sample is the work
 of one thread, in an order of its own: its bits depend neither on the batch around it nor on the threads.
 """
 

@@ -1,6 +1,6 @@
 """The photometric operations of a view in four kernels for a GPU; importing this imports Triton.
 
-Same draws, laws and order as the batched operations of `pipeline`, the plain twin, which take hundreds of
+Same draws, formulas and order as the batched torch operations of `ops.py`, which take hundreds of
 kernels. A view moves its bytes once in, once out and, where it is blurred, once more between the passes.
 """
 
