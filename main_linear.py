@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import make_parser, parse, run_main
+from utils.cli import add_which, make_parser, parse, run_main
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ def _parser() -> Any:
     parser.add_argument(
         "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
     )
+    add_which(parser)
     parser.add_argument(
         "--protocol", choices=["moco", "mocov3", "moby"], help="a published protocol, not the recipe's own"
     )
@@ -110,18 +111,18 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[lis
     """Probe ``weights`` (``None``: random ones) with each share of labels; return results and exit code."""
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
-    from evaluation.probe import probe_folder
+    from evaluation.probe import probe_folder, weights_label
 
-    label = weights.stem if weights else "random"
+    label = weights_label(weights, args.which)
     frozen, results = None, []
     for percent in cfg.LINEAR.LABEL_PERCENTS:
         folder = probe_folder(cfg.LINEAR, label, percent)
         run = start_run(cfg, folder, task="linear", training=not (args.eval or args.throughput))
         if args.throughput:
-            backbone = frozen_backbone(cfg, run, weights)
+            backbone, _ = frozen_backbone(cfg, run, weights, args.which)
             measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
             return [], 0
-        frozen = frozen or freeze_network(cfg, run, weights)
+        frozen = frozen or freeze_network(cfg, run, weights, args.which)
         result, exit_code = train_heads(cfg, args, run, frozen, label, percent)
         if exit_code:
             return [], exit_code
@@ -129,23 +130,27 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[lis
     return results, 0
 
 
-def frozen_backbone(cfg: Any, run: "Run", weights: Path | None) -> "Backbone":
-    """Build the backbone, load ``weights`` if any and freeze it."""
+def frozen_backbone(cfg: Any, run: "Run", weights: Path | None, which: str) -> tuple["Backbone", str]:
+    """Build the backbone, load `weights` if any, freeze it; return it and the network that was taken."""
     from models.classifier import freeze, pretrained_backbone
+    from models.weights.load import find_network
     from utils.checkpoints.foreign import read_torch
     from utils.config.load import section_options
 
+    checkpoint = read_torch(weights) if weights else None
     backbone = pretrained_backbone(
         section_options(cfg.MODEL.BACKBONE),
-        read_torch(weights) if weights else None,
+        checkpoint,
         str(weights),
+        which,
         img_size=cfg.DATA.IMG_SIZE,
         drop_path=cfg.LINEAR.DROP_PATH,
     )
-    return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0)
+    taken = find_network(checkpoint, which).taken if checkpoint else "online"
+    return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0), taken
 
 
-def freeze_network(cfg: Any, run: "Run", weights: Path | None) -> Frozen:
+def freeze_network(cfg: Any, run: "Run", weights: Path | None, which: str) -> Frozen:
     """Return the frozen backbone and the features that do not change while heads train."""
     from data.augment.recipes import build_recipe
     from data.features import refuse_missing
@@ -153,13 +158,13 @@ def freeze_network(cfg: Any, run: "Run", weights: Path | None) -> Frozen:
     from data.sources import open_split
     from evaluation.feature_cache import cached_features
     from evaluation.features import compute_features
-    from evaluation.probe import probe_folder, weights_fingerprint
+    from evaluation.probe import probe_folder, weights_fingerprint, weights_label
     from utils.config.load import section_options
 
     cached, size = cfg.LINEAR.CACHED_FEATURES, cfg.DATA.IMG_SIZE
-    backbone = frozen_backbone(cfg, run, weights)
-    name = weights_fingerprint(weights)
-    place = run.folder.parents[1] / probe_folder(cfg.LINEAR, weights.stem if weights else "random", 100)
+    backbone, taken = frozen_backbone(cfg, run, weights, which)
+    name = weights_fingerprint(weights, taken)
+    place = run.folder.parents[1] / probe_folder(cfg.LINEAR, weights_label(weights, which), 100)
 
     def features_of(split: str, source: "Source") -> "Features":
         def compute() -> "SharedFeatures":

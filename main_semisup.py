@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import make_parser, parse, run_main
+from utils.cli import add_which, make_parser, parse, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +79,7 @@ def _parser() -> Any:
     parser.add_argument(
         "--pretrained", metavar="FILE", help="weights or a run's folder; none: an untrained backbone"
     )
+    add_which(parser)
     parser.add_argument(
         "--protocol",
         choices=["barlow", "deit", "swin", "sit", "sit_linear"],
@@ -156,21 +157,25 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
     from evaluation.finetune import refuse_contradictions, run_name
+    from evaluation.probe import weights_fingerprint, weights_label
     from models.classifier import pretrained_backbone
+    from models.weights.load import find_network
     from utils.checkpoints.foreign import read_torch
     from utils.config.load import section_options
     from utils.names import folder_name
 
     node = cfg.FINETUNE
     refuse_contradictions(node)
-    name = folder_name(args.run_name, "--run-name") if args.run_name else run_name(cfg, weights)
+    name = folder_name(args.run_name, "--run-name") if args.run_name else run_name(cfg, weights, args.which)
     if args.run_name and args.random_baseline and weights is None:
         name += "-random"
     run = start_run(cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput))
+    checkpoint = read_torch(weights) if weights else None
     backbone = pretrained_backbone(
         section_options(cfg.MODEL.BACKBONE),
-        read_torch(weights) if weights else None,
+        checkpoint,
         str(weights),
+        args.which,
         img_size=cfg.DATA.IMG_SIZE,
         drop_path=node.DROP_PATH,
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT and node.WEIGHTS != "freeze",
@@ -179,11 +184,13 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
         backbone = run.prepare(backbone).eval()
         measure_throughput(backbone, cfg.DATA.IMG_SIZE, node.BATCH_SIZE, run.device)
         return {}, 0
-    return _train_and_test(cfg, run, backbone, weights, train=not args.eval)
+    taken = find_network(checkpoint, args.which).taken if checkpoint else "online"
+    start = weights_fingerprint(weights, taken)
+    return _train_and_test(cfg, run, backbone, weights_label(weights, args.which), start, train=not args.eval)
 
 
 def _train_and_test(
-    cfg: Any, run: "Run", backbone: Any, weights: Path | None, train: bool
+    cfg: Any, run: "Run", backbone: Any, label: str, start: str, train: bool
 ) -> tuple[dict[str, Any], int]:
     """Train a head and, unless it is frozen, the backbone, or only look at what is there; as ``finetune``."""
     from data.augment.mixing import Mixing
@@ -193,12 +200,11 @@ def _train_and_test(
     from engine.optim import build_optimizer
     from engine.plan import make_plan
     from evaluation.finetune import Frozen, accuracy, finetune_groups, summarise
-    from evaluation.probe import weights_fingerprint
     from models.classifier import Classifier, freeze, layer_ids, soft_loss
 
     node, frozen = cfg.FINETUNE, cfg.FINETUNE.WEIGHTS == "freeze"
     splits = _splits(cfg)
-    run.fingerprint = f"{weights_fingerprint(weights)}, labels {splits.train.fingerprint()}"
+    run.fingerprint = f"{start}, labels {splits.train.fingerprint()}"
     mixing = Mixing(
         splits.num_classes,
         **{key: node[key.upper()] for key in ("mixup", "cutmix", "switch_prob")},
@@ -278,7 +284,7 @@ def _train_and_test(
         accuracies |= measure(splits.test, "test_")
     images = (len(splits.train), len(splits.chosen) - len(splits.train))
     complete = state.step == plan.total_steps
-    return summarise(run, weights, images, accuracies, state.best, write=complete), 0
+    return summarise(run, label, images, accuracies, state.best, write=complete), 0
 
 
 if __name__ == "__main__":

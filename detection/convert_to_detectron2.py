@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import run_main
+from utils.cli import add_which, run_main
 
 logger = logging.getLogger("synco")
 
@@ -21,34 +21,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path, help="checkpoint, of this repository or a published one")
     parser.add_argument("target", type=Path, help="file to write, ending in .pkl")
+    add_which(parser)
     args = parser.parse_args()
     from utils.logger import setup_logger
 
     setup_logger(None, True)
-    convert(args.source, args.target)
+    convert(args.source, args.target, args.which)
     return 0
 
 
-def convert(source: Path, target: Path) -> int:
+def convert(source: Path, target: Path, which: str = "") -> int:
     """Write the backbone of `source` to `target` and return the number of arrays.
 
     Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}. Raises
     ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no ResNet.
     """
     from models.weights.export import to_detectron2
-    from models.weights.load import backbone_state
+    from models.weights.load import find_network
     from utils.checkpoints.atomic import write_file
     from utils.checkpoints.foreign import read_torch
 
     if target.suffix != ".pkl":
         raise ValueError(f"{target}: Detectron2 reads this layout from a .pkl only; name the file so")
-    state, layout = backbone_state(read_torch(source))
+    network = find_network(read_torch(source), which, str(source))
+    state = network.state
     if "layer4.0.conv1.weight" not in state or "conv1.weight" not in state:
-        raise ValueError(f"{source}: its backbone ({layout}) is no ResNet of four stages; convert a ResNet")
+        raise ValueError(
+            f"{source}: its backbone ({network.layout}) is no ResNet of four stages; convert a ResNet"
+        )
     arrays = to_detectron2(state)
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
     write_file(target, lambda file: pickle.dump(content, file))
-    logger.info("wrote %d arrays of %s (layout: %s) to %s", len(arrays), source, layout, target)
+    logger.info("wrote %d arrays of %s (%s) to %s", len(arrays), source, network, target)
     return len(arrays)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import make_parser, parse, run_main
+from utils.cli import add_which, make_parser, parse, run_main
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--pretrained", metavar="FILE", help="backbone: a file, a run's folder, or none for random weights"
     )
+    add_which(parser)
     args, flags = parse(parser)
 
     from detection.annotations import read_split
@@ -46,6 +47,8 @@ def main() -> int:
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
     from evaluation.probe import find_weights, weights_fingerprint
+    from models.weights.load import find_network
+    from utils.checkpoints.foreign import read_torch
 
     cfg = load_detection_config([args.cfg], args.opts, flags)
     if not args.pretrained:
@@ -69,8 +72,9 @@ def main() -> int:
     loader = DetectionLoader(train, cfg, global_batch=global_batch, device=run.device)
 
     # model, plan, optimiser
-    detector = run.prepare(build_detector(cfg, len(train.classes), weights))
-    run.fingerprint = f"{weights_fingerprint(weights)}, data {train.fingerprint()}"
+    detector = run.prepare(build_detector(cfg, len(train.classes), weights, args.which))
+    taken = find_network(read_torch(weights), args.which).taken if weights else "online"
+    run.fingerprint = f"{weights_fingerprint(weights, taken)}, data {train.fingerprint()}"
     plan = make_detection_plan(cfg, global_batch)
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(detector, cfg.OPTIM), fused=run.scaler() is None)
     state = TrainState(detector, optimizer, run.wrap(detector), run.scaler())

@@ -30,7 +30,7 @@ from detection.backbones import (
 )
 from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
-from models.weights.load import backbone_state, load_backbone
+from models.weights.load import load_network
 from utils.checkpoints.foreign import read_torch
 from utils.config.load import section_options
 
@@ -121,13 +121,13 @@ class C4Heads(roi_heads.RoIHeads):
         return self.mask_predictor is not None
 
 
-def build_detector(cfg: CfgNode, num_classes: int, weights: Path | None) -> Detector:
-    """Build the detector of ``MODEL`` for `num_classes` objects; `weights` None leaves the backbone random.
+def build_detector(cfg: CfgNode, num_classes: int, weights: Path | None, which: str = "") -> Detector:
+    """Build the detector of `MODEL` for `num_classes` objects; `weights` None leaves the backbone random.
 
     Raises ``ValueError`` for a neck that the backbone cannot have and for weights that do not fit it.
     """
     rcnn, canvas = cfg.MODEL.RCNN, cfg.DETECTION.CANVAS
-    body = pretrained_body(cfg, weights)
+    body = pretrained_body(cfg, weights, which)
     kind = family(body)
     if rcnn.NECK not in _NECKS_OF[kind]:
         raise ValueError(
@@ -157,7 +157,7 @@ def build_detector(cfg: CfgNode, num_classes: int, weights: Path | None) -> Dete
     return detector
 
 
-def pretrained_body(cfg: CfgNode, weights: Path | None) -> Backbone:
+def pretrained_body(cfg: CfgNode, weights: Path | None, which: str = "") -> Backbone:
     """Build the backbone and load `weights` into it, every tensor or none.
 
     A Swin is built at the canvas's size at once, since its windows keep theirs; a ViT at the pretraining's.
@@ -170,8 +170,7 @@ def pretrained_body(cfg: CfgNode, weights: Path | None) -> Backbone:
     options = section_options(cfg.MODEL.BACKBONE)
     body = build_backbone(**options, img_size=size, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT)
     if weights is not None:
-        state, layout = backbone_state(read_torch(weights))
-        logger.info("%s (layout: %s)", load_backbone(body, state, str(weights)), layout)
+        logger.info(load_network(body, read_torch(weights), str(weights), which))
     return body
 
 

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from engine.optim import parameter_groups
 from engine.run import Run
 from evaluation.accuracy import LabelledBatch, topk_correct
+from evaluation.probe import weights_label
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.config.load import leaves
@@ -40,14 +41,14 @@ def refuse_contradictions(node: CfgNode) -> None:
         raise ValueError("FINETUNE.TEST: False leaves nothing to evaluate; set FINETUNE.HOLD_OUT, e.g. 0.2")
 
 
-def run_name(cfg: CfgNode, weights: Path | None) -> str:
+def run_name(cfg: CfgNode, weights: Path | None, which: str = "") -> str:
     """Return the name of a run's folder: weights, labels, rates, and a digest of all else that it depends on.
 
     So no two points of a sweep share a folder, and the same command finds its own again.
     """
     node = cfg.FINETUNE
     labels = Path(node.SUBSET).stem if node.SUBSET else f"{node.TRAIN_PERCENT:g}pct"
-    said = f"{weights.stem if weights else 'random'}-{labels}-{node.WEIGHTS}"
+    said = f"{weights_label(weights, which)}-{labels}-{node.WEIGHTS}"
     rates = f"lr{node.LR_BACKBONE:g}-{node.LR_CLASSIFIER:g}-{node.EPOCHS}ep"
     return re.sub(r"[^\w.-]", "_", f"{said}-{rates}-{_digest(cfg, weights)}")
 
@@ -157,7 +158,7 @@ def accuracy(
 
 def summarise(
     run: Run,
-    weights: Path | None,
+    weights: str,
     images: tuple[int, int],
     accuracies: Mapping[str, float],
     best: Mapping[str, float],
@@ -170,7 +171,7 @@ def summarise(
     """
     node = run.cfg.FINETUNE
     result = {
-        "weights": weights.stem if weights else "random",
+        "weights": weights,
         "mode": node.WEIGHTS,
         "labels": Path(node.SUBSET).stem if node.SUBSET else f"{node.TRAIN_PERCENT:g}pct",
         "images": images[0],

@@ -41,9 +41,20 @@ def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
     return found.path
 
 
-def weights_fingerprint(weights: Path | None) -> str:
-    """Say which weights a run starts from, by their sha256."""
-    return f"weights {on_main(lambda: checkpoint.digest(weights))}" if weights else "random weights"
+def weights_fingerprint(weights: Path | None, network: str = "online") -> str:
+    """Say which weights a run starts from: the file's sha256, and the network where it is averaged."""
+    if weights is None:
+        return "random weights"
+    digest = on_main(lambda: checkpoint.digest(weights))
+    # Runs from before the choice have no name here: they took the online network or the student.
+    return f"weights {digest}" + (f", {network}" if network in ("target", "teacher") else "")
+
+
+def weights_label(weights: Path | None, which: str) -> str:
+    """Return the name of weights in folders and tables: two networks of a file are two names."""
+    if weights is None:
+        return "random"
+    return f"{weights.stem}-{which}" if which else weights.stem
 
 
 class GridPoint(NamedTuple):

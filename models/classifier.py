@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, build_backbone
-from models.weights.load import backbone_state, check_norm_eps, load_backbone
+from models.weights.load import check_norm_eps, load_network
 
 logger = logging.getLogger("synco")
 
@@ -17,19 +17,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def pretrained_backbone(
-    options: Mapping[str, Any], checkpoint: Mapping[str, object] | None, source: str, **changes: Any
+    options: Mapping[str, Any],
+    checkpoint: Mapping[str, object] | None,
+    source: str,
+    which: str = "",
+    **changes: Any,
 ) -> Backbone:
     """Build the backbone of a `MODEL.BACKBONE` section with `changes`, on a checkpoint if given.
 
-    `source` is the file's name, for messages. Raises `ValueError` if the file lacks a part of the
-    backbone.
+    `source` is the file's name, for messages, `which` the network (see `find_network`).
+    Raises `ValueError` if the file lacks a part of the backbone.
     """
     own = {key: value for key, value in options.items() if key != "target_drop_path"}
     backbone = build_backbone(**(own | changes))
     if checkpoint is not None:
         check_norm_eps(checkpoint, own.get("norm_eps", 0.0), source)
-        state, layout = backbone_state(checkpoint)
-        logger.info("%s (layout: %s)", load_backbone(backbone, state, source), layout)
+        logger.info(load_network(backbone, checkpoint, source, which))
     return backbone
 
 

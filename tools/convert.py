@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import run_main
+from utils.cli import add_which, run_main
 
 FORMATS = ("timm", "torchvision", "detectron2", "mmdet", "swin", "huggingface", "moco", "plain")
 TIMM_NAMES = {
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--cfg", type=Path, metavar="FILE", help="yaml; default: the run's own")
         command.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg")
         command.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
-        command.add_argument("--which", choices=["online", "target"], default="online", help="which network")
+        add_which(command)
         if name == "import":
             command.add_argument("--full", action="store_true", help="target, heads and queue too")
         else:
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def inspect_file(args: argparse.Namespace) -> None:
     """Print what a file holds: entries, layout, number of tensors and values, the likely architecture."""
     from models.weights.export import describe
-    from models.weights.load import backbone_state, tensors_of
+    from models.weights.load import find_network, tensors_of
 
     checkpoint = _read(args.source)
     print(f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors")
@@ -86,15 +86,16 @@ def inspect_file(args: argparse.Namespace) -> None:
             print(f"  {key}: {len(tensors)} tensors{', ' if queues else ''}{', '.join(queues)}")
         elif not hasattr(value, "shape"):
             print(f"  {key}: {_short(value)}")
-    state, layout = backbone_state(checkpoint)
-    print(f"layout: {layout}")
+    network = find_network(checkpoint, source=str(args.source))
+    state = network.state
+    print(network)
     print(f"backbone and its head: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values")
     print(f"architecture: {describe(state)}")
 
 
 def import_file(args: argparse.Namespace) -> None:
     """Write a foreign file as one of ours, after loading it into the configured model."""
-    from models.weights.load import backbone_state, load_backbone
+    from models.weights.load import find_network, load_backbone
     from models.weights.pretraining_state import framework_state
 
     cfg = _config(args)
@@ -105,32 +106,34 @@ def import_file(args: argparse.Namespace) -> None:
             state = framework_state(checkpoint, own)
         except ValueError as error:
             raise ValueError(f"{args.source} {error}") from error
-        layout, note = "whole pretraining state", f"{len(own)} tensors"
+        layout, said, which = "whole pretraining state", "layout: whole pretraining state", "online"
+        note = f"{len(own)} tensors"
         framework = {key: state[key] for key in own}
     else:
         backbone = _backbone(cfg)
-        state, layout = backbone_state(checkpoint, args.which)
-        report = load_backbone(backbone, state, str(args.source))
-        note = _listing(report)
+        network = find_network(checkpoint, args.which, str(args.source))
+        layout, said, which = network.layout, str(network), network.taken
+        note = _listing(load_backbone(backbone, network.state, str(args.source)))
         framework = {f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
-    origin = {"file": args.source.name, "layout": layout, "which": args.which}
+    origin = {"file": args.source.name, "layout": layout, "which": which}
     origin["norm_eps"] = cfg.MODEL.BACKBONE.NORM_EPS
     _save({"framework": framework, "imported": origin}, args.output)
-    print(f"layout: {layout}\n{note}\nwrote {args.output}: give it to any --pretrained")
+    print(f"{said}\n{note}\nwrote {args.output}: give it to any --pretrained")
 
 
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
     from models.weights import export as weights_out
-    from models.weights.load import backbone_state, check_norm_eps, load_backbone
+    from models.weights.load import check_norm_eps, find_network, load_backbone
 
     source = _checkpoint_of(args.source)
     cfg = _config(args)
     checkpoint = _read(source)
     check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(source))
-    state, layout = backbone_state(checkpoint, args.which)
+    network = find_network(checkpoint, args.which, str(source))
+    args.which = network.taken  # what the model card and the head go by
     backbone = _backbone(cfg)
-    print(f"{load_backbone(backbone, state, str(source))} (layout: {layout})")
+    print(f"{load_backbone(backbone, network.state, str(source))} ({network})")
     own = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     if args.to == "huggingface":
         from tools.model_card import write_huggingface

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.precision import choose_device
 from engine.run import Run
-from evaluation.probe import find_weights
+from evaluation.probe import find_weights, weights_label
 from models import framework_options
 from models.classifier import freeze, pretrained_backbone
 from models.parts.backbones import Backbone
@@ -49,9 +49,10 @@ def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
         options,
         read_torch(weights) if weights else None,
         str(weights),
+        args.which,
         img_size=cfg.DATA.IMG_SIZE,
         drop_path=0.0,
     )
-    # two files of one name are two networks
-    label = f"{weights.stem}-{checkpoint.digest(weights)[:8]}" if weights else "random"
+    label = weights_label(weights, args.which)
+    label += f"-{checkpoint.digest(weights)[:8]}" if weights else ""  # two files of one name
     return Frozen(freeze(run.prepare(backbone)), run, label)

@@ -42,7 +42,8 @@ def write_huggingface(
     state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
     weights = save({key: tensor.contiguous() for key, tensor in state.items()}, metadata={"format": "pt"})
     # what stands beside a run was measured with its online network
-    measured = {} if args.which == "target" and not args.results else found_results(source, args.results)
+    averaged = args.which in ("target", "teacher")
+    measured = {} if averaged and not args.results else found_results(source, args.results)
     card = model_card(cfg, checkpoint, config, args.which, measured)
     folder.mkdir(parents=True, exist_ok=True)
     # No library loads a folder without config.json. So it goes first and comes last: a kill in between

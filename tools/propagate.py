@@ -28,7 +28,7 @@ from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.frozen import Frozen, open_frozen
 from utils.checkpoints.atomic import write_text
-from utils.cli import make_parser, parse, run_main
+from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
 from utils.reading import read_text
 
@@ -41,6 +41,7 @@ def main() -> int:
     """Carry the masks through every video of the list, print the quality; return the exit code."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained")
+    add_which(parser)
     parser.add_argument("--list", default="ImageSets/2017/val.txt", help="names of the videos, one a line")
     parser.add_argument("--resolution", default="480p", help="folder of frames and annotations")
     parser.add_argument("--short-side", type=int, default=480, help="frames are brought to this many pixels")

@@ -24,7 +24,7 @@ from models.parts.backbones import Backbone
 from models.parts.resolution import at_size, size_multiple
 from tools.frozen import Frozen, open_frozen
 from utils.checkpoints.atomic import write_text
-from utils.cli import make_parser, parse, run_main
+from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
 
 SETS = ("roxford5k", "rparis6k")
@@ -35,6 +35,7 @@ def main() -> int:
     """Measure every set that is asked for, print one table; return the exit code."""
     parser = make_parser(__doc__ or "", renamed={"--batch-size": "LINEAR.BATCH_SIZE"})
     parser.add_argument("--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained")
+    add_which(parser)
     parser.add_argument("--sets", nargs="+", default=list(SETS), help="folders below --data-path")
     parser.add_argument("--multi-scale", action="store_true", help="mean feature over five sizes, 1 to 1/4")
     parser.add_argument("--crop-queries", action="store_true", help="cut queries to their building")

@@ -101,6 +101,17 @@ def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Par
     return parser
 
 
+def add_which(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says which network of a file of several is meant."""
+    parser.add_argument(
+        "--which",
+        choices=["online", "target", "student", "teacher"],
+        default="",
+        help="network of a file of several (student is online, teacher target); default: the one "
+        "that the original evaluates",
+    )
+
+
 def parse(parser: _Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the arguments and the configuration keys that flags set.
 

@@ -21,14 +21,34 @@ from models.weights.naming import find_naming, in_our_names
 class Layout(NamedTuple):
     """Say where a kind of file keeps its networks: under which entry, and with which prefix.
 
-    ``target`` is the entry and prefix of the averaged network, if the file has one.
+    `target` is the entry and prefix of the averaged network, if the file has one. `words` are what
+    the original calls the two networks.
     """
 
     name: str
     container: str | None
     prefix: str
     target: tuple[str, str] | None = None
+    words: tuple[str, str] = ("online", "target")
 
+
+class Network(NamedTuple):
+    """One network of a file, heads included, and what else the file holds."""
+
+    state: dict[str, Tensor]  # in our names
+    layout: str
+    taken: str  # online, target, student or teacher
+    others: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return what the log says: the layout, and which of several networks was taken."""
+        if not self.others:
+            return f"layout: {self.layout}"
+        also = ", ".join(f"{name} (--which {name})" for name in self.others)
+        return f"layout: {self.layout}; took the {self.taken}, the file also holds: {also}"
+
+
+WHICH = {"online": 0, "student": 0, "target": 1, "teacher": 1}  # a network's place in a layout
 
 # The first layout that fits is taken, so the specific ones stand first. "module." (DDP) is stripped before.
 LAYOUTS = (
@@ -37,7 +57,7 @@ LAYOUTS = (
     Layout("moco", "state_dict", "encoder_q.", ("state_dict", "encoder_k.")),
     Layout("moco-v3", "state_dict", "base_encoder.", ("state_dict", "momentum_encoder.")),
     Layout("moby / synco-v2", "model", "encoder.", ("model", "encoder_k.")),
-    Layout("sit student and teacher", "student", "", ("teacher", "")),
+    Layout("student and teacher", "student", "", ("teacher", ""), ("student", "teacher")),
     Layout("state_dict", "state_dict", ""),
     Layout("model", "model", "", ("model_ema", "")),
     Layout("plain", None, ""),
@@ -69,24 +89,25 @@ class LoadReport:
         return f"loaded {self.matched} tensors of the backbone from {self.source}{left}{sizes}"
 
 
-def backbone_state(checkpoint: Mapping[str, object], which: str = "online") -> tuple[dict[str, Tensor], str]:
-    """Return a backbone's tensors of a loaded checkpoint in our names, heads included, and the layout's name.
+def find_network(checkpoint: Mapping[str, object], which: str = "", source: str = "this file") -> Network:
+    """Return one network of a loaded checkpoint in our names, heads included.
 
-    ``which``: ``online`` (query, base, student) or ``target`` (key, momentum, teacher). Raises ``ValueError``
-    if there is no such network.
+    `which` is a key of `WHICH`; empty: the network that the original evaluates. `source` is the
+    file's name, for messages. Raises `ValueError` if there is no such network.
     """
     for layout in LAYOUTS:
-        state = _entries(checkpoint, layout.container, layout.prefix)
-        if not state:
+        held = _networks(checkpoint, layout)
+        if not held:
             continue
-        if which == "target":
-            if layout.target is None:
-                raise ValueError(f"a file of the layout {layout.name} keeps no target network; use online")
-            state = _entries(checkpoint, *layout.target)
-            if not state:
-                raise ValueError(f"no target network ({'.'.join(layout.target)}) in this file; use online")
-        state, naming = in_our_names(state)
-        return state, f"{layout.name}, {naming}" if naming else layout.name
+        taken = layout.words[WHICH[which]] if which else _evaluated(checkpoint, held)
+        if taken not in held:
+            raise ValueError(
+                f"--which {which}: {source} of the layout {layout.name} keeps no {which} network; "
+                f"use {' or '.join(held)}"
+            )
+        state, naming = in_our_names(held[taken])
+        name = f"{layout.name}, {naming}" if naming else layout.name
+        return Network(state, name, taken, tuple(word for word in held if word != taken))
     framework = checkpoint.get("framework")
     if isinstance(framework, Mapping) and "weights.0" in framework:
         raise ValueError(
@@ -96,6 +117,36 @@ def backbone_state(checkpoint: Mapping[str, object], which: str = "online") -> t
         f"no backbone found: the file has the entries {sorted(map(str, checkpoint))[:8]};"
         f" known layouts: {', '.join(layout.name for layout in LAYOUTS)}"
     )
+
+
+def _networks(checkpoint: Mapping[str, object], layout: Layout) -> dict[str, dict[str, Tensor]]:
+    """Return the networks that a file holds if the layout fits, by the layout's words."""
+    online = _entries(checkpoint, layout.container, layout.prefix)
+    target = _entries(checkpoint, *layout.target) if layout.target else {}
+    found = dict(zip(layout.words, (online, target), strict=True))
+    return {word: state for word, state in found.items() if state}
+
+
+def _evaluated(checkpoint: Mapping[str, object], held: Mapping[str, dict[str, Tensor]]) -> str:
+    """Return the network that the original evaluates: DINO and iBOT the teacher, all others the online.
+
+    SiT's files have a student and a teacher too. A head that reconstructs images tells them apart.
+    """
+    if "teacher" in held and not any("recons" in key for key in tensors_of(checkpoint.get("student"))):
+        return "teacher"
+    return next(iter(held))
+
+
+def backbone_state(checkpoint: Mapping[str, object], which: str = "") -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a network (see `find_network`) and the layout's name."""
+    network = find_network(checkpoint, which)
+    return network.state, network.layout
+
+
+def load_network(backbone: nn.Module, checkpoint: Mapping[str, object], source: str, which: str = "") -> str:
+    """Load a network of a checkpoint into the backbone; return what was loaded, for the log."""
+    network = find_network(checkpoint, which, source)
+    return f"{load_backbone(backbone, network.state, source)} ({network})"
 
 
 def check_norm_eps(checkpoint: Mapping[str, object], norm_eps: float, source: str) -> None:

@@ -177,3 +177,21 @@ def test_the_subset_is_that_of_fine_tuning(prober: Prober) -> None:
     state = runs.final_state(prober.output / "byol" / "semisup" / "semisup" / "x")
     subset = runs.final_state(prober.folder("grid", "-cached-5pct"))
     assert state["dataset"].split()[-1] == subset["dataset"].split()[-1]
+
+
+def test_two_networks_of_a_file_are_two_probes(prober: Prober, tmp_path: Path) -> None:
+    flags = ("--lr", "0.1", "--cached-features")
+    text = prober.run("which", *flags)
+    assert "took the online, the file also holds: target (--which target)" in text
+    text = prober.run("which", *flags, "--which", "target")
+    assert "took the target, the file also holds: online (--which online)" in text
+    online, target = ("-cached", "-target-cached")
+    assert prober.result("which", target)["weights"] == f"{prober.weights.stem}-target"
+    assert not torch.equal(
+        prober.heads("which", online)["weights.0"], prober.heads("which", target)["weights.0"]
+    )
+    # A probe of one network does not go on as a probe of the other, wherever its checkpoint comes from.
+    last = sorted(prober.folder("which", online).glob("ckpt_*.pt"))[-1]
+    (job,) = prober.start("other", *flags, "--which", "target", "--resume", str(last))
+    assert job.wait() == 2
+    assert ", target" in job.text()

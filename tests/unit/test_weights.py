@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models import build_framework
 from models.parts.backbones import build_backbone
 from models.parts.mocov3_vit import sincos_positions
-from models.weights.load import backbone_state, load_backbone
+from models.weights.load import backbone_state, find_network, load_backbone
 from models.weights.pretraining_state import framework_state
 
 State = dict[str, Tensor]
@@ -91,7 +91,7 @@ BOTH: dict[str, Callable[[State, State], dict]] = {
     "moby / synco-v2": lambda a, b: {
         "model": {**pair(a, b, ("encoder.", "encoder_k."), ""), "queue1": torch.ones(2)}
     },
-    "sit student and teacher": lambda a, b: {
+    "student and teacher": lambda a, b: {
         "student": {**prefixed(a, "module.backbone."), "module.head.mlp.0.weight": torch.ones(2)},
         "teacher": {**prefixed(b, "module.backbone."), "module.head.mlp.0.weight": torch.ones(2)},
         "epoch": 3,
@@ -110,9 +110,52 @@ def test_either_network_of_a_pair_can_be_asked_for(layout: str, which: str) -> N
 def test_sit_without_wrapper_and_our_fine_tuned_classifier_load() -> None:
     original = vit()
     state = original.state_dict()
-    loads({"student": prefixed(state, "module."), "teacher": {}}, original, vit(), "sit student and teacher")
+    loads({"student": prefixed(state, "module."), "teacher": {}}, original, vit(), "student and teacher")
     tuned = {**prefixed(state, "backbone."), "heads.0.0.weight": torch.zeros(5, 48)}
     loads({"framework": tuned}, original, vit(), "synco fine-tuning")
+
+
+def student_and_teacher(*heads: str) -> dict:
+    """Return a file whose student is ones and whose teacher is zeros."""
+    names = ["module.backbone.cls_token", *(f"module.{head}" for head in heads)]
+    return {
+        "student": {name: torch.ones(1, 1, 48) for name in names},
+        "teacher": {name: torch.zeros(1, 1, 48) for name in names},
+        "epoch": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("heads", "which", "taken"),
+    [
+        (["head.last_layer.weight_g"], "", "teacher"),  # DINO and iBOT evaluate the teacher
+        (["head.last_layer.weight_g"], "student", "student"),
+        (["head.last_layer.weight_g"], "online", "student"),
+        (["head.last_layer.weight_g"], "target", "teacher"),
+        (["head_recons.convTrans.weight"], "", "student"),  # SiT's
+        (["head_recons.convTrans.weight"], "teacher", "teacher"),
+    ],
+)
+def test_of_a_student_and_a_teacher_one_is_taken_and_said(heads: list[str], which: str, taken: str) -> None:
+    network = find_network(student_and_teacher(*heads), which)
+    other = {"student": "teacher", "teacher": "student"}[taken]
+    assert network.state["cls_token"].unique().tolist() == [float(taken == "student")]
+    assert str(network) == (
+        f"layout: student and teacher; took the {taken}, the file also holds: {other} (--which {other})"
+    )
+
+
+def test_a_lone_teacher_is_taken_and_its_student_is_refused_by_name() -> None:
+    checkpoint = {"teacher": {"backbone.cls_token": torch.ones(1)}}
+    assert find_network(checkpoint).taken == "teacher"
+    with pytest.raises(ValueError, match=r"--which online: a\.pth of .* no online network; use teacher$"):
+        find_network(checkpoint, "online", "a.pth")
+
+
+def test_our_own_files_and_moco_s_give_the_online_network_as_ever() -> None:
+    for layout in ("synco pretraining", "moco", "moco-v3", "moby / synco-v2"):
+        found = find_network(BOTH[layout](vit().state_dict(), vit().state_dict()))
+        assert (found.taken, found.others) == ("online", ("target",))
 
 
 @pytest.mark.parametrize(
