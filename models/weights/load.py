@@ -45,7 +45,7 @@ class Network(NamedTuple):
         if not self.others:
             return f"layout: {self.layout}"
         also = ", ".join(f"{name} (--which {name})" for name in self.others)
-        return f"layout: {self.layout}; took the {self.taken}, the file also holds: {also}"
+        return f"layout: {self.layout}; took {self.taken}, the file also holds: {also}"
 
 
 WHICH = {"online": 0, "student": 0, "target": 1, "teacher": 1}  # a network's place in a layout

@@ -182,9 +182,9 @@ def test_the_subset_is_that_of_fine_tuning(prober: Prober) -> None:
 def test_two_networks_of_a_file_are_two_probes(prober: Prober, tmp_path: Path) -> None:
     flags = ("--lr", "0.1", "--cached-features")
     text = prober.run("which", *flags)
-    assert "took the online, the file also holds: target (--which target)" in text
+    assert "took online, the file also holds: target (--which target)" in text
     text = prober.run("which", *flags, "--which", "target")
-    assert "took the target, the file also holds: online (--which online)" in text
+    assert "took target, the file also holds: online (--which online)" in text
     online, target = ("-cached", "-target-cached")
     assert prober.result("which", target)["weights"] == f"{prober.weights.stem}-target"
     assert not torch.equal(

@@ -144,7 +144,7 @@ def test_moby_with_its_pickled_configuration_is_imported(
     cfg = yaml_file(tmp_path, "deit_tiny", 32)
     run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "a.pt")
     out = capsys.readouterr().out
-    assert "layout: moby / synco-v2; took the online, the file also holds: target (--which target)\n" in out
+    assert "layout: moby / synco-v2; took online, the file also holds: target (--which target)\n" in out
     assert "\nmatched: 150\nmissing: none\nunexpected, left out: none\n" in out
     identical(imported(tmp_path / "a.pt"), original)
     run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "b.pt", "--which", "target")

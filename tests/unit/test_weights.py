@@ -141,7 +141,7 @@ def test_of_a_student_and_a_teacher_one_is_taken_and_said(heads: list[str], whic
     other = {"student": "teacher", "teacher": "student"}[taken]
     assert network.state["cls_token"].unique().tolist() == [float(taken == "student")]
     assert str(network) == (
-        f"layout: student and teacher; took the {taken}, the file also holds: {other} (--which {other})"
+        f"layout: student and teacher; took {taken}, the file also holds: {other} (--which {other})"
     )
 
 
