@@ -1,14 +1,15 @@
 """Linear probe of a pretrained backbone: a grid of learning rates and weight decays in one pass, exact
 accuracies, k-NN beside them.
 
-python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the checkpoint
-of the pretraining run with the same cfg, output and tag; --pretrained FILE names another. Writes to
-O/<name>/T/linear/. Each head trains as if it were alone.
+python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the
+checkpoint of the pretraining run with the same cfg, output and tag; --pretrained FILE names
+another. Writes to O/<name>/T/linear/. Each head trains as if it were alone.
 
---cached-features trains on features of the images without augmentation, which are computed once, kept in
-O/<name>/T/linear/<weights>-cached/ and used again while weights, images, size and precision are the same.
-Only so --labels 1 10 100 probes with few labels: each percentage is the run that it would be alone, on the
-images that main_semisup.py draws, with LINEAR.EPOCHS epochs of them and a folder of its own.
+--cached-features trains on features of the images without augmentation, which are computed once,
+kept in O/<name>/T/linear/<weights>-cached/ and used again while weights, images, size and precision
+are the same. Only so --labels 1 10 100 probes with few labels: each percentage is the run that it
+would be alone, on the images that main_semisup.py draws, with LINEAR.EPOCHS epochs of them and a
+folder of its own.
 """
 
 import argparse
@@ -63,14 +64,18 @@ def main() -> int:
 
 
 def _parser() -> Any:
-    parser = make_parser(__doc__, renamed={"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"})
+    parser = make_parser(
+        __doc__, renamed={"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
+    )
     absent: Any = argparse.SUPPRESS
     parser.add_argument(
         "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
     )
     add_which(parser)
     parser.add_argument(
-        "--protocol", choices=["moco", "mocov3", "moby"], help="a published protocol, not the recipe's own"
+        "--protocol",
+        choices=["moco", "mocov3", "moby"],
+        help="a published protocol, not the recipe's own",
     )
     for flag, key, text in (
         ("--lr", "LRS", "learning-rate grid"),
@@ -78,7 +83,9 @@ def _parser() -> Any:
         ("--labels", "LABEL_PERCENTS", "percent of each class's labels, a probe each"),
     ):
         key = f"LINEAR.{key}"
-        parser.add_argument(flag, dest=key, type=float, nargs="+", default=absent, help=f"{text} [{key}]")
+        parser.add_argument(
+            flag, dest=key, type=float, nargs="+", default=absent, help=f"{text} [{key}]"
+        )
     parser.add_argument(
         "--cached-features",
         dest="LINEAR.CACHED_FEATURES",
@@ -90,7 +97,9 @@ def _parser() -> Any:
     parser.add_argument(
         "--drop-path-rate", dest="LINEAR.DROP_PATH", type=float, default=absent, help="MoBY: 0.2"
     )
-    parser.add_argument("--random-baseline", action="store_true", help="probe the untrained backbone as well")
+    parser.add_argument(
+        "--random-baseline", action="store_true", help="probe the untrained backbone as well"
+    )
     return parser
 
 
@@ -107,7 +116,9 @@ class Frozen:
     ]  # this process's features and labels of the val split
 
 
-def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[list[dict[str, Any]], int]:
+def probe(
+    cfg: Any, args: argparse.Namespace, weights: Path | None
+) -> tuple[list[dict[str, Any]], int]:
     """Probe ``weights`` (``None``: random ones) with each share of labels; return results and exit code."""
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
@@ -130,7 +141,9 @@ def probe(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[lis
     return results, 0
 
 
-def frozen_backbone(cfg: Any, run: "Run", weights: Path | None, which: str) -> tuple["Backbone", str]:
+def frozen_backbone(
+    cfg: Any, run: "Run", weights: Path | None, which: str
+) -> tuple["Backbone", str]:
     """Build the backbone, load `weights` if any, freeze it; return it and the network that was taken."""
     from models.classifier import freeze, pretrained_backbone
     from models.weights.load import find_network
@@ -189,7 +202,9 @@ def freeze_network(cfg: Any, run: "Run", weights: Path | None, which: str) -> Fr
             "view": repr(build_recipe("eval", size)),
             "precision": run.precision,
         }
-        return cached_features(place, split, key, source.labels, run.device, compute, write=run.training)
+        return cached_features(
+            place, split, key, source.labels, run.device, compute, write=run.training
+        )
 
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
     queries = features_of("val", val).blocks()
@@ -261,7 +276,9 @@ def train_heads(
     return write_result(run, what, state.best, final, knn, points, state.closed_at), 0
 
 
-def labelled_images(frozen: Frozen, percent: float, seed: int) -> tuple["Source", "Features | None"]:
+def labelled_images(
+    frozen: Frozen, percent: float, seed: int
+) -> tuple["Source", "Features | None"]:
     """Return the training images with labels, and their features: few labels are few for heads and k-NN."""
     import torch
 
@@ -271,7 +288,9 @@ def labelled_images(frozen: Frozen, percent: float, seed: int) -> tuple["Source"
     if percent == 100:
         return frozen.train, frozen.bank
     chosen = label_subset(frozen.train, percent, seed)
-    return subset(frozen.train, chosen), frozen.bank and frozen.bank.select(torch.from_numpy(chosen))
+    return subset(frozen.train, chosen), frozen.bank and frozen.bank.select(
+        torch.from_numpy(chosen)
+    )
 
 
 def open_loader(
@@ -318,7 +337,9 @@ def draw_heads(cfg: Any, run: "Run", frozen: Frozen, points: list["GridPoint"]) 
     return run.prepare(LinearHeads(num_features, num_classes, len(points), cfg.LINEAR.HEAD_INIT))
 
 
-def open_state(cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoint"]) -> "TrainState":
+def open_state(
+    cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoint"]
+) -> "TrainState":
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
     import torch
 
@@ -332,7 +353,9 @@ def open_state(cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoi
     optimizer = build_optimizer(cfg.LINEAR.OPTIM, groups)
     # A grid closes the heads that diverge; a single head stops the run.
     closed_at = torch.full((len(points),), -1, device=run.device) if len(points) > 1 else None
-    return TrainState(heads, optimizer, run.wrap(heads), clip_groups=heads.pairs(), closed_at=closed_at)
+    return TrainState(
+        heads, optimizer, run.wrap(heads), clip_groups=heads.pairs(), closed_at=closed_at
+    )
 
 
 if __name__ == "__main__":

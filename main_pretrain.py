@@ -1,8 +1,8 @@
 """Pretrain a backbone without labels: MoCo v2 and v3, SynCo, SynCo-v2, MoBY, BYOL, BatchFormer, SiT.
 
-python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one process or
-under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again goes on where it
-stopped.
+python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one
+process or under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again
+goes on where it stopped.
 """
 
 import argparse
@@ -13,8 +13,12 @@ from utils.cli import make_parser, parse, run_main
 
 logger = logging.getLogger("synco")
 
-HELD_OUT = "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
-REPLAY = "play the batch again that a run stopped on (nonfinite_*.pt), say what went wrong, and stop"
+HELD_OUT = (
+    "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
+)
+REPLAY = (
+    "play the batch again that a run stopped on (nonfinite_*.pt), say what went wrong, and stop"
+)
 TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
 
 
@@ -78,7 +82,9 @@ def main() -> int:
         base_rates=[cfg.OPTIM.BASE_LR],
         accumulation=accumulation,
     )
-    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM), fused=run.scaler() is None)
+    optimizer = build_optimizer(
+        cfg.OPTIM, parameter_groups(framework, cfg.OPTIM), fused=run.scaler() is None
+    )
     state = TrainState(framework, optimizer, run.wrap(framework), run.scaler())
     resumed = run.resume(state, plan)
     run.describe(framework, plan, len(source))
@@ -94,7 +100,9 @@ def main() -> int:
         return 0
     if args.eval:
         if not resumed:
-            raise ValueError(f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE")
+            raise ValueError(
+                f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
+            )
         progress = plan.progress(state.step)
         run.meter.record(progress, evaluate(progress), state.best)
         return 0
@@ -109,7 +117,9 @@ def main() -> int:
 
 def _parser() -> Any:
     parser = make_parser(__doc__)
-    parser.add_argument("--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE)
+    parser.add_argument(
+        "--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE
+    )
     absent: Any = argparse.SUPPRESS
     parser.add_argument(
         "--held-out",
@@ -143,12 +153,19 @@ def loader_of(cfg: Any, source: Any, recipe: Any, device: Any, **options: Any) -
 class Evaluations:
     """What is measured now and then while a method trains: k-NN, and its own losses on held-out images.
 
-    A split that is missing is refused when this is made, not after the first epochs. ``at_once``: whatever is
-    configured is due at every call.
+    A split that is missing is refused when this is made, not after the first epochs. ``at_once``:
+    whatever is configured is due at every call.
     """
 
     def __init__(
-        self, cfg: Any, run: Any, framework: Any, source: Any, recipe: Any, epochs: int, at_once: bool
+        self,
+        cfg: Any,
+        run: Any,
+        framework: Any,
+        source: Any,
+        recipe: Any,
+        epochs: int,
+        at_once: bool,
     ) -> None:
         from data.sources import is_labelled, open_split
         from engine.plan import held_out_batch
@@ -212,7 +229,9 @@ class Evaluations:
 
         assert self.held_out is not None
         steps = self.held_out.from_step(0, self.held_out.steps_per_epoch)
-        views = ([self.run.views(v) for v in batch.views] for _, batches in steps for batch in batches)
+        views = (
+            [self.run.views(v) for v in batch.views] for _, batches in steps for batch in batches
+        )
         with self.run.evaluating(self.framework) as framework:
             return held_out_losses(lambda seen: framework(seen, progress), views, self.cfg.SEED)
 

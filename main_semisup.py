@@ -1,10 +1,11 @@
 """Fine-tune or probe a pretrained backbone with few labels or all: two learning rates, one for the backbone,
 one for the classifier.
 
-python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T --train-percent 1
---weights finetune --lr-backbone 0.01 --lr-classifier 0.5 starts from the newest checkpoint of the pretraining
-run with the same cfg, output and tag, or from --pretrained FILE. Each setting writes to a folder of its own
-in O/<name>/T/semisup/, and the same command goes on where it stopped.
+python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
+--train-percent 1 --weights finetune --lr-backbone 0.01 --lr-classifier 0.5 starts from the newest
+checkpoint of the pretraining run with the same cfg, output and tag, or from --pretrained FILE. Each
+setting writes to a folder of its own in O/<name>/T/semisup/, and the same command goes on where it
+stopped.
 """
 
 import argparse
@@ -31,7 +32,10 @@ _FLAGS: dict[str, tuple[type, str]] = {
     "--train-percent": (float, "percent of each class's labels"),
     "--subset": (str, "list of labelled images in SimCLR's format, instead of a draw"),
     "--weights": (str, "finetune or freeze the backbone"),
-    "--hold-out": (float, "share of these labels that is held out and watched instead of the test split"),
+    "--hold-out": (
+        float,
+        "share of these labels that is held out and watched instead of the test split",
+    ),
     "--lr-backbone": (float, "its learning rate"),
     "--lr-classifier": (float, "that of the head"),
     "--layer-decay": (float, "factor from a layer's learning rate to that of the layer below"),
@@ -51,7 +55,9 @@ def main() -> int:
 
     protocol = PROTOCOLS / f"finetune_{args.protocol}.yaml" if args.protocol else None
     cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
-    starts: list[Path | None] = [None] if args.pretrained == "none" else [find_weights(cfg, args.pretrained)]
+    starts: list[Path | None] = (
+        [None] if args.pretrained == "none" else [find_weights(cfg, args.pretrained)]
+    )
     if args.random_baseline and starts != [None]:
         starts.append(None)
     results = []
@@ -77,7 +83,9 @@ def _parser() -> Any:
         "--weight-decay", "--wd", dest="FINETUNE.OPTIM.WEIGHT_DECAY", type=float, default=absent
     )
     parser.add_argument(
-        "--pretrained", metavar="FILE", help="weights or a run's folder; none: an untrained backbone"
+        "--pretrained",
+        metavar="FILE",
+        help="weights or a run's folder; none: an untrained backbone",
     )
     add_which(parser)
     parser.add_argument(
@@ -85,9 +93,15 @@ def _parser() -> Any:
         choices=["barlow", "deit", "swin", "sit", "sit_linear"],
         help="a published protocol, not the recipe's own",
     )
-    parser.add_argument("--random-baseline", action="store_true", help="train an untrained backbone as well")
-    parser.add_argument("--run-name", help="name of the folder below semisup/, instead of one made up")
-    parser.add_argument("--training-mode", choices=["finetune"], help="SiT's flag: there is one mode here")
+    parser.add_argument(
+        "--random-baseline", action="store_true", help="train an untrained backbone as well"
+    )
+    parser.add_argument(
+        "--run-name", help="name of the folder below semisup/, instead of one made up"
+    )
+    parser.add_argument(
+        "--training-mode", choices=["finetune"], help="SiT's flag: there is one mode here"
+    )
     return parser
 
 
@@ -152,7 +166,9 @@ def _loader(cfg: Any, train: "Source", even: bool, device: "torch.device") -> "G
     )
 
 
-def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[dict[str, Any], int]:
+def finetune(
+    cfg: Any, args: argparse.Namespace, weights: Path | None
+) -> tuple[dict[str, Any], int]:
     """Train from ``weights`` (``None``: random ones); return the results and an exit code."""
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
@@ -166,10 +182,16 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
 
     node = cfg.FINETUNE
     refuse_contradictions(node)
-    name = folder_name(args.run_name, "--run-name") if args.run_name else run_name(cfg, weights, args.which)
+    name = (
+        folder_name(args.run_name, "--run-name")
+        if args.run_name
+        else run_name(cfg, weights, args.which)
+    )
     if args.run_name and args.random_baseline and weights is None:
         name += "-random"
-    run = start_run(cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput))
+    run = start_run(
+        cfg, f"semisup/{name}", task="semisup", training=not (args.eval or args.throughput)
+    )
     checkpoint = read_torch(weights) if weights else None
     backbone = pretrained_backbone(
         section_options(cfg.MODEL.BACKBONE),
@@ -186,7 +208,9 @@ def finetune(cfg: Any, args: argparse.Namespace, weights: Path | None) -> tuple[
         return {}, 0
     taken = find_network(checkpoint, args.which).taken if checkpoint else "online"
     start = weights_fingerprint(weights, taken)
-    return _train_and_test(cfg, run, backbone, weights_label(weights, args.which), start, train=not args.eval)
+    return _train_and_test(
+        cfg, run, backbone, weights_label(weights, args.which), start, train=not args.eval
+    )
 
 
 def _train_and_test(
@@ -235,7 +259,8 @@ def _train_and_test(
     groups = finetune_groups(backbone, classifier.heads, node, layers)
     optimizer = build_optimizer(node.OPTIM, groups, fused=run.scaler() is None)
     state = TrainState(classifier, optimizer, run.wrap(classifier), run.scaler())
-    # The reference is what training starts from, not a checkpoint, which may hold a backbone that moved.
+    # The reference is what training starts from, not a checkpoint, which may hold a backbone that
+    # moved.
     unmoved = Frozen(backbone) if frozen and train else None
     if not run.resume(state, plan) and not train:
         others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"

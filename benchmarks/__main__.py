@@ -1,7 +1,7 @@
 """Measure ratios in one run: both sides interleaved, medians over rounds; the last line is JSON.
 
-On a CPU times are thread CPU time on one thread, so a busy neighbour changes little; on a GPU, device events.
-The reference side is our own plain transcription of the published computation.
+On a CPU times are thread CPU time on one thread, so a busy neighbour changes little; on a GPU,
+device events. The reference side is our own plain transcription of the published computation.
 """
 
 import argparse
@@ -47,7 +47,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result = importlib.import_module(f"benchmarks.{args.command}").run(args)
     where = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {args.threads} thread(s)"
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else f"CPU, {args.threads} thread(s)"
     )
     figures = {name: round(value, 3) for name, value in result.items()}
     print(json.dumps({**figures, "machine": where, "torch": torch.__version__}))

@@ -39,7 +39,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     draws = [draw_photometric(view, key) for view, key in zip(recipe, keys, strict=True)]
 
     def views(backend: str) -> list[Tensor]:
-        return [photometric(crops, view, drawn, backend) for view, drawn in zip(recipe, draws, strict=True)]
+        return [
+            photometric(crops, view, drawn, backend)
+            for view, drawn in zip(recipe, draws, strict=True)
+        ]
 
     plain, fused = (views(backend) for backend in BACKENDS)
     pairs = zip(plain, fused, strict=True)

@@ -18,7 +18,8 @@ from benchmarks.common import Side, measure, ratio
 from data.decode import FORMATS, decode_rgb, fast_jpeg
 
 CHUNK = 32  # images after which the next side takes its turn
-_PACKS = ("imagenet-sample-64.tar", "imagenette224-subset.tar")  # the first that is there: full size
+# the first that is there: full size
+_PACKS = ("imagenet-sample-64.tar", "imagenette224-subset.tar")
 _SUFFIXES = (".jpg", ".jpeg")
 
 
@@ -36,9 +37,7 @@ class Photos(NamedTuple):
     def describe(self) -> str:
         """Return a line for the head of a table."""
         size = statistics.mean(map(len, self.files)) / 1e3
-        return (
-            f"{len(self.files)} JPEGs ({self.origin}), mean {self.megapixels():.2f} megapixels, {size:.0f} kB"
-        )
+        return f"{len(self.files)} JPEGs ({self.origin}), mean {self.megapixels():.2f} megapixels, {size:.0f} kB"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +89,9 @@ def _over(decoder: Callable[[bytes], object]) -> Callable[[int, slice, list[byte
 
 
 def interleaved(
-    sides: list[tuple[str, Callable[[int, slice, list[bytes]], None]]], files: list[bytes], rounds: int
+    sides: list[tuple[str, Callable[[int, slice, list[bytes]], None]]],
+    files: list[bytes],
+    rounds: int,
 ) -> dict[str, list[float]]:
     """Time the sides chunk by chunk in turn; milliseconds of each of `rounds` passes over all files, by side.
 
@@ -107,7 +108,8 @@ def interleaved(
 
         return Side(name, once)
 
-    # One turn is not timed, so a pass starts one chunk late and ends in the next: and visits every file.
+    # One turn is not timed, so a pass starts one chunk late and ends in the next: and visits every
+    # file.
     times = measure([side(*each) for each in sides], rounds * len(places), torch.device("cpu"))
     return {
         name: [sum(turns[i : i + len(places)]) for i in range(0, len(turns), len(places))]
@@ -132,11 +134,15 @@ def print_rates(times: dict[str, list[float]], photos: Photos, reference: str) -
 def load_photos(folder: str, count: int) -> Photos:
     """Read at most `count` JPEGs of `folder`, of a pack in SHARED_DATA, or make some."""
     if folder:
-        files = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in _SUFFIXES][:count]
+        files = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in _SUFFIXES][
+            :count
+        ]
         if not files:
             raise ValueError(f"--data {folder}: no JPEGs below it")
         return Photos([file.read_bytes() for file in files], Path(folder).name)
-    packs = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    packs = Path(
+        os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+    )
     for name in _PACKS:
         if (packs / name).is_file():
             return Photos(_from_archive(packs / name, count), name)

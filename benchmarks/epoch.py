@@ -1,8 +1,8 @@
 """Images a second of real steps, data included, over those of the bare step on batches that lie ready.
 
-Without --data: CIFAR-10 (--cifar FOLDER, or random images), ResNet-18, images resident on the device.
-With --data FOLDER of class folders: ResNet-50 (or --backbone) on JPEGs through workers, against the published
-pipeline as well: PIL transforms in workers, float32, NCHW, loops.
+Without --data: CIFAR-10 (--cifar FOLDER, or random images), ResNet-18, images resident on the
+device. With --data FOLDER of class folders: ResNet-50 (or --backbone) on JPEGs through workers,
+against the published pipeline as well: PIL transforms in workers, float32, NCHW, loops.
 """
 
 import argparse
@@ -38,16 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add data and sizes."""
     parser.add_argument("--cifar", metavar="FOLDER", help="that holds cifar-10-batches-py")
     parser.add_argument("--data", metavar="FOLDER", help="of class folders, with train/ inside")
-    parser.add_argument("--backbone", default="", help="default: resnet18 for CIFAR-10, resnet50 for --data")
-    parser.add_argument("--size", type=int, default=0, help="of the views; default 32, or 224 with --data")
+    parser.add_argument(
+        "--backbone", default="", help="default: resnet18 for CIFAR-10, resnet50 for --data"
+    )
+    parser.add_argument(
+        "--size", type=int, default=0, help="of the views; default 32, or 224 with --data"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--queue", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=2, help="a round")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--decode", default="worker", help="DATA.DECODE of --data: worker or device")
+    parser.add_argument(
+        "--decode", default="worker", help="DATA.DECODE of --data: worker or device"
+    )
     parser.add_argument("--backend", default="auto", help="AUG.BACKEND: auto, torch or fused")
-    parser.add_argument("--compile", choices=("", "kernels", "graphs"), default="", help="the backbones")
-    parser.add_argument("--symmetric", action="store_true", help="MoCo v2's loss in both directions")
+    parser.add_argument(
+        "--compile", choices=("", "kernels", "graphs"), default="", help="the backbones"
+    )
+    parser.add_argument(
+        "--symmetric", action="store_true", help="MoCo v2's loss in both directions"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
@@ -82,7 +92,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     show(times)
     images = args.steps * args.batch
     rate = {side.name: 1e3 * images / statistics.median(times[side.name]) for side in sides}
-    print(f"{len(source)} images, {backbone['name']}, {size} px, batch {args.batch}, {ours.precision}")
+    print(
+        f"{len(source)} images, {backbone['name']}, {size} px, batch {args.batch}, {ours.precision}"
+    )
     result = {
         "epoch_over_step": ratio(times, *(s.name for s in sides[:2])),
         "images_per_s": rate[sides[1].name],
@@ -101,14 +113,18 @@ def _source(args: argparse.Namespace) -> Source:
     if args.cifar:
         return build_source("cifar10", args.cifar, "train")
     print("no --cifar: random images in their place")
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5000, 3, 32, 32), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (5000, 3, 32, 32), dtype=np.uint8)
+    )
     return ArraySource("random", images, torch.zeros(5000, dtype=torch.int64), ["0"])
 
 
 class _Ours:
     """MoCo v2's step as the engine does it, in the precision that suits the device."""
 
-    def __init__(self, args: argparse.Namespace, backbone: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, args: argparse.Namespace, backbone: dict[str, Any], device: torch.device
+    ) -> None:
         options = {"queue_size": args.queue, "symmetric": args.symmetric}
         self.device, self.precision = device, resolve_precision("auto", device)
         module = build_framework("moco_v2", options, backbone).to(device)
@@ -132,7 +148,7 @@ class _Ours:
             return self.module(views, progress)
 
 
-# ---- the published side ------------------------------------------------------------------------------------
+# ---- the published side --------------------------------------------------------------------------
 
 
 class _TwoViews(Dataset[list[Tensor]]):
@@ -153,7 +169,11 @@ class _TwoViews(Dataset[list[Tensor]]):
 
 
 def _published(
-    args: argparse.Namespace, backbone: dict[str, Any], source: Source, recipe: Recipe, device: torch.device
+    args: argparse.Namespace,
+    backbone: dict[str, Any],
+    source: Source,
+    recipe: Recipe,
+    device: torch.device,
 ) -> Side:
     """Return MoCo v2 in float32 with the published loader, loss, average and optimiser."""
     loader = DataLoader(

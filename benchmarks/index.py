@@ -1,7 +1,7 @@
 """Listing a large image folder the plain way, by our scan and by its index; opening a pack of as many images.
 
-The tree is of empty files in a temporary folder. Times are wall clock, since waiting for the file system
-counts; imports are not in them.
+The tree is of empty files in a temporary folder. Times are wall clock, since waiting for the file
+system counts; imports are not in them.
 """
 
 import argparse

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from benchmarks.common import Side, measure, peak_memory, ratio
 from models.parts.losses import queue_contrast
-from models.parts.negatives import SyntheticConfig, Synthetics, draw_synthetics, hardest, materialise
+from models.parts.negatives import (
+    SyntheticConfig,
+    Synthetics,
+    draw_synthetics,
+    hardest,
+    materialise,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +39,9 @@ def published_loss(
     logits = torch.cat([positive, negatives], dim=1)
     if config is not None:
         fixed = queries.detach()
-        for draw in draw_synthetics(config, hardest(negatives.clone().detach(), config.num_hard), fixed):
+        for draw in draw_synthetics(
+            config, hardest(negatives.clone().detach(), config.num_hard), fixed
+        ):
             vectors = _vectors_with_loops(draw, fixed, queue)
             logits = torch.cat([logits, torch.einsum("bd,bnd->bn", queries, vectors)], dim=1)
     labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
@@ -44,7 +52,8 @@ def _vectors_with_loops(draw: Synthetics, queries: Tensor, queue: Tensor) -> Ten
     if not isinstance(draw.a, float) and draw.e is None:
         return materialise([draw], queries, queue)
     vectors = []
-    for column in draw.first.T:  # the gradient of a dot product, asked of autograd one synthetic at a time
+    # the gradient of a dot product, asked of autograd one synthetic at a time
+    for column in draw.first.T:
         negative = queue[column].clone().requires_grad_()
         with torch.enable_grad():
             (slope,) = torch.autograd.grad((queries * negative).sum(), negative)

@@ -1,7 +1,7 @@
 """Other libraries' MoCo v2 beside ours: the same backbone, batch, views, optimiser and precision.
 
-Peers: lightly (pip install lightly). Each uses what it ships: its head, loss with memory bank, momentum
-update and, end to end, its transform and DataLoader.
+Peers: lightly (pip install lightly). Each uses what it ships: its head, loss with memory bank,
+momentum update and, end to end, its transform and DataLoader.
 """
 
 import argparse
@@ -36,7 +36,9 @@ DIFFERENCES = """what differs:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sizes."""
-    parser.add_argument("--backbone", default="resnet8", help="resnet18 or resnet50 where there is a GPU")
+    parser.add_argument(
+        "--backbone", default="resnet8", help="resnet18 or resnet50 where there is a GPU"
+    )
     parser.add_argument("--size", type=int, default=32, help="of the views, in pixels")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
@@ -51,10 +53,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     theirs, ours = _Lightly(args, device, precision), _Ours(args, device, precision)
     views = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(2)]
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-    pixels = np.random.default_rng(0).integers(0, 256, (2048, args.size, args.size, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (2048, args.size, args.size, 3), dtype=np.uint8
+    )
     our_data, their_data = _our_views(args, pixels, device), _their_views(args, pixels, device)
 
-    def repeat(name: str, step: Callable[[list[Tensor]], None], supply: Iterator[list[Tensor]]) -> Side:
+    def repeat(
+        name: str, step: Callable[[list[Tensor]], None], supply: Iterator[list[Tensor]]
+    ) -> Side:
         return repeated(name, lambda: step(next(supply)), args.steps)
 
     names = ("lightly, step", "ours, step", "lightly, with its data", "ours, with our data")
@@ -66,7 +72,9 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     ]
     times = measure(sides, args.rounds, device, wall=args.workers > 0 or device.type == "cuda")
     show(times)
-    print(f"{args.backbone}, {args.size} px, batch {args.batch}, {precision}, {args.workers} workers")
+    print(
+        f"{args.backbone}, {args.size} px, batch {args.batch}, {precision}, {args.workers} workers"
+    )
     print(DIFFERENCES)
     rate = 1e3 * args.steps * args.batch / statistics.median(times[names[3]])
     return {
@@ -85,14 +93,18 @@ class _Ours:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, precision: str) -> None:
         self.device, self.dtype = device, DTYPES.get(precision)
-        framework = build_framework("moco_v2", {"queue_size": 4096}, _backbone(args), img_size=args.size)
+        framework = build_framework(
+            "moco_v2", {"queue_size": 4096}, _backbone(args), img_size=args.size
+        )
         self.framework: Any = framework.to(device).to(memory_format=torch.channels_last)
         parameters = self.framework.online.parameters()
         self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
 
     def __call__(self, views: list[Tensor]) -> None:
         progress = Progress(0, 100, 1000)
-        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with torch.autocast(
+            self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        ):
             loss = self.framework(views, progress)["loss"]
         loss.backward()
         self.optimizer.step()
@@ -109,19 +121,29 @@ class _Lightly:
             from lightly.models.modules import MoCoProjectionHead
             from lightly.models.utils import update_momentum
         except ImportError as error:
-            raise SystemExit(f"error: peers needs lightly ({error}): pip install lightly") from error
-        self.device, self.dtype, self.update_momentum = device, DTYPES.get(precision), update_momentum
+            raise SystemExit(
+                f"error: peers needs lightly ({error}): pip install lightly"
+            ) from error
+        self.device, self.dtype, self.update_momentum = (
+            device,
+            DTYPES.get(precision),
+            update_momentum,
+        )
         backbone = build_backbone(**_backbone(args), img_size=args.size)  # type: ignore[arg-type]
         width = backbone.num_features
         online = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
         self.online = online.to(device).to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128)).to(device)
-        self.optimizer = torch.optim.SGD(self.online.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(
+            self.online.parameters(), lr=1e-3, momentum=0.9, fused=True
+        )
 
     def __call__(self, views: list[Tensor]) -> None:
         self.update_momentum(self.online, self.target, 0.999)
-        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with torch.autocast(
+            self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        ):
             queries = self.online(views[0])
             with torch.no_grad():
                 keys = self.target(views[1])
@@ -131,10 +153,12 @@ class _Lightly:
         self.optimizer.zero_grad()
 
 
-# ---- data --------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
-def _our_views(args: argparse.Namespace, pixels: np.ndarray, device: torch.device) -> Iterator[list[Tensor]]:
+def _our_views(
+    args: argparse.Namespace, pixels: np.ndarray, device: torch.device
+) -> Iterator[list[Tensor]]:
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     source = ArraySource("random", images, torch.zeros(len(images), dtype=torch.int64), ["0"])
     recipe = build_recipe("moco_v2", args.size)

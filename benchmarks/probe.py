@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     return {**_grids(args, device), **_neighbours(args, device)}
 
 
-# ---- grids -----------------------------------------------------------------------------------------------
+# ---- grids ---------------------------------------------------------------------------------------
 
 
 def _grids(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -58,7 +58,10 @@ def _grids(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     kept = torch.randn(args.batch, backbone.num_features, device=device)
 
     def look() -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+        ):
             return backbone(images).float()
 
     counts = {"one rate": 1, f"{args.rates} rates": args.rates}
@@ -83,7 +86,11 @@ def _grids(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
 
 
 def _epoch(
-    args: argparse.Namespace, rates: int, width: int, look: Callable[[], Tensor], device: torch.device
+    args: argparse.Namespace,
+    rates: int,
+    width: int,
+    look: Callable[[], Tensor],
+    device: torch.device,
 ) -> Callable[[], None]:
     """Return an epoch of main_linear.py: its heads, groups, steps and evaluation, without loading images."""
     lrs = [0.01 * 1.5**number for number in range(rates)]
@@ -123,7 +130,7 @@ def _epoch(
     return epoch
 
 
-# ---- k-NN ------------------------------------------------------------------------------------------------
+# ---- k-NN ----------------------------------------------------------------------------------------
 
 
 def knn_at_once(
@@ -159,6 +166,11 @@ def _neighbours(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     memory = {side.name: peak_memory(side.run, device) for side in sides}
     print(f"{args.queries} queries, a bank of {args.bank} x {args.width}, k 200")
     for side in sides:
-        print(f"{side.name:20s} {statistics.median(times[side.name]):9.1f} ms  {memory[side.name]:8.1f} MiB")
+        print(
+            f"{side.name:20s} {statistics.median(times[side.name]):9.1f} ms  {memory[side.name]:8.1f} MiB"
+        )
     first, second = (side.name for side in sides)
-    return {"knn_speedup": ratio(times, first, second), "knn_memory_ratio": memory[second] / memory[first]}
+    return {
+        "knn_speedup": ratio(times, first, second),
+        "knn_memory_ratio": memory[second] / memory[first],
+    }

@@ -9,7 +9,14 @@ from torchvision import transforms
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, PhotometricOp, SpatialOp, View, view_size
 from data.augment.crops import CenterCrop, RandomCropPad, RandomResizedCrop, Resize
-from data.augment.ops import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, RandomErasing, Solarize
+from data.augment.ops import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    RandomErasing,
+    Solarize,
+)
 from data.augment.pipeline import view_interpolation
 from data.augment.randaugment import RandAugment, rand_augmenter
 
@@ -29,7 +36,9 @@ def _reference_op(op: SpatialOp | PhotometricOp, view: View) -> Callable[[Any], 
     modes = transforms.InterpolationMode
     match op:
         case RandomResizedCrop():
-            return transforms.RandomResizedCrop(op.size, op.scale, op.ratio, modes(op.interpolation))
+            return transforms.RandomResizedCrop(
+                op.size, op.scale, op.ratio, modes(op.interpolation)
+            )
         case Resize():
             return transforms.Resize(op.size, modes(op.interpolation))
         case CenterCrop():

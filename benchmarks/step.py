@@ -24,7 +24,9 @@ MOMENTUM = 0.99
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sizes."""
     parser.add_argument("--batch", type=int, default=64, help="of the small CNN's step")
-    parser.add_argument("--large-batch", type=int, default=256, help="of ResNet-50 at 224 px, on a GPU only")
+    parser.add_argument(
+        "--large-batch", type=int, default=256, help="of ResNet-50 at 224 px, on a GPU only"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
@@ -43,7 +45,7 @@ def show(times: dict[str, list[float]]) -> None:
         print(f"{name:44s} {statistics.median(values):9.1f} ms")
 
 
-# ---- target average and optimiser ------------------------------------------------------------------------
+# ---- target average and optimiser ----------------------------------------------------------------
 
 
 def update_speedup(device: torch.device, rounds: int) -> dict[str, float]:
@@ -88,7 +90,7 @@ def average_at_once(online: nn.Module, target: nn.Module) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - MOMENTUM)
 
 
-# ---- steps -------------------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
@@ -113,7 +115,10 @@ def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
         return Side(name, once)
 
     plain = "ResNet-18 step, fp32 NCHW"
-    best, ours = "ResNet-18 step, bf16 channels last", f"ResNet-18 step, {auto} channels last (auto)"
+    best, ours = (
+        "ResNet-18 step, bf16 channels last",
+        f"ResNet-18 step, {auto} channels last (auto)",
+    )
     sides = [side(plain, "fp32", False), side(best, "bf16", True)]
     if auto != "bf16":
         sides.append(side(ours, auto, True))
@@ -137,7 +142,9 @@ def whole_steps(device: torch.device, batch: int, rounds: int) -> dict[str, floa
         framework = framework.to(device).to(memory_format=torch.channels_last)
         if compiled:
             framework.compile_backbones()
-        optimizer = torch.optim.SGD(framework.online.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(
+            framework.online.parameters(), lr=1e-3, momentum=0.9, fused=True
+        )
 
         def once() -> None:
             with torch.autocast(device.type, torch.bfloat16):

@@ -1,8 +1,8 @@
 """Two augmented views of 224 pixels from JPEGs in memory, on one core: the published pipeline and ours.
 
-The reference is PIL's decoder and torchvision's transforms of PIL images, to normalised float32. "For a
-device" is what a worker does where a GPU augments: decode once, two crops of uint8, ready to be handed over.
-"All on a CPU" adds the photometric operations, to normalised float32.
+The reference is PIL's decoder and torchvision's transforms of PIL images, to normalised float32.
+"For a device" is what a worker does where a GPU augments: decode once, two crops of uint8, ready to
+be handed over. "All on a CPU" adds the photometric operations, to normalised float32.
 """
 
 import argparse
@@ -86,9 +86,13 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
     names = ("reference", "ours, for a device", f"ours, all on a CPU ({backend})", "decoding alone")
     times = interleaved(
-        list(zip(names, (reference, for_device, on_cpu, decode_only), strict=True)), photos.files, args.rounds
+        list(zip(names, (reference, for_device, on_cpu, decode_only), strict=True)),
+        photos.files,
+        args.rounds,
     )
-    print(f"{photos.describe()}; {len(recipe)} views of {args.size}, recipe {args.recipe}, one core")
+    print(
+        f"{photos.describe()}; {len(recipe)} views of {args.size}, recipe {args.recipe}, one core"
+    )
     print_rates(times, photos, "reference")
     return {
         "views_speedup": ratio(times, names[0], names[1]),

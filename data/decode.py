@@ -29,7 +29,8 @@ _FULL_SCANS = 16  # of an image of `max_pixels`: with 100 it would take 20 secon
 _TILE_SIDES = (322, 323)  # TIFF's tags of a tile's width and height
 # Huffman and quantisation tables, restart interval, comment, application data
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
-_PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")  # not those of four channels, which PIL converts its own way
+# not those of four channels, which PIL converts its own way
+_PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")
 
 # Pillow's limit is one for the whole process; `open_image` checks each image's size instead.
 Image.MAX_IMAGE_PIXELS = None

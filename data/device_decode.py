@@ -1,8 +1,8 @@
 """JPEGs decoded where the networks run (`DATA.DECODE` device): workers only read files.
 
-On a GPU torchvision hands a batch to nvJPEG, which has hardware of its own; its levels differ from libjpeg's
-by a few, and damage that only a decoder notices may pass. Elsewhere the same code decodes on the CPU. Crops
-have the draws of `data.worker`, and within one level its pixels.
+On a GPU torchvision hands a batch to nvJPEG, which has hardware of its own; its levels differ from
+libjpeg's by a few, and damage that only a decoder notices may pass. Elsewhere the same code decodes
+on the CPU. Crops have the draws of `data.worker`, and within one level its pixels.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ class Encoded(TypedDict):
 
     blob: Tensor  # uint8: the files one after another; few tensors, because each costs a descriptor
     ends: Tensor  # (N,) where each file ends in it
-    pixels: dict[int, Tensor]  # uint8 (3,H,W) of the places that only the host decodes: PNG, CMYK, damage
+    # uint8 (3,H,W) of the places that only the host decodes: PNG, CMYK, damage
+    pixels: dict[int, Tensor]
     epoch: int
     wanted: Tensor
     copies: Tensor
@@ -44,13 +45,17 @@ class Encoded(TypedDict):
 
 def check_decodable(recipe: Recipe, source: Source) -> None:
     """Refuse what cannot be decoded on the device, with a ValueError that names the key."""
-    if needs_pil(recipe) or not all(isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe):
+    if needs_pil(recipe) or not all(
+        isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe
+    ):
         raise ValueError(
             "DATA.DECODE 'device' runs views that start with a random resized crop and have no RandAugment; "
             "use 'worker'"
         )
     if fast_jpeg() is None:
-        raise ValueError("DATA.DECODE 'device' needs simplejpeg: pip install simplejpeg, or use 'worker'")
+        raise ValueError(
+            "DATA.DECODE 'device' needs simplejpeg: pip install simplejpeg, or use 'worker'"
+        )
     if source.encoded(0) is None:
         raise ValueError("DATA.DECODE 'device' needs a data set of encoded images; use 'worker'")
 
@@ -83,7 +88,9 @@ class FileReader(Dataset[Encoded]):
             "pixels": pixels,
             "epoch": request.epoch,
             "wanted": torch.from_numpy(request.indices),
-            "copies": torch.from_numpy(np.broadcast_to(request.copies, len(request.indices)).copy()),
+            "copies": torch.from_numpy(
+                np.broadcast_to(request.copies, len(request.indices)).copy()
+            ),
             "indices": torch.tensor(loaded),
             "failures": failures,
         }
@@ -113,14 +120,16 @@ def is_plain_jpeg(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> boo
 def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:
     """Decode a micro-batch: uint8 (3,H,W) each, on `device`.
 
-    If the batch fails, `host` decodes each of it, and replaces a bad one as a worker would: `item` gets the
-    failure, and the index of what was taken.
+    If the batch fails, `host` decodes each of it, and replaces a bad one as a worker would: `item`
+    gets the failure, and the index of what was taken.
     """
     files = torch.tensor_split(item["blob"], item["ends"][:-1])
     images = dict(item["pixels"])
     encoded = [place for place in range(len(files)) if place not in images]
     try:
-        images |= zip(encoded, _decode_jpegs([files[place] for place in encoded], device), strict=True)
+        images |= zip(
+            encoded, _decode_jpegs([files[place] for place in encoded], device), strict=True
+        )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -170,7 +179,9 @@ def crops(images: Sequence[Tensor], item: Encoded, recipe: Recipe, seed: int) ->
     for number, view in enumerate(recipe):
         op = spatial_ops(view)[0]
         assert isinstance(op, RandomResizedCrop)
-        keys = sample_keys(seed, item["epoch"], item["wanted"].numpy(), number, item["copies"].numpy())
+        keys = sample_keys(
+            seed, item["epoch"], item["wanted"].numpy(), number, item["copies"].numpy()
+        )
         views.append(_crop_ragged(images, op.draw(keys, heights, widths), op))
     return views
 
@@ -185,7 +196,9 @@ def _crop_ragged(images: Sequence[Tensor], boxes: np.ndarray, op: RandomResizedC
         for target, place in zip(padded, group.tolist(), strict=True):
             top, left, h, w = boxes[place].tolist()
             target[:, :h, :w] = images[place][:, top : top + h, left : left + w]
-        whole = np.concatenate([np.zeros((len(group), 2), dtype=np.int64), boxes[group, 2:]], axis=1)
+        whole = np.concatenate(
+            [np.zeros((len(group), 2), dtype=np.int64), boxes[group, 2:]], axis=1
+        )
         out[send(group, device)] = crop_resize(padded, whole, op.size, op.interpolation)
     return out
 

@@ -27,8 +27,8 @@ class Rows(Protocol):
 class FeatureLoader:
     """Endless supply of a run's batches of features, a pure function of (seed, step): `GlobalLoader`'s order.
 
-    A batch is smaller than `global_batch` where there are fewer rows; an epoch's last one is filled up from
-    its start.
+    A batch is smaller than `global_batch` where there are fewer rows; an epoch's last one is filled
+    up from its start.
     """
 
     def __init__(self, rows: Rows, *, global_batch: int, seed: int, accumulation: int = 1) -> None:
@@ -47,12 +47,17 @@ class FeatureLoader:
         """Yield (step, micro-batches) from `step` up to (not including) `total_steps`."""
         requests = iter(RequestSampler(self.plan, self.rank, step, total_steps))
         for current in range(step, total_steps):
-            yield current, [self._batch(next(requests).indices) for _ in range(self.plan.accumulation)]
+            yield (
+                current,
+                [self._batch(next(requests).indices) for _ in range(self.plan.accumulation)],
+            )
 
     def _batch(self, numbers: np.ndarray) -> Batch:
         chosen = torch.from_numpy(numbers)
         features = self.rows.at(chosen)
-        return Batch([features], self.rows.labels[chosen].to(features.device), self.rows.indices[chosen])
+        return Batch(
+            [features], self.rows.labels[chosen].to(features.device), self.rows.indices[chosen]
+        )
 
 
 def refuse_missing(source: Source, indices: Tensor, max_fraction: float) -> None:

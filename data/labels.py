@@ -1,7 +1,8 @@
 """Label subsets for few-label runs: published lists, or a class-balanced draw that can be written and cited.
 
-A list holds one image a line in SimCLR's format: the bare file name, `n01440764_505.JPEG`; with folders
-before it (`cats/505.jpg`) where bare names repeat; `cifar10[123]` for data sets held as one array.
+A list holds one image a line in SimCLR's format: the bare file name, `n01440764_505.JPEG`; with
+folders before it (`cats/505.jpg`) where bare names repeat; `cifar10[123]` for data sets held as one
+array.
 """
 
 import os
@@ -21,9 +22,9 @@ _ANY_NAME = "surrogateescape"  # file names need not be UTF-8
 def label_subset(source: Source, percent: float, seed: int, list_file: str = "") -> np.ndarray:
     """Return the sorted indices of the images whose labels a run may use.
 
-    From `list_file` if given (`percent` and `seed` are then not used); else a draw of `percent` of the
-    labelled images, at least one per class, a pure function of (seed, percent); a larger draw of the same
-    seed contains every smaller one.
+    From `list_file` if given (`percent` and `seed` are then not used); else a draw of `percent` of
+    the labelled images, at least one per class, a pure function of (seed, percent); a larger draw
+    of the same seed contains every smaller one.
     """
     if list_file:
         return read_subset(source, list_file)
@@ -31,7 +32,9 @@ def label_subset(source: Source, percent: float, seed: int, list_file: str = "")
         raise ValueError(f"percent of the labels (--train-percent) {percent} must be in (0, 100]")
     labelled = _labelled(source, np.arange(len(source)))
     count = round(percent / 100 * len(labelled))
-    return labelled[_balanced(source.labels.numpy()[labelled], labelled, count, "label subset", seed)]
+    return labelled[
+        _balanced(source.labels.numpy()[labelled], labelled, count, "label subset", seed)
+    ]
 
 
 def hold_out(
@@ -39,11 +42,13 @@ def hold_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split `indices` into sorted (train, val) with the same share of every class in val.
 
-    Every class keeps at least one image in train, so a class of one image is not in val. Raises ValueError if
-    nothing would be left for val.
+    Every class keeps at least one image in train, so a class of one image is not in val. Raises
+    ValueError if nothing would be left for val.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"the fraction of labels held out for validation, {fraction}, must be in (0, 1)")
+        raise ValueError(
+            f"the fraction of labels held out for validation, {fraction}, must be in (0, 1)"
+        )
     indices = _labelled(source, np.sort(np.asarray(indices, dtype=np.int64)))
     labels = source.labels.numpy()[indices]
     count = len(indices) - max(round(fraction * len(indices)), 1)
@@ -70,19 +75,28 @@ def write_subset(path: str | Path, source: Source, indices: np.ndarray) -> None:
 def read_subset(source: Source, list_file: str) -> np.ndarray:
     """Return the sorted indices of the images that a list names.
 
-    Raises ValueError with the file if a line is repeated, names no image of the source or several, or if the
-    list is empty or missing.
+    Raises ValueError with the file if a line is repeated, names no image of the source or several,
+    or if the list is empty or missing.
     """
     try:
         text = read_text(list_file, _ANY_NAME)
     except OSError as error:
-        raise ValueError(f"list of labelled images {list_file}: cannot be read ({error})") from error
+        raise ValueError(
+            f"list of labelled images {list_file}: cannot be read ({error})"
+        ) from error
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError(f"list of labelled images {list_file}: is empty; expected one file name a line")
+        raise ValueError(
+            f"list of labelled images {list_file}: is empty; expected one file name a line"
+        )
     found = _find(source, {*lines, *(line.strip() for line in lines)})
-    lines = [line if line in found else line.strip() for line in lines]  # a name may have outer spaces
-    _refuse(list_file, "stand in it twice", [line for line, times in Counter(lines).items() if times > 1])
+    # a name may have outer spaces
+    lines = [line if line in found else line.strip() for line in lines]
+    _refuse(
+        list_file,
+        "stand in it twice",
+        [line for line, times in Counter(lines).items() if times > 1],
+    )
     absent = [line for line in lines if line not in found]
     in_utf8 = all(line.isascii() or _is_utf8(line) for line in absent)
     _refuse(
@@ -106,7 +120,9 @@ def _is_utf8(line: str) -> bool:
 def _refuse(list_file: str, reason: str, wrong: list[str]) -> None:
     if wrong:
         shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-        raise ValueError(f"list of labelled images {list_file}: {len(wrong)} of its names {reason}: {shown}")
+        raise ValueError(
+            f"list of labelled images {list_file}: {len(wrong)} of its names {reason}: {shown}"
+        )
 
 
 def _labelled(source: Source, indices: np.ndarray) -> np.ndarray:
@@ -117,12 +133,14 @@ def _labelled(source: Source, indices: np.ndarray) -> np.ndarray:
     return labelled
 
 
-def _balanced(labels: np.ndarray, indices: np.ndarray, count: int, purpose: str, seed: int) -> np.ndarray:
+def _balanced(
+    labels: np.ndarray, indices: np.ndarray, count: int, purpose: str, seed: int
+) -> np.ndarray:
     """Return sorted positions of `count` images, of every class the same share and at least one.
 
-    Webster's method: image number r (in a keyed order) of a class of n comes at (r + 1/2) / n, and the
-    earliest are taken. For equal classes that is rounding by largest remainder; unlike that, more images
-    never take one away from a class, so draws are nested.
+    Webster's method: image number r (in a keyed order) of a class of n comes at (r + 1/2) / n, and
+    the earliest are taken. For equal classes that is rounding by largest remainder; unlike that,
+    more images never take one away from a class, so draws are nested.
     """
     key = hashed(indices, purpose, seed)
     order = np.lexsort((key, labels))
@@ -144,7 +162,9 @@ def _names(source: Source) -> Iterator[str]:
 def _unique_depth(source: Source) -> int:
     """Return how many trailing parts of their paths tell all images apart."""
     deepest = max(name.count("/") for name in _names(source)) + 1
-    depths = (d for d in range(1, deepest) if not _repeated(_suffix(name, d) for name in _names(source)))
+    depths = (
+        d for d in range(1, deepest) if not _repeated(_suffix(name, d) for name in _names(source))
+    )
     return next(depths, deepest)
 
 

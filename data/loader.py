@@ -41,7 +41,14 @@ _SHM = "/dev/shm"  # where batches travel from the workers
 _PREFETCHED = 2  # batches that each worker prepares ahead
 _PATIENCE = 6.0  # seconds for workers to end by themselves
 
-__all__ = ["BadImagesError", "Batch", "GlobalLoader", "LoaderError", "evaluation_batches", "fetch_in_order"]
+__all__ = [
+    "BadImagesError",
+    "Batch",
+    "GlobalLoader",
+    "LoaderError",
+    "evaluation_batches",
+    "fetch_in_order",
+]
 
 
 class LoaderError(RuntimeError):
@@ -64,12 +71,13 @@ class GlobalLoader:
     """Endless supply of a run's batches: a pure function of (seed, step), whatever the ranks and workers.
 
     `recipe` gives the views, `global_batch` is the number of images of a step over all ranks and
-    micro-batches. Images held as one array stay on `device` (`resident`), others are decoded and cropped by
-    `num_workers` processes, and so are arrays where the recipe works on single images (RandAugment). With
-    `drop_last=False` an epoch's last batch is filled up from the epoch's start. `repeated_aug` puts so many
-    differently augmented copies of an image into an epoch of unchanged length. `backend` says what augments
-    the views (`data.augment.pipeline.choose_backend`). With `decode` "device" the workers only read files
-    (`data.device_decode`); images held as one array are not decoded.
+    micro-batches. Images held as one array stay on `device` (`resident`), others are decoded and
+    cropped by `num_workers` processes, and so are arrays where the recipe works on single images
+    (RandAugment). With `drop_last=False` an epoch's last batch is filled up from the epoch's start.
+    `repeated_aug` puts so many differently augmented copies of an image into an epoch of unchanged
+    length. `backend` says what augments the views (`data.augment.pipeline.choose_backend`). With
+    `decode` "device" the workers only read files (`data.device_decode`); images held as one array
+    are not decoded.
     """
 
     def __init__(
@@ -98,8 +106,15 @@ class GlobalLoader:
         if resident and source.images is None:
             raise ValueError("resident images need a data set held as one array, not one of files")
         if resident and needs_pil(recipe):
-            raise ValueError("resident images cannot run RandAugment, which works on single PIL images")
-        self.source, self.recipe, self.seed, self.device = (source, recipe, seed, torch.device(device))
+            raise ValueError(
+                "resident images cannot run RandAugment, which works on single PIL images"
+            )
+        self.source, self.recipe, self.seed, self.device = (
+            source,
+            recipe,
+            seed,
+            torch.device(device),
+        )
         self.num_workers, self.timeout = num_workers, timeout
         self.backend = choose_backend(backend, self.device)
         self.rank = distributed.rank() if rank is None else rank
@@ -110,7 +125,9 @@ class GlobalLoader:
         self.bad = BadImages(max_bad_fraction, self.steps_per_epoch * global_batch // world)
         can_stay = source.images is not None and not needs_pil(recipe)
         self.resident = can_stay if resident is None else resident
-        self._images = source.images.to(self.device) if self.resident and source.images is not None else None
+        self._images = (
+            source.images.to(self.device) if self.resident and source.images is not None else None
+        )
         self.decodes = decode == "device" and source.images is None
         if self.decodes:
             check_decodable(recipe, source)
@@ -139,7 +156,9 @@ class GlobalLoader:
             fetched = decode_in_order(read, host, self.device)
         else:
             size = host.shared_bytes(self.plan.micro_batch)
-            fetched = fetch_in_order(host, requests, self.num_workers, self.timeout, self.device, size)
+            fetched = fetch_in_order(
+                host, requests, self.num_workers, self.timeout, self.device, size
+            )
         with contextlib.closing(fetched):
             for item in fetched:
                 self.bad.count(item)
@@ -195,9 +214,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's images (rank, rank + world, ...) in order, one unpadded view each.
 
-    Shards may differ by one image between ranks. An unreadable image is a `BadImagesError` naming it: an
-    evaluation never replaces silently. `skip_unreadable` (for a bank of training images, where training has
-    replaced it) leaves it out with a warning.
+    Shards may differ by one image between ranks. An unreadable image is a `BadImagesError` naming
+    it: an evaluation never replaces silently. `skip_unreadable` (for a bank of training images,
+    where training has replaced it) leaves it out with a warning.
     """
     views = build_recipe(recipe, img_size)
     if is_random(views):
@@ -222,7 +241,9 @@ def _evaluate(
 ) -> Iterator[Batch]:
     fetcher = Fetcher(source, recipe, seed=None)
     size = fetcher.shared_bytes(max((len(request.indices) for request in requests), default=0))
-    with contextlib.closing(fetch_in_order(fetcher, requests, num_workers, timeout, device, size)) as fetched:
+    with contextlib.closing(
+        fetch_in_order(fetcher, requests, num_workers, timeout, device, size)
+    ) as fetched:
         for item in fetched:
             bad = {name for name, _ in item["failures"]}
             for name, reason in item["failures"]:
@@ -235,7 +256,9 @@ def _evaluate(
             if not keep.any():
                 continue  # a network need not take an empty batch: Swin does not
             indices = item["indices"][keep]
-            views = [photometric(_to(crops[keep], device), recipe[0], {}) for crops in item["views"]]
+            views = [
+                photometric(_to(crops[keep], device), recipe[0], {}) for crops in item["views"]
+            ]
             yield Batch(views, _to(source.labels[indices], device), indices)
 
 
@@ -244,7 +267,8 @@ def _init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # multiprocessing only prints that a batch could not be sent, and the run would wait for it in vain
+    # multiprocessing only prints that a batch could not be sent, and the run would wait for it in
+    # vain
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
@@ -325,7 +349,8 @@ def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exc
         )
     if text.startswith("DataLoader"):
         return LoaderError(worker_failure(text, next(filter(None, codes), 0)))
-    # torch's text: "Caught NAME in DataLoader worker process 0.", a traceback, "module.NAME: the message"
+    # torch's text: "Caught NAME in DataLoader worker process 0.", a traceback, "module.NAME: the
+    # message"
     parts = re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)
     mendable = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
     if mendable and text.startswith("Caught ") and len(parts) > 1:
@@ -337,7 +362,8 @@ def _stop(iterator: object, workers: list[BaseProcess]) -> None:
     """Ask the workers to end and kill those that hang: they ignore SIGTERM, nothing else ends them."""
     deadline = threading.Timer(_PATIENCE, _kill, [workers])
     deadline.start()
-    with contextlib.suppress(RuntimeError):  # the SIGCHLD handler's report of workers that we killed
+    # the SIGCHLD handler's report of workers that we killed
+    with contextlib.suppress(RuntimeError):
         iterator._shutdown_workers()  # type: ignore[attr-defined]
     deadline.cancel()
     _kill(workers)

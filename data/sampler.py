@@ -1,11 +1,11 @@
 """The order of samples: epochs are keyed permutations, steps are slices of the global batch.
 
-Nothing is stored and nothing depends on the world size: position p of a global batch goes to rank p % W and,
-within the rank, to micro-batch (p // W) // n where n is the micro-batch size per rank.
+Nothing is stored and nothing depends on the world size: position p of a global batch goes to rank p
+% W and, within the rank, to micro-batch (p // W) // n where n is the micro-batch size per rank.
 
-With repeated augmentation (Hoffer et al. 2020; DeiT) an image of the permutation stands R times in a row: its
-copies go to different ranks, each with draws of its own. An epoch keeps its length: it sees the first 1/R of
-its permutation, and the next epoch another.
+With repeated augmentation (Hoffer et al. 2020; DeiT) an image of the permutation stands R times in
+a row: its copies go to different ranks, each with draws of its own. An epoch keeps its length: it
+sees the first 1/R of its permutation, and the next epoch another.
 """
 
 from collections.abc import Iterator
@@ -40,14 +40,20 @@ class BatchPlan:
         size = f"{self.size_key} (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
         per_rank, left = divmod(self.global_batch, share)
         if left or self.global_batch < 1:
-            works = f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else f"{share}"
+            works = (
+                f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else f"{share}"
+            )
             raise ValueError(
                 f"global batch {self.global_batch} ({size}) cannot be divided over {self.world} processes "
                 f"and {self.accumulation} accumulation steps: use {works}"
             )
         if self.num_samples < self.global_batch:
             largest = self.num_samples // share
-            remedy = f"set {self.size_key} to at most {largest}" if largest else "use fewer of the latter two"
+            remedy = (
+                f"set {self.size_key} to at most {largest}"
+                if largest
+                else "use fewer of the latter two"
+            )
             raise ValueError(
                 f"the data set has {self.num_samples} images, fewer than one global batch of "
                 f"{self.global_batch} ({size} = {per_rank} x {self.accumulation} x {self.world}): {remedy}"
@@ -91,7 +97,9 @@ def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarra
 
     The last batch wraps around to the epoch's start.
     """
-    places = np.arange(position * plan.global_batch, (position + 1) * plan.global_batch) % len(order)
+    places = np.arange(position * plan.global_batch, (position + 1) * plan.global_batch) % len(
+        order
+    )
     return np.stack([order[places // plan.repeats], places % plan.repeats])
 
 
@@ -117,5 +125,7 @@ class RequestSampler:
             epoch, position = divmod(step, self.plan.steps_per_epoch)
             if epoch != current:
                 current, order = (epoch, epoch_order(self.plan.num_samples, self.plan.seed, epoch))
-            for part in rank_batches(global_batch(order, self.plan, position), self.plan, self.rank):
+            for part in rank_batches(
+                global_batch(order, self.plan, position), self.plan, self.rank
+            ):
                 yield Request(step, epoch, *part)

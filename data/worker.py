@@ -27,7 +27,8 @@ from utils.randomness import hashed
 
 logger = logging.getLogger("synco")
 
-Cropper: TypeAlias = Callable[[Tensor, int, Tensor], object]  # image (3,H,W), its place, view (3,S,S)
+# image (3,H,W), its place, view (3,S,S)
+Cropper: TypeAlias = Callable[[Tensor, int, Tensor], object]
 
 _ATTEMPTS = 20  # replacements for one image before giving up
 _MIN_TOLERATED = 10  # bad images per process and epoch, however small the data set
@@ -79,7 +80,9 @@ class Fetcher(Dataset[Fetched]):
             "views": views,
             "epoch": request.epoch,
             "wanted": torch.from_numpy(request.indices),
-            "copies": torch.from_numpy(np.broadcast_to(request.copies, len(request.indices)).copy()),
+            "copies": torch.from_numpy(
+                np.broadcast_to(request.copies, len(request.indices)).copy()
+            ),
             "indices": torch.tensor(loaded),
             "failures": failures,
         }
@@ -88,12 +91,17 @@ class Fetcher(Dataset[Fetched]):
         rows = images[torch.from_numpy(request.indices)]
         return [crop_batch(rows, view, None) for view in self.recipe]
 
-    def _samples(self, request: Request, failures: list[tuple[str, str]]) -> tuple[list[Tensor], list[int]]:
+    def _samples(
+        self, request: Request, failures: list[tuple[str, str]]
+    ) -> tuple[list[Tensor], list[int]]:
         """Return the views (N,3,S,S), channels last as they are decoded, and the indices that were loaded."""
         count, loaded = len(request.indices), []
         croppers = [self._cropper(request, number) for number in range(len(self.recipe))]
         sizes = [view_size(view) for view in self.recipe]
-        views = [torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2) for size in sizes]
+        views = [
+            torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+            for size in sizes
+        ]
         for place, wanted in enumerate(request.indices.tolist()):
             index, image = self.load(request.epoch, wanted, failures)
             loaded.append(index)
@@ -124,7 +132,9 @@ class Fetcher(Dataset[Fetched]):
             if self.seed is None:
                 return index, None
             index = replacement(self.seed, epoch, wanted, attempt, len(self.source))
-        raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}")
+        raise BadImagesError(
+            f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}"
+        )
 
     def _cropper(self, request: Request, number: int) -> Cropper:
         """Return what crops an image for the sample at a place of the request into its view.
@@ -173,7 +183,8 @@ _RESIZE = {
 class BadImages:
     """Counts unreadable images by epoch, logs each once, and stops the run past the budget.
 
-    Tolerated per epoch and process: `max_fraction` of the `seen` images, but at least 10; 0 tolerates none.
+    Tolerated per epoch and process: `max_fraction` of the `seen` images, but at least 10; 0
+    tolerates none.
     """
 
     def __init__(self, max_fraction: float, seen: int) -> None:

@@ -18,7 +18,17 @@ logger = logging.getLogger("synco")
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
+    *(
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+    ),
     "tvmonitor",
 )
 
@@ -31,8 +41,8 @@ class AnnotationError(ValueError):
 class Objects:
     """What an image shows: `boxes` float32 (n,4) as x1, y1, x2, y2 in pixels, `labels` int64 (n,) from 1.
 
-    `ignored` (n,) marks crowds (COCO) and difficult objects (VOC); `polygons` holds, for each object, flat
-    lists x, y, x, y, ..., and is empty where there are no masks.
+    `ignored` (n,) marks crowds (COCO) and difficult objects (VOC); `polygons` holds, for each
+    object, flat lists x, y, x, y, ..., and is empty where there are no masks.
     """
 
     boxes: np.ndarray
@@ -44,7 +54,10 @@ class Objects:
         """Return the objects for which `keep` (n,) holds."""
         polygons = tuple(p for p, kept in zip(self.polygons, keep, strict=True) if kept)
         return Objects(
-            self.boxes[keep], self.labels[keep], self.ignored[keep], polygons if self.polygons else ()
+            self.boxes[keep],
+            self.labels[keep],
+            self.ignored[keep],
+            polygons if self.polygons else (),
         )
 
 
@@ -77,7 +90,9 @@ class DetectionData:
 
     def fingerprint(self) -> str:
         """Digest the names of the images and every box and label."""
-        names = "\n".join(f"{file.name} {ident}" for file, ident in zip(self.files, self.ids, strict=True))
+        names = "\n".join(
+            f"{file.name} {ident}" for file, ident in zip(self.files, self.ids, strict=True)
+        )
         parts = [part for o in self.objects for part in (o.boxes, o.labels)]
         return digest(len(self), names.encode(), "\n".join(self.classes).encode(), *parts)
 
@@ -86,9 +101,15 @@ class DetectionData:
         objects = [o.chosen(~o.ignored) if self.annotation_file else o for o in self.objects]
         keep = [index for index, o in enumerate(objects) if len(o.labels)]
         if not keep:
-            raise AnnotationError(f"DETECTION.TRAIN_SPLIT: none of {len(self)} images has an object")
+            raise AnnotationError(
+                f"DETECTION.TRAIN_SPLIT: none of {len(self)} images has an object"
+            )
         if len(keep) < len(self):
-            logger.info("%d of %d training images show no object: left out", len(self) - len(keep), len(self))
+            logger.info(
+                "%d of %d training images show no object: left out",
+                len(self) - len(keep),
+                len(self),
+            )
         return DetectionData(
             tuple(self.files[i] for i in keep),
             tuple(self.ids[i] for i in keep),
@@ -100,17 +121,21 @@ class DetectionData:
 def read_split(dataset: str, root: str, split: str, classes: str = "") -> DetectionData:
     """Read a split of ``coco`` or ``voc`` below `root` (``DATA.PATH``); `classes`: ``DETECTION.CLASSES``."""
     if not root or not Path(root).is_dir():
-        raise AnnotationError(f"DATA.PATH (--data-path): {root!r} is no folder; give the data set's root")
+        raise AnnotationError(
+            f"DATA.PATH (--data-path): {root!r} is no folder; give the data set's root"
+        )
     if dataset == "coco":
         if classes:
             raise AnnotationError(
                 f"DETECTION.CLASSES: {classes!r}; COCO's file names its classes, leave it empty"
             )
         return read_coco(Path(root), split)
-    return read_voc(Path(root), split, [name.strip() for name in classes.split(",") if name.strip()])
+    return read_voc(
+        Path(root), split, [name.strip() for name in classes.split(",") if name.strip()]
+    )
 
 
-# ---- COCO -----------------------------------------------------------------------------------------------
+# ---- COCO ----------------------------------------------------------------------------------------
 
 
 def read_coco(root: Path, split: str) -> DetectionData:
@@ -140,7 +165,8 @@ def read_coco(root: Path, split: str) -> DetectionData:
     _check_files(names, file)
     labels = {ident: label for label, (ident, _) in enumerate(categories, start=1)}
     objects = [
-        _coco_objects(found[ident], size, labels, file) for ident, size in zip(images, sizes, strict=True)
+        _coco_objects(found[ident], size, labels, file)
+        for ident, size in zip(images, sizes, strict=True)
     ]
     return DetectionData(
         tuple(names),
@@ -163,7 +189,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise AnnotationError(f"{file}: is not valid JSON ({error})") from error
     lacking = {"images", "annotations", "categories"} - set(tree if isinstance(tree, dict) else ())
     if lacking:
-        raise AnnotationError(f"{file}: has no {', '.join(sorted(lacking))}; expected COCO's instances file")
+        raise AnnotationError(
+            f"{file}: has no {', '.join(sorted(lacking))}; expected COCO's instances file"
+        )
     return tree
 
 
@@ -174,12 +202,18 @@ def _coco_objects(
     limit = np.array(size * 2, dtype=np.float32)
     for entry in entries:
         box, where = entry.get("bbox"), f"{file}: annotation {entry.get('id')}"
-        if not isinstance(box, list) or len(box) != 4 or not np.isfinite(np.array(box, dtype=float)).all():
+        if (
+            not isinstance(box, list)
+            or len(box) != 4
+            or not np.isfinite(np.array(box, dtype=float)).all()
+        ):
             raise AnnotationError(f"{where}: bbox {box!r} is not x, y, width, height")
         if entry.get("category_id") not in labels:
             raise AnnotationError(f"{where}: there is no category {entry.get('category_id')!r}")
         x, y, width, height = box
-        corners = np.minimum(np.maximum(np.array([x, y, x + width, y + height], dtype=np.float32), 0), limit)
+        corners = np.minimum(
+            np.maximum(np.array([x, y, x + width, y + height], dtype=np.float32), 0), limit
+        )
         if (corners[2:] - corners[:2]).min() <= 1e-5:
             continue  # COCO has a few, and all published detectors drop them
         outline = entry.get("segmentation")
@@ -204,16 +238,19 @@ def _objects(
     polygons: tuple[tuple[tuple[float, ...], ...], ...] = (),
 ) -> Objects:
     corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-    return Objects(corners, np.array(labels, dtype=np.int64), np.array(ignored, dtype=bool), polygons)
+    return Objects(
+        corners, np.array(labels, dtype=np.int64), np.array(ignored, dtype=bool), polygons
+    )
 
 
-# ---- Pascal VOC -----------------------------------------------------------------------------------------
+# ---- Pascal VOC ----------------------------------------------------------------------------------
 
 
 def read_voc(root: Path, split: str, classes: Sequence[str] = ()) -> DetectionData:
     """Read ``<year>_<list>`` splits joined by ``+`` below `root` or `root`/VOCdevkit.
 
-    Boxes become 0-based and half-open: VOC's (xmin, ymin, xmax, ymax) count pixels from 1, both included.
+    Boxes become 0-based and half-open: VOC's (xmin, ymin, xmax, ymax) count pixels from 1, both
+    included.
     """
     classes = tuple(classes) or VOC_CLASSES
     home = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
@@ -227,11 +264,15 @@ def read_voc(root: Path, split: str, classes: Sequence[str] = ()) -> DetectionDa
         names = _voc_list(folder / "ImageSets" / "Main" / f"{name}.txt", part)
         files += [folder / "JPEGImages" / f"{ident}.jpg" for ident in names]
         ids += [f"{year}/{ident}" for ident in names]
-        objects += [_voc_objects(folder / "Annotations" / f"{ident}.xml", classes) for ident in names]
+        objects += [
+            _voc_objects(folder / "Annotations" / f"{ident}.xml", classes) for ident in names
+        ]
         years.append(year)
     _check_files(files, home)
     numbers = tuple(range(1, len(classes) + 1))
-    return DetectionData(tuple(files), tuple(ids), tuple(objects), classes, numbers, years=tuple(years))
+    return DetectionData(
+        tuple(files), tuple(ids), tuple(objects), classes, numbers, years=tuple(years)
+    )
 
 
 def _voc_list(file: Path, part: str) -> list[str]:
@@ -261,10 +302,17 @@ def _voc_objects(file: Path, classes: Sequence[str]) -> Objects:
                 "set DETECTION.CLASSES to the classes of this data set"
             )
         try:
-            box = [float(entry.findtext(f"bndbox/{key}") or "") for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = [
+                float(entry.findtext(f"bndbox/{key}") or "")
+                for key in ("xmin", "ymin", "xmax", "ymax")
+            ]
         except ValueError:
-            raise AnnotationError(f"{file}: object {number} ({name}) has no bndbox of four numbers") from None
-        corners = np.array([max(box[0] - 1, 0), max(box[1] - 1, 0), box[2], box[3]], dtype=np.float32)
+            raise AnnotationError(
+                f"{file}: object {number} ({name}) has no bndbox of four numbers"
+            ) from None
+        corners = np.array(
+            [max(box[0] - 1, 0), max(box[1] - 1, 0), box[2], box[3]], dtype=np.float32
+        )
         if (corners[2:] <= corners[:2]).any():
             raise AnnotationError(f"{file}: object {number} ({name}) has an empty bndbox {box}")
         boxes.append(corners)

@@ -47,7 +47,12 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, body: Any, last_stage: bool = True) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.act1, self.maxpool = body.conv1, body.bn1, body.act1, body.maxpool
+        self.conv1, self.bn1, self.act1, self.maxpool = (
+            body.conv1,
+            body.bn1,
+            body.act1,
+            body.maxpool,
+        )
         self.layer1, self.layer2, self.layer3 = body.layer1, body.layer2, body.layer3
         if last_stage:
             self.layer4 = body.layer4
@@ -90,7 +95,9 @@ def swin_widths(body: Any) -> list[int]:
 class Pyramid(nn.Module):
     """A trunk under a feature pyramid (Lin et al. 2017): four strides and a fifth by subsampling."""
 
-    def __init__(self, trunk: nn.Module, widths: list[int], width: int, norm: NormLayer | None) -> None:
+    def __init__(
+        self, trunk: nn.Module, widths: list[int], width: int, norm: NormLayer | None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.fpn = FeaturePyramidNetwork(widths, width, LastLevelMaxPool(), norm)
@@ -104,7 +111,8 @@ class Pyramid(nn.Module):
 class SimplePyramid(nn.Module):
     """A plain ViT under a simple feature pyramid (Li et al. 2022, ViTDet, arXiv:2203.16527, section 3).
 
-    All strides come from the last map, after the backbone's final norm. Attention is global in every block.
+    All strides come from the last map, after the backbone's final norm. Attention is global in
+    every block.
     """
 
     def __init__(self, body: Backbone, width: int) -> None:

@@ -19,7 +19,9 @@ logger = logging.getLogger("synco")
 def main() -> int:
     """Read the checkpoint, rename its backbone and write the .pkl; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", type=Path, help="checkpoint, of this repository or a published one")
+    parser.add_argument(
+        "source", type=Path, help="checkpoint, of this repository or a published one"
+    )
     parser.add_argument("target", type=Path, help="file to write, ending in .pkl")
     add_which(parser)
     args = parser.parse_args()
@@ -33,8 +35,9 @@ def main() -> int:
 def convert(source: Path, target: Path, which: str = "") -> int:
     """Write the backbone of `source` to `target` and return the number of arrays.
 
-    Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}. Raises
-    ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no ResNet.
+    Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}.
+    Raises ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no
+    ResNet.
     """
     from models.weights.export import to_detectron2
     from models.weights.load import find_network
@@ -42,7 +45,9 @@ def convert(source: Path, target: Path, which: str = "") -> int:
     from utils.checkpoints.foreign import read_torch
 
     if target.suffix != ".pkl":
-        raise ValueError(f"{target}: Detectron2 reads this layout from a .pkl only; name the file so")
+        raise ValueError(
+            f"{target}: Detectron2 reads this layout from a .pkl only; name the file so"
+        )
     network = find_network(read_torch(source), which, str(source))
     state = network.state
     if "layer4.0.conv1.weight" not in state or "conv1.weight" not in state:

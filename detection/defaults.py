@@ -24,8 +24,12 @@ RCNN = {
         choices=("sync", "batch", "frozen"),
     ),
     "EXTRA_NORM": Key(True, "c4: one more norm after stage 5, as MoCo's detectors have it"),
-    "ANCHOR_SIZES": Key([32, 64, 128, 256, 512], "pixels of the resized image; fpn, pyramid: one a level"),
-    "RPN_PRE_NMS": Key([2000, 1000], "proposals (a level) before NMS: training, test", entries=(2, 2)),
+    "ANCHOR_SIZES": Key(
+        [32, 64, 128, 256, 512], "pixels of the resized image; fpn, pyramid: one a level"
+    ),
+    "RPN_PRE_NMS": Key(
+        [2000, 1000], "proposals (a level) before NMS: training, test", entries=(2, 2)
+    ),
     "RPN_POST_NMS": Key([2000, 1000], "proposals after NMS: training, test", entries=(2, 2)),
     "RPN_BATCH": Key(256, "anchors an image that the proposal loss samples", least=1),
     "ROI_BATCH": Key(512, "proposals an image that the loss of the head samples", least=1),
@@ -46,7 +50,9 @@ DETECTION = {
     ),
     "TEST_SIZE": Key(800, "of the shorter side in a test", least=1),
     "MAX_SIZE": Key(1333, "of the longer side", least=1),
-    "CANVAS": Key(0, "side of the square that images are padded to; 0 (ResNet): as small as possible"),
+    "CANVAS": Key(
+        0, "side of the square that images are padded to; 0 (ResNet): as small as possible"
+    ),
     "FLIP": Key(0.5, "probability", most=1.0),
     "MAX_ITER": Key(90000, "iterations of the training", least=1),
     "STEPS": Key([60000, 80000], "iterations after which the rate is multiplied by GAMMA"),
@@ -75,7 +81,9 @@ def detection_schema() -> Schema:
     schema = declare({"rcnn": RCNN}).without(*_UNREAD)
     for name, default in _DEFAULTS.items():
         schema[name] = replace(schema[name], default=default)
-    schema["DATA.DATASET"] = Key("coco", "coco: COCO's JSON | voc: Pascal VOC's XML", choices=DATASETS)
+    schema["DATA.DATASET"] = Key(
+        "coco", "coco: COCO's JSON | voc: Pascal VOC's XML", choices=DATASETS
+    )
     schema["LOG.PICTURES"] = Key(9, "test images in detections.png; 0: none", role="local")
     for name, key in DETECTION.items():
         schema[f"DETECTION.{name}"] = key
@@ -87,7 +95,9 @@ def detection_config() -> CfgNode:
     return detection_schema().defaults()
 
 
-def load_detection_config(files: list[str | None], opts: list[str], flags: dict[str, Value]) -> CfgNode:
+def load_detection_config(
+    files: list[str | None], opts: list[str], flags: dict[str, Value]
+) -> CfgNode:
     """Merge files, ``--opts`` and flags over the defaults and refuse what no detector can be.
 
     Raises ``ConfigError`` naming key, value and remedy.
@@ -96,9 +106,13 @@ def load_detection_config(files: list[str | None], opts: list[str], flags: dict[
     rcnn, detection = cfg.MODEL.RCNN, cfg.DETECTION
     _check_sizes(detection)
     if rcnn.MASKS and cfg.DATA.DATASET == "voc":
-        raise ConfigError("MODEL.RCNN.MASKS: True, but Pascal VOC's XML has boxes only; set it to False")
+        raise ConfigError(
+            "MODEL.RCNN.MASKS: True, but Pascal VOC's XML has boxes only; set it to False"
+        )
     if rcnn.NECK != "c4" and len(rcnn.ANCHOR_SIZES) != 5:
-        raise ConfigError(f"MODEL.RCNN.ANCHOR_SIZES: {rcnn.ANCHOR_SIZES}; {rcnn.NECK} has 5 levels, give 5")
+        raise ConfigError(
+            f"MODEL.RCNN.ANCHOR_SIZES: {rcnn.ANCHOR_SIZES}; {rcnn.NECK} has 5 levels, give 5"
+        )
     if detection.EVAL_PERIOD and detection.MAX_ITER % detection.EVAL_PERIOD:
         raise ConfigError(
             f"DETECTION.EVAL_PERIOD: {detection.EVAL_PERIOD} does not divide DETECTION.MAX_ITER "

@@ -36,11 +36,15 @@ def coco_api() -> tuple[Any, Any, Any]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise ImportError("COCO's metrics need an evaluator: pip install faster-coco-eval") from error
+        raise ImportError(
+            "COCO's metrics need an evaluator: pip install faster-coco-eval"
+        ) from error
     return COCO, COCOeval, mask
 
 
-def evaluate(model: nn.Module, data: DetectionData, cfg: CfgNode, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: DetectionData, cfg: CfgNode, device: torch.device
+) -> dict[str, float]:
     """Return AP, AP50 and AP75 (and more) in percent on every rank; `model` is in eval mode.
 
     The images are shared out among the ranks, the detections gathered.
@@ -94,7 +98,7 @@ def _gather(mine: list[Detection], device: torch.device) -> list[Detection]:
     return sorted((json.loads(line) for line in lines if line), key=lambda item: item["index"])
 
 
-# ---- metrics --------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def _voc(found: list[Detection], data: DetectionData) -> dict[str, float]:
@@ -148,5 +152,7 @@ def _coco(found: list[Detection], data: DetectionData, masks: bool) -> dict[str,
             evaluation.summarize()
             numbers = 100.0 * np.asarray(evaluation.stats[:6], dtype=float)
             # COCO's -1: no such objects
-            values.update({prefix + n: float(v) for n, v in zip(names, numbers, strict=True) if v >= 0})
+            values.update(
+                {prefix + n: float(v) for n, v in zip(names, numbers, strict=True) if v >= 0}
+            )
     return values

@@ -79,7 +79,9 @@ def resized_target(
     scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, dtype=np.float32)
     boxes = objects.boxes * scale
     if flipped:
-        boxes = np.stack([new[1] - boxes[:, 2], boxes[:, 1], new[1] - boxes[:, 0], boxes[:, 3]], axis=1)
+        boxes = np.stack(
+            [new[1] - boxes[:, 2], boxes[:, 1], new[1] - boxes[:, 0], boxes[:, 3]], axis=1
+        )
     target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(objects.labels)}
     if masks:
         stacked = np.stack([rasterise(polygons, scale[:2], new) for polygons in objects.polygons])
@@ -93,8 +95,8 @@ def rasterise(
 ) -> np.ndarray:
     """Fill polygons, x and y multiplied by `scale` (2,): uint8 (H,W), 1 where the pixel's centre is inside.
 
-    Always PIL, whatever else is installed: the same run has the same masks on every machine. PIL fills a
-    polygon's border too, hence the finer grid.
+    Always PIL, whatever else is installed: the same run has the same masks on every machine. PIL
+    fills a polygon's border too, hence the finer grid.
     """
     mask = np.zeros(shape, dtype=np.uint8)
     for polygon in polygons:
@@ -129,7 +131,9 @@ class TrainingImages(Dataset[dict[str, Any]]):
             "failures": failures,
         }
 
-    def _sample(self, epoch: int, wanted: int, failures: list[tuple[str, str]]) -> tuple[int, Tensor, Target]:
+    def _sample(
+        self, epoch: int, wanted: int, failures: list[tuple[str, str]]
+    ) -> tuple[int, Tensor, Target]:
         index = wanted
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -139,9 +143,13 @@ class TrainingImages(Dataset[dict[str, Any]]):
                 index = replacement(self.seed, epoch, wanted, attempt, len(self.data))
             else:
                 return index, *self._augment(image, self.data.objects[index], epoch, wanted)
-        raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}")
+        raise BadImagesError(
+            f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}"
+        )
 
-    def _augment(self, image: Tensor, objects: Objects, epoch: int, key: int) -> tuple[Tensor, Target]:
+    def _augment(
+        self, image: Tensor, objects: Objects, epoch: int, key: int
+    ) -> tuple[Tensor, Target]:
         keys = sample_keys(self.seed, epoch, np.array([key]), 0)
         old = (image.shape[1], image.shape[2])
         new = self.resizing.shape(*old, choice=float(uniform(keys, _SIZE)[0]))
@@ -154,7 +162,9 @@ class TrainingImages(Dataset[dict[str, Any]]):
 class DetectionLoader:
     """Endless supply of a run's batches, a pure function of (seed, step), for ``engine.loop.fit``."""
 
-    def __init__(self, data: DetectionData, cfg: CfgNode, *, global_batch: int, device: torch.device) -> None:
+    def __init__(
+        self, data: DetectionData, cfg: CfgNode, *, global_batch: int, device: torch.device
+    ) -> None:
         self.device = device
         self.workers, self.timeout = cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT
         accumulation = cfg.TRAIN.ACCUMULATION_STEPS
@@ -169,10 +179,15 @@ class DetectionLoader:
     def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[DetectionBatch]]]:
         """Yield (step, micro-batches) from `step` up to (not including) `total_steps`."""
         requests = RequestSampler(self.plan, distributed.rank(), step, total_steps)
-        fetched = batches.fetch_in_order(self.images, requests, self.workers, self.timeout, self.device)
+        fetched = batches.fetch_in_order(
+            self.images, requests, self.workers, self.timeout, self.device
+        )
         with contextlib.closing(fetched):
             for current in range(step, total_steps):
-                yield current, [self._to_device(next(fetched)) for _ in range(self.plan.accumulation)]
+                yield (
+                    current,
+                    [self._to_device(next(fetched)) for _ in range(self.plan.accumulation)],
+                )
 
     def _to_device(self, item: Any) -> DetectionBatch:
         self.bad.count(item)
@@ -201,7 +216,9 @@ class _TestImages(Dataset[dict[str, Any]]):
             image = self.data.load(index)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            return {"failure": f"cannot read {self.data.name(index)}: {reason}. Repair or remove it"}
+            return {
+                "failure": f"cannot read {self.data.name(index)}: {reason}. Repair or remove it"
+            }
         size = (image.shape[1], image.shape[2])
         return {"index": index, "size": size, "image": resize(image, self.resizing.shape(*size))}
 
@@ -211,13 +228,15 @@ def images_of_test(
 ) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
     """Yield (index, original (height, width), resized image in [0, 1]) of this rank's test images.
 
-    `count` limits them to the first so many on rank 0 (for pictures). Raises ``BadImagesError`` for an image
-    that cannot be read.
+    `count` limits them to the first so many on rank 0 (for pictures). Raises ``BadImagesError`` for
+    an image that cannot be read.
     """
     mine = range(count) if count else range(distributed.rank(), len(data), distributed.world_size())
     requests = [Request(0, 0, np.array([index])) for index in mine if index < len(data)]
     images = _TestImages(data, Resizing.for_test(cfg.DETECTION))
-    fetched = batches.fetch_in_order(images, requests, cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT, device)
+    fetched = batches.fetch_in_order(
+        images, requests, cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT, device
+    )
     with contextlib.closing(fetched):
         for item in fetched:
             if "failure" in item:

@@ -1,7 +1,8 @@
 """Object detection on a pretrained backbone, with torchvision's parts: COCO or Pascal VOC, on any device.
 
-python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml --data-path D --pretrained FILE
---output O --tag T; --pretrained none starts from random weights. Writes to O/<name>/T/. Also under torchrun.
+python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml --data-path D
+--pretrained FILE --output O --tag T; --pretrained none starts from random weights. Writes to
+O/<name>/T/. Also under torchrun.
 """
 
 import json
@@ -31,7 +32,9 @@ def main() -> int:
     """Fine-tune, evaluate and draw what was found; return the exit code."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--pretrained", metavar="FILE", help="backbone: a file, a run's folder, or none for random weights"
+        "--pretrained",
+        metavar="FILE",
+        help="backbone: a file, a run's folder, or none for random weights",
     )
     add_which(parser)
     args, flags = parse(parser)
@@ -52,7 +55,9 @@ def main() -> int:
 
     cfg = load_detection_config([args.cfg], args.opts, flags)
     if not args.pretrained:
-        raise ValueError("--pretrained: is not given; name a file of weights, or none for random ones")
+        raise ValueError(
+            "--pretrained: is not given; name a file of weights, or none for random ones"
+        )
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     if cfg.DATA.DATASET == "coco":
         coco_api()  # an evaluator that is missing is told now, not after the training
@@ -76,7 +81,9 @@ def main() -> int:
     taken = find_network(read_torch(weights), args.which).taken if weights else "online"
     run.fingerprint = f"{weights_fingerprint(weights, taken)}, data {train.fingerprint()}"
     plan = make_detection_plan(cfg, global_batch)
-    optimizer = build_optimizer(cfg.OPTIM, parameter_groups(detector, cfg.OPTIM), fused=run.scaler() is None)
+    optimizer = build_optimizer(
+        cfg.OPTIM, parameter_groups(detector, cfg.OPTIM), fused=run.scaler() is None
+    )
     state = TrainState(detector, optimizer, run.wrap(detector), run.scaler())
     resumed = run.resume(state, plan)
     run.describe(detector, plan, len(train))
@@ -99,11 +106,16 @@ def main() -> int:
             measure_throughput(backbone, size, cfg.TRAIN.BATCH_SIZE, run.device)
         return 0
     if args.eval and not resumed:
-        raise ValueError(f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE")
+        raise ValueError(
+            f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
+        )
     outcome = Outcome.DONE if args.eval else fit(state, loader, step, plan, run, measure)
     if outcome is Outcome.DONE:
-        result = measured or measure(plan.progress(state.step))  # again, if the run was complete before
-        logger.info("%s: %s", detection.TEST_SPLIT, ", ".join(f"{k} {v:.2f}" for k, v in result.items()))
+        # again, if the run was complete before
+        result = measured or measure(plan.progress(state.step))
+        logger.info(
+            "%s: %s", detection.TEST_SPLIT, ", ".join(f"{k} {v:.2f}" for k, v in result.items())
+        )
         if not args.eval:
             write_result(run, {"weights": args.pretrained, "step": state.step, **result})
             draw(run, detector, test, cfg)
@@ -160,7 +172,9 @@ def draw(run: "Run", detector: "nn.Module", data: "DetectionData", cfg: "CfgNode
     with run.evaluating(detector) as model:
         run.write_extra(
             "detections.png",
-            lambda path: draw_grid(data, list(detections(model, data, cfg, run.device, count)), count, path),
+            lambda path: draw_grid(
+                data, list(detections(model, data, cfg, run.device, count)), count, path
+            ),
         )
 
 

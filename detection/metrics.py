@@ -24,8 +24,8 @@ def voc_metrics(
 ) -> dict[str, float]:
     """Return AP (mean over thresholds .5 to .95), AP50 and AP75 in percent, means over classes with objects.
 
-    `eleven_points` takes the precision at eleven recalls (VOC2007), else the whole area (VOC2010 on); the
-    other of the two is reported for AP50 as well, as ``AP50/area`` or ``AP50/11``.
+    `eleven_points` takes the precision at eleven recalls (VOC2007), else the whole area (VOC2010
+    on); the other of the two is reported for AP50 as well, as ``AP50/area`` or ``AP50/11``.
     """
     table, other = [], []
     for label in range(1, num_classes + 1):
@@ -73,8 +73,8 @@ def match(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return hits (n,), misses (n,) of boxes in falling score, and the number of objects that count.
 
-    A box belongs to the object it overlaps most. Above the threshold it is a hit the first time and a miss
-    afterwards; a difficult object makes it neither.
+    A box belongs to the object it overlaps most. Above the threshold it is a hit the first time and
+    a miss afterwards; a difficult object makes it neither.
     """
     taken = [np.zeros(len(boxes_there), dtype=bool) for boxes_there in truth]
     hits, misses = np.zeros(len(boxes), dtype=bool), np.zeros(len(boxes), dtype=bool)
@@ -92,7 +92,8 @@ def match(
 def overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return intersection over union of a half-open box (4,) with others (n,4).
 
-    VOC counts pixels inclusively from 1: our x1 is its x1 - 1, so its width x2 - x1 + 1 is our x2 - x1.
+    VOC counts pixels inclusively from 1: our x1 is its x1 - 1, so its width x2 - x1 + 1 is our x2 -
+    x1.
     """
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     inside = np.maximum(sides, 0).prod(axis=1)

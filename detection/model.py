@@ -82,7 +82,9 @@ class C4Heads(roi_heads.RoIHeads):
     def forward(self, features: Any, proposals: Any, image_shapes: Any, targets: Any = None) -> Any:
         """Return (detections, losses), one of them empty."""
         if self.training:
-            proposals, matched, labels, regression = self.select_training_samples(proposals, targets)
+            proposals, matched, labels, regression = self.select_training_samples(
+                proposals, targets
+            )
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         logits, deltas = self.box_predictor(maps.mean(dim=(2, 3)))
         if not self.training:
@@ -121,10 +123,13 @@ class C4Heads(roi_heads.RoIHeads):
         return self.mask_predictor is not None
 
 
-def build_detector(cfg: CfgNode, num_classes: int, weights: Path | None, which: str = "") -> Detector:
+def build_detector(
+    cfg: CfgNode, num_classes: int, weights: Path | None, which: str = ""
+) -> Detector:
     """Build the detector of `MODEL` for `num_classes` objects; `weights` None leaves the backbone random.
 
-    Raises ``ValueError`` for a neck that the backbone cannot have and for weights that do not fit it.
+    Raises ``ValueError`` for a neck that the backbone cannot have and for weights that do not fit
+    it.
     """
     rcnn, canvas = cfg.MODEL.RCNN, cfg.DETECTION.CANVAS
     body = pretrained_body(cfg, weights, which)
@@ -160,7 +165,8 @@ def build_detector(cfg: CfgNode, num_classes: int, weights: Path | None, which: 
 def pretrained_body(cfg: CfgNode, weights: Path | None, which: str = "") -> Backbone:
     """Build the backbone and load `weights` into it, every tensor or none.
 
-    A Swin is built at the canvas's size at once, since its windows keep theirs; a ViT at the pretraining's.
+    A Swin is built at the canvas's size at once, since its windows keep theirs; a ViT at the
+    pretraining's.
     """
     name, canvas = cfg.MODEL.BACKBONE.NAME, cfg.DETECTION.CANVAS
     transformer = not any(kind in name for kind in ("resnet", "resnext"))

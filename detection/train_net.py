@@ -1,7 +1,8 @@
 """Detection through Detectron2, the published protocol: its launcher, trainer and evaluators.
 
-python detection/train_net.py --config-file detection/configs/detectron2/pascal_voc_R_50_C4_24k_synco.yaml
---num-gpus 8 MODEL.WEIGHTS synco.pkl; --eval-only tests MODEL.WEIGHTS. The one file that imports Detectron2.
+python detection/train_net.py --config-file
+detection/configs/detectron2/pascal_voc_R_50_C4_24k_synco.yaml --num-gpus 8 MODEL.WEIGHTS synco.pkl;
+--eval-only tests MODEL.WEIGHTS. The one file that imports Detectron2.
 """
 
 import sys
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import run_main
 
-INSTALL = "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+INSTALL = (
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+)
 
 
 def main() -> int:
@@ -67,7 +70,9 @@ def make_trainer() -> Any:
 
     class Trainer(DefaultTrainer):
         @classmethod
-        def build_evaluator(cls, cfg: Any, dataset_name: str, output_folder: str | None = None) -> Any:
+        def build_evaluator(
+            cls, cfg: Any, dataset_name: str, output_folder: str | None = None
+        ) -> Any:
             if "coco" in dataset_name:
                 folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
                 return COCOEvaluator(dataset_name, output_dir=folder)

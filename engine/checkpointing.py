@@ -20,8 +20,9 @@ _NEEDED = {"framework", "optimizer", "step", "config", "dataset", "global_batch"
 def find_checkpoint(folder: Path, resume: str, training: bool) -> tuple[Path, str | None] | None:
     """Return the checkpoint to go on from and the ``resume`` file that it descends from, if any.
 
-    ``--resume`` may stand in a command that is started again and again: once the folder has gone on from
-    it, the folder's own newest is taken. While ``training`` the folder is ours, and leftovers are removed.
+    ``--resume`` may stand in a command that is started again and again: once the folder has gone on
+    from it, the folder's own newest is taken. While ``training`` the folder is ours, and leftovers
+    are removed.
     """
     wanted = str(Path(resume).resolve()) if resume else None
     if training:

@@ -1,8 +1,9 @@
 """Watch the embeddings of a run for collapse, and say in words what is seen.
 
-Two signs: their spread (std of unit embeddings x sqrt(D): near 1 on the whole sphere, 0 in one point; Chen &
-He 2020, arXiv:2011.10566) and their uncentred effective rank (RankMe, arXiv:2210.02885). An untrained network
-may have either small, but then it grows; only what is small and does not grow is an alarm.
+Two signs: their spread (std of unit embeddings x sqrt(D): near 1 on the whole sphere, 0 in one
+point; Chen & He 2020, arXiv:2011.10566) and their uncentred effective rank (RankMe,
+arXiv:2210.02885). An untrained network may have either small, but then it grows; only what is small
+and does not grow is an alarm.
 """
 
 import math
@@ -51,7 +52,8 @@ class CollapseMonitor:
 
     def look(self) -> dict[str, float]:
         """Return spread and, now and then, effective rank of what was noted, as metrics to be logged."""
-        if not self._rows or len(self._rows[-1]) < 2:  # the spread of one embedding is 0, and no collapse
+        # the spread of one embedding is 0, and no collapse
+        if not self._rows or len(self._rows[-1]) < 2:
             return {}
         values = {"embedding_std": float(embedding_std(self._rows[-1]))}
         self._spread.see(values["embedding_std"])
@@ -77,7 +79,8 @@ class CollapseMonitor:
 class _Watched:
     """A number that should not be small: alarming when it is, and has not grown, over several looks.
 
-    An alarm lasts until the number is large, or half as large again: noise does not end and repeat it.
+    An alarm lasts until the number is large, or half as large again: noise does not end and repeat
+    it.
     """
 
     def __init__(self, least: float) -> None:
@@ -114,9 +117,9 @@ class _Watched:
 def effective_rank(embedding: Tensor) -> Tensor:
     """Return the uncentred effective rank of (N, D), a scalar on its device: 1 collapsed, min(N, D) at best.
 
-    RankMe (Garrido et al. 2023, arXiv:2210.02885): the exponential of the entropy of the singular values. Not
-    centred, since centring hides a collapse to one point. NaN if the input is not finite. On CUDA the
-    decomposition itself waits for the device, so call it when logging.
+    RankMe (Garrido et al. 2023, arXiv:2210.02885): the exponential of the entropy of the singular
+    values. Not centred, since centring hides a collapse to one point. NaN if the input is not
+    finite. On CUDA the decomposition itself waits for the device, so call it when logging.
     """
     values = torch.linalg.svdvals(embedding.float().nan_to_num())
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
@@ -128,7 +131,8 @@ def effective_rank(embedding: Tensor) -> Tensor:
 def embedding_std(embedding: Tensor) -> Tensor:
     """Return the mean over dimensions of std(z/|z|) * sqrt(D) of (N, D), a scalar on its device.
 
-    About 1 when spread over the sphere, 0 when collapsed (Chen & He 2020, arXiv:2011.10566, section 4.1).
+    About 1 when spread over the sphere, 0 when collapsed (Chen & He 2020, arXiv:2011.10566, section
+    4.1).
     """
     unit = F.normalize(embedding.float(), dim=1)
     return unit.std(dim=0, correction=0).mean() * embedding.shape[1] ** 0.5

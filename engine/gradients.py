@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_BUCKET_BYTES = 25 << 20  # large enough for the network's bandwidth, small enough to leave during backward
+# large enough for the network's bandwidth, small enough to leave during backward
+_BUCKET_BYTES = 25 << 20
 
 
 class _Bucket:
@@ -17,7 +18,9 @@ class _Bucket:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
         first = parameters[0]
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        self.flat = torch.zeros(
+            sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device
+        )
         parts = self.flat.split([p.numel() for p in parameters])
         self.views = [_shaped_as(p, part) for p, part in zip(parameters, parts, strict=True)]
         self.missing = 0
@@ -48,10 +51,11 @@ def _shaped_as(parameter: nn.Parameter, part: Tensor) -> Tensor:
 class AveragedGradients(nn.Module):
     """A module whose gradients are averages over all processes once ``backward`` returns.
 
-    ``DistributedDataParallel`` does the same, but lays its buckets out anew after the first step, when it has
-    seen the order of arrival. A sum over three or more processes depends, in its last bits, on an element's
-    place in its bucket, so a run that was resumed would leave the course of one that was not. Here places are
-    fixed: the reverse of the order of registration, about that of the backward pass.
+    ``DistributedDataParallel`` does the same, but lays its buckets out anew after the first step,
+    when it has seen the order of arrival. A sum over three or more processes depends, in its last
+    bits, on an element's place in its bucket, so a run that was resumed would leave the course of
+    one that was not. Here places are fixed: the reverse of the order of registration, about that of
+    the backward pass.
     """
 
     def __init__(self, module: nn.Module, bucket_bytes: int = _BUCKET_BYTES) -> None:
@@ -63,7 +67,9 @@ class AveragedGradients(nn.Module):
         self._buckets = _pack(list(self._names)[::-1], bucket_bytes)
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+                parameter.register_post_accumulate_grad_hook(
+                    lambda _, bucket=bucket: self._arrived(bucket)
+                )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
@@ -95,7 +101,9 @@ class AveragedGradients(nn.Module):
 
     def _finish(self) -> None:
         """Wait for all averages; called when the backward pass ends."""
-        without = [self._names[p] for bucket in self._buckets for p in bucket.parameters if p.grad is None]
+        without = [
+            self._names[p] for bucket in self._buckets for p in bucket.parameters if p.grad is None
+        ]
         if without:
             raise RuntimeError(
                 f"no gradient reached {len(without)} trained parameters, e.g. {without[0]}: on several "

@@ -18,7 +18,8 @@ from utils.distributed import any_rank
 logger = logging.getLogger("synco")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_ECHO_SECONDS = 3.0  # a launcher forwards what the terminal or the scheduler has sent to its workers too
+# a launcher forwards what the terminal or the scheduler has sent to its workers too
+_ECHO_SECONDS = 3.0
 _MAX_OVERFLOWS = 20  # steps in a row that a gradient scaler may skip
 
 
@@ -33,7 +34,8 @@ class HasIndices(Protocol):
 class NonFiniteError(RuntimeError):
     """A gradient that is not finite: training stops before it can reach weights, target and queue.
 
-    ``step``, ``batches`` (this process's micro-batches of that step) and ``loss`` say what to replay.
+    ``step``, ``batches`` (this process's micro-batches of that step) and ``loss`` say what to
+    replay.
     """
 
     step = 0
@@ -44,8 +46,9 @@ class NonFiniteError(RuntimeError):
 class StopFlag:
     """Turn SIGTERM, SIGUSR1 and SIGINT into a flag; a second signal, three seconds later, stops at once.
 
-    Handlers only set the flag: a save inside a handler would catch the state between two lines. A sooner
-    second signal is an echo: Ctrl-C under torchrun reaches a worker from the terminal and from the agent.
+    Handlers only set the flag: a save inside a handler would catch the state between two lines. A
+    sooner second signal is an echo: Ctrl-C under torchrun reaches a worker from the terminal and
+    from the agent.
     """
 
     def __init__(self) -> None:
@@ -60,7 +63,9 @@ class StopFlag:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -79,10 +84,11 @@ class StopFlag:
 class FiniteGuard:
     """Stop on a gradient norm that is not finite, which all ranks see alike once gradients are averaged.
 
-    On a CPU it is read before the update. On a GPU it is read one step late, so that no step waits for the
-    device; the spoilt step is never saved, since checkpoints refuse tensors that are not finite. Until then
-    its batch is held: as much memory as one batch of views. With a gradient ``scaler``, which skips such
-    steps itself while it finds its scale, only many in a row are an error.
+    On a CPU it is read before the update. On a GPU it is read one step late, so that no step waits
+    for the device; the spoilt step is never saved, since checkpoints refuse tensors that are not
+    finite. Until then its batch is held: as much memory as one batch of views. With a gradient
+    ``scaler``, which skips such steps itself while it finds its scale, only many in a row are an
+    error.
     """
 
     def __init__(self, scaler: bool = False) -> None:

@@ -56,8 +56,8 @@ class TrainState:
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)  # highest value of each evaluation so far
     clip_groups: Sequence[Sequence[nn.Parameter]] | None = None  # clipped apart; None: all together
-    # (G,) int64: the step at which a group diverged and was closed, -1 while it is open. None: a norm
-    # that is not finite stops the run.
+    # (G,) int64: the step at which a group diverged and was closed, -1 while it is open. None: a
+    # norm that is not finite stops the run.
     closed_at: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def fit(
 ) -> Outcome:
     """Train from ``state.step`` to the end of the plan, or until a stop signal.
 
-    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each epoch, after
-    its checkpoint: an evaluation that fails costs no epoch. A run that was killed in between finishes the
-    evaluation when it starts again.
+    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each
+    epoch, after its checkpoint: an evaluation that fails costs no epoch. A run that was killed in
+    between finishes the evaluation when it starts again.
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
     with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
@@ -221,9 +221,9 @@ def close_diverged(
 ) -> None:
     """Close groups after an update, so that the others train on as if they were alone.
 
-    A group is closed if its gradient was not finite (`diverged`, (G,) bool) or its parameters are not finite
-    now. It becomes zero, with its optimiser state, and stays zero. `closed_at` (G,) notes the step. All ranks
-    hold the same averaged gradients and parameters, so all decide alike.
+    A group is closed if its gradient was not finite (`diverged`, (G,) bool) or its parameters are
+    not finite now. It becomes zero, with its optimiser state, and stays zero. `closed_at` (G,)
+    notes the step. All ranks hold the same averaged gradients and parameters, so all decide alike.
     """
     sizes = torch.stack([nn.utils.get_total_norm(group) for group in groups])
     closed = diverged | ~torch.isfinite(sizes)
@@ -242,8 +242,8 @@ def close_diverged(
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Let the device itself skip an update whose gradient norm is not finite, where the optimiser can.
 
-    The host reads the norm a step later; until then the weights stay those of the step before. It is the
-    interface through which a gradient scaler speaks to fused SGD and AdamW.
+    The host reads the norm a step later; until then the weights stay those of the step before. It
+    is the interface through which a gradient scaler speaks to fused SGD and AdamW.
     """
     if any(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]

@@ -47,8 +47,9 @@ class Meter:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to log what an uninterrupted one logs.
 
-        That is, of each process, the metrics since the last line. They are lists of numbers: a checkpoint
-        refuses tensors that are not finite, and a metric may be. On rank 0 also the newest embeddings.
+        That is, of each process, the metrics since the last line. They are lists of numbers: a
+        checkpoint refuses tensors that are not finite, and a metric may be. On rank 0 also the
+        newest embeddings.
         """
         names = sorted(self._window[-1]) if self._window else []
         rows = self._table(names).tolist() if names else []
@@ -92,7 +93,9 @@ class Meter:
         values["epoch"] = progress.next.epoch_position
         self._window.clear()
         self.metrics.write(progress.step + 1, values)
-        self._say(progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step)
+        self._say(
+            progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step
+        )
         self._restart_clock()
 
     def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
@@ -104,7 +107,9 @@ class Meter:
         keep_best(best, values)
         self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
         shown = ", ".join(
-            f"{name} {value:.2f} (best {best[name]:.2f})" for name, value in values.items() if "/" not in name
+            f"{name} {value:.2f} (best {best[name]:.2f})"
+            for name, value in values.items()
+            if "/" not in name
         )
         logger.info("epoch %d done: %s", progress.epoch - 1, shown)
         self._restart_clock()  # the evaluation's time is not training's
@@ -124,7 +129,9 @@ class Meter:
     def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
         hidden = ("epoch", "images_per_second")
         verdict = f"| embeddings {self._verdict} " if "embedding_std" in values else ""
-        shown = " ".join(f"{name} {values[name]:.4g}" for name in sorted(values) if name not in hidden)
+        shown = " ".join(
+            f"{name} {values[name]:.4g}" for name in sorted(values) if name not in hidden
+        )
         step, rate = progress.step + 1, values["images_per_second"]
         logger.info(
             "epoch %d step %d/%d %s %s| %.0f images/s | %s left",

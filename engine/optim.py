@@ -13,8 +13,8 @@ _TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_positi
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as MoCo v3 and BYOL use it.
 
-    Matrices: g <- g + wd w; g <- g * trust |w| / |g| (1 if either norm is 0). Groups with ``adapt=False``
-    (biases and norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
+    Matrices: g <- g + wd w; g <- g * trust |w| / |g| (1 if either norm is 0). Groups with
+    ``adapt=False`` (biases and norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
     """
 
     def __init__(
@@ -65,8 +65,9 @@ class LARS(torch.optim.Optimizer):
 def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
     """Split the trainable parameters into those that decay and those that do not.
 
-    LARS always exempts one-dimensional parameters; the others only with ``EXCLUDE_1D``. ``EXCLUDE_TOKENS``
-    adds class tokens, positions and relative position tables, which the published MoBY code decays (spec V7).
+    LARS always exempts one-dimensional parameters; the others only with ``EXCLUDE_1D``.
+    ``EXCLUDE_TOKENS`` adds class tokens, positions and relative position tables, which the
+    published MoBY code decays (spec V7).
     """
     exempt_1d = node.EXCLUDE_1D or node.NAME == "lars"
     decay: list[nn.Parameter] = []
@@ -92,8 +93,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimiser of an ``OPTIM`` section; the engine sets the learning rate before each step.
 
-    ``fused`` must be False under a gradient scaler, which then skips a step that overflowed itself: fused SGD
-    returns early and leaves a fresh momentum buffer uninitialised.
+    ``fused`` must be False under a gradient scaler, which then skips a step that overflowed itself:
+    fused SGD returns early and leaves a fresh momentum buffer uninitialised.
     """
     common = {"lr": 0.0, "weight_decay": node.WEIGHT_DECAY}
     match node.NAME:
@@ -107,7 +108,11 @@ def build_optimizer(
             )
         case "adamw":
             beta1, beta2 = node.BETAS
-            return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=node.EPS, fused=fused, **common)
+            return torch.optim.AdamW(
+                groups, betas=(beta1, beta2), eps=node.EPS, fused=fused, **common
+            )
         case "lars":
-            return LARS(groups, momentum=node.MOMENTUM, trust_coefficient=node.TRUST_COEFFICIENT, **common)
+            return LARS(
+                groups, momentum=node.MOMENTUM, trust_coefficient=node.TRUST_COEFFICIENT, **common
+            )
     raise ValueError(f"OPTIM.NAME: {node.NAME!r} is not one of sgd, adamw, lars")

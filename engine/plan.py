@@ -18,7 +18,8 @@ class Plan:
     global_batch: int  # images an optimiser step sees, over processes and micro-batches
     accumulation: int
     clip_grad: float
-    rates: tuple[LearningRate, ...]  # one a parameter group's "rate" index; a grid of heads has several
+    # one a parameter group's "rate" index; a grid of heads has several
+    rates: tuple[LearningRate, ...]
     clip_per_tensor: bool = False
     weight_decay: float = 0.0
     weight_decay_end: float = 0.0  # 0: constant
@@ -56,8 +57,8 @@ def global_batch_size(batch_size: int, accumulation: int = 1) -> int:
 def held_out_batch(num_images: int, batch_size: int) -> int:
     """Return the global batch, up to ``batch_size`` on each process, whose multiples leave out fewest images.
 
-    In-batch losses need batches of one size: fewer images than there are batches and processes stay out.
-    Raises ``ValueError`` where there is not one image for each process.
+    In-batch losses need batches of one size: fewer images than there are batches and processes stay
+    out. Raises ``ValueError`` where there is not one image for each process.
     """
     share = num_images // world_size()
     num_batches = -(-share // batch_size)

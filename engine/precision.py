@@ -27,7 +27,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def cpu_has_bf16() -> bool:
     """Tell whether the processor multiplies bf16: emulated by oneDNN, it trains two to three times slower.
 
-    ``torch.ops.mkldnn._is_mkldnn_bf16_supported`` is no help: it is true of every AVX-512 processor.
+    ``torch.ops.mkldnn._is_mkldnn_bf16_supported`` is no help: it is true of every AVX-512
+    processor.
     """
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
@@ -53,8 +54,8 @@ def choose_device(name: str) -> torch.device:
 def refuse_wrong_gradients(module: nn.Module) -> None:
     """Let each convolution of ``module`` refuse a map for which a CPU's bf16 gradients are wrong.
 
-    Where the stride exceeds the map's width, the weight's gradient is what was in memory before (oneDNN, seen
-    with torch 2.15). The ``ValueError`` comes in the forward.
+    Where the stride exceeds the map's width, the weight's gradient is what was in memory before
+    (oneDNN, seen with torch 2.15). The ``ValueError`` comes in the forward.
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Conv2d) and part.stride[1] > 1 and part.kernel_size[1] > 1:
@@ -107,7 +108,8 @@ class Precision:
     def wrap(self, module: nn.Module) -> nn.Module:
         """Wrap a prepared module for gradient averaging if there are several processes.
 
-        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be local.
+        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be
+        local.
         """
         if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
@@ -115,14 +117,16 @@ class Precision:
 
     def views(self, images: Tensor) -> Tensor:
         """Return images (N, 3, H, W) in the run's memory format."""
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        return (
+            images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        )
 
     @contextmanager
     def evaluating(self, module: M) -> Iterator[M]:
         """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
 
-        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the others' may
-        differ.
+        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the
+        others' may differ.
         """
         was_training = [(part, part.training) for part in module.modules()]
         for buffer in module.buffers():

@@ -1,8 +1,8 @@
 """Keep the batch that a run stopped on, and say what went wrong when it is played again.
 
-``nonfinite_<step>.pt`` in the run's folder holds the weights before the update, the views as they were fed,
-and all that keys the draws; rank 0 writes it, the other processes send their part. It is an ordinary torch
-file of tensors, numbers and text.
+``nonfinite_<step>.pt`` in the run's folder holds the weights before the update, the views as they
+were fed, and all that keys the draws; rank 0 writes it, the other processes send their part. It is
+an ordinary torch file of tensors, numbers and text.
 """
 
 import logging
@@ -34,7 +34,18 @@ logger = logging.getLogger("synco")
 
 _KEEP = 2  # files in a folder: a job that is started again and again must not fill the disk
 _MOST_BYTES = 2 << 30  # of views in one file
-_NEEDED = {"step", "world", "seed", "config", "precision", "scale", "progress", "framework", "parts", "late"}
+_NEEDED = {
+    "step",
+    "world",
+    "seed",
+    "config",
+    "precision",
+    "scale",
+    "progress",
+    "framework",
+    "parts",
+    "late",
+}
 
 
 @contextmanager
@@ -45,8 +56,11 @@ def kept_for_replay(run: "Run", state: "TrainState", plan: "Plan") -> Iterator[N
     except NonFiniteError as error:
         try:
             path = _keep(run, state, plan, error)
-        except Exception as problem:  # a full disk, a lost process: the first error is the one to tell
-            logger.warning("the batch of step %d is not kept for --replay (%s)", error.step, problem)
+        # a full disk, a lost process: the first error is the one to tell
+        except Exception as problem:
+            logger.warning(
+                "the batch of step %d is not kept for --replay (%s)", error.step, problem
+            )
         else:
             if path:
                 error.args = (f"{error}. To see what went wrong: --replay {path}",)
@@ -62,13 +76,20 @@ def _keep(run: "Run", state: "TrainState", plan: "Plan", error: NonFiniteError) 
         return None
     progress = plan.progress(error.step)
     payload = {
-        **{"step": error.step, "message": str(error), "parts": parts, "late": state.step > error.step},
+        **{
+            "step": error.step,
+            "message": str(error),
+            "parts": parts,
+            "late": state.step > error.step,
+        },
         **{"world": distributed.world_size(), "global_batch": plan.global_batch, "seed": run.seed},
         "config": to_yaml(run.cfg),
         "precision": run.precision,
         "scale": state.scaler.get_scale() if state.scaler else 1.0,
         "progress": [progress.step, progress.steps_per_epoch, progress.total_steps],
-        "framework": {name: value.detach().cpu() for name, value in state.module.state_dict().items()},
+        "framework": {
+            name: value.detach().cpu() for name, value in state.module.state_dict().items()
+        },
         "checkpoint": next((path.name for path in checkpoint.committed(run.folder)), ""),
         "versions": {"torch": str(torch.__version__), "device": _device_name(run.device)},
     }
@@ -119,7 +140,7 @@ def load_kept(path: Path) -> dict[str, Any]:
     return kept
 
 
-# ---- playing it again ------------------------------------------------------------------------------------
+# ---- playing it again ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -152,14 +173,22 @@ class Finding:
         )
 
 
-def replay(run: "Run", framework: torch.nn.Module, kept: dict[str, Any], path: Path) -> list[Finding]:
+def replay(
+    run: "Run", framework: torch.nn.Module, kept: dict[str, Any], path: Path
+) -> list[Finding]:
     """Play each part in the run's precision and again in fp32, log what was found and return it."""
     step, world = kept["step"], kept["world"]
     versions = kept.get("versions", {})
     logger.info("replay of step %d: %s", step, kept.get("message", ""))
     logger.info(
         "it ran on %d process(es) of %s with torch %s, this is %s with torch %s",
-        *(world, versions.get("device"), versions.get("torch"), _device_name(run.device), torch.__version__),
+        *(
+            world,
+            versions.get("device"),
+            versions.get("torch"),
+            _device_name(run.device),
+            torch.__version__,
+        ),
     )
     weights = _weights(kept, path)
     findings = []
@@ -168,7 +197,9 @@ def replay(run: "Run", framework: torch.nn.Module, kept: dict[str, Any], path: P
         logger.info(
             "rank %d: %d images, its loss was %.4g; %s",
             *(part["rank"], sum(map(len, part["indices"])), part["loss"]),
-            f"NOT FINITE in the input: samples {bad_inputs}" if bad_inputs else "all inputs are finite",
+            f"NOT FINITE in the input: samples {bad_inputs}"
+            if bad_inputs
+            else "all inputs are finite",
         )
         found = []
         for precision in dict.fromkeys((kept["precision"], "fp32")):
@@ -184,13 +215,13 @@ def verdict(found: list[Finding], bad_inputs: str, bad_weights: bool, world: int
     """Say in words what is wrong and what to do, from the findings in the run's precision and in fp32."""
     first, last = found[0], found[-1]
     if bad_weights:
-        return (
-            "the weights are not finite, before any forward; resume from an older checkpoint (--resume FILE)"
-        )
+        return "the weights are not finite, before any forward; resume from an older checkpoint (--resume FILE)"
     if bad_inputs:
         return f"the images are to blame, not the network: look at samples {bad_inputs} of the data set"
     if first.finite:
-        other = " other processes took part (batch statistics, gathered keys): see their parts;" * (world > 1)
+        other = " other processes took part (batch statistics, gathered keys): see their parts;" * (
+            world > 1
+        )
         return (
             f"not reproduced: this batch is finite on one process;{other} if it comes again, suspect the "
             "device (memory errors) and its kernels (TRAIN.DETERMINISTIC True)"
@@ -209,8 +240,8 @@ def verdict(found: list[Finding], bad_inputs: str, bad_weights: bool, world: int
 def _weights(kept: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the state to play from, and say where it is not that of the step.
 
-    On a GPU a step is read when the next one has begun: the queue then holds the spoilt step's keys, the
-    target has moved once more, and an optimiser that cannot skip has spoilt the weights.
+    On a GPU a step is read when the next one has begun: the queue then holds the spoilt step's
+    keys, the target has moved once more, and an optimiser that cannot skip has spoilt the weights.
     """
     weights = dict(kept["framework"])
     if not kept["late"]:
@@ -229,14 +260,25 @@ def _weights(kept: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _play(
-    run: "Run", framework: torch.nn.Module, kept: dict[str, Any], part: dict[str, Any], precision: str
+    run: "Run",
+    framework: torch.nn.Module,
+    kept: dict[str, Any],
+    part: dict[str, Any],
+    precision: str,
 ) -> Finding:
     """Run forward and backward of one process's step."""
     finding = Finding(precision, 0.0)
     scale = kept["scale"] if precision == "fp16" else 1.0
     watched = [
-        *(module.register_forward_hook(_watch_output(name, finding)) for name, module in _named(framework)),
-        *(_watch_gradient(name, p, finding) for name, p in framework.named_parameters() if p.requires_grad),
+        *(
+            module.register_forward_hook(_watch_output(name, finding))
+            for name, module in _named(framework)
+        ),
+        *(
+            _watch_gradient(name, p, finding)
+            for name, p in framework.named_parameters()
+            if p.requires_grad
+        ),
     ]
     framework.train().zero_grad(set_to_none=True)
     torch.manual_seed(keyed_seed("step", kept["seed"], kept["step"], part["rank"]))
@@ -244,7 +286,9 @@ def _play(
     try:
         for views, finding.indices in zip(part["views"], part["indices"], strict=True):
             images = [run.views(view.to(run.device)) for view in views]
-            with torch.autocast(run.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            with torch.autocast(
+                run.device.type, dtype or torch.bfloat16, enabled=dtype is not None
+            ):
                 out = framework(images, Progress(*kept["progress"]))
             loss = out["loss"] / len(part["views"])
             (loss * scale).backward()
@@ -267,7 +311,9 @@ def _watch_output(name: str, finding: Finding) -> Any:
         bad = next((t for t in _tensors(output) if not _is_finite(t)), None)
         if bad is None or finding.module:
             return
-        given = "" if all(map(_is_finite, _tensors(inputs))) else ", whose input is already not finite"
+        given = (
+            "" if all(map(_is_finite, _tensors(inputs))) else ", whose input is already not finite"
+        )
         count = int((~torch.isfinite(bad)).sum())
         finding.module = f"{name}: {count} of {bad.numel()} values{given}"
         finding.samples = _rows(bad, finding.indices)
@@ -295,12 +341,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _is_finite(value: Any) -> bool:
-    return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(torch.isfinite(value).all())
+    return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(
+        torch.isfinite(value).all()
+    )
 
 
 def _spoilt(weights: dict[str, Any]) -> list[str]:
     """Return what is not finite of a state, but for running statistics, which no training step reads."""
-    return [name for name, value in weights.items() if "running_" not in name and not _is_finite(value)]
+    return [
+        name for name, value in weights.items() if "running_" not in name and not _is_finite(value)
+    ]
 
 
 def _bad_inputs(part: dict[str, Any]) -> str:
@@ -321,4 +371,6 @@ def _rows(bad: Tensor, indices: Tensor | None) -> str:
 
 
 def _listed(samples: list[int]) -> str:
-    return ", ".join(map(str, samples[:16])) + (f", ... ({len(samples)})" if len(samples) > 16 else "")
+    return ", ".join(map(str, samples[:16])) + (
+        f", ... ({len(samples)})" if len(samples) > 16 else ""
+    )

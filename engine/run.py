@@ -40,7 +40,12 @@ class Run(Precision):
     """The place and the means of one run; only rank 0 writes."""
 
     def __init__(
-        self, cfg: CfgNode, folder: Path, device: torch.device, task: str = "pretrain", training: bool = True
+        self,
+        cfg: CfgNode,
+        folder: Path,
+        device: torch.device,
+        task: str = "pretrain",
+        training: bool = True,
     ) -> None:
         self.cfg = cfg
         self.task = task  # decides which keys are its identity, see utils.config.schema
@@ -54,13 +59,16 @@ class Run(Precision):
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
         self._resumed_from: Path | None = None
-        self._origin: str | None = None  # the --resume file that the folder's checkpoints descend from
+        # the --resume file that the folder's checkpoints descend from
+        self._origin: str | None = None
         self._saved_step: int | None = None
-        self._own: Path | None = None  # the checkpoint of this folder that was saved or resumed last
+        # the checkpoint of this folder that was saved or resumed last
+        self._own: Path | None = None
         self.known_evaluation: dict[str, float] = {}  # of the step that the run resumed at
-        self._evaluated: tuple[int, dict[str, float]] = (0, {})  # after which step, with what result
+        # after which step, with what result
+        self._evaluated: tuple[int, dict[str, float]] = (0, {})
 
-    # ---- the folder ----------------------------------------------------------------------------------------
+    # ---- the folder ------------------------------------------------------------------------------
 
     def open_folder(self) -> None:
         """Create the folder and take its lock: one folder, one run."""
@@ -79,7 +87,8 @@ class Run(Precision):
             raise ValueError(
                 f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
             )
-        if self._status().get("state") != "done":  # e.g. preempted: a start that fails must not be requeued
+        # e.g. preempted: a start that fails must not be requeued
+        if self._status().get("state") != "done":
             self.finish("starting", 0)
 
     def _check_lock(self) -> None:
@@ -147,13 +156,17 @@ class Run(Precision):
         """Leave as preempted: a signal while data are listed and the model is built loses nothing."""
         status = self._status()
         if status.get("state") == "starting":
-            self.finish("preempted", status["step"], f"{signal.Signals(number).name} before the first step")
+            self.finish(
+                "preempted", status["step"], f"{signal.Signals(number).name} before the first step"
+            )
         raise SystemExit(75)
 
     def done(self, step: int) -> None:
         """Say that the run is complete; raise ``OSError`` if its last checkpoint could not be written."""
         if self._saved_step != step:
-            error = OSError(f"{self.folder}: training is complete, but its last checkpoint was not saved")
+            error = OSError(
+                f"{self.folder}: training is complete, but its last checkpoint was not saved"
+            )
             error.reporter = 0  # type: ignore[attr-defined]  # all ranks know it, one says it
             raise error
         self.finish("done", step)
@@ -161,8 +174,8 @@ class Run(Precision):
     def finish(self, state: str, step: int, reason: str = "") -> None:
         """Write ``status.json``, which a requeue script reads.
 
-        The state is starting, running, done, preempted (the same command goes on from here) or failed. The
-        reason may hold a file's name: whoever prints it prints no control characters.
+        The state is starting, running, done, preempted (the same command goes on from here) or
+        failed. The reason may hold a file's name: whoever prints it prints no control characters.
         """
         self.meter.close_line()
         if not self.training:
@@ -177,7 +190,7 @@ class Run(Precision):
             self._lock.close()
             self._lock = None
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------
 
     def due(self, step: int, plan: Plan) -> bool:
         """Tell whether a checkpoint is due after ``step`` steps."""
@@ -193,16 +206,20 @@ class Run(Precision):
     def evaluated(self, state: "TrainState", plan: Plan, values: dict[str, float]) -> bool:
         """Log an evaluation and note it beside the checkpoint of its step, if there is one.
 
-        Tells whether it is the best so far by ``CHECKPOINT.KEEP_BEST``. Raises ``ValueError`` if that names
-        nothing that was measured.
+        Tells whether it is the best so far by ``CHECKPOINT.KEEP_BEST``. Raises ``ValueError`` if
+        that names nothing that was measured.
         """
         metric = self.cfg.CHECKPOINT.KEEP_BEST
-        if values and self.task != "pretrain":  # which has told at once, and measures now this, now that
+        # which has told at once, and measures now this, now that
+        if values and self.task != "pretrain":
             retention.require(metric, values)
-        is_best = metric in values and retention.improves(metric, values[metric], state.best.get(metric))
+        is_best = metric in values and retention.improves(
+            metric, values[metric], state.best.get(metric)
+        )
         self._evaluated = (state.step, values)
         keep_best(state.best, values)
-        own = self._own == checkpoint.path_of(self.folder, state.step)  # not --resume's file from elsewhere
+        # not --resume's file from elsewhere
+        own = self._own == checkpoint.path_of(self.folder, state.step)
         if values and own:  # noted before it is logged: a resume logs what is noted
             distributed.on_main(lambda: self._note_evaluation(state, plan))
         self.meter.record(plan.progress(state.step), values, state.best)
@@ -215,7 +232,9 @@ class Run(Precision):
             checkpoint.amend(path, evaluated=self._evaluated[1], best=dict(state.best))
             self._prune(plan)
         except (OSError, checkpoint.CheckpointError) as error:
-            logger.error("the evaluation of step %d is not noted in its checkpoint (%s)", state.step, error)
+            logger.error(
+                "the evaluation of step %d is not noted in its checkpoint (%s)", state.step, error
+            )
 
     def checkpoint(self, state: "TrainState", plan: Plan) -> None:
         """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
@@ -264,15 +283,16 @@ class Run(Precision):
         """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was
         one.
 
-        Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if there are
-        checkpoints and none verifies.
+        Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if
+        there are checkpoints and none verifies.
         """
         found = distributed.on_main(
             lambda: resume.find_checkpoint(self.folder, self.cfg.RESUME, self.training)
         )
         if found is None:
             if self.training:
-                self.metrics.truncate_after(0)  # of a run that was killed before its first checkpoint
+                # of a run that was killed before its first checkpoint
+                self.metrics.truncate_after(0)
             return False
         path, self._origin = found
         saved, changes = distributed.on_all(
@@ -289,14 +309,15 @@ class Run(Precision):
         self._resumed_from, self._saved_step = path, state.step
         if path.resolve().parent == self.folder.resolve():
             self._own = checkpoint.path_of(self.folder, state.step)
-        if self._origin:  # later ones belong to another course of the run, and would be taken for newer
+        # later ones belong to another course of the run, and would be taken for newer
+        if self._origin:
             distributed.on_main(lambda: retention.set_aside(self.folder, after=state.step))
         if "meter" in saved:  # older checkpoints lack it
             self.meter.load_state_dict(saved["meter"])
         self.metrics.truncate_after(state.step, evaluation_too=True)  # fit writes it again
         return True
 
-    # ---- what a person sees --------------------------------------------------------------------------------
+    # ---- what a person sees ----------------------------------------------------------------------
 
     def describe(self, module: nn.Module, plan: Plan, num_images: int) -> None:
         """Say what is about to be trained, on what, for how long."""
@@ -311,7 +332,9 @@ class Run(Precision):
         self.meter.start(plan.total_steps)
 
 
-def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True) -> Run:
+def start_run(
+    cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True
+) -> Run:
     """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``.
 
     Without ``training`` (``--eval``, ``--throughput``) nothing is locked or written.
@@ -319,7 +342,8 @@ def start_run(cfg: CfgNode, subfolder: str = "", task: str = "pretrain", trainin
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
-    if cfg.TRAIN.DETERMINISTIC != torch.are_deterministic_algorithms_enabled():  # imports the compiler
+    # imports the compiler
+    if cfg.TRAIN.DETERMINISTIC != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not cfg.TRAIN.DETERMINISTIC

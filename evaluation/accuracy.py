@@ -1,7 +1,7 @@
 """Judge features: exact top-k counts and few-label probes; k-NN: ``evaluation.knn``.
 
-Accuracies are percentages. Counts are summed before they are divided, so that the number of ranks, the size
-of the last batch and the chunking change nothing.
+Accuracies are percentages. Counts are summed before they are divided, so that the number of ranks,
+the size of the last batch and the chunking change nothing.
 """
 
 import logging
@@ -39,7 +39,8 @@ class LabelledBatch(Protocol):
 def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
     """Count the rows of logits (..., N, C) whose label (N,) is among the k largest: int64 (..., len(ks)).
 
-    Ties go to the smaller class index, NaN ranks above all, a label of -1 is never right; k > C means C.
+    Ties go to the smaller class index, NaN ranks above all, a label of -1 is never right; k > C
+    means C.
     """
     known = labels >= 0
     places = labels.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1)
@@ -60,7 +61,9 @@ def held_out_losses(
     rows: list[dict[str, Tensor]] = []
     for number, views in enumerate(batches):
         torch.manual_seed(keyed_seed("held out", seed, number, rank()))
-        rows.append({name: value.float() for name, value in forward(views).items() if value.ndim == 0})
+        rows.append(
+            {name: value.float() for name, value in forward(views).items() if value.ndim == 0}
+        )
     names = sorted(rows[0])
     means = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).mean(0)
     means = all_reduce_sum(means) / world_size()
@@ -73,7 +76,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Return float32 features (M, F) and labels (M,) of all ranks' batches in the order of the data set.
 
-    Samples that several ranks got to fill up their shards count once. The caller sets the eval mode.
+    Samples that several ranks got to fill up their shards count once. The caller sets the eval
+    mode.
     """
     return compute_features(backbone, batches).whole()
 
@@ -83,7 +87,8 @@ def logistic_probe(
 ) -> Tensor:
     """Return logits (Q, C) for test_x (Q, D) of a logistic regression on train_x (N, D), train_y (N,).
 
-    Minimises mean cross-entropy + l2/2 |W|^2, features standardised by train_x; full batch, deterministic.
+    Minimises mean cross-entropy + l2/2 |W|^2, features standardised by train_x; full batch,
+    deterministic.
     """
     mean, scale = _moments(train_x)
     weight, bias = _fit_logistic((train_x.double() - mean) / scale, train_y, num_classes, l2)
@@ -107,8 +112,11 @@ def few_label_accuracy(
     (seed, per_class, draw).
     """
     mean, scale = _moments(train_x)
-    chosen = class_balanced_draws(train_y, num_classes, per_class, draws, seed).to(train_x.device)  # (R, n)
-    weight, bias = _fit_logistic((train_x[chosen].double() - mean) / scale, train_y[chosen], num_classes, l2)
+    # (R, n)
+    chosen = class_balanced_draws(train_y, num_classes, per_class, draws, seed).to(train_x.device)
+    weight, bias = _fit_logistic(
+        (train_x[chosen].double() - mean) / scale, train_y[chosen], num_classes, l2
+    )
     queries = (test_x.double() - mean) / scale
     counts = torch.stack(
         [topk_correct(queries @ w + b, test_y, (1,)) for w, b in zip(weight, bias, strict=True)]
@@ -117,7 +125,9 @@ def few_label_accuracy(
     return accuracy.mean().item(), accuracy.std().item() if draws > 1 else 0.0
 
 
-def class_balanced_draws(labels: Tensor, num_classes: int, per_class: int, draws: int, seed: int) -> Tensor:
+def class_balanced_draws(
+    labels: Tensor, num_classes: int, per_class: int, draws: int, seed: int
+) -> Tensor:
     """Return indices (draws, num_classes * per_class), `per_class` of each class; ValueError if too few."""
     labels = labels.cpu()
     counts = torch.bincount(labels[labels >= 0], minlength=num_classes)
@@ -143,7 +153,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Tensor, Tensor]:
     """Fit (..., n, D), (..., n) for all leading dimensions at once: weights (..., D, C), biases (..., 1, C).
 
-    With fewer samples than features the solution lies in their span, so that n coordinates are enough.
+    With fewer samples than features the solution lies in their span, so that n coordinates are
+    enough.
     """
     x = x.detach()
     basis = torch.linalg.qr(x.mT).Q if x.shape[-2] < x.shape[-1] else None  # (..., D, n)

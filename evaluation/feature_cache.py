@@ -1,7 +1,7 @@
 """Features on the disk: computed once for the same weights and images, found again by a digest, verified.
 
-``features_train_<digest>.npy`` holds the float32 rows, mapped into memory when read. The JSON beside it names
-what they are features of and the sha256 of the file; its rename is the commit.
+``features_train_<digest>.npy`` holds the float32 rows, mapped into memory when read. The JSON
+beside it names what they are features of and the sha256 of the file; its rename is the commit.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ def cached_features(
 ) -> Features:
     """Return the features of a split from ``folder``, or ``compute`` them and, to ``write``, keep them there.
 
-    ``key`` (JSON values) is all that they are a function of, ``labels`` (N,) are those of the data set.
-    Raises ``OSError`` on all processes if the disk fails.
+    ``key`` (JSON values) is all that they are a function of, ``labels`` (N,) are those of the data
+    set. Raises ``OSError`` on all processes if the disk fails.
     """
     key = json.loads(json.dumps({"version": _VERSION, "split": split, **key}, sort_keys=True))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -82,7 +82,8 @@ def _alone(folder: Path) -> Iterator[None]:
         return True
 
     waiting = False
-    while not on_main(locked):  # short collectives: none of them waits as long as the other run computes
+    # short collectives: none of them waits as long as the other run computes
+    while not on_main(locked):
         if not waiting:
             logger.info("another run is writing features to %s: waiting for it", folder)
         waiting = True
@@ -135,7 +136,9 @@ def _fill(file: Any, features: Features, chunks: Iterator[Tensor]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
     for chunk in chunks:
         if not torch.isfinite(chunk).all():
-            raise ValueError("the features hold NaN or infinity; the backbone has diverged or lacks weights")
+            raise ValueError(
+                "the features hold NaN or infinity; the backbone has diverged or lacks weights"
+            )
         file.write(np.ascontiguousarray(chunk.cpu().numpy(), dtype="<f4").data)
 
 
@@ -159,7 +162,9 @@ def _open(path: Path, labels: Tensor, device: torch.device) -> WholeFeatures:
         warnings.simplefilter("ignore")  # the rows are read-only, and nobody writes to them
         rows = torch.from_numpy(np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape))
     if rows.shape != (len(indices), record["width"]):
-        raise ValueError(f"{path} holds features {tuple(rows.shape)} of {len(indices)} images; remove it")
+        raise ValueError(
+            f"{path} holds features {tuple(rows.shape)} of {len(indices)} images; remove it"
+        )
     check = functools.partial(_check_size, file, path, record["bytes"])
     return WholeFeatures(rows, labels[indices], indices, device, before_reading=check)
 

@@ -104,7 +104,9 @@ class SharedFeatures(Features):
         kept = torch.isin(self.indices, indices)
         mine = kept[self.places]
         places = (kept.cumsum(0) - 1)[self.places[mine]]
-        return SharedFeatures(self.rows[mine], self.labels[kept], self.indices[kept], self.device, places)
+        return SharedFeatures(
+            self.rows[mine], self.labels[kept], self.indices[kept], self.device, places
+        )
 
 
 def _in_memory() -> None:
@@ -152,8 +154,8 @@ def compute_features(
 ) -> SharedFeatures:
     """Return float32 features of all processes' batches; each keeps its own on the host.
 
-    Samples that several processes got to fill up their shards count once. The caller sets the eval mode.
-    Raises ``ValueError`` where a process has no batch.
+    Samples that several processes got to fill up their shards count once. The caller sets the eval
+    mode. Raises ``ValueError`` where a process has no batch.
     """
     features, labels, indices = [], [], []
     for batch in batches:

@@ -25,7 +25,8 @@ from utils.distributed import all_reduce_sum, is_main
 
 logger = logging.getLogger("synco")
 
-BACKBONE, CLASSIFIER = 0, 1  # the "rate" of a parameter group: which base rate of the plan it follows
+# the "rate" of a parameter group: which base rate of the plan it follows
+BACKBONE, CLASSIFIER = 0, 1
 
 
 def refuse_contradictions(node: CfgNode) -> None:
@@ -38,7 +39,9 @@ def refuse_contradictions(node: CfgNode) -> None:
     if node.WEIGHTS == "freeze" and node.LR_BACKBONE:
         logger.warning("--lr-backbone %g has no effect on a frozen backbone", node.LR_BACKBONE)
     if not node.TEST and not node.HOLD_OUT:
-        raise ValueError("FINETUNE.TEST: False leaves nothing to evaluate; set FINETUNE.HOLD_OUT, e.g. 0.2")
+        raise ValueError(
+            "FINETUNE.TEST: False leaves nothing to evaluate; set FINETUNE.HOLD_OUT, e.g. 0.2"
+        )
 
 
 def run_name(cfg: CfgNode, weights: Path | None, which: str = "") -> str:
@@ -81,8 +84,8 @@ def _digest(cfg: CfgNode, weights: Path | None) -> str:
 def fitting_batch(num_images: int, wanted: int, share: int, even: bool = False) -> int:
     """Return the global batch: ``wanted`` images, or as many as there are, a multiple of ``share``.
 
-    ``share`` is processes x micro-batches; ``even``: the images of one micro-batch are paired. Raises
-    ``ValueError`` if the images are too few, or ``wanted`` cannot be paired.
+    ``share`` is processes x micro-batches; ``even``: the images of one micro-batch are paired.
+    Raises ``ValueError`` if the images are too few, or ``wanted`` cannot be paired.
     """
     unit = 2 * share if even else share
     if wanted % unit:
@@ -103,8 +106,9 @@ def finetune_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of an ``OPTIM`` section: backbone and heads follow a rate each.
 
-    With ``layers`` (parameter name -> number of its layer, the last one highest) a layer's ``lr_scale`` is
-    that of the next times ``FINETUNE.LAYER_DECAY``, the heads' being 1 (Bao et al. 2021, arXiv:2106.08254).
+    With ``layers`` (parameter name -> number of its layer, the last one highest) a layer's
+    ``lr_scale`` is that of the next times ``FINETUNE.LAYER_DECAY``, the heads' being 1 (Bao et al.
+    2021, arXiv:2106.08254).
     """
     groups = [{**group, "rate": BACKBONE} for group in parameter_groups(backbone, node.OPTIM)]
     if layers:
@@ -114,7 +118,10 @@ def finetune_groups(
             for name, parameter in backbone.named_parameters()
         }
         groups = [part for group in groups for part in _split(group, scale)]
-    return [*groups, *({**group, "rate": CLASSIFIER} for group in parameter_groups(heads, node.OPTIM))]
+    return [
+        *groups,
+        *({**group, "rate": CLASSIFIER} for group in parameter_groups(heads, node.OPTIM)),
+    ]
 
 
 def _split(group: dict[str, Any], scale: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
@@ -134,19 +141,26 @@ class Frozen:
     def check(self) -> None:
         """Raise ``RuntimeError`` unless every parameter and buffer is bit-identical."""
         now = self._module.state_dict()
-        moved = [name for name, tensor in self._before.items() if not torch.equal(tensor, now[name])]
+        moved = [
+            name for name, tensor in self._before.items() if not torch.equal(tensor, now[name])
+        ]
         if moved:
-            raise RuntimeError(f"{len(moved)} tensors of the frozen backbone moved: {', '.join(moved[:4])}")
+            raise RuntimeError(
+                f"{len(moved)} tensors of the frozen backbone moved: {', '.join(moved[:4])}"
+            )
 
 
 @torch.no_grad()
 def accuracy(
-    predict: Callable[[Tensor], Tensor], batches: Iterable[LabelledBatch], prefix: str, device: torch.device
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[LabelledBatch],
+    prefix: str,
+    device: torch.device,
 ) -> dict[str, float]:
     """Return percent top-1 and top-5 over the batches of all ranks, which share no image.
 
-    Counts are summed before they are divided, so the number of ranks changes nothing. ``predict`` gives
-    logits (N, C) and is in eval mode.
+    Counts are summed before they are divided, so the number of ranks changes nothing. ``predict``
+    gives logits (N, C) and is in eval mode.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     for batch in batches:
@@ -166,8 +180,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the results of a run, and ``write`` them to ``result.json`` (of a finished one); close the run.
 
-    ``images`` are those trained on and held out; ``accuracies`` are of the last epoch's weights. The best
-    over epochs stands apart: on the test split it is how the published scripts report, and optimistic.
+    ``images`` are those trained on and held out; ``accuracies`` are of the last epoch's weights.
+    The best over epochs stands apart: on the test split it is how the published scripts report, and
+    optimistic.
     """
     node = run.cfg.FINETUNE
     result = {
@@ -184,7 +199,9 @@ def summarise(
         **{f"best_{name}": value for name, value in best.items()},
     }
     if not node.HOLD_OUT:
-        logger.info("best: over epochs on the test split, as published scripts report; last: not chosen")
+        logger.info(
+            "best: over epochs on the test split, as published scripts report; last: not chosen"
+        )
     if write and is_main():
         write_text(run.folder / "result.json", json.dumps(result, indent=1))
     run.close()

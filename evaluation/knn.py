@@ -1,7 +1,8 @@
 """Weighted k-NN over a bank that no process needs to hold: exact, in pieces, on any number of processes.
 
-Wu et al. 2018, arXiv:1805.01978. Pieces are cut by the width of the features alone, and of equally similar
-neighbours the earlier in the bank comes first, so neither processes nor memory change a vote.
+Wu et al. 2018, arXiv:1805.01978. Pieces are cut by the width of the features alone, and of equally
+similar neighbours the earlier in the bank comes first, so neither processes nor memory change a
+vote.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,13 @@ _NOT_FINITE = "features for k-NN hold NaN or infinity; the backbone has diverged
 
 
 @torch.no_grad()
-def nearest(queries: Sequence[Tensor], bank: Iterable[Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
+def nearest(
+    queries: Sequence[Tensor], bank: Iterable[Tensor], k: int
+) -> list[tuple[Tensor, Tensor]]:
     """Return for each block of queries (q, D) cosines and rows (q, min(k, M)) of the nearest of the bank.
 
-    The bank comes as chunks (m, D) in order. Best first; of equals the smaller row. Raises ``ValueError`` for
-    NaN or infinity, on all processes for one's queries.
+    The bank comes as chunks (m, D) in order. Best first; of equals the smaller row. Raises
+    ``ValueError`` for NaN or infinity, on all processes for one's queries.
     """
     queries = [block.float() for block in queries]
     lengths = [_lengths(block) for block in queries]
@@ -29,7 +32,10 @@ def nearest(queries: Sequence[Tensor], bank: Iterable[Tensor], k: int) -> list[t
         raise ValueError(_NOT_FINITE)
     queries = [block / length for block, length in zip(queries, lengths, strict=True)]
     best: list[tuple[Tensor, Tensor]] = [
-        (block.new_empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64, device=block.device))
+        (
+            block.new_empty(len(block), 0),
+            torch.empty(len(block), 0, dtype=torch.int64, device=block.device),
+        )
         for block in queries
     ]
     seen = 0
@@ -56,7 +62,8 @@ def _lengths(features: Tensor) -> Tensor:
 def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest (q, k) and their columns, of equals the smaller column first.
 
-    ``topk`` is free in its choice among equals: where the last place is disputed the row is sorted instead.
+    ``topk`` is free in its choice among equals: where the last place is disputed the row is sorted
+    instead.
     """
     k = min(k, similarity.shape[1])
     values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
@@ -75,13 +82,16 @@ def vote(
 ) -> dict[int, Tensor]:
     """Return for each k the top min(5, C) classes (q, 5), best first: a neighbour's vote is exp(cosine / T).
 
-    ``similarity`` and ``classes`` (q, max k) are of the neighbours, best first. Ties go to the smaller class.
+    ``similarity`` and ``classes`` (q, max k) are of the neighbours, best first. Ties go to the
+    smaller class.
     """
     # A common factor changes no order, and without it a small temperature overflows.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     found = {}
     for k in ks:
-        votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, classes[:, :k], weights[:, :k])
+        votes = weights.new_zeros(len(weights), num_classes).scatter_add_(
+            1, classes[:, :k], weights[:, :k]
+        )
         found[k] = votes.sort(dim=1, descending=True, stable=True).indices[:, : min(5, num_classes)]
     return found
 
@@ -135,8 +145,9 @@ def features_knn(
 ) -> dict[str, float]:
     """Return {"knn10_top1": percent, "knn10_top5": percent, ...} of this process's and all others' queries.
 
-    ``queries`` are the blocks of ``Features.blocks``. The bank passes by in chunks: beyond what it holds of
-    both, a process needs at most about 0.5 GiB, whatever their sizes, and max(ks) numbers a query.
+    ``queries`` are the blocks of ``Features.blocks``. The bank passes by in chunks: beyond what it
+    holds of both, a process needs at most about 0.5 GiB, whatever their sizes, and max(ks) numbers
+    a query.
     """
     found = _ranking([features for features, _ in queries], bank, num_classes, ks, temperature)
     right = torch.zeros(2 * len(ks) + 1, dtype=torch.int64, device=bank.device)

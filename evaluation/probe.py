@@ -128,7 +128,9 @@ def open_points(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[i
     for name, step in closed.items():
         _say_closed(name, step)
     if len(closed) == len(points):
-        raise NonFiniteError(f"every head diverged ({', '.join(closed)}); give lower learning rates (--lr)")
+        raise NonFiniteError(
+            f"every head diverged ({', '.join(closed)}); give lower learning rates (--lr)"
+        )
     return {number: point for number, point in enumerate(points) if point.name not in closed}
 
 
@@ -136,7 +138,9 @@ def open_points(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[i
 def _say_closed(name: str, step: int) -> None:
     if is_main():
         logger.warning(
-            "%s diverged at step %d and was closed; the other heads go on. Its lr is too high", name, step
+            "%s diverged at step %d and was closed; the other heads go on. Its lr is too high",
+            name,
+            step,
         )
 
 
@@ -146,12 +150,15 @@ def head_accuracies(
 ) -> dict[str, float]:
     """Return percent top-1 and top-5 of each head (``lr30/top1``) and of the best one (``top1``, ``top5``).
 
-    ``blocks`` are this process's (features, labels), on its device; the counts of all processes are summed.
-    ``points`` are those to report, by their place in the grid.
+    ``blocks`` are this process's (features, labels), on its device; the counts of all processes are
+    summed. ``points`` are those to report, by their place in the grid.
     """
     num_heads = len(list(heads.parameters())) // 2  # a weight and a bias each
-    counts = torch.zeros(2 * num_heads + 1, dtype=torch.int64, device=next(heads.parameters()).device)
-    size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))  # weights (C, F) and biases (C,)
+    counts = torch.zeros(
+        2 * num_heads + 1, dtype=torch.int64, device=next(heads.parameters()).device
+    )
+    # weights (C, F) and biases (C,)
+    size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))
     for features, labels in blocks:
         for part, target in zip(features.split(size), labels.split(size), strict=True):
             counts[:-1] += topk_correct(heads(part), target, (1, 5)).flatten()
@@ -180,8 +187,8 @@ def write_result(
     """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
     point.
 
-    ``what`` was probed stands first. Weight decays are named where there are several. Heads that diverged are
-    listed with their step and have no accuracy.
+    ``what`` was probed stands first. Weight decays are named where there are several. Heads that
+    diverged are listed with their step and have no accuracy.
     """
     closed = diverged(points, closed_at)
     trained = [point for point in points if point.name not in closed]
@@ -200,7 +207,9 @@ def write_result(
         "final_top5": final[f"{chosen.name}/top5"],
         **knn,
         "final_by_point" if several else "final_by_lr": {
-            point.name if several else f"{point.lr:g}": [final[f"{point.name}/top{k}"] for k in (1, 5)]
+            point.name if several else f"{point.lr:g}": [
+                final[f"{point.name}/top{k}"] for k in (1, 5)
+            ]
             for point in trained
         },
         **({"diverged": closed} if closed else {}),

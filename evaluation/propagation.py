@@ -1,7 +1,7 @@
 """Masks carried through a video by the similarity of its features, and how good they are (DAVIS 2017).
 
-The label propagation of Jabri et al. 2020 (arXiv:2006.14613) with the settings of DINO (Caron et al. 2021,
-section 4.2.3), and the measures J and F of Perazzi et al. 2016.
+The label propagation of Jabri et al. 2020 (arXiv:2006.14613) with the settings of DINO (Caron et
+al. 2021, section 4.2.3), and the measures J and F of Perazzi et al. 2016.
 """
 
 import math
@@ -30,8 +30,8 @@ def propagate(
 ) -> Iterator[Tensor]:
     """Yield the soft labels (C, h, w) of the second frame and those after it.
 
-    ``features`` gives a map (F, h, w) a frame, the first frame's included; ``first`` (C, h, w) are its
-    labels. What is carried on is soft.
+    ``features`` gives a map (F, h, w) a frame, the first frame's included; ``first`` (C, h, w) are
+    its labels. What is carried on is soft.
     """
     config = config or PropagationConfig()
     frames = iter(features)
@@ -45,12 +45,14 @@ def propagate(
         yield carried
 
 
-def carry_labels(target: Tensor, sources: Tensor, labels: Tensor, config: PropagationConfig) -> Tensor:
+def carry_labels(
+    target: Tensor, sources: Tensor, labels: Tensor, config: PropagationConfig
+) -> Tensor:
     """Return the labels (C, h, w) of a frame from those of T others.
 
-    ``target`` (F, h, w) and ``sources`` (T, F, h, w) have features of length 1, ``labels`` are (T, C, h, w).
-    A cell takes the mean of the labels of the cells within ``radius`` that are among its ``topk`` most
-    similar (ties included), weighted by exp(cosine / temperature).
+    ``target`` (F, h, w) and ``sources`` (T, F, h, w) have features of length 1, ``labels`` are (T,
+    C, h, w). A cell takes the mean of the labels of the cells within ``radius`` that are among its
+    ``topk`` most similar (ties included), weighted by exp(cosine / temperature).
     """
     height, width = target.shape[1:]
     cells = height * width
@@ -85,8 +87,8 @@ def shrink_mask(mask: Tensor, size: tuple[int, int], num_labels: int) -> Tensor:
 def enlarge_labels(labels: Tensor, frame_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Return the index mask of `size` (H, W) from soft labels (C, h, w).
 
-    Labels are enlarged to the frame that the network saw, each stretched to [0, 1], the largest wins; the
-    result is then brought to `size` without interpolation.
+    Labels are enlarged to the frame that the network saw, each stretched to [0, 1], the largest
+    wins; the result is then brought to `size` without interpolation.
     """
     soft = F.interpolate(labels[None], size=frame_size, mode="bilinear", align_corners=False)[0]
     low = soft.amin(dim=(1, 2), keepdim=True)
@@ -105,8 +107,8 @@ def region_similarity(mask: Tensor, truth: Tensor) -> float:
 def contour_accuracy(mask: Tensor, truth: Tensor, tolerance: float = 0.008) -> float:
     """Return F, the harmonic mean of precision and recall of the contours of boolean masks (H, W).
 
-    A contour pixel is right if the other contour comes within ``tolerance`` diagonals of the image, rounded
-    up.
+    A contour pixel is right if the other contour comes within ``tolerance`` diagonals of the image,
+    rounded up.
     """
     reach = math.ceil(tolerance * math.hypot(*mask.shape))
     contours = contour(mask), contour(truth)
@@ -147,7 +149,8 @@ class Quality(NamedTuple):
 def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
     """Return the quality of every object of index masks (T, H, W); 255 in `truth` is void and counts nowhere.
 
-    The first frame is given and the last not counted, as in the benchmark, where there are more than two.
+    The first frame is given and the last not counted, as in the benchmark, where there are more
+    than two.
     """
     counted = slice(1, -1) if len(truth) > 2 else slice(1, None)
     objects = [int(label) for label in truth[0].unique() if label not in (0, 255)]
@@ -158,5 +161,7 @@ def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
             for mask, real in zip(masks[counted], truth[counted], strict=True)
         ]
         scores = [(region_similarity(*pair), contour_accuracy(*pair)) for pair in pairs]
-        quality[label] = Quality(*(sum(column) / len(pairs) for column in zip(*scores, strict=True)))
+        quality[label] = Quality(
+            *(sum(column) / len(pairs) for column in zip(*scores, strict=True))
+        )
     return quality

@@ -1,8 +1,8 @@
 """Image retrieval in the revisited Oxford and Paris protocol (Radenovic et al. 2018, arXiv:1803.11285).
 
-Every query has database images that show the same building clearly (easy), badly (hard), or that tell nothing
-(junk). Junk is taken out of a ranking before anything is counted; queries without positives are left out of
-the means.
+Every query has database images that show the same building clearly (easy), badly (hard), or that
+tell nothing (junk). Junk is taken out of a ranking before anything is counted; queries without
+positives are left out of the means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,8 @@ import numpy as np
 
 from utils.checkpoints.foreign import read_pickle
 
-Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom of the building, in pixels
+# left, top, right, bottom of the building, in pixels
+Box: TypeAlias = tuple[float, float, float, float]
 
 KS = (1, 5, 10)
 # difficulty -> (lists of positives, lists to leave out of the ranking)
@@ -76,8 +77,8 @@ def retrieval_scores(
 ) -> dict[str, float]:
     """Return percent mAP and mP@k by difficulty (``medium/mAP``, ``hard/mP@10``).
 
-    ``ranking`` (D, Q) holds database indices, the best first, a column a query. A difficulty in which no
-    query has a positive gives NaN.
+    ``ranking`` (D, Q) holds database indices, the best first, a column a query. A difficulty in
+    which no query has a positive gives NaN.
     """
     scores = {}
     for name, (positive, ignored) in PROTOCOLS.items():

@@ -47,4 +47,6 @@ class BYOL(MomentumFramework):
 
     def after_step(self, progress: Progress) -> None:
         """Average the target with the next step's momentum, which rises to 1."""
-        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))
+        self.update_target(
+            momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule)
+        )

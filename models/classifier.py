@@ -65,12 +65,16 @@ class LinearHeads(nn.Module):
     biases 0.
     """
 
-    def __init__(self, num_features: int, num_classes: int, num_heads: int, init: str = "normal") -> None:
+    def __init__(
+        self, num_features: int, num_classes: int, num_heads: int, init: str = "normal"
+    ) -> None:
         """Draw the common start; ValueError if `init` is unknown."""
         super().__init__()
         weight = _start(torch.empty(num_classes, num_features), init)
         self.weights = nn.ParameterList(nn.Parameter(weight.clone()) for _ in range(num_heads))
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_classes)) for _ in range(num_heads))
+        self.biases = nn.ParameterList(
+            nn.Parameter(torch.zeros(num_classes)) for _ in range(num_heads)
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (G, N, C) of features (N, F).
@@ -93,7 +97,9 @@ class LinearHeads(nn.Module):
     def head(self, index: int) -> nn.Linear:
         """Return a copy of one head as an ordinary linear layer."""
         weight, bias = self.weights[index], self.biases[index]
-        linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+        linear = nn.Linear(
+            weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype
+        )
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
         return linear
@@ -120,7 +126,12 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, num_classes: int, *, representation_size: int = 0, init: str = "normal"
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        representation_size: int = 0,
+        init: str = "normal",
     ) -> None:
         """Draw the heads, `init` as in `LinearHeads`."""
         super().__init__()
@@ -137,7 +148,9 @@ class Classifier(nn.Module):
             features = self.backbone.forward_features(images)[:, :2].unbind(1)
         else:
             features = (self.backbone(images),)
-        return torch.stack([head(feature) for head, feature in zip(self.heads, features, strict=True)])
+        return torch.stack(
+            [head(feature) for head, feature in zip(self.heads, features, strict=True)]
+        )
 
     def predict(self, images: Tensor) -> Tensor:
         """Return float32 logits (N, C): the mean over the heads."""
@@ -147,7 +160,9 @@ class Classifier(nn.Module):
         """Do nothing: no target follows a classifier's step."""
 
 
-def _class_head(num_features: int, num_classes: int, representation_size: int, init: str) -> nn.Sequential:
+def _class_head(
+    num_features: int, num_classes: int, representation_size: int, init: str
+) -> nn.Sequential:
     last = _linear(representation_size or num_features, num_classes, init)
     if representation_size:
         return nn.Sequential(_linear(num_features, representation_size, "trunc"), nn.Tanh(), last)
@@ -171,7 +186,9 @@ def layer_ids(backbone: Backbone) -> dict[str, int]:
 
     matcher = getattr(backbone, "group_matcher", None)
     if matcher is None:
-        raise ValueError("FINETUNE.LAYER_DECAY: timm knows no layers of this backbone; set it to 1.0")
+        raise ValueError(
+            "FINETUNE.LAYER_DECAY: timm knows no layers of this backbone; set it to 1.0"
+        )
     return group_parameters(backbone, matcher(coarse=False), reverse=True)
 
 

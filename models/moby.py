@@ -48,7 +48,10 @@ class MoBY(MomentumFramework):
             keys = [unit(rows) for rows in self.target.each(views)]
         synthetics = self.synthetics(progress)
         num = len(views[0])
-        pairs = [self.paired_rows(queries[0], keys[1], num), self.paired_rows(queries[1], keys[0], num)]
+        pairs = [
+            self.paired_rows(queries[0], keys[1], num),
+            self.paired_rows(queries[1], keys[0], num),
+        ]
         first = queue_contrast(*pairs[0], self.queue2.keys, self.temperature, synthetics)
         second = queue_contrast(*pairs[1], self.queue1.keys, self.temperature, synthetics)
         self.queue1.hold(keys[0])
@@ -67,4 +70,6 @@ class MoBY(MomentumFramework):
         """Enqueue the step's keys, then average the target with the next step's momentum."""
         self.queue1.flush()
         self.queue2.flush()
-        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))
+        self.update_target(
+            momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule)
+        )

@@ -40,7 +40,8 @@ class MoCoV2(MomentumFramework):
             raise ValueError(f"BATCH_NORM: {batch_norm!r} is not one of shuffle, sync, local")
         width = backbone.num_features
         super().__init__(
-            Encoder(backbone, mlp(width, width, out_dim, num_mlp_layers, batch_norm=False)), target_backbone
+            Encoder(backbone, mlp(width, width, out_dim, num_mlp_layers, batch_norm=False)),
+            target_backbone,
         )
         self.queue = KeyQueue(queue_size, out_dim)
         self.temperature = temperature
@@ -54,7 +55,11 @@ class MoCoV2(MomentumFramework):
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Contrast queries of view 1 with keys of view 2; `symmetric`: the mean of both ways."""
-        pairs = [(views[0], views[1]), (views[1], views[0])] if self.symmetric else [(views[0], views[1])]
+        pairs = (
+            [(views[0], views[1]), (views[1], views[0])]
+            if self.symmetric
+            else [(views[0], views[1])]
+        )
         contrasts = []
         for query_view, key_view in pairs:
             queries = unit(self.online(query_view))

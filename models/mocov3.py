@@ -38,10 +38,17 @@ class MoCoV3(MomentumFramework):
         momentum_schedule: str = "cosine",
     ) -> None:
         width = backbone.num_features
-        projector = mlp(width, hidden_dim, out_dim, proj_num_layers, bias=False, last_batch_norm=True)
+        projector = mlp(
+            width, hidden_dim, out_dim, proj_num_layers, bias=False, last_batch_norm=True
+        )
         super().__init__(Encoder(backbone, projector), target_backbone)
         self.predictor = mlp(
-            out_dim, hidden_dim, out_dim, pred_num_layers, bias=False, last_batch_norm=pred_last_batch_norm
+            out_dim,
+            hidden_dim,
+            out_dim,
+            pred_num_layers,
+            bias=False,
+            last_batch_norm=pred_last_batch_norm,
         )
         self.temperature = temperature
         self.base_momentum = base_momentum
@@ -66,4 +73,6 @@ class MoCoV3(MomentumFramework):
 
     def after_step(self, progress: Progress) -> None:
         """Average the target with the next step's momentum, which rises to 1."""
-        self.update_target(momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule))
+        self.update_target(
+            momentum_at(progress.next.fraction, self.base_momentum, self.momentum_schedule)
+        )

@@ -32,20 +32,26 @@ class Heads(nn.Module):
         super().__init__()
         self.rotation = nn.Linear(width, 4)
         self.contrast: nn.Module = nn.Linear(width, out_dim)
-        self.reconstruction: nn.Module = nn.ConvTranspose2d(map_width, 3, kernel_size=stride, stride=stride)
+        self.reconstruction: nn.Module = nn.ConvTranspose2d(
+            map_width, 3, kernel_size=stride, stride=stride
+        )
         _truncated_normal(self)
 
     def forward(self, summaries: tuple[Tensor, ...], features: Tensor, num: int) -> Outputs:
         """Read the rotation from the last summary and the embedding from the first."""
         return Outputs(
-            self.rotation(summaries[-1][:num]), self.contrast(summaries[0]), self.reconstruction(features)
+            self.rotation(summaries[-1][:num]),
+            self.contrast(summaries[0]),
+            self.reconstruction(features),
         )
 
 
 class StudentHeads(Heads):
     """Heads of the later variant: three layers each for embedding and pixels, no rotation."""
 
-    def __init__(self, width: int, hidden_dim: int, out_dim: int, stride: int, map_width: int) -> None:
+    def __init__(
+        self, width: int, hidden_dim: int, out_dim: int, stride: int, map_width: int
+    ) -> None:
         super().__init__(width, out_dim, stride, map_width)
         self.rotation = nn.Identity()  # type: ignore[assignment]
         self.contrast = nn.Sequential(
@@ -53,14 +59,18 @@ class StudentHeads(Heads):
             *(nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()),
             *(nn.Linear(hidden_dim, out_dim), nn.BatchNorm1d(out_dim, affine=False)),
         )
-        layers = [layer for _ in range(3) for layer in (nn.Conv2d(map_width, map_width, 1), nn.GELU())]
+        layers = [
+            layer for _ in range(3) for layer in (nn.Conv2d(map_width, map_width, 1), nn.GELU())
+        ]
         self.reconstruction = nn.Sequential(*layers, self.reconstruction)
         _truncated_normal(self)
 
 
 def _truncated_normal(module: nn.Module) -> None:
     for part in module.modules():
-        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)):
+        if isinstance(part, nn.Linear) or (
+            isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)
+        ):
             nn.init.trunc_normal_(part.weight, std=0.02)
             assert part.bias is not None
             nn.init.zeros_(part.bias)
@@ -123,7 +133,9 @@ class SiT(MomentumFramework):
         width, geometry = backbone.num_features, map_geometry(backbone)
         gmml = variant == "gmml"
         heads = (
-            StudentHeads(width, hidden_dim, out_dim, *geometry) if gmml else Heads(width, out_dim, *geometry)
+            StudentHeads(width, hidden_dim, out_dim, *geometry)
+            if gmml
+            else Heads(width, out_dim, *geometry)
         )
         super().__init__(SiTEncoder(backbone, heads), target_backbone)
         if not gmml:  # one each of TASKS
@@ -142,11 +154,15 @@ class SiT(MomentumFramework):
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Return the loss and its parts."""
-        return self._student_and_teacher(views) if self.variant == "gmml" else self._three_tasks(views)
+        return (
+            self._student_and_teacher(views) if self.variant == "gmml" else self._three_tasks(views)
+        )
 
     def compile_backbones(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
         """Raise ValueError: only a pooled output can be compiled, and SiT reads tokens and map."""
-        raise ValueError("TRAIN.COMPILE, TRAIN.CUDA_GRAPHS: SiT cannot be compiled; set them to False")
+        raise ValueError(
+            "TRAIN.COMPILE, TRAIN.CUDA_GRAPHS: SiT cannot be compiled; set them to False"
+        )
 
     def after_step(self, progress: Progress) -> None:
         """Average the target with this step's momentum, as published.
@@ -157,7 +173,7 @@ class SiT(MomentumFramework):
         momentum = momentum_at(progress.fraction, self.base_momentum, self.momentum_schedule)
         self.update_target(momentum, buffers=self.variant == "rotation")
 
-    # ---- the published method ------------------------------------------------------------------------------
+    # ---- the published method --------------------------------------------------------------------
 
     def _three_tasks(self, views: list[Tensor]) -> dict[str, Tensor]:
         turns = [torch.randint(4, (len(view),)) for view in views]
@@ -165,7 +181,9 @@ class SiT(MomentumFramework):
         outputs = [self.online(self.corrupted(view)[0]) for view in clean]
         return self.three_losses(clean, outputs, send(torch.cat(turns), clean[0].device))
 
-    def three_losses(self, clean: list[Tensor], outputs: list[Outputs], turns: Tensor) -> dict[str, Tensor]:
+    def three_losses(
+        self, clean: list[Tensor], outputs: list[Outputs], turns: Tensor
+    ) -> dict[str, Tensor]:
         """Weigh the three losses of two views, turned clockwise by `turns` (2N,) quarters."""
         num = len(clean[0])
         logits = full_precision(torch.cat([output.rotation for output in outputs]))
@@ -190,12 +208,13 @@ class SiT(MomentumFramework):
             "rotation_acc": accuracy,
         } | parts
 
-    # ---- the later variant ---------------------------------------------------------------------------------
+    # ---- the later variant -----------------------------------------------------------------------
 
     def _student_and_teacher(self, views: list[Tensor]) -> dict[str, Tensor]:
         num = len(views[0])
         corrupted, masks = zip(*(self.corrupted(view) for view in views), strict=True)
-        # Both views go through a network in one pass, as published: the batch norms of the heads see both.
+        # Both views go through a network in one pass, as published: the batch norms of the heads
+        # see both.
         student = self.online(torch.cat(corrupted), len(views))
         with torch.no_grad():
             keys = self.target(torch.cat(views), len(views)).embedding.chunk(len(views))
@@ -218,7 +237,7 @@ class SiT(MomentumFramework):
             **contrast_metrics(*contrasts),
         }
 
-    # ---- pixels --------------------------------------------------------------------------------------------
+    # ---- pixels ----------------------------------------------------------------------------------
 
     def corrupted(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the network sees of clean images (N, 3, H, W), and where it differs (N, 1, H, W)."""
@@ -227,7 +246,9 @@ class SiT(MomentumFramework):
             drawn = draw_group_mask(
                 num, height, width, self.drop_fraction, self.replace_fraction, self.drop_align
             )
-            return mask_groups(images, drawn, torch.randn_like(images) if self.drop_type == "noise" else None)
+            return mask_groups(
+                images, drawn, torch.randn_like(images) if self.drop_type == "noise" else None
+            )
         out = corrupt(images, draw_corruption(num, height, width), torch.randn_like(images))
         return out, (out != images).any(1, keepdim=True)
 
@@ -242,7 +263,9 @@ class SiT(MomentumFramework):
         return seen, self.online(seen).pixels.float()
 
 
-def uncertainty_weighted(loss: Tensor, uncertainty: Tensor, scale: float, legacy: bool = False) -> Tensor:
+def uncertainty_weighted(
+    loss: Tensor, uncertainty: Tensor, scale: float, legacy: bool = False
+) -> Tensor:
     """Weigh a loss L by its learned uncertainty s: exp(-a s) L + s/2; legacy a exp(-s) L + s/2."""
     weight = scale * torch.exp(-uncertainty) if legacy else torch.exp(-scale * uncertainty)
     return weight * loss + 0.5 * uncertainty

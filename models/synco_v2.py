@@ -48,4 +48,6 @@ class SynCoV2(MoBY):
         epoch = progress.epoch
         if self.legacy_window:
             epoch = (progress.step + 1) // (progress.steps_per_epoch * self.legacy_window)
-        return self.synthetic_config if self.warmup_epochs <= epoch <= self.cooldown_epochs else None
+        return (
+            self.synthetic_config if self.warmup_epochs <= epoch <= self.cooldown_epochs else None
+        )

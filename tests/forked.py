@@ -1,7 +1,7 @@
 """Processes for tests, forked by a server that has imported torch and the mains and has run nothing.
 
-A process costs milliseconds instead of the seconds of an import, and inherits no thread of the test session.
-Every wait has a limit, and whoever is late is killed: nothing here can hang.
+A process costs milliseconds instead of the seconds of an import, and inherits no thread of the test
+session. Every wait has a limit, and whoever is late is killed: nothing here can hang.
 """
 
 import atexit
@@ -68,9 +68,13 @@ def free_port() -> int:
 class Job:
     """A main in a process of its own; its output goes to ``log``."""
 
-    def __init__(self, main: str, argv: Sequence[str], log: Path, env: dict[str, str], prepare: Any) -> None:
+    def __init__(
+        self, main: str, argv: Sequence[str], log: Path, env: dict[str, str], prepare: Any
+    ) -> None:
         self.log = log
-        self.process = context().Process(target=_run_main, args=(main, list(argv), str(log), env, prepare))
+        self.process = context().Process(
+            target=_run_main, args=(main, list(argv), str(log), env, prepare)
+        )
         self.process.start()
         atexit.register(self.process.kill)  # a failed test may leave it waiting
 
@@ -94,7 +98,9 @@ class Job:
             ended = self.process.exitcode is not None
             if ended or time.monotonic() > end:
                 self.process.kill()
-                raise AssertionError(f"{'ended' if ended else 'late'} without {text!r}:\n{self.text()}")
+                raise AssertionError(
+                    f"{'ended' if ended else 'late'} without {text!r}:\n{self.text()}"
+                )
             time.sleep(0.01)
 
     def text(self) -> str:
@@ -102,7 +108,11 @@ class Job:
 
 
 def start(
-    main: str, argv: Sequence[str], log: Path, ranks: int = 1, prepare: Callable[[int], None] | None = None
+    main: str,
+    argv: Sequence[str],
+    log: Path,
+    ranks: int = 1,
+    prepare: Callable[[int], None] | None = None,
 ) -> list[Job]:
     """Start ``main.main()`` on ``ranks`` processes; each first calls ``prepare(rank)``, of a test module."""
     jobs = []

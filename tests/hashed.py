@@ -27,7 +27,8 @@ def det(shape: tuple[int, ...], stream: int) -> Tensor:
     """The goldens' exact integer hash, in [-1, 1)."""
     mask = np.uint64(0xFFFFFFFF)
     h = (
-        np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(stream * 40503 + 12345)
+        np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761)
+        + np.uint64(stream * 40503 + 12345)
     ) & mask
     for shift, factor in ((15, 2246822519), (13, 3266489917)):
         h ^= h >> np.uint64(shift)

@@ -38,7 +38,9 @@ KEYS = {
 }
 
 
-def arguments(method: str, output: Path, tag: str, *flags: str, world: int = 1, **keys: Any) -> list[str]:
+def arguments(
+    method: str, output: Path, tag: str, *flags: str, world: int = 1, **keys: Any
+) -> list[str]:
     """Return the command line of a run on digits; ``keys`` (DOTTED__KEY=value) come last, so they win."""
     settings: dict[str, Any] = {
         "DATA.DATASET": "digits",
@@ -59,7 +61,9 @@ def arguments(method: str, output: Path, tag: str, *flags: str, world: int = 1, 
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
     opts = [
-        str(part) for key, value in settings.items() for part in (key, json.dumps(value, ensure_ascii=False))
+        str(part)
+        for key, value in settings.items()
+        for part in (key, json.dumps(value, ensure_ascii=False))
     ]
     opts = [part.strip('"') for part in opts]
     return ["--device", "cpu", "--output", str(output), "--tag", tag, *flags, "--opts", *opts]
@@ -126,7 +130,7 @@ def resumed_at(text: str) -> int:
     return int(found[1]) if found else 0
 
 
-# ---- faults, set up in the run's own process before its main starts --------------------------------
+# ---- faults, set up in the run's own process before its main starts ------------------------------
 
 
 def at_step(step: int, action: Callable[[], object]) -> None:
@@ -236,5 +240,6 @@ def random_kills(seed: str, count: int) -> list[tuple[int, float]]:
     """Draw ``count`` rising steps after the first checkpoint, and delays of a step or so."""
     rng = random.Random(seed)
     return [
-        (step, rng.choice([0.0, rng.uniform(0, 0.1)])) for step in sorted(rng.sample(range(4, 11), count))
+        (step, rng.choice([0.0, rng.uniform(0, 0.1)]))
+        for step in sorted(rng.sample(range(4, 11), count))
     ]

@@ -22,7 +22,13 @@ from utils.schedules import LearningRate
 # float64 is asked for, sizes are the smallest that keep each method's parts
 SMALL: dict[str, dict[str, Any]] = {
     "moco_v2": {"queue_size": 64, "out_dim": 8},
-    "synco": {"queue_size": 64, "out_dim": 8, "num_hard": 16, "num_synthetic": [4] * 6, "warmup_epochs": 0},
+    "synco": {
+        "queue_size": 64,
+        "out_dim": 8,
+        "num_hard": 16,
+        "num_synthetic": [4] * 6,
+        "warmup_epochs": 0,
+    },
     "byol": {"hidden_dim": 16, "out_dim": 8},
     "moby": {"queue_size": 64, "hidden_dim": 16, "out_dim": 8},
     "synco_v2": {
@@ -61,7 +67,9 @@ class MicroBatch:
 def build(method: str, options: dict[str, Any], batch_norm: bool) -> Any:
     """Build a framework in float64 from the same draws on every process."""
     torch.manual_seed(7)
-    backbone = build_backbone("resnet8", stem="cifar_stride2") if batch_norm else LayerNormBackbone()
+    backbone = (
+        build_backbone("resnet8", stem="cifar_stride2") if batch_norm else LayerNormBackbone()
+    )
     framework = FRAMEWORKS[method](backbone, **{**SMALL[method], **options})
     if distributed.world_size() > 1 and framework.sync_batch_norm:
         convert_sync_batch_norm(framework)
@@ -72,14 +80,19 @@ def joint_views(step: int) -> list[Tensor]:
     """Draw the two views (BATCH, 3, 8, 8) of a step's global batch."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return [images + 0.3 * torch.randn(images.shape, generator=generator).double() for _ in range(2)]
+    return [
+        images + 0.3 * torch.randn(images.shape, generator=generator).double() for _ in range(2)
+    ]
 
 
 def micro_batches(step: int, accumulation: int) -> list[MicroBatch]:
     """Cut this process's rows out of the global batch: contiguous, since queues keep rank order."""
     share = BATCH // distributed.world_size()
     mine = torch.arange(share) + distributed.rank() * share
-    return [MicroBatch([view[rows] for view in joint_views(step)], rows) for rows in mine.chunk(accumulation)]
+    return [
+        MicroBatch([view[rows] for view in joint_views(step)], rows)
+        for rows in mine.chunk(accumulation)
+    ]
 
 
 def prepare(
@@ -101,7 +114,9 @@ def train_step(state: engine.TrainState, plan: Plan) -> dict[str, Tensor]:
     batches = micro_batches(state.step, plan.accumulation)
     engine.seed_step(0, state.step)
     engine.set_rates(state.optimizer, plan, state.step)
-    out = engine.forward_and_backward(state, batches, lambda b, p: state.model(b.views, p), progress)
+    out = engine.forward_and_backward(
+        state, batches, lambda b, p: state.model(b.views, p), progress
+    )
     out["grad_norm"] = engine.update(state, plan, FiniteGuard(), batches)
     state.module.after_step(progress)
     state.step += 1

@@ -1,6 +1,7 @@
 """Tell whether two checkpoints hold bit-identical state: python tools/compare_checkpoints.py A.pt B.pt
 
-Compares weights, target, queues, optimiser, scaler and step, but not the configuration: the folder differs.
+Compares weights, target, queues, optimiser, scaler and step, but not the configuration: the folder
+differs.
 """
 
 import sys
@@ -27,7 +28,9 @@ def main() -> int:
     different = sorted(first.keys() ^ second.keys())
     different += [key for key in first.keys() & second.keys() if not same(first[key], second[key])]
     if different:
-        print(f"{len(different)} of {len(first)} entries differ, e.g. {', '.join(sorted(different)[:5])}")
+        print(
+            f"{len(different)} of {len(first)} entries differ, e.g. {', '.join(sorted(different)[:5])}"
+        )
         return 1
     tensors = sum(isinstance(value, torch.Tensor) for value in first.values())
     print(

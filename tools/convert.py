@@ -1,12 +1,12 @@
 """Bring weights in and out.
 
-python tools/convert.py inspect FILE
-python tools/convert.py import FILE --cfg configs/C.yaml --output OUT.pt [--full] [--which target]
-python tools/convert.py export RUN_OR_FILE [--cfg configs/C.yaml] --to FORMAT --output OUT [--which target]
+python tools/convert.py inspect FILE python tools/convert.py import FILE --cfg configs/C.yaml
+--output OUT.pt [--full] [--which target] python tools/convert.py export RUN_OR_FILE [--cfg
+configs/C.yaml] --to FORMAT --output OUT [--which target]
 
-import reads the published files of MoCo, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2, BYOL and SiT, and
-torchvision, timm, Detectron2, MMDetection and Hugging Face ones, and writes a file that every --pretrained
-takes; --full keeps target, heads and queue too. Nothing of a file is executed.
+import reads the published files of MoCo, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2, BYOL and SiT,
+and torchvision, timm, Detectron2, MMDetection and Hugging Face ones, and writes a file that every
+--pretrained takes; --full keeps target, heads and queue too. Nothing of a file is executed.
 """
 
 import argparse
@@ -53,17 +53,27 @@ def main() -> int:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "import", "export"):
         command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("source", type=Path, metavar="FILE", help="file of weights, or a run's folder")
+        command.add_argument(
+            "source", type=Path, metavar="FILE", help="file of weights, or a run's folder"
+        )
         if name == "inspect":
             continue
-        command.add_argument("--cfg", type=Path, metavar="FILE", help="yaml; default: the run's own")
-        command.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg")
-        command.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
+        command.add_argument(
+            "--cfg", type=Path, metavar="FILE", help="yaml; default: the run's own"
+        )
+        command.add_argument(
+            "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg"
+        )
+        command.add_argument(
+            "--output", type=Path, required=True, metavar="FILE", help="what to write"
+        )
         add_which(command)
         if name == "import":
             command.add_argument("--full", action="store_true", help="target, heads and queue too")
@@ -79,17 +89,23 @@ def inspect_file(args: argparse.Namespace) -> None:
     from models.weights.load import find_network, tensors_of
 
     checkpoint = _read(args.source)
-    print(f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors")
+    print(
+        f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors"
+    )
     for key, value in checkpoint.items():
         if tensors := tensors_of(value):
-            queues = [f"{name} {tuple(t.shape)}" for name, t in tensors.items() if _is_queue(name, t)]
+            queues = [
+                f"{name} {tuple(t.shape)}" for name, t in tensors.items() if _is_queue(name, t)
+            ]
             print(f"  {key}: {len(tensors)} tensors{', ' if queues else ''}{', '.join(queues)}")
         elif not hasattr(value, "shape"):
             print(f"  {key}: {_short(value)}")
     network = find_network(checkpoint, source=str(args.source))
     state = network.state
     print(network)
-    print(f"backbone and its head: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values")
+    print(
+        f"backbone and its head: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values"
+    )
     print(f"architecture: {describe(state)}")
 
 
@@ -114,7 +130,9 @@ def import_file(args: argparse.Namespace) -> None:
         network = find_network(checkpoint, args.which, str(args.source))
         layout, said, which = network.layout, str(network), network.taken
         note = _listing(load_backbone(backbone, network.state, str(args.source)))
-        framework = {f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()}
+        framework = {
+            f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()
+        }
     origin = {"file": args.source.name, "layout": layout, "which": which}
     origin["norm_eps"] = cfg.MODEL.BACKBONE.NORM_EPS
     _save({"framework": framework, "imported": origin}, args.output)
@@ -150,7 +168,9 @@ def export_file(args: argparse.Namespace) -> None:
         print(f"then {norm_eps_note(cfg.MODEL.BACKBONE.NORM_EPS)}")
 
 
-def _converted(to: str, own: Mapping[str, Any], head: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
+def _converted(
+    to: str, own: Mapping[str, Any], head: Mapping[str, Any], cfg: Any
+) -> dict[str, Any]:
     """Return the contents of the file for a layout that is a torch file."""
     from models.weights import export as weights_out
 
@@ -191,7 +211,9 @@ def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
 
     prefix = f"{which}.projector."
     tensors = tensors_of(checkpoint.get("framework"))
-    return moco_head({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    return moco_head(
+        {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    )
 
 
 def _listing(report: Any) -> str:
@@ -272,7 +294,9 @@ def _is_queue(name: str, tensor: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str) if isinstance(value, (str, int, float, type(None))) else ""
+    text = (
+        json.dumps(value, default=str) if isinstance(value, (str, int, float, type(None))) else ""
+    )
     return text[:70] if text else type(value).__name__
 
 

@@ -1,6 +1,7 @@
 """Pretrain a small backbone on images that come inside a package, probe it, and show what it has learned.
 
-python tools/demo.py; an interrupted demo goes on where it stopped, a finished one shows its report again.
+python tools/demo.py; an interrupted demo goes on where it stopped, a finished one shows its report
+again.
 """
 
 import argparse
@@ -23,7 +24,9 @@ THREADS = 8  # more do not make this network faster
 def main() -> int:
     """Run the mains as a person would; return the exit code of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--fresh", action="store_true", help="start over, beside the demos there are")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over, beside the demos there are"
+    )
     parser.add_argument("--cfg", default=str(ROOT / "configs" / "demo.yaml"), help="what to train")
     parser.add_argument("--output", default="output", help="output root")
     args, passed_on = parser.parse_known_args()
@@ -67,7 +70,9 @@ def run(script: str, flags: list[str]) -> int:
 
 def environment(threads: int) -> dict[str, str]:
     """Return the environment with a thread a core, at most ``threads``, unless the user has chosen."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return {"OMP_NUM_THREADS": str(min(cores, threads)), **os.environ}
 
 

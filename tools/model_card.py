@@ -40,14 +40,16 @@ def write_huggingface(
     if folder.is_file():
         raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
     state, config = to_huggingface(backbone, cfg.DATA.IMG_SIZE)
-    weights = save({key: tensor.contiguous() for key, tensor in state.items()}, metadata={"format": "pt"})
+    weights = save(
+        {key: tensor.contiguous() for key, tensor in state.items()}, metadata={"format": "pt"}
+    )
     # what stands beside a run was measured with its online network
     averaged = args.which in ("target", "teacher")
     measured = {} if averaged and not args.results else found_results(source, args.results)
     card = model_card(cfg, checkpoint, config, args.which, measured)
     folder.mkdir(parents=True, exist_ok=True)
-    # No library loads a folder without config.json. So it goes first and comes last: a kill in between
-    # leaves a folder that is refused, never new weights beside an old configuration.
+    # No library loads a folder without config.json. So it goes first and comes last: a kill in
+    # between leaves a folder that is refused, never new weights beside an old configuration.
     (folder / "config.json").unlink(missing_ok=True)
     sync_folder(folder)
     write_file(folder / "model.safetensors", lambda file: file.write(weights))
@@ -84,27 +86,43 @@ def found_results(source: Path, given: Path | None) -> dict[str, dict[str, Any]]
     for file in files:
         try:
             result = json.loads(file.read_bytes())
-            if given or (result["weights"] == source.stem and not file.parent.name.startswith("search-")):
+            if given or (
+                result["weights"] == source.stem and not file.parent.name.startswith("search-")
+            ):
                 results["/".join(file.parts[-3:-1])] = result
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{file} is no result.json of ours ({error}); leave out --results") from error
+            raise ValueError(
+                f"{file} is no result.json of ours ({error}); leave out --results"
+            ) from error
     return results
 
 
 def model_card(
-    cfg: Any, checkpoint: Mapping[str, Any], config: Mapping[str, Any], which: str, results: Mapping[str, Any]
+    cfg: Any,
+    checkpoint: Mapping[str, Any],
+    config: Mapping[str, Any],
+    which: str,
+    results: Mapping[str, Any],
 ) -> str:
     """Return the card: what it is, how it was trained, what we measured, the licence."""
     name, paper = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
     source = f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
     imported, framework = checkpoint.get("imported"), checkpoint.get("framework", {})
-    origin = f"Imported from {imported['file']} ({imported['layout']})." if isinstance(imported, dict) else ""
+    origin = (
+        f"Imported from {imported['file']} ({imported['layout']})."
+        if isinstance(imported, dict)
+        else ""
+    )
     if isinstance(imported, dict):
         which = imported.get("which", which)
     tuned = any(str(key).startswith("backbone.") for key in framework)
     node = cfg.FINETUNE if tuned else cfg
     labels = f"{node.SUBSET or f'{node.TRAIN_PERCENT:g} %'} of the labels" if tuned else "no labels"
-    rate = f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}" if tuned else f"{cfg.OPTIM.BASE_LR:g}"
+    rate = (
+        f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}"
+        if tuned
+        else f"{cfg.OPTIM.BASE_LR:g}"
+    )
     eps = cfg.MODEL.BACKBONE.NORM_EPS
     network = "fine-tuned" if tuned else f"the {which} one"
     epochs = cfg.FINETUNE.EPOCHS if tuned else cfg.TRAIN.EPOCHS
@@ -112,7 +130,9 @@ def model_card(
         "method": f"{name}{source}",
         "network": f"{cfg.MODEL.BACKBONE.NAME}, {network}, without heads",
         "data": f"{cfg.DATA.DATASET}{f' ({Path(cfg.DATA.PATH).name})' if cfg.DATA.PATH else ''}, {labels}",
-        "layer norms": f"eps {eps:g}, but before the MLPs the model's own" if eps else "the model's own",
+        "layer norms": f"eps {eps:g}, but before the MLPs the model's own"
+        if eps
+        else "the model's own",
         "image size": f"{cfg.DATA.IMG_SIZE}",
         "epochs": f"{epochs}, {checkpoint.get('step', 'unknown')} steps done",
         "optimiser": f"{node.OPTIM.NAME}, weight decay {node.OPTIM.WEIGHT_DECAY:g}",
@@ -168,6 +188,10 @@ def _result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         return "None measured with these weights yet."
     lines = ["| evaluation | figures, percent |", "|---|---|"]
     for name, result in results.items():
-        figures = {k: v for k, v in result.items() if isinstance(v, float) and re.search(r"top\d+$", k)}
-        lines.append(f"| {name} | {', '.join(f'{key} {value:.2f}' for key, value in figures.items())} |")
+        figures = {
+            k: v for k, v in result.items() if isinstance(v, float) and re.search(r"top\d+$", k)
+        }
+        lines.append(
+            f"| {name} | {', '.join(f'{key} {value:.2f}' for key, value in figures.items())} |"
+        )
     return "\n".join(lines)

@@ -4,10 +4,10 @@ python tools/pack.py --data-path D --split train --output P/train.pack --short-s
 python tools/pack.py --data-path D --split val --output P/val.pack --short-side 256 --workers 16
 python main_pretrain.py --dataset packed --data-path P ...
 
-Images whose shorter side is above --short-side are resized (antialiased) and encoded anew as JPEG; smaller
-ones, and all with --short-side 0, keep their bytes. --raw stores pixels instead. The file appears under its
-name only when it is complete and has been read back. The same command goes on where it was stopped, whatever
-stopped it, and writes the same bytes.
+Images whose shorter side is above --short-side are resized (antialiased) and encoded anew as JPEG;
+smaller ones, and all with --short-side 0, keep their bytes. --raw stores pixels instead. The file
+appears under its name only when it is complete and has been read back. The same command goes on
+where it was stopped, whatever stopped it, and writes the same bytes.
 """
 
 import argparse
@@ -51,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from here")
         return 130
     except (ValueError, OSError) as error:
-        again = "" if isinstance(error, ValueError) else "; free space or mend it, the same command goes on"
+        again = (
+            ""
+            if isinstance(error, ValueError)
+            else "; free space or mend it, the same command goes on"
+        )
         print(f"\nerror: {visible(str(error))}{again}", file=sys.stderr)
         return 1
     return 0
@@ -63,19 +67,35 @@ def _interrupt(*_: object) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--data-path", default="", help="root folder of the data set")
     parser.add_argument("--dataset", default="imagefolder", help="as in training")
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--output", type=Path, required=True, help="the pack, e.g. P/train.pack")
-    parser.add_argument("--short-side", type=int, default=0, help="resize larger images to it; 0: keep them")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs that are encoded anew")
-    parser.add_argument("--max-pixels", type=int, default=0, help="as DATA.MAX_PIXELS; 0: its default")
-    parser.add_argument("--raw", action="store_true", help="store pixels: four times as fast to read, larger")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out")
-    parser.add_argument("--verify", action="store_true", help="only read an existing --output and check it")
+    parser.add_argument(
+        "--short-side", type=int, default=0, help="resize larger images to it; 0: keep them"
+    )
+    parser.add_argument(
+        "--quality", type=int, default=95, help="of the JPEGs that are encoded anew"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=0, help="as DATA.MAX_PIXELS; 0: its default"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="store pixels: four times as fast to read, larger"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one"
+    )
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave unreadable images out"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="only read an existing --output and check it"
+    )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not read the file back before it is done"
     )
@@ -91,7 +111,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-# ---- the parts of the work -------------------------------------------------------------------------------
+# ---- the parts of the work -----------------------------------------------------------------------
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -111,7 +131,9 @@ def pack(args: argparse.Namespace) -> None:
         _encode_rest(partial, source, settings, args)
         left_out = [source.name(int(i)) for i in np.flatnonzero(partial.rows["length"] == SKIPPED)]
         described = {"split": args.split, "raw": args.raw, "classes": source.classes}
-        partial.close_file(_index(partial, source), {**described, "settings": settings, "skipped": left_out})
+        partial.close_file(
+            _index(partial, source), {**described, "settings": settings, "skipped": left_out}
+        )
         if not args.no_verify:
             verify(partial.path)
         os.replace(partial.path, args.output)
@@ -135,7 +157,9 @@ def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
     if args.short_side and not args.raw:
         settings["quality"] = args.quality
     if args.short_side or args.raw:
-        settings["codecs"] = f"Pillow {__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+        settings["codecs"] = (
+            f"Pillow {__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+        )
     return {**settings, "source": source.fingerprint()}
 
 
@@ -149,7 +173,8 @@ def _finished(output: Path, settings: dict[str, Any]) -> None:
             f"--output {output} exists and was packed otherwise ({difference(found, settings)}): choose "
             "another name or remove it"
         )
-    Partial.journal_of(output).unlink(missing_ok=True)  # of a call that was killed after its last step
+    # of a call that was killed after its last step
+    Partial.journal_of(output).unlink(missing_ok=True)
     print(f"{output} is complete")
 
 
@@ -251,7 +276,9 @@ class Encoder:
         data = self.source.encoded(index)
         if data is None and not self.settings["raw"]:
             raise ValueError("only its pixels are stored: add --raw")
-        image = self.source.load(index) if data is None else decode_rgb(data, self.source.max_pixels)
+        image = (
+            self.source.load(index) if data is None else decode_rgb(data, self.source.max_pixels)
+        )
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         height, width = pixels.shape[:2]
         side = self.settings["short_side"]

@@ -57,7 +57,9 @@ class Partial:
         _lock(journal, path)
         found = _read_journal(journal, path, settings)
         if len(found) and not skip and (found["length"] == SKIPPED).any():
-            raise ValueError(f"{path} was begun with --skip-unreadable: give it again, or remove {path}")
+            raise ValueError(
+                f"{path} was begun with --skip-unreadable: give it again, or remove {path}"
+            )
         data = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         ends = len(HEAD) + np.cumsum(np.maximum(found["length"], 0))
         found = found[: np.searchsorted(ends, os.fstat(data.fileno()).st_size, side="right")]

@@ -25,7 +25,9 @@ def read_metrics(folder: Path, name: str) -> tuple[list[float], list[float]]:
     """Return epochs and values of the metric ``name`` of a run, empty where it was never written."""
     file = folder / METRICS_FILE
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
-    rows = [row for row in map(_parse, lines) if isinstance(row.get(name), float) and "epoch" in row]
+    rows = [
+        row for row in map(_parse, lines) if isinstance(row.get(name), float) and "epoch" in row
+    ]
     return [row["epoch"] for row in rows], [row[name] for row in rows]
 
 
@@ -42,18 +44,23 @@ def save_learning_curve(
 ) -> bool:
     """Draw a run's loss, and its evaluation ``accuracy`` with ``baselines`` (percent), over the epochs.
 
-    Tell whether there was something to draw with: without matplotlib this is a warning, and no picture.
+    Tell whether there was something to draw with: without matplotlib this is a warning, and no
+    picture.
     """
     try:
         pyplot = _pyplot()
     except ImportError:
-        logger.warning("no %s: matplotlib is not installed; python -m pip install matplotlib", path.name)
+        logger.warning(
+            "no %s: matplotlib is not installed; python -m pip install matplotlib", path.name
+        )
         return False
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.0, 3.4), layout="constrained")
     left.plot(*read_metrics(folder, "loss"), color="tab:blue", linewidth=1.2)
     left.set(xlabel="epoch", ylabel="training loss")
     epochs, values = read_metrics(folder, f"{accuracy}_top1")
-    right.plot(epochs, values, color="tab:green", marker="o", markersize=3.5, label="trained backbone")
+    right.plot(
+        epochs, values, color="tab:green", marker="o", markersize=3.5, label="trained backbone"
+    )
     for (name, value), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
         right.axhline(value, color="tab:gray", linestyle=style, linewidth=1.2, label=name)
     right.set(xlabel="epoch", ylabel=f"k-NN accuracy (k = {accuracy.removeprefix('knn')}), %")
@@ -87,7 +94,9 @@ def nearest(bank: Tensor, queries: Tensor, num: int) -> Tensor:
     return similarity.topk(min(num, len(bank)), dim=1).indices
 
 
-def save_neighbours(path: Path, queries: Source, chosen: Tensor, bank: Source, neighbours: Tensor) -> None:
+def save_neighbours(
+    path: Path, queries: Source, chosen: Tensor, bank: Source, neighbours: Tensor
+) -> None:
     """Draw one row a query: the image, then its neighbours, framed green where the class is right, else red.
 
     ``chosen`` (Q,) are indices of ``queries``, ``neighbours`` (Q, n) of ``bank``.

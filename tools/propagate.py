@@ -1,9 +1,9 @@
 """Carry the masks of a video's first frame through it with frozen features, in the way of DAVIS 2017.
 
 python tools/propagate.py --cfg configs/byol_vit_small.yaml --data-path DAVIS --output O --tag T
-[--pretrained FILE] reads ImageSets/2017/val.txt, JPEGImages/480p/<video> and Annotations/480p/<video>, writes
-indexed PNGs to O/<name>/T/propagation/<weights>/<video>/ and, where later frames are annotated too, prints J
-and F. --pretrained none uses the untrained backbone.
+[--pretrained FILE] reads ImageSets/2017/val.txt, JPEGImages/480p/<video> and
+Annotations/480p/<video>, writes indexed PNGs to O/<name>/T/propagation/<weights>/<video>/ and,
+where later frames are annotated too, prints J and F. --pretrained none uses the untrained backbone.
 """
 
 import itertools
@@ -40,11 +40,17 @@ SIDE_MULTIPLE = 64  # the longer side is cut down to a multiple of this
 def main() -> int:
     """Carry the masks through every video of the list, print the quality; return the exit code."""
     parser = make_parser(__doc__ or "")
-    parser.add_argument("--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained")
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
+    )
     add_which(parser)
-    parser.add_argument("--list", default="ImageSets/2017/val.txt", help="names of the videos, one a line")
+    parser.add_argument(
+        "--list", default="ImageSets/2017/val.txt", help="names of the videos, one a line"
+    )
     parser.add_argument("--resolution", default="480p", help="folder of frames and annotations")
-    parser.add_argument("--short-side", type=int, default=480, help="frames are brought to this many pixels")
+    parser.add_argument(
+        "--short-side", type=int, default=480, help="frames are brought to this many pixels"
+    )
     args, flags = parse(parser)
     if args.eval or args.throughput:
         raise ValueError("--eval and --throughput belong to the mains; this tool takes neither")
@@ -56,7 +62,9 @@ def main() -> int:
     folder = frozen.folder(f"propagation/{folder_name(settings, '--resolution')}")
     quality = {}
     for name in names:
-        frames, truth = (root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations"))
+        frames, truth = (
+            root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations")
+        )
         masks = carry(frozen, frames, truth, folder / name, args.short_side)
         quality.update({f"{name}/{label}": scores for label, scores in judge(masks, truth).items()})
     summary = summarise(quality)
@@ -70,7 +78,9 @@ def main() -> int:
 def read_list(path: Path) -> list[str]:
     """Return the videos that a list names; ``ValueError`` if it is missing, empty or names another place."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: --data-path must be the folder of DAVIS; see --list")
+        raise ValueError(
+            f"{path} does not exist: --data-path must be the folder of DAVIS; see --list"
+        )
     names = read_text(path).split()
     if not names:
         raise ValueError(f"{path} names no video")
@@ -80,8 +90,8 @@ def read_list(path: Path) -> list[str]:
 def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: int) -> list[Path]:
     """Write the masks <frame>.png of a video to ``target``, the first one as it is given; return their paths.
 
-    Raises ``ValueError`` if frames or the first mask are missing, or the backbone cannot take the frames'
-    size.
+    Raises ``ValueError`` if frames or the first mask are missing, or the backbone cannot take the
+    frames' size.
     """
     passed = PassedOver()
     names = read_folder(frames, passed).images if is_folder(frames) else []
@@ -97,7 +107,9 @@ def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: i
     size = frame_size(height, width, short_side)
     step = size_multiple(frozen.backbone)
     if size[0] % step or size[1] % step:
-        raise ValueError(f"--short-side {short_side}: frames would be {size}, not multiples of {step} pixels")
+        raise ValueError(
+            f"--short-side {short_side}: frames would be {size}, not multiples of {step} pixels"
+        )
     target.mkdir(parents=True, exist_ok=True)
     write_mask(masks[0], first, palette)
     for mask, soft in zip(masks[1:], soft_labels(frozen, paths, first, size), strict=True):
@@ -106,7 +118,9 @@ def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: i
     return masks
 
 
-def soft_labels(frozen: Frozen, paths: list[Path], first: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+def soft_labels(
+    frozen: Frozen, paths: list[Path], first: Tensor, size: tuple[int, int]
+) -> Iterator[Tensor]:
     """Yield the soft labels (C, h, w) of the second frame and those after it; ``first`` (H, W) is the first
     mask.
     """
@@ -166,7 +180,9 @@ def summarise(quality: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return the means of J and F over all objects, and the mean of both; empty where there is nothing."""
     if not quality:
         return {}
-    means = {key: sum(scores[key] for scores in quality.values()) / len(quality) for key in ("J", "F")}
+    means = {
+        key: sum(scores[key] for scores in quality.values()) / len(quality) for key in ("J", "F")
+    }
     return {"J&F mean": (means["J"] + means["F"]) / 2, "J mean": means["J"], "F mean": means["F"]}
 
 

@@ -1,8 +1,8 @@
 """Say what a pretraining run has learned: one table against raw pixels and a random backbone, and pictures.
 
-python tools/report.py --cfg configs/demo.yaml --output O --tag T (the flags of the run) writes report.md,
-report.json, learning_curve.png and neighbours.png into the run's folder. The few-label columns are where
-pretraining shows: all rows see the same labels.
+python tools/report.py --cfg configs/demo.yaml --output O --tag T (the flags of the run) writes
+report.md, report.json, learning_curve.png and neighbours.png into the run's folder. The few-label
+columns are where pretraining shows: all rows see the same labels.
 """
 
 import json
@@ -63,7 +63,8 @@ NOTES = (
     "probes)."
 )
 
-Scores = dict[str, tuple[float, float | None] | None]  # column -> (mean, standard deviation over draws)
+# column -> (mean, standard deviation over draws)
+Scores = dict[str, tuple[float, float | None] | None]
 
 
 class Split(NamedTuple):
@@ -101,9 +102,7 @@ def report(run: Run) -> str:
     train, val = (open_split(run.cfg.DATA, split, labelled=True) for split in ("train", "val"))
     splits = representations(run, train, val, found.path)
     scores = {name: evaluate(split, train.num_classes, run.seed) for name, split in splits.items()}
-    title = (
-        f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {len(train)} training and {len(val)} test images"
-    )
+    title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {len(train)} training and {len(val)} test images"
     record = {
         "checkpoint": found.path.name,
         "step": found.step,
@@ -113,7 +112,10 @@ def report(run: Run) -> str:
     }
     write_text(run.folder / "report.json", json.dumps(record, indent=1))
     write_text(run.folder / "report.md", f"# {title}\n\n{markdown_table(scores)}\n\n{NOTES}\n")
-    files = [run.folder / "report.md", *save_pictures(run, train, val, splits["trained backbone"], scores)]
+    files = [
+        run.folder / "report.md",
+        *save_pictures(run, train, val, splits["trained backbone"], scores),
+    ]
     return "\n".join([f"{title}\n", terminal_table(scores), "", *map(str, files)])
 
 
@@ -140,7 +142,9 @@ def build_online(cfg: CfgNode) -> nn.Module:
 
 def raw_pixels(images: Tensor) -> Tensor:
     """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], at most PIXEL_SIDE pixels a side."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     if images.shape[-1] > PIXEL_SIDE:
         size = (PIXEL_SIDE, PIXEL_SIDE)
         images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
@@ -214,7 +218,10 @@ def markdown_table(scores: dict[str, Scores]) -> str:
 
 
 def _cells(scores: dict[str, Scores], best: str, other: str) -> list[list[str]]:
-    top = {column: max((row[column] or (-1.0, None))[0] for row in scores.values()) for column in COLUMNS}
+    top = {
+        column: max((row[column] or (-1.0, None))[0] for row in scores.values())
+        for column in COLUMNS
+    }
     table = [["", *COLUMNS.values()]]
     for name, row in scores.items():
         cells = [(_number(row[column]), row[column]) for column in COLUMNS]
@@ -222,7 +229,9 @@ def _cells(scores: dict[str, Scores], best: str, other: str) -> list[list[str]]:
             best if value and value[0] == top[c] else other
             for (_, value), c in zip(cells, COLUMNS, strict=True)
         ]
-        table.append([name, *(mark.format(text) for mark, (text, _) in zip(marks, cells, strict=True))])
+        table.append(
+            [name, *(mark.format(text) for mark, (text, _) in zip(marks, cells, strict=True))]
+        )
     return table
 
 
@@ -245,7 +254,9 @@ def _aligned(table: list[list[str]]) -> list[list[str]]:
 
 def _plain(scores: dict[str, Scores]) -> dict[str, Any]:
     return {
-        name: {column: value and {"mean": value[0], "std": value[1]} for column, value in row.items()}
+        name: {
+            column: value and {"mean": value[0], "std": value[1]} for column, value in row.items()
+        }
         for name, row in scores.items()
     }
 
@@ -257,11 +268,15 @@ def save_pictures(
     curve, neighbours = run.folder / "learning_curve.png", run.folder / "neighbours.png"
     shown = KNN_K if KNN_K in run.cfg.KNN.K else next(iter(run.cfg.KNN.K), KNN_K)
     baselines = {
-        name: row["knn"][0] for name, row in scores.items() if name != "trained backbone" and row["knn"]
+        name: row["knn"][0]
+        for name, row in scores.items()
+        if name != "trained backbone" and row["knn"]
     }
     save_learning_curve(curve, run.folder, f"knn{shown}", baselines if shown == KNN_K else {})
     chosen = pick_queries(trained.query_labels, 8, run.seed)
-    save_neighbours(neighbours, val, chosen, train, nearest(trained.bank, trained.queries[chosen], 6))
+    save_neighbours(
+        neighbours, val, chosen, train, nearest(trained.bank, trained.queries[chosen], 6)
+    )
     return [path for path in (run.folder / "views.png", curve, neighbours) if path.exists()]
 
 

@@ -34,10 +34,14 @@ MULTI_SCALE = (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)
 def main() -> int:
     """Measure every set that is asked for, print one table; return the exit code."""
     parser = make_parser(__doc__ or "", renamed={"--batch-size": "LINEAR.BATCH_SIZE"})
-    parser.add_argument("--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained")
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
+    )
     add_which(parser)
     parser.add_argument("--sets", nargs="+", default=list(SETS), help="folders below --data-path")
-    parser.add_argument("--multi-scale", action="store_true", help="mean feature over five sizes, 1 to 1/4")
+    parser.add_argument(
+        "--multi-scale", action="store_true", help="mean feature over five sizes, 1 to 1/4"
+    )
     parser.add_argument("--crop-queries", action="store_true", help="cut queries to their building")
     args, flags = parse(parser)
     if args.eval or args.throughput:
@@ -48,7 +52,9 @@ def main() -> int:
     root = Path(frozen.run.cfg.DATA.PATH)
     settings = [frozen.label, *(folder_name(name, "--sets") for name in args.sets)]
     settings += ["ms"] * args.multi_scale + ["crop"] * args.crop_queries
-    results = {name: evaluate_set(frozen, root / name, scales, args.crop_queries) for name in args.sets}
+    results = {
+        name: evaluate_set(frozen, root / name, scales, args.crop_queries) for name in args.sets
+    }
     file = frozen.folder("retrieval") / f"{'-'.join(settings)}.json"
     record = {"weights": frozen.label, "scales": list(scales), "crop_queries": args.crop_queries}
     write_text(file, json.dumps({**record, "sets": results}, indent=1))
@@ -57,7 +63,9 @@ def main() -> int:
     return 0
 
 
-def evaluate_set(frozen: Frozen, folder: Path, scales: Sequence[float], crop: bool) -> dict[str, float]:
+def evaluate_set(
+    frozen: Frozen, folder: Path, scales: Sequence[float], crop: bool
+) -> dict[str, float]:
     """Return the scores of one set in `folder`, whose name is that of the set.
 
     Raises ``ValueError`` where files are missing.
@@ -72,7 +80,11 @@ def evaluate_set(frozen: Frozen, folder: Path, scales: Sequence[float], crop: bo
 
 
 def image_features(
-    frozen: Frozen, folder: Path, names: list[str], boxes: Sequence[Box | None], scales: Sequence[float]
+    frozen: Frozen,
+    folder: Path,
+    names: list[str],
+    boxes: Sequence[Box | None],
+    scales: Sequence[float],
 ) -> Tensor:
     """Return the features (N, F) of `folder`/<name>.jpg in the evaluation view, not normalised."""
     cfg = frozen.run.cfg
@@ -85,7 +97,9 @@ def image_features(
         timeout=cfg.DATA.TIMEOUT,
     )
     with torch.no_grad():
-        return extract_features(scaled_features(frozen.backbone, cfg.DATA.IMG_SIZE, scales), batches)[0]
+        return extract_features(
+            scaled_features(frozen.backbone, cfg.DATA.IMG_SIZE, scales), batches
+        )[0]
 
 
 class BoxedSource(FileSource):
@@ -94,7 +108,9 @@ class BoxedSource(FileSource):
     def __init__(self, folder: Path, names: list[str], boxes: Sequence[Box | None]) -> None:
         missing = [name for name in names if not (folder / f"{name}.jpg").is_file()]
         if missing:
-            raise ValueError(f"{folder} lacks {len(missing)} images of its set, such as {missing[0]}.jpg")
+            raise ValueError(
+                f"{folder} lacks {len(missing)} images of its set, such as {missing[0]}.jpg"
+            )
         super().__init__(folder, [f"{name}.jpg" for name in names], [-1] * len(names), [])
         self.boxes = list(boxes)
 
@@ -107,10 +123,15 @@ class BoxedSource(FileSource):
         return image[:, top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
-def scaled_features(backbone: Backbone, img_size: int, scales: Sequence[float]) -> Callable[[Tensor], Tensor]:
+def scaled_features(
+    backbone: Backbone, img_size: int, scales: Sequence[float]
+) -> Callable[[Tensor], Tensor]:
     """Return a function from images (N, 3, S, S) to the mean of their features (N, F) over `scales` of S."""
     step = size_multiple(backbone)
-    sides = [max(step, round(img_size * scale / step) * step) if scale != 1 else img_size for scale in scales]
+    sides = [
+        max(step, round(img_size * scale / step) * step) if scale != 1 else img_size
+        for scale in scales
+    ]
     bodies = [at_size(backbone, (side, side)) for side in sides]
 
     def features(images: Tensor) -> Tensor:
@@ -129,9 +150,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
     rows = [head]
     for name, scores in results.items():
         for level in ("easy", "medium", "hard"):
-            rows.append([name, level, *(f"{scores[f'{level}/{column}']:.2f}" for column in head[2:])])
+            rows.append(
+                [name, level, *(f"{scores[f'{level}/{column}']:.2f}" for column in head[2:])]
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows
+    )
 
 
 if __name__ == "__main__":

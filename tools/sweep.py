@@ -1,14 +1,16 @@
 """Sweep main_semisup.py over learning rates, epochs, labels and seeds, choose on held-out labels, test once.
 
-python tools/sweep.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T --train-percent 1 10
+python tools/sweep.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
+--train-percent 1 10
     --epochs 1:60 10:30 --lr-backbone 0.005 0.01 0.02 0.05 0.1 --lr-classifier 0.5 --seeds 0 1 2
     --start pretrained random -- --opts DATA.NUM_WORKERS 4
 
-Each point is one run of main_semisup.py on one GPU (or on the CPU), with a share of its labels held out. When
-all points are there, the best mean validation accuracy of each start, mode and percentage is chosen, and the
-choice is written down for good. Only then is the chosen point trained again on all the labels and the test
-split read, once. A point that failed is run again by the same command; one that diverged (code 3) has lost.
-What is finished is skipped and what was interrupted goes on. What follows -- goes to every run.
+Each point is one run of main_semisup.py on one GPU (or on the CPU), with a share of its labels held
+out. When all points are there, the best mean validation accuracy of each start, mode and percentage
+is chosen, and the choice is written down for good. Only then is the chosen point trained again on
+all the labels and the test split read, once. A point that failed is run again by the same command;
+one that diverged (code 3) has lost. What is finished is skipped and what was interrupted goes on.
+What follows -- goes to every run.
 """
 
 import argparse
@@ -41,7 +43,8 @@ _GRACE = 120.0  # seconds that stopped runs get to save
 _POLL = 0.2  # seconds
 _DIVERGED = 3  # exit code of a run whose gradient was not finite
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Loaded here: between fork and exec of a process with threads, loading may wait for a lock for ever.
+# Loaded here: between fork and exec of a process with threads, loading may wait for a lock for
+# ever.
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
@@ -49,14 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid, then the choices; print and write the table; return the exit code."""
     args, extra = _parse(argv)
     folder, shared, weights, content = _place(args, extra)
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has made a background job ignore it
+    # also where a shell has made a background job ignore it
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    runner = Runner(folder, shared, args.subsets, _devices(args), keep=args.keep_checkpoints, content=content)
+    runner = Runner(
+        folder, shared, args.subsets, _devices(args), keep=args.keep_checkpoints, content=content
+    )
     grid = [Point(s, seed, args.hold_out) for s in settings(args, weights) for seed in args.seeds]
     try:
         found = runner.run(grid)
         choice = recorded_choice(runner, grid, found)
-        tests = runner.run([point.on_all_labels() for point in grid if point.setting in choice.values()])
+        tests = runner.run(
+            [point.on_all_labels() for point in grid if point.setting in choice.values()]
+        )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
         return 130
@@ -68,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for point, reason in runner.failed.items():
         print(f"FAILED {point}: {reason}")
     if runner.failed.keys() - runner.diverged and not choice:
-        print("points are missing: nothing is chosen, no test split read; start the same command again")
+        print(
+            "points are missing: nothing is chosen, no test split read; start the same command again"
+        )
     return 1 if runner.failed else 0
 
 
@@ -77,14 +87,16 @@ def recorded_choice(
 ) -> dict[Group, Setting]:
     """Return the choice of this grid: the one that is written down, else a new one once all points are there.
 
-    A second choice would read the test split a second time, so the first one stays. A group of which
-    every point diverged has no choice yet: a later call may make it.
+    A second choice would read the test split a second time, so the first one stays. A group of
+    which every point diverged has no choice yet: a later call may make it.
     """
     path = runner.folder / "sweep.choice.json"  # the same file whatever --name the table has
     names = sorted(runner.command(point)[0] for point in grid)
     key = hashlib.sha256("\n".join(names).encode()).hexdigest()
     records = json.loads(path.read_bytes()) if path.exists() else {}
-    kept = {setting.group: setting for setting in (Setting(**values) for values in records.get(key, []))}
+    kept = {
+        setting.group: setting for setting in (Setting(**values) for values in records.get(key, []))
+    }
     best = choose(found, len({point.seed for point in grid}))
     for group, setting in kept.items():
         if best.get(group, setting) != setting:
@@ -92,7 +104,9 @@ def recorded_choice(
     here = {runner.command(point)[0] for point in found} | runner.diverged
     if here.issuperset(names) and best.keys() - kept.keys():
         if records.keys() - {key}:
-            print(f"note: {path} has the choice of another grid, whose test accuracies were read before")
+            print(
+                f"note: {path} has the choice of another grid, whose test accuracies were read before"
+            )
         kept = best | kept
         records[key] = [asdict(setting) for setting in kept.values()]
         write_text(path, json.dumps(records, indent=1))  # before the test split is read
@@ -101,7 +115,8 @@ def recorded_choice(
 
 def _end_with_parent(parent: int) -> None:
     """Ask the kernel, in a new run, to send SIGTERM when the sweep dies: the run saves and ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's own handler would lose it before exec
+    # the sweep's own handler would lose it before exec
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # the sweep died before the kernel was asked
@@ -127,7 +142,9 @@ def epochs_of(words: Sequence[str], percent: float) -> list[int]:
     pairs = [word.rpartition(":") for word in words]
     chosen = [int(epochs) for only, _, epochs in pairs if not only or float(only) == percent]
     if not chosen:
-        raise ValueError(f"--epochs {' '.join(words)} says nothing for {percent:g} %; add {percent:g}:60")
+        raise ValueError(
+            f"--epochs {' '.join(words)} says nothing for {percent:g} %; add {percent:g}:60"
+        )
     return chosen
 
 
@@ -138,11 +155,13 @@ class Runner:
     folder: Path
     shared: Sequence[str]
     subsets: Path | None
-    devices: Sequence[str]  # values of CUDA_VISIBLE_DEVICES, one a run at a time; "" leaves it alone
+    # values of CUDA_VISIBLE_DEVICES, one a run at a time; "" leaves it alone
+    devices: Sequence[str]
     keep: bool = False
     content: str = ""  # what the runs depend on beside their arguments, see _content
     failed: dict[str, str] = field(default_factory=dict)
-    diverged: set[str] = field(default_factory=set)  # of those that failed: their loss was not finite
+    # of those that failed: their loss was not finite
+    diverged: set[str] = field(default_factory=set)
     _running: dict[str, tuple[Point, subprocess.Popen[bytes], str]] = field(default_factory=dict)
 
     def run(self, points: Sequence[Point]) -> dict[Point, dict[str, Any]]:
@@ -155,7 +174,8 @@ class Runner:
                     point = waiting.pop(0)
                     if self.result(point) is None:
                         self._wait_for_earlier(self.command(point)[0])
-                    if self.result(point) is None:  # an earlier sweep's run has not finished it either
+                    # an earlier sweep's run has not finished it either
+                    if self.result(point) is None:
                         self._start(point, free.pop(), f"{total - len(waiting)}/{total}")
                     else:
                         done += 1
@@ -189,7 +209,8 @@ class Runner:
         print(f"[{number}] {shlex.join(command)}", flush=True)
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device) if device else dict(os.environ)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._log(name).open("ab") as log:  # a session of its own: Ctrl-C is passed on once, by us
+        # a session of its own: Ctrl-C is passed on once, by us
+        with self._log(name).open("ab") as log:
             process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -244,7 +265,9 @@ class Runner:
             process.terminate()
         deadline = time.monotonic() + _GRACE
         try:
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            while (
+                any(process.poll() is None for process in processes) and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
         finally:  # also after a second Ctrl-C
             for process in processes:
@@ -252,29 +275,55 @@ class Runner:
                 process.wait()
 
 
-# ---- the command line -----------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    for flag in ("--cfg", "--data-path", "--output", "--tag", "--dataset", "--device", "--protocol"):
+    for flag in (
+        "--cfg",
+        "--data-path",
+        "--output",
+        "--tag",
+        "--dataset",
+        "--device",
+        "--protocol",
+    ):
         parser.add_argument(flag, help="as in main_semisup.py")
     parser.add_argument("--batch-size", type=int, help="as in main_semisup.py")
-    parser.add_argument("--pretrained", help="weights or a run's folder; default: the run's own newest")
-    parser.add_argument("--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"])
-    parser.add_argument("--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"])
+    parser.add_argument(
+        "--pretrained", help="weights or a run's folder; default: the run's own newest"
+    )
+    parser.add_argument(
+        "--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"]
+    )
+    parser.add_argument(
+        "--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"]
+    )
     parser.add_argument("--train-percent", nargs="+", type=float, default=[1.0])
-    parser.add_argument("--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn")
-    parser.add_argument("--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%")
-    parser.add_argument("--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1])
+    parser.add_argument(
+        "--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn"
+    )
+    parser.add_argument(
+        "--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%"
+    )
+    parser.add_argument(
+        "--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1]
+    )
     parser.add_argument("--lr-classifier", nargs="+", type=float, default=[0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--hold-out", type=float, default=0.2, help="share of the labels for validation")
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU")
+    parser.add_argument(
+        "--hold-out", type=float, default=0.2, help="share of the labels for validation"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU"
+    )
     parser.add_argument("--name", default="sweep", help="of the table's files")
     parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs")
     args = parser.parse_args(words[:at])
@@ -296,7 +345,11 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
 
     named = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
     given = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
-    shared = [str(part) for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    shared = [
+        str(part)
+        for name, value in given.items()
+        for part in (f"--{name.replace('_', '-')}", value)
+    ]
     place = [name for name in ("cfg", "output", "tag") if name in given]
     known = [part for name in place for part in (f"--{name}", given[name])]
     parsed, _ = make_parser("sweep").parse_known_args([*known, *extra])
@@ -320,7 +373,11 @@ def _content(cfg: Any, args: argparse.Namespace, weights: str) -> str:
     if args.protocol:
         files.append(ROOT / "configs" / "_base_" / f"finetune_{args.protocol}.yaml")
     if args.subsets:
-        files += [args.subsets / f"{percent:g}percent.txt" for percent in args.train_percent if percent < 100]
+        files += [
+            args.subsets / f"{percent:g}percent.txt"
+            for percent in args.train_percent
+            if percent < 100
+        ]
     state = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in files:
         if file.is_file():  # a missing one is named by the run that needs it

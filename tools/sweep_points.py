@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("start", "mode", "labels", "epochs", "lr_backbone", "lr_classifier", "seeds", "val_top1", "chosen")
+COLUMNS = (
+    "start",
+    "mode",
+    "labels",
+    "epochs",
+    "lr_backbone",
+    "lr_classifier",
+    "seeds",
+    "val_top1",
+    "chosen",
+)
 Group = tuple[str, str, float]  # start, mode, percentage: what one choice is made among
 TESTS = ("test_top1", "test_top5")
 
@@ -76,7 +86,8 @@ class Point:
 def choose(found: dict[Point, dict[str, Any]], seeds: int) -> dict[Group, Setting]:
     """Return for each group the setting with the best mean validation top-1 of the last epoch.
 
-    Ties go to the first. Settings without all their ``seeds`` are no candidates: their mean is another's.
+    Ties go to the first. Settings without all their ``seeds`` are no candidates: their mean is
+    another's.
     """
     means: dict[Setting, float] = {}
     for setting in dict.fromkeys(point.setting for point in found):

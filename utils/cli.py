@@ -27,13 +27,21 @@ _VALUES: dict[str, tuple[str, type, str]] = {
         "digits, mnist5k",
     ),
     "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
-    "--resume": ("RESUME", str, "checkpoint to go on from, instead of the newest of the run's folder"),
+    "--resume": (
+        "RESUME",
+        str,
+        "checkpoint to go on from, instead of the newest of the run's folder",
+    ),
     "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", int, "micro-batches per optimiser step"),
     "--epochs": ("TRAIN.EPOCHS", int, "epochs of the whole run"),
     "--output": ("OUTPUT", str, "output root; a run writes to OUTPUT/NAME/TAG"),
     "--tag": ("TAG", str, "name of this run"),
     "--seed": ("SEED", int, "seed of everything random"),
-    "--precision": ("TRAIN.PRECISION", str, "auto (what the device is fast at), fp32, bf16 or fp16"),
+    "--precision": (
+        "TRAIN.PRECISION",
+        str,
+        "auto (what the device is fast at), fp32, bf16 or fp16",
+    ),
     "--device": ("DEVICE", str, "auto, cpu or cuda"),
 }
 _SWITCHES = {
@@ -57,14 +65,19 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-            self.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]}?" if close else ""))
+            self.error(
+                f"unknown argument {unknown[0]!r}"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
         return args
 
 
 def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Parser:
     """Return the parser of the shared flags; ``renamed`` maps a flag to another key (the probe's epochs)."""
     parser = _Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--cfg", metavar="FILE", help="yaml configuration, see configs/")
     parser.add_argument(
@@ -77,7 +90,9 @@ def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Par
     )
     for flag, (key, kind, text) in _VALUES.items():
         key = (renamed or {}).get(flag, key)
-        parser.add_argument(flag, dest=key, type=kind, default=argparse.SUPPRESS, help=f"{text} [{key}]")
+        parser.add_argument(
+            flag, dest=key, type=kind, default=argparse.SUPPRESS, help=f"{text} [{key}]"
+        )
     for flag, (key, value, text) in _SWITCHES.items():
         parser.add_argument(
             flag,
@@ -93,8 +108,12 @@ def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Par
         default=argparse.SUPPRESS,
         help="published spelling of --precision: O0 fp32, O1 and O2 mixed (bf16; fp16 on GPUs without bf16)",
     )
-    parser.add_argument("--eval", action="store_true", help="evaluate the newest checkpoint and stop")
-    parser.add_argument("--throughput", action="store_true", help="measure the backbone's images/s and stop")
+    parser.add_argument(
+        "--eval", action="store_true", help="evaluate the newest checkpoint and stop"
+    )
+    parser.add_argument(
+        "--throughput", action="store_true", help="measure the backbone's images/s and stop"
+    )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
@@ -112,12 +131,15 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse(parser: _Parser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+def parse(
+    parser: _Parser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the arguments and the configuration keys that flags set.
 
     ``--local_rank`` (old launchers) becomes the environment variable that torchrun sets.
     """
-    # Read when torch is loaded: idle threads sleep; spinning ones make a busy machine ten times slower.
+    # Read when torch is loaded: idle threads sleep; spinning ones make a busy machine ten times
+    # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parser.parse_strictly(argv)
     values = vars(args)
@@ -132,16 +154,18 @@ def parse(parser: _Parser, argv: Sequence[str] | None = None) -> tuple[argparse.
 def _mixed_precision() -> str:
     import torch
 
-    no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     return "fp16" if no_bf16 else "bf16"
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Run a main and exit: one line for what the user can mend, a traceback for what only we can.
 
-    Exit codes: 0 done, 1 a fault of ours, 2 bad input or a full disk, 3 gradients not finite, 4 out of
-    memory, 5 a loader worker or another process failed, 75 preempted (start the same command again), 130
-    stopped at once. With ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
+    Exit codes: 0 done, 1 a fault of ours, 2 bad input or a full disk, 3 gradients not finite, 4 out
+    of memory, 5 a loader worker or another process failed, 75 preempted (start the same command
+    again), 130 stopped at once. With ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
     """
     guard_streams()
     try:
@@ -181,11 +205,13 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
         return 130, text or "stopped by Ctrl-C"
     if name in _CODES:
         return _CODES[name], text
-    if text.startswith("DataLoader worker"):  # torch's SIGCHLD handler raises it anywhere in the main thread
+    # torch's SIGCHLD handler raises it anywhere in the main thread
+    if text.startswith("DataLoader worker"):
         return 5, worker_failure(text)
     if number == errno.ENOMEM or name == "OutOfMemoryError" or "can't allocate memory" in text:
         return 4, f"out of memory; {_MEMORY_REMEDY}: {first_line(text)}"
-    if text.startswith("Expected more than 1 value per channel"):  # torch's batch norm, at the first step
+    # torch's batch norm, at the first step
+    if text.startswith("Expected more than 1 value per channel"):
         return 2, "--batch-size 1: batch norm needs at least 2 images on each process; raise it"
     if isinstance(error, (ValueError, ImportError)):
         return 2, text
@@ -216,7 +242,9 @@ def _report(error: BaseException, message: str) -> None:
             traceback.print_exception(error)
     rank = os.environ.get("RANK") or "0"
     # An error that all ranks share has one reporter; and all read the same configuration.
-    reporter = "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
+    reporter = (
+        "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
+    )
     if rank == reporter and _first_to_say(message):
         text = visible(message, keep="\n").replace("\n", "\n  ")  # no name begins a line of its own
         with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code

@@ -1,6 +1,7 @@
 """Processes, collectives that also work on one process, and the one source of randomness.
 
-Every helper is the identity when no process group is initialised, so no caller needs a second code path.
+Every helper is the identity when no process group is initialised, so no caller needs a second code
+path.
 """
 
 import os
@@ -16,7 +17,8 @@ T = TypeVar("T")
 
 _host_group: Any = None  # a gloo group beside nccl
 _START = 1800.0  # seconds that a rank may be behind while all load, list and compile
-_DEVICE_GRACE = 60.0  # seconds: a host that waits names who is missing, a device that waits is only killed
+# seconds: a host that waits names who is missing, a device that waits is only killed
+_DEVICE_GRACE = 60.0
 
 
 def is_distributed() -> bool:
@@ -48,7 +50,9 @@ def _announced(name: str, default: int) -> int:
     """Return a number of the launcher's environment; one that is empty counts as not given."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise ValueError(f"{name}={text!r} in the environment is no number; unset it, or use torchrun")
+        raise ValueError(
+            f"{name}={text!r} in the environment is no number; unset it, or use torchrun"
+        )
     return int(text)
 
 
@@ -194,7 +198,8 @@ def on_main(action: Callable[[], T]) -> T:
 def on_all(action: Callable[[], T]) -> T:
     """Run ``action``, which waits for no other rank, on every rank and return each rank's own result.
 
-    Where it fails on some, the lowest of these ranks' error is raised on all, which that rank reports.
+    Where it fails on some, the lowest of these ranks' error is raised on all, which that rank
+    reports.
     """
     if world_size() == 1:
         return action()
@@ -241,12 +246,13 @@ def gather_uneven(tensor: Tensor) -> Tensor:
 def exchange_rows(tensor: Tensor, order: Tensor) -> Tensor:
     """Return this process's share of all rows in a common ``order``; each row travels at most once.
 
-    ``tensor`` is (N, ...), N equal on all ranks; ``order`` (N * W,), on the host and the same everywhere,
-    numbers the rows in rank order. Rank r gets rows ``order[r * N : (r + 1) * N]``, in that order and in the
-    memory format of ``tensor``.
+    ``tensor`` is (N, ...), N equal on all ranks; ``order`` (N * W,), on the host and the same
+    everywhere, numbers the rows in rank order. Rank r gets rows ``order[r * N : (r + 1) * N]``, in
+    that order and in the memory format of ``tensor``.
     """
     channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    rows = tensor.permute(0, 2, 3, 1) if channels_last else tensor  # indexing would give up the format
+    # indexing would give up the format
+    rows = tensor.permute(0, 2, 3, 1) if channels_last else tensor
     wanted = order.view(world_size(), -1)
     owner = torch.div(wanted, tensor.shape[0], rounding_mode="floor")
     mine = owner == rank()

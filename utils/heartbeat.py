@@ -1,7 +1,7 @@
 """Name the process that the others wait for: each notes in the common store what it is doing.
 
-A note is one small message to the store, and nobody waits for it. When a collective fails, those who noticed
-say so; who stays silent is the one that hangs, or is gone.
+A note is one small message to the store, and nobody waits for it. When a collective fails, those
+who noticed say so; who stays silent is the one that hangs, or is gone.
 """
 
 import threading
@@ -17,7 +17,8 @@ from utils.randomness import keyed_seed
 T = TypeVar("T")
 
 _GRACE = 1.0  # seconds that the others have to notice too
-_PATIENCE = 3.0  # seconds for the store to answer: the process that holds it may be the one that hangs
+# seconds for the store to answer: the process that holds it may be the one that hangs
+_PATIENCE = 3.0
 
 _count = 0  # notes so far; alike on all ranks at the same line of the program
 _told = ""  # what was found out once: asking again would wait again

@@ -14,8 +14,8 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 def try_lock(file: IO, place: object) -> bool:
     """Lock an open file until it is closed; return False if another process holds the lock.
 
-    Where the file system of `place` has no locks (Lustre without flock, NFS without lockd), warn and return
-    True: nothing stops a second process then. Raises `OSError` for any other failure.
+    Where the file system of `place` has no locks (Lustre without flock, NFS without lockd), warn
+    and return True: nothing stops a second process then. Raises `OSError` for any other failure.
     """
     try:
         # The kernel releases it with the process. Unlike flock's, loader workers do not inherit it.
@@ -26,6 +26,8 @@ def try_lock(file: IO, place: object) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise
         logger.warning(
-            "the file system of %s has no locks (%s): nothing stops a second job there", place, error
+            "the file system of %s has no locks (%s): nothing stops a second job there",
+            place,
+            error,
         )
     return True

@@ -39,7 +39,11 @@ class _TerminalFormatter(OneLine):
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
         if self.color:
             stamp = colored(stamp, "green", force_color=True)
-            level = colored(level, _COLORS.get(record.levelno, "blue"), force_color=True) if level else ""
+            level = (
+                colored(level, _COLORS.get(record.levelno, "blue"), force_color=True)
+                if level
+                else ""
+            )
         return f"{stamp} {self.label}{level}{visible(record.message)}"
 
 
@@ -66,7 +70,9 @@ class _FileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            logger.warning("cannot write %s (%s); training goes on", self.baseFilename, sys.exc_info()[1])
+            logger.warning(
+                "cannot write %s (%s); training goes on", self.baseFilename, sys.exc_info()[1]
+            )
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -81,7 +87,8 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
     """Return the logger "synco": INFO on rank 0, WARNING elsewhere; rank 0 also appends to `folder`/log.txt.
 
-    Repeated calls replace the handlers of the previous call. Colours need a terminal and no NO_COLOR.
+    Repeated calls replace the handlers of the previous call. Colours need a terminal and no
+    NO_COLOR.
     """
     close_logger()
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -94,7 +101,9 @@ def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
             folder.mkdir(parents=True, exist_ok=True)
             handler = _FileHandler(folder / LOG_FILE, encoding="utf-8")
         except OSError as error:
-            logger.warning("cannot open %s (%s); training goes on without it", folder / LOG_FILE, error)
+            logger.warning(
+                "cannot open %s (%s); training goes on without it", folder / LOG_FILE, error
+            )
         else:
             handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
@@ -149,7 +158,9 @@ class Metrics:
         """Append the line {"step": step, **values}, numbers also to TensorBoard; tensors hold one element."""
         if self._folder is None:
             return
-        plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+        plain = {
+            key: value.item() if hasattr(value, "item") else value for key, value in values.items()
+        }
         self._guard(METRICS_FILE, lambda: self._append(step, plain))
         if self._tensorboard:
             self._guard("tensorboard", lambda: self._scalars(step, plain))
@@ -166,14 +177,16 @@ class Metrics:
     def _guard(self, name: str, action: Callable[[], None]) -> None:
         """Run `action`; an error of the outside world is warned about once for each output.
 
-        TensorBoard is a program of others: it fails on import and while it writes in ways of its own.
+        TensorBoard is a program of others: it fails on import and while it writes in ways of its
+        own.
         """
         try:
             action()
         except Exception as error:
             if name == "tensorboard":  # its writer thread is dead after an error
                 self._tensorboard, self._board = False, None
-            elif not isinstance(error, (OSError, UnicodeError)):  # paths that a C locale cannot spell
+            # paths that a C locale cannot spell
+            elif not isinstance(error, (OSError, UnicodeError)):
                 raise
             if name not in self._warned:
                 self._warned.add(name)
@@ -186,7 +199,8 @@ class Metrics:
         line = json.dumps(finite_json({"step": step, **values}), allow_nan=False) + "\n"
         data = ("\n" + line if self._torn else line).encode()
         self._torn = True
-        self._torn = self._file.write(data) != len(data)  # unbuffered: a full disk raises or takes a part
+        # unbuffered: a full disk raises or takes a part
+        self._torn = self._file.write(data) != len(data)
 
     def _open(self) -> None:
         assert self._folder is not None
@@ -206,7 +220,10 @@ class Metrics:
         if not path.exists():
             return
         tmp = path.with_name(path.name + ".tmp")
-        with path.open(encoding="utf-8", errors="replace") as old, tmp.open("w", encoding="utf-8") as new:
+        with (
+            path.open(encoding="utf-8", errors="replace") as old,
+            tmp.open("w", encoding="utf-8") as new,
+        ):
             new.writelines(line for line in old if _stays(line, step, evaluation_too))
         os.replace(tmp, path)
 
@@ -242,7 +259,9 @@ class ProgressLine:
         self._active = _is_terminal(self._stream)
         self._first: tuple[float, int] | None = None
 
-    def update(self, epoch: int, step: int, loss: float, lr: float, images_per_second: float) -> None:
+    def update(
+        self, epoch: int, step: int, loss: float, lr: float, images_per_second: float
+    ) -> None:
         """Redraw the line; `step` counts finished steps, the time left follows from this process's pace."""
         if not self._active:
             return
@@ -282,4 +301,8 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return f"{days}d {hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
+    return (
+        f"{days}d {hour:02d}:{minute:02d}:{second:02d}"
+        if days
+        else f"{hour}:{minute:02d}:{second:02d}"
+    )

@@ -37,5 +37,7 @@ def folder_name(name: str, origin: str) -> str:
     Raises ValueError, which begins with `origin`, for a name that leads elsewhere.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"{origin}: {name!r} is no name of a folder; use one without '/', not '.' or '..'")
+        raise ValueError(
+            f"{origin}: {name!r} is no name of a folder; use one without '/', not '.' or '..'"
+        )
     return name

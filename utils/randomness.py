@@ -1,9 +1,10 @@
 """Keyed random numbers: every draw is a pure function of a key, and nothing is stored.
 
 A draw depends neither on the workers nor on where a run was resumed. `keyed_seed` hashes words and
-numbers to one seed. The other functions are a counter-based generator: a 64-bit key a sample, one stream
-number a draw, and the splitmix64 finaliser (Steele et al. 2014, "Fast splittable pseudorandom number
-generators") as the hash. So one sample in a worker draws what a whole batch draws in the main process.
+numbers to one seed. The other functions are a counter-based generator: a 64-bit key a sample, one
+stream number a draw, and the splitmix64 finaliser (Steele et al. 2014, "Fast splittable
+pseudorandom number generators") as the hash. So one sample in a worker draws what a whole batch
+draws in the main process.
 """
 
 import hashlib
@@ -35,7 +36,9 @@ def splitmix(values: np.ndarray) -> np.ndarray:
 def hashed(indices: np.ndarray, *parts: int | str) -> np.ndarray:
     """Return one uint64 per index (any shape), keyed by `parts`; distinct indices give distinct values."""
     base = np.array([keyed_seed(*parts)], dtype=np.uint64)
-    return splitmix((np.asarray(indices).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + base)
+    return splitmix(
+        (np.asarray(indices).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + base
+    )
 
 
 def stream_keys(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
@@ -50,7 +53,9 @@ def uniform(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
     return (stream_keys(keys, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def uniform_between(keys: np.ndarray, stream: int | np.ndarray, low: float, high: float) -> np.ndarray:
+def uniform_between(
+    keys: np.ndarray, stream: int | np.ndarray, low: float, high: float
+) -> np.ndarray:
     """Return float64 uniforms in [low, high), one per key; `stream` is broadcast against `keys`."""
     return low + uniform(keys, stream) * (high - low)
 

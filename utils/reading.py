@@ -45,7 +45,9 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     try:
         text = data.decode(encoding, errors if encoding == "utf-8" else "strict")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in {encoding.upper()} ({error}): save it as UTF-8") from error
+        raise ValueError(
+            f"{path} is no text in {encoding.upper()} ({error}): save it as UTF-8"
+        ) from error
     if "\0" in text:  # such as UTF-16 without its mark
         raise ValueError(f"{path} is no text in UTF-8 (it holds zero bytes): save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -40,7 +40,8 @@ class Progress:
 def cosine(fraction: float, start: float, end: float) -> float:
     """Go from ``start`` at 0 to ``end`` at 1 along half a cosine.
 
-    With ``end=1`` this is the momentum schedule of BYOL (section 3.3) and MoBY: 1 - (1-m0)(cos(pi f)+1)/2.
+    With ``end=1`` this is the momentum schedule of BYOL (section 3.3) and MoBY: 1 - (1-m0)(cos(pi
+    f)+1)/2.
     """
     return end - (end - start) * (math.cos(math.pi * fraction) + 1.0) / 2.0
 
@@ -51,7 +52,9 @@ def momentum_at(fraction: float, base: float, schedule: str) -> float:
         return base
     if schedule == "cosine":
         return cosine(fraction, base, 1.0)
-    raise ValueError(f"MOMENTUM_SCHEDULE: {schedule!r} is not a schedule; use 'constant' or 'cosine'")
+    raise ValueError(
+        f"MOMENTUM_SCHEDULE: {schedule!r} is not a schedule; use 'constant' or 'cosine'"
+    )
 
 
 class LearningRate(NamedTuple):
@@ -68,8 +71,10 @@ class LearningRate(NamedTuple):
     gamma: float = 0.1
     decay_epochs: int = 30
     per_epoch: bool = False  # hold the rate of the epoch's first step (MoCo)
-    shifted: bool = False  # start the cosine after the warm-up (MoCo v3) and not at step 0 (timm, MoBY)
-    lag: bool = False  # the one-step lag of the published MoBY and SiT code: steps 0 and 1 share a rate
+    # start the cosine after the warm-up (MoCo v3) and not at step 0 (timm, MoBY)
+    shifted: bool = False
+    # the one-step lag of the published MoBY and SiT code: steps 0 and 1 share a rate
+    lag: bool = False
 
     def at(self, step: int) -> float:
         """Return the learning rate of optimiser step ``step``."""
@@ -89,7 +94,9 @@ class LearningRate(NamedTuple):
                 fraction = (time - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
                 return self.base * (1.0 - 0.99 * fraction)
             case "step":
-                return self.base * self.gamma ** (time // (self.decay_epochs * self.steps_per_epoch))
+                return self.base * self.gamma ** (
+                    time // (self.decay_epochs * self.steps_per_epoch)
+                )
             case "milestones":
                 epoch = time // self.steps_per_epoch
                 return self.base * self.gamma ** sum(epoch >= m for m in self.milestones)

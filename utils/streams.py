@@ -11,16 +11,17 @@ from utils.names import visible
 def guard_streams(escape: bool = True) -> None:
     """Let this process write whatever its standard output and error are.
 
-    What was closed at the start becomes the null device: else the next file that is opened, a checkpoint
-    even, gets the number 2, and libraries write their messages into it. Control characters in what is
-    printed are shown as escapes, if `escape`.
+    What was closed at the start becomes the null device: else the next file that is opened, a
+    checkpoint even, gets the number 2, and libraries write their messages into it. Control
+    characters in what is printed are shown as escapes, if `escape`.
     """
     _fill_gaps()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
-    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:  # not one of a test
+    # not one of a test
+    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
         sys.stdout = _output(sys.stdout, _Visible if escape else io.TextIOWrapper)
 
 

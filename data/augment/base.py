@@ -27,8 +27,9 @@ _COPY_SHIFT = np.uint64(40)  # a sample's index takes fewer bits
 class Operation:
     """One step of a view: a frozen dataclass of its parameters.
 
-    `streams` numbers its random draws. A number belongs to a draw and not to a place in the view, so
-    moving an operation does not change its draws. Two operations of a view may not share a number.
+    `streams` numbers its random draws. A number belongs to a draw and not to a place in the view,
+    so moving an operation does not change its draws. Two operations of a view may not share a
+    number.
     """
 
     streams: ClassVar[tuple[int, ...]] = ()
@@ -96,17 +97,23 @@ def sample_keys(
 ) -> np.ndarray:
     """Return the uint64 keys (N,) of samples `indices` (N,) in `epoch` for view number `view`.
 
-    `copies` (N,) tells the repetitions of a sample in an epoch apart; copy 0 has the key of a sample that
-    is not repeated.
+    `copies` (N,) tells the repetitions of a sample in an epoch apart; copy 0 has the key of a
+    sample that is not repeated.
     """
-    numbered = np.asarray(indices, dtype=np.uint64) + (np.asarray(copies, dtype=np.uint64) << _COPY_SHIFT)
+    numbered = np.asarray(indices, dtype=np.uint64) + (
+        np.asarray(copies, dtype=np.uint64) << _COPY_SHIFT
+    )
     return hashed(numbered, "view", seed, epoch, view)
 
 
 def send(values: np.ndarray, device: torch.device) -> Tensor:
     """Copy a host array to `device` without waiting for it; floats become float32."""
     tensor = torch.from_numpy(values.astype(np.float32) if values.dtype.kind == "f" else values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def spatial_ops(view: View) -> tuple[SpatialOp, ...]:

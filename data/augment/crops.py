@@ -30,7 +30,9 @@ class RandomResizedCrop(SpatialOp):
         """Draw boxes (N,4) int64 by the law of torchvision's RandomResizedCrop."""
         draws = CropDraws(self, keys)
         boxes = []
-        for sample, (height, width) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+        for sample, (height, width) in enumerate(
+            zip(heights.tolist(), widths.tolist(), strict=True)
+        ):
             boxes.append(draws.box(sample, height, width))
         return np.array(boxes, dtype=np.int64).reshape(-1, 4)
 
@@ -59,8 +61,8 @@ class CropDraws:
     def box(self, sample: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return a sample's crop (top, left, height, width) of an image by torchvision's law.
 
-        The first of ten attempts that fits, then the central crop. Plain numbers: for one image arrays are
-        twenty times slower.
+        The first of ten attempts that fits, then the central crop. Plain numbers: for one image
+        arrays are twenty times slower.
         """
         for share, ratio in zip(self._shares[sample], self._ratios[sample], strict=True):
             area = height * width * share
@@ -173,7 +175,9 @@ def resize_one(image: Tensor, size: tuple[int, int], interpolation: str) -> Tens
     return F.interpolate(image[None], size=size, mode=interpolation, antialias=True)[0]
 
 
-def draw_boxes(view: View, keys: np.ndarray, shape: tuple[int, int] | torch.Size) -> np.ndarray | None:
+def draw_boxes(
+    view: View, keys: np.ndarray, shape: tuple[int, int] | torch.Size
+) -> np.ndarray | None:
     """Draw the crops (N,4) of `view` for images of one (height, width); None if none is random."""
     height, width = shape
     for op in spatial_ops(view):

@@ -20,8 +20,8 @@ def finetune_recipe(
 ) -> Recipe:
     """Return the one training view of DeiT, Swin and SiT: crop, flip, RandAugment or jitter, erasing.
 
-    Up to 32 pixels the crop is a shift by at most 4 (`crop_min` is then not used). As in timm, RandAugment
-    stands in for the jitter: a ValueError where both are asked for.
+    Up to 32 pixels the crop is a shift by at most 4 (`crop_min` is then not used). As in timm,
+    RandAugment stands in for the jitter: a ValueError where both are asked for.
     """
     if color_jitter and rand_augment:
         raise ValueError(

@@ -14,8 +14,8 @@ from utils.randomness import keyed_seed
 class Mixing:
     """Blend (Zhang et al. 2018, arXiv:1710.09412) or paste (Yun et al. 2019, arXiv:1905.04899) image pairs.
 
-    Draws are a pure function of (seed, step, rank, the batch's first sample). With both strengths 0 images
-    stay as they are and labels are only smoothed.
+    Draws are a pure function of (seed, step, rank, the batch's first sample). With both strengths 0
+    images stay as they are and labels are only smoothed.
     """
 
     def __init__(
@@ -33,7 +33,14 @@ class Mixing:
         self.active = (mixup > 0 or cutmix > 0) and prob > 0
         self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
         self._mixup = Mixup(
-            mixup, cutmix, None, prob, switch_prob, mode, label_smoothing=smoothing, num_classes=num_classes
+            mixup,
+            cutmix,
+            None,
+            prob,
+            switch_prob,
+            mode,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
         )
 
     def __call__(

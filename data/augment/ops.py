@@ -1,7 +1,7 @@
 """The operations on a batch, one class each: parameters, draw and application stand together.
 
-Draws are keyed by the sample (`utils.randomness`); application is deterministic and runs on any device. An
-operation may have fused kernels as well: `data.augment.fused.opcodes`.
+Draws are keyed by the sample (`utils.randomness`); application is deterministic and runs on any
+device. An operation may have fused kernels as well: `data.augment.fused.opcodes`.
 """
 
 import math
@@ -129,8 +129,8 @@ class Solarize(BatchOp):
 class RandomErasing(BatchOp):
     """Replace a random rectangle of the normalised image by normal noise, with probability `p`.
 
-    Zhong et al. 2020, "Random erasing data augmentation", in timm's mode "pixel": area U(0.02, 1/3) of the
-    image, aspect ratio log-uniform in [0.3, 1/0.3], one rectangle.
+    Zhong et al. 2020, "Random erasing data augmentation", in timm's mode "pixel": area U(0.02, 1/3)
+    of the image, aspect ratio log-uniform in [0.3, 1/0.3], one rectangle.
     """
 
     name: ClassVar[str] = "erase"
@@ -182,14 +182,16 @@ def luma(x: Tensor) -> Tensor:
 def color_jitter(x: Tensor, draws: Draws) -> Tensor:
     """Apply brightness, contrast, saturation and hue to every sample of `x` (N,3,S,S) in its own order.
 
-    The samples are sorted by the place of hue in their order and aligned on it: three slots before it and
-    three after, in each of which a contiguous part of the batch is active.
+    The samples are sorted by the place of hue in their order and aligned on it: three slots before
+    it and three after, in each of which a contiguous part of the batch is active.
     """
     hue_place = np.argmax(draws["order"] == _HUE, axis=1)
     ranking = np.argsort(-hue_place, kind="stable")
     # how many samples have 3, 2, 1 operations before hue
     before = [int((hue_place > slot).sum()) for slot in (2, 1, 0)]
-    factors = send(_slot_factors({name: values[ranking] for name, values in draws.items()}), x.device)
+    factors = send(
+        _slot_factors({name: values[ranking] for name, values in draws.items()}), x.device
+    )
     index = send(ranking, x.device)
     y = x.index_select(0, index)
     for slot, count in enumerate(before):
@@ -204,7 +206,8 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
 def _slot_factors(draws: Draws) -> np.ndarray:
     """Return (6,3,N): each slot's factors of the image, of its grey image and of the grey image's mean.
 
-    `clamp(f*x + s*gray + c*mean(gray))` is brightness (s = c = 0), contrast (c = 1-f), saturation (s = 1-f).
+    `clamp(f*x + s*gray + c*mean(gray))` is brightness (s = c = 0), contrast (c = 1-f), saturation
+    (s = 1-f).
     """
     order = draws["order"]
     count, places = order.shape
@@ -212,7 +215,9 @@ def _slot_factors(draws: Draws) -> np.ndarray:
     shift = places - 1 - np.argmax(order == _HUE, axis=1)
     kinds[np.arange(count)[:, None], shift[:, None] + np.arange(places)] = order
     kinds = np.delete(kinds, places - 1, axis=1).T
-    factor = np.select([kinds == k for k in range(_HUE)], [draws[name] for name in JITTER_OPS[:_HUE]], 1.0)
+    factor = np.select(
+        [kinds == k for k in range(_HUE)], [draws[name] for name in JITTER_OPS[:_HUE]], 1.0
+    )
     contrast, saturation = (kinds == JITTER_OPS.index(name) for name in ("contrast", "saturation"))
     return np.stack([factor, (1.0 - factor) * saturation, (1.0 - factor) * contrast], axis=1)
 
@@ -230,8 +235,9 @@ def _affine_(x: Tensor, factors: Tensor) -> None:
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of RGB `x` (N,3,H,W) in [0,1] by `shift` (N,) turns, exactly through HSV.
 
-    With the hue in sextants, channel = value - chroma * clamp(2 - |r|, 0, 1) where r = hue + (3 | 1 | -1)
-    wrapped to [-3, 3]. In-place arithmetic instead of comparisons: masks are several times slower on a CPU.
+    With the hue in sextants, channel = value - chroma * clamp(2 - |r|, 0, 1) where r = hue + (3 | 1
+    | -1) wrapped to [-3, 3]. In-place arithmetic instead of comparisons: masks are several times
+    slower on a CPU.
     """
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)

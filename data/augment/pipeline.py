@@ -1,7 +1,7 @@
 """Draw and apply the operations of a view to a whole batch, on any device.
 
-Samples that an operation does not touch are not computed: the host knows their indices, so this costs no
-synchronisation.
+Samples that an operation does not touch are not computed: the host knows their indices, so this
+costs no synchronisation.
 """
 
 import functools
@@ -65,9 +65,9 @@ def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto")
     """Apply the batched operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
 
     What a view does on the host (`host_ops`) was done where the image was read. `draws` come from
-    `draw_photometric`; values stay in [0,1] between operations. `backend` is that of `choose_backend`:
-    both agree to 1e-4 except where a level meets the threshold of Solarize. A view that has an operation
-    without an opcode runs by torch, whatever `backend` says.
+    `draw_photometric`; values stay in [0,1] between operations. `backend` is that of
+    `choose_backend`: both agree to 1e-4 except where a level meets the threshold of Solarize. A
+    view that has an operation without an opcode runs by torch, whatever `backend` says.
     """
     ops = device_ops(view)
     before = tuple(op for op in ops if not op.after_normalisation)
@@ -81,14 +81,17 @@ def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto")
 def choose_backend(backend: str, device: torch.device) -> str:
     """Return "fused" (compiled by numba for a CPU, by Triton for a GPU) or "torch".
 
-    "auto" is "fused" on a CPU that has numba, else "torch": the kernels for a GPU have been interpreted and
-    compiled, but not yet run on one. A ValueError where "fused" is asked for and cannot run.
+    "auto" is "fused" on a CPU that has numba, else "torch": the kernels for a GPU have been
+    interpreted and compiled, but not yet run on one. A ValueError where "fused" is asked for and
+    cannot run.
     """
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
     package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
     if package is None:
-        raise ValueError(f"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on {device}: use 'torch'")
+        raise ValueError(
+            f"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on {device}: use 'torch'"
+        )
     if _has(package):
         return "fused"
     if backend == "fused":
@@ -102,7 +105,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
 def _has(package: str) -> bool:
     found = importlib.util.find_spec(package) is not None
     if not found:
-        logger.info("%s is not installed: the augmentation is several times slower without it", package)
+        logger.info(
+            "%s is not installed: the augmentation is several times slower without it", package
+        )
     return found
 
 

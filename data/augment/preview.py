@@ -17,7 +17,9 @@ logger = logging.getLogger("synco")
 _SIDE = 96  # small images are enlarged to at least this many pixels
 
 
-def save_preview(path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> None:
+def save_preview(
+    path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8
+) -> None:
     """Write a grid, one row an image of the first batch, one column a view, as the network sees them."""
     views = first_views(source, recipe, seed, num_images)
     warn_of_identical_views(views)
@@ -40,7 +42,13 @@ def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) 
     """Return the views (N,3,S,S) of the first images of a run, on the host, the same on every rank."""
     num_images = min(num_images, len(source))
     loader = GlobalLoader(
-        source, recipe, global_batch=num_images, seed=seed, device=torch.device("cpu"), rank=0, world=1
+        source,
+        recipe,
+        global_batch=num_images,
+        seed=seed,
+        device=torch.device("cpu"),
+        rank=0,
+        world=1,
     )
     _, (batch,) = next(iter(loader.from_step(0, 1)))
     return batch.views

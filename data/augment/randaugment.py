@@ -51,7 +51,9 @@ class RandAugment(HostOp):
 
 
 @functools.lru_cache
-def rand_augmenter(config: str, size: int, interpolation: str) -> Callable[[Image.Image], Image.Image]:
+def rand_augmenter(
+    config: str, size: int, interpolation: str
+) -> Callable[[Image.Image], Image.Image]:
     """Build timm's transform with the settings of its `create_transform`: shifts and grey by the image."""
     hparams = {
         "translate_const": int(size * 0.45),

@@ -1,7 +1,7 @@
 """The named views as data: what is done to an image, in which order, with which parameters.
 
-One recipe drives the batched pipeline (`data.augment.pipeline`), the pipeline of torchvision and timm that
-tests and benchmarks compare with (`benchmarks.reference`), the preview and the docs.
+One recipe drives the batched pipeline (`data.augment.pipeline`), the pipeline of torchvision and
+timm that tests and benchmarks compare with (`benchmarks.reference`), the preview and the docs.
 """
 
 import difflib
@@ -70,18 +70,35 @@ def _moco_v1(size: int) -> Recipe:
 
 def _moco_v2(size: int) -> Recipe:
     crop = RandomResizedCrop(size, (0.2, 1.0))
-    view = (crop, ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(), GaussianBlur(), HorizontalFlip())
+    view = (
+        crop,
+        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        Grayscale(),
+        GaussianBlur(),
+        HorizontalFlip(),
+    )
     return (view, view)
 
 
 def _simclr(size: int) -> Recipe:
     crop = RandomResizedCrop(size, (0.2, 1.0))
-    view = (crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(), GaussianBlur())
+    view = (
+        crop,
+        HorizontalFlip(),
+        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        Grayscale(),
+        GaussianBlur(),
+    )
     return (view, view)
 
 
 def _byol(size: int) -> Recipe:
-    base = (RandomResizedCrop(size), HorizontalFlip(), ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), Grayscale())
+    base = (
+        RandomResizedCrop(size),
+        HorizontalFlip(),
+        ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+        Grayscale(),
+    )
     return ((*base, GaussianBlur(p=1.0)), (*base, GaussianBlur(p=0.1), Solarize()))
 
 
@@ -98,7 +115,9 @@ def _sit(size: int) -> Recipe:
 
 
 def _sit_fork(size: int) -> Recipe:
-    return _sit_pair(RandomResizedCrop(size, (0.75, 1.0), ratio=(1.0, 1.0), interpolation="bicubic"))
+    return _sit_pair(
+        RandomResizedCrop(size, (0.75, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
+    )
 
 
 def _sit_pair(crop: RandomResizedCrop) -> Recipe:
@@ -173,6 +192,9 @@ def _with_crop_min(recipe: Recipe, name: str, crop_min: float) -> Recipe:
             f"AUG.CROP_MIN {crop_min} has no effect: recipe {name!r} has no random crop; unset it"
         )
     return tuple(
-        tuple(replace(op, scale=(crop_min, 1.0)) if isinstance(op, RandomResizedCrop) else op for op in view)
+        tuple(
+            replace(op, scale=(crop_min, 1.0)) if isinstance(op, RandomResizedCrop) else op
+            for op in view
+        )
         for view in recipe
     )

@@ -12,24 +12,31 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # of the filters, in output pixels
 _CHUNK_BYTES = 1 << 22  # float32 work of one piece on a CPU: larger pieces fall out of its caches
 
 
-def crop_resize(images: Tensor, boxes: np.ndarray, size: int | tuple[int, int], interpolation: str) -> Tensor:
+def crop_resize(
+    images: Tensor, boxes: np.ndarray, size: int | tuple[int, int], interpolation: str
+) -> Tensor:
     """Cut `boxes` (N,4) (top, left, height, width) from uint8 `images` (N,3,H,W), resize to uint8 (N,3,h,w).
 
-    Antialiased triangle or cubic filter (a = -0.5) as in PIL and torchvision, columns first with the levels
-    rounded between the passes; pixels outside the box are never read.
+    Antialiased triangle or cubic filter (a = -0.5) as in PIL and torchvision, columns first with
+    the levels rounded between the passes; pixels outside the box are never read.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    box = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32)).to(images.device, non_blocking=True)
+    box = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32)).to(
+        images.device, non_blocking=True
+    )
     top, left, rows, cols = box.unbind(1)
     by_column = box_weights(left, cols, images.shape[3], width, interpolation)
     by_row = box_weights(top, rows, images.shape[2], height, interpolation)
     pieces = torch.split(torch.arange(len(images)), chunk_length(images.device, *images.shape[1:]))
-    out = torch.empty((len(images), images.shape[1], height, width), dtype=torch.uint8, device=images.device)
+    out = torch.empty(
+        (len(images), images.shape[1], height, width), dtype=torch.uint8, device=images.device
+    )
     for piece in pieces:
         part = slice(int(piece[0]), int(piece[-1]) + 1)
         levels = images[part].to(torch.float32).flatten(1, 2) @ by_column[part].transpose(1, 2)
         levels = levels.add_(0.5).floor_().clamp_(0, 255).unflatten(1, images.shape[1:3])
-        out[part] = apply_rows(by_row[part], levels).add_(0.5).clamp_(0, 255)  # the cast rounds down
+        # the cast rounds down
+        out[part] = apply_rows(by_row[part], levels).add_(0.5).clamp_(0, 255)
     return out
 
 
@@ -43,7 +50,9 @@ def chunk_length(device: torch.device, *shape: int) -> int:
     return max(1, _CHUNK_BYTES // (4 * int(np.prod(shape)))) if device.type == "cpu" else 1 << 30
 
 
-def box_weights(start: Tensor, length: Tensor, source: int, target: int, interpolation: str) -> Tensor:
+def box_weights(
+    start: Tensor, length: Tensor, source: int, target: int, interpolation: str
+) -> Tensor:
     """Return resampling matrices (N,target,source) of the intervals [start, start+length) (N,) of an axis."""
     scale = (length / target)[:, None, None]
     stretch = scale.clamp(min=1.0)  # the filter widens when shrinking: antialiasing
@@ -75,7 +84,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     reach = math.ceil(4.0 * max_sigma)
     taps = torch.arange(-reach, reach + 1, device=sigma.device, dtype=torch.float32)
     kernels = torch.exp(taps.square() * (-0.5 / sigma.square())[:, None])
-    kernels = torch.where(kernels > 1e-12, kernels, 0.0)  # a CPU is five times slower on denormal numbers
+    # a CPU is five times slower on denormal numbers
+    kernels = torch.where(kernels > 1e-12, kernels, 0.0)
     kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(images.shape[1], dim=0)
     # One group per channel of every sample: each has its own kernel.
     x = F.pad(images.flatten(0, 1)[None], [reach] * 4, mode="replicate")

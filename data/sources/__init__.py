@@ -43,7 +43,8 @@ SOURCES: dict[str, Builder] = {
     "digits": arrays.digits,
     "mnist5k": arrays.mnist5k,
 }
-_INDEXED = {"imagefolder", "imagenet", "folder", "tinyimagenet"}  # folders whose listing is worth keeping
+# folders whose listing is worth keeping
+_INDEXED = {"imagefolder", "imagenet", "folder", "tinyimagenet"}
 _BUNDLED = {"digits", "mnist5k"}  # ship with a library: need no path
 _DOWNLOADABLE = {"cifar10", "cifar100", "stl10", "stl10_labelled", "pets"}
 _LABELLED = {"stl10": "stl10_labelled"}  # pretraining adds images without labels
@@ -61,8 +62,9 @@ def build_source(
 ) -> Source:
     """Open `split` ("train" or "val") of data set `dataset` below `path`; only that split has to exist.
 
-    `cache_mode` concerns zip archives, `download` the torchvision sets, `index_cache` folders of images (the
-    folder of their indexes, "" for the user's own, "off" for none); a ValueError names the key to change.
+    `cache_mode` concerns zip archives, `download` the torchvision sets, `index_cache` folders of
+    images (the folder of their indexes, "" for the user's own, "off" for none); a ValueError names
+    the key to change.
     """
     if dataset not in SOURCES:
         near = difflib.get_close_matches(dataset, SOURCES, n=1, cutoff=0.0)[0]
@@ -74,7 +76,9 @@ def build_source(
     if dataset in _BUNDLED:
         return SOURCES[dataset](path, split)
     if not path:
-        raise ValueError(f"DATA.PATH (--data-path) is empty: DATA.DATASET {dataset!r} needs a folder")
+        raise ValueError(
+            f"DATA.PATH (--data-path) is empty: DATA.DATASET {dataset!r} needs a folder"
+        )
     if dataset in _DOWNLOADABLE:
         return SOURCES[dataset](path, split, download=download)
     if not is_folder(Path(path)) and not (dataset == "packed" and Path(path).is_file()):

@@ -19,8 +19,9 @@ logger = logging.getLogger("synco")
 class Source:
     """A fixed, ordered collection of RGB images.
 
-    `images` is the whole collection as uint8 (N,3,H,W), or None where `load` reads one image at a time.
-    `labels` is int64 (N,), -1 where unlabelled. An image of more than `max_pixels` is unreadable.
+    `images` is the whole collection as uint8 (N,3,H,W), or None where `load` reads one image at a
+    time. `labels` is int64 (N,), -1 where unlabelled. An image of more than `max_pixels` is
+    unreadable.
     """
 
     images: Tensor | None = None
@@ -154,7 +155,9 @@ def is_labelled(source: Source) -> bool:
     return source.num_classes > 0 and not bool((source.labels < 0).any())
 
 
-def compare_labels(split: Path, labels: np.ndarray, of_train: np.ndarray, classes: Sequence[str]) -> None:
+def compare_labels(
+    split: Path, labels: np.ndarray, of_train: np.ndarray, classes: Sequence[str]
+) -> None:
     """Refuse labels that no training image has; say in one line which classes only training has.
 
     `split` names the other split in the messages.

@@ -13,7 +13,8 @@ _PAGE = 4096
 def checksum(data: Any) -> int:
     """Return 32 bits of a buffer: the CRC of its pages' sums, ten times faster than the CRC of its bytes.
 
-    What a disk does to a file (truncated, zeroed, flipped, exchanged pages) changes it; it stops no forger.
+    What a disk does to a file (truncated, zeroed, flipped, exchanged pages) changes it; it stops no
+    forger.
     """
     view = memoryview(data).cast("B")
     whole = len(view) - len(view) % _PAGE
@@ -29,7 +30,9 @@ def view(data: memoryview, dtype: str, start: int, count: int) -> np.ndarray:
 def file_systems() -> dict[int, str]:
     """Return the type of each mounted file system by its device number; nothing where Linux does not tell."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (
+            Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        )
     except OSError:
         return {}
     found = {}

@@ -53,7 +53,9 @@ class FileSource(Source):
     def fingerprint(self) -> str:
         """Digest the relative paths and the labels."""
         if not self._fingerprint:
-            self._fingerprint = digest(len(self), self.paths.blob, self.paths.offsets, self.labels.numpy())
+            self._fingerprint = digest(
+                len(self), self.paths.blob, self.paths.offsets, self.labels.numpy()
+            )
         return self._fingerprint
 
 
@@ -67,7 +69,9 @@ def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
     classes = _class_names(train, PassedOver()) if has_train else found
     unknown = sorted(set(found) - set(classes))
     if unknown:
-        raise ValueError(f"DATA.PATH (--data-path): {folder} has classes that {train} lacks: {unknown[:5]}")
+        raise ValueError(
+            f"DATA.PATH (--data-path): {folder} has classes that {train} lacks: {unknown[:5]}"
+        )
     present = set(found)
     groups = [(name, label) for label, name in enumerate(classes) if name in present]
     listing = list_images(folder, groups, index_cache, passed)
@@ -92,7 +96,9 @@ def _class_names(folder: Path, passed: PassedOver) -> list[str]:
         passed.add(OUTSIDE, str(folder / name))
     names = sorted(entries.folders + entries.linked)
     if not names:
-        refuse_empty(folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes")
+        refuse_empty(
+            folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes"
+        )
     return names
 
 

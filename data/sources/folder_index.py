@@ -1,8 +1,9 @@
 """The images below a folder: scanned once, then read in milliseconds from an index that is never stale.
 
-An index stands outside of the data set, in a folder of the user's. It is used only while every folder that
-was scanned still has the times and the inode that it had: adding, removing or renaming a file sets a folder's
-ctime, which no program can set back. What cannot be vouched for is scanned again.
+An index stands outside of the data set, in a folder of the user's. It is used only while every
+folder that was scanned still has the times and the inode that it had: adding, removing or renaming
+a file sets a folder's ctime, which no program can set back. What cannot be vouched for is scanned
+again.
 """
 
 import hashlib
@@ -26,12 +27,15 @@ from utils.checkpoints.atomic import removed_on_error, write_synced
 logger = logging.getLogger("synco")
 
 _VERSION = 2
-_HEAD = struct.Struct("<8sIIQ")  # magic, version, checksum of the JSON, its length; then the JSON, the arrays
+# magic, version, checksum of the JSON, its length; then the JSON, the arrays
+_HEAD = struct.Struct("<8sIIQ")
 _MAGIC = b"SYNCOIDX"
-_RACY_NS = 2_000_000_000  # a folder may change twice within one tick of its clock (two seconds on the worst)
+# a folder may change twice within one tick of its clock (two seconds on the worst)
+_RACY_NS = 2_000_000_000
 _KEPT = 16  # indexes, the last used ones: jobs that unpack to a new path each would fill the disk
 _ABANDONED = 86400  # seconds after which a temporary file has no writer any more
-# Where a folder's times need not change with its entries: made up (FUSE), or fixed when an image was built.
+# Where a folder's times need not change with its entries: made up (FUSE), or fixed when an image
+# was built.
 _TIMELESS = ("fuse.", "squashfs", "erofs", "iso9660", "cramfs", "romfs", "vfat", "msdos", "exfat")
 
 
@@ -42,8 +46,8 @@ def list_images(
 
     What is left out is logged in one line, together with what the caller has `passed` over.
 
-    `cache` is the folder of the indexes, "" for the user's own, "off" to scan. The main process scans and
-    writes; a process that cannot use what it wrote scans for itself.
+    `cache` is the folder of the indexes, "" for the user's own, "off" to scan. The main process
+    scans and writes; a process that cannot use what it wrote scans for itself.
     """
     listing = _list(root, groups, cache)
     listing.passed.joined(passed or PassedOver()).say(root)
@@ -80,7 +84,9 @@ def _asked(root: Path, groups: Sequence[Group]) -> str:
     return hashlib.blake2b(question.encode(), digest_size=16).hexdigest()
 
 
-def _open_or_scan(file: Path, asked: str, root: Path, groups: Sequence[Group], store: bool) -> Listing:
+def _open_or_scan(
+    file: Path, asked: str, root: Path, groups: Sequence[Group], store: bool
+) -> Listing:
     found = _open(file, asked, root)
     if found is not None:
         return found
@@ -105,7 +111,7 @@ def _untrusted(tree: Tree) -> str:
     return "a folder has just changed" if newest > tree.started - _RACY_NS else ""
 
 
-# ---- the index ------------------------------------------------------------------------------------------
+# ---- the index -----------------------------------------------------------------------------------
 
 
 def _open(file: Path, asked: str, root: Path) -> Listing | None:
@@ -135,7 +141,8 @@ def _open(file: Path, asked: str, root: Path) -> Listing | None:
 def _load(file: Path) -> memoryview:
     """Read a file, into memory that torch may write to.
 
-    It is not mapped: the map of a file that is cut while it is in use ends the process without a word.
+    It is not mapped: the map of a file that is cut while it is in use ends the process without a
+    word.
     """
     with file.open("rb") as source:
         data = bytearray(os.fstat(source.fileno()).st_size)
@@ -188,7 +195,9 @@ def _changes(root: Path, header: dict[str, Any]) -> Iterator[str]:
 
 def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
     """Write an index in one step; where that fails, the next run scans again."""
-    body = b"".join(part.tobytes() for part in (listing.labels, listing.paths.offsets, listing.paths.blob))
+    body = b"".join(
+        part.tobytes() for part in (listing.labels, listing.paths.offsets, listing.paths.blob)
+    )
     header = {
         "asked": asked,
         "count": len(listing.labels),
@@ -210,13 +219,17 @@ def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
             os.replace(temporary, file)
         _prune(file.parent)
     except OSError as error:
-        logger.warning("no index of images is kept: %s (DATA.INDEX_CACHE chooses another folder)", error)
+        logger.warning(
+            "no index of images is kept: %s (DATA.INDEX_CACHE chooses another folder)", error
+        )
 
 
 def _prune(place: Path) -> None:
     """Leave the last used indexes, and no temporary file of a process that was killed."""
     indexes = sorted(place.glob("*.index"), key=lambda path: path.stat().st_mtime, reverse=True)
-    abandoned = [path for path in place.glob("*.tmp") if time.time() - path.stat().st_mtime > _ABANDONED]
+    abandoned = [
+        path for path in place.glob("*.tmp") if time.time() - path.stat().st_mtime > _ABANDONED
+    ]
     for path in [*indexes[_KEPT:], *abandoned]:
         with suppress(OSError):
             path.unlink()

@@ -95,7 +95,11 @@ def _stl10(title: str, path: str, split: str, download: bool) -> ArraySource:
     return ArraySource(title, torch.from_numpy(data.data), labels, data.classes)
 
 
-_FOLDERS = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python", "STL10": "stl10_binary"}
+_FOLDERS = {
+    "CIFAR10": "cifar-10-batches-py",
+    "CIFAR100": "cifar-100-python",
+    "STL10": "stl10_binary",
+}
 
 
 def _torchvision(title: str, name: str, path: str, download: bool, **options: object) -> Any:
@@ -103,13 +107,16 @@ def _torchvision(title: str, name: str, path: str, download: bool, **options: ob
     from torchvision import datasets  # here: slow to import, and workers never need it
 
     build: Callable[..., Any] = getattr(datasets, name)
-    if download:  # an error there is everyone's: a rank that fails alone would leave the others waiting
+    # an error there is everyone's: a rank that fails alone would leave the others waiting
+    if download:
         on_main(lambda: bool(build(path, download=True, **options)))
     try:
         return build(path, download=False, **options)
     except (RuntimeError, OSError) as error:
         inside = Path(path).name == _FOLDERS[name]
-        remedy = "pass its parent folder" if inside else f"it must contain a complete {_FOLDERS[name]}/"
+        remedy = (
+            "pass its parent folder" if inside else f"it must contain a complete {_FOLDERS[name]}/"
+        )
         raise ValueError(
             f"DATA.DATASET {title!r}: no valid copy in DATA.PATH (--data-path) {path!r}: {remedy}, "
             f"or set DATA.DOWNLOAD ({error})"

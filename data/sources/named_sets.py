@@ -14,10 +14,30 @@ from utils.reading import read_text
 
 # By class id, 1 to 37: alphabetical whatever the case; capitals mark the cats.
 PET_BREEDS = (
-    *("Abyssinian", "american_bulldog", "american_pit_bull_terrier", "basset_hound", "beagle", "Bengal"),
+    *(
+        "Abyssinian",
+        "american_bulldog",
+        "american_pit_bull_terrier",
+        "basset_hound",
+        "beagle",
+        "Bengal",
+    ),
     *("Birman", "Bombay", "boxer", "British_Shorthair", "chihuahua", "Egyptian_Mau"),
-    *("english_cocker_spaniel", "english_setter", "german_shorthaired", "great_pyrenees", "havanese"),
-    *("japanese_chin", "keeshond", "leonberger", "Maine_Coon", "miniature_pinscher", "newfoundland"),
+    *(
+        "english_cocker_spaniel",
+        "english_setter",
+        "german_shorthaired",
+        "great_pyrenees",
+        "havanese",
+    ),
+    *(
+        "japanese_chin",
+        "keeshond",
+        "leonberger",
+        "Maine_Coon",
+        "miniature_pinscher",
+        "newfoundland",
+    ),
     *("Persian", "pomeranian", "pug", "Ragdoll", "Russian_Blue", "saint_bernard", "samoyed"),
     *("scottish_terrier", "shiba_inu", "Siamese", "Sphynx", "staffordshire_bull_terrier"),
     *("wheaten_terrier", "yorkshire_terrier"),
@@ -38,7 +58,9 @@ def pets(path: str, split: str, download: bool = False) -> FileSource:
     rows = [line.split() for line in _read(listing, "pets") if not line.startswith("#")]
     wrong = [row for row in rows if len(row) < 2 or row[1] not in _PET_IDS]
     if wrong:
-        raise ValueError(f"{listing}: {' '.join(wrong[0])!r} is not <image> <class id from 1 to 37> ...")
+        raise ValueError(
+            f"{listing}: {' '.join(wrong[0])!r} is not <image> <class id from 1 to 37> ..."
+        )
     names = [f"{row[0]}.jpg" for row in rows]
     _refuse_missing(root / "images", names, listing)
     return FileSource(root / "images", names, [int(row[1]) - 1 for row in rows], list(PET_BREEDS))
@@ -56,19 +78,23 @@ def _download_pets(parent: Path) -> bool:
 def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
     """Return Tiny-ImageNet, 200 classes in the order of their wnids: train, and val for val.
 
-    `path` is the folder tiny-imagenet-200 or the one that holds it. Classes are named by the first word of
-    words.txt.
+    `path` is the folder tiny-imagenet-200 or the one that holds it. Classes are named by the first
+    word of words.txt.
     """
     root = _inside(path, _TINY, "tinyimagenet")
     wnids = sorted(_read(root / "wnids.txt", "tinyimagenet"))
-    words = dict(line.split("\t", 1) for line in _read(root / "words.txt", "tinyimagenet") if "\t" in line)
+    words = dict(
+        line.split("\t", 1) for line in _read(root / "words.txt", "tinyimagenet") if "\t" in line
+    )
     classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     if split == "train":
         return _tiny_train(root, wnids, classes, index_cache)
     rows = _tiny_val(root)
     unknown = sorted({wnid for _, wnid in rows} - set(wnids))
     if unknown:
-        raise ValueError(f"{root}: {split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}")
+        raise ValueError(
+            f"{root}: {split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}"
+        )
     number = {wnid: number for number, wnid in enumerate(wnids)}
     labels = np.array([number[wnid] for _, wnid in rows], dtype=np.int64)
     compare_labels(root / split, labels, np.arange(len(wnids)), classes)
@@ -99,8 +125,8 @@ def _tiny_val(root: Path) -> list[tuple[str, str]]:
 def folder_split(path: str, split: str) -> FileSource:
     """Return nine tenths (train) or the rest (val) of the images right in `path`, without labels.
 
-    As the published fork of SiT for the COWS set does: in the order of the reversed file names, whose
-    ends are hashes; each part then by name.
+    As the published fork of SiT for the COWS set does: in the order of the reversed file names,
+    whose ends are hashes; each part then by name.
     """
     passed = PassedOver()
     names = read_folder(path, passed).images
@@ -109,7 +135,9 @@ def folder_split(path: str, split: str) -> FileSource:
     cut = int(0.9 * len(names))
     chosen = sorted(names[:cut] if split == "train" else names[cut:])
     if not chosen:
-        refuse_empty(Path(path), f"DATA.DATASET 'folder_split' needs at least 2 of them, not {len(names)}")
+        refuse_empty(
+            Path(path), f"DATA.DATASET 'folder_split' needs at least 2 of them, not {len(names)}"
+        )
     return FileSource(Path(path), chosen, [-1] * len(chosen), [])
 
 

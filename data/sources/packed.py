@@ -1,8 +1,8 @@
 """One file of images with an index behind them.
 
-A pack is a head, the records (encoded images, or uint8 pixels H x W x 3), the arrays of the index, a JSON
-text that says where they are, and a tail that says where the text is: a file that was cut has no tail.
-`tools/pack.py` writes it.
+A pack is a head, the records (encoded images, or uint8 pixels H x W x 3), the arrays of the index,
+a JSON text that says where they are, and a tail that says where the text is: a file that was cut
+has no tail. `tools/pack.py` writes it.
 """
 
 import hashlib
@@ -62,7 +62,9 @@ def closing(index: PackIndex, described: dict[str, Any]) -> Iterator[bytes]:
     """
     end = int(index.offsets[-1])
     yield bytes(-end % 64)
-    arrays = {name: array.astype(_TYPES[name], copy=False) for name, array in index._asdict().items()}
+    arrays = {
+        name: array.astype(_TYPES[name], copy=False) for name, array in index._asdict().items()
+    }
     body = b"".join(array.tobytes() for array in arrays.values())
     yield body
     header = {
@@ -82,8 +84,8 @@ class PackedSource(Source):
     """The images of one pack; `header` is what the packer said of them.
 
     The index is held in memory and a record is read when it is asked for. Nothing is mapped: the
-    map of a file that is cut while it is in use ends the process without a word. Raises `ValueError`
-    if the file is no whole pack.
+    map of a file that is cut while it is in use ends the process without a word. Raises
+    `ValueError` if the file is no whole pack.
     """
 
     def __init__(self, path: Path) -> None:

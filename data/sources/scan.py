@@ -81,7 +81,9 @@ class PassedOver(dict[str, tuple[int, str]]):
             for kind, (count, path) in sorted(self.items())
             if not kind.startswith(".")
         ]
-        extensions = [(count, kind[1:]) for kind, (count, _) in self.items() if kind.startswith(".")]
+        extensions = [
+            (count, kind[1:]) for kind, (count, _) in self.items() if kind.startswith(".")
+        ]
         extensions.sort(key=lambda each: (-each[0], each[1]))
         if extensions:
             shown = ", ".join(f"{kind} {count}" for count, kind in extensions[:_SHOWN])

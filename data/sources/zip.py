@@ -26,9 +26,9 @@ _MOST_UNPACKED = 1 << 28  # bytes of a deflated entry: an uncompressed image of 
 class ZipSource(Source):
     """Images in one zip; the directory is read once, afterwards an image is one positioned read.
 
-    `cache_mode`: "no" reads on demand, "full" holds all encoded bytes in every process, "part" those
-    with index mod world == rank, reading the others on demand. A damaged entry is not held: it is an
-    unreadable image. Every process opens the file for itself.
+    `cache_mode`: "no" reads on demand, "full" holds all encoded bytes in every process, "part"
+    those with index mod world == rank, reading the others on demand. A damaged entry is not held:
+    it is an unreadable image. Every process opens the file for itself.
     """
 
     def __init__(
@@ -82,7 +82,11 @@ class ZipSource(Source):
     def cached(self, index: int) -> bytes | None:
         """Return the encoded bytes that this process holds, or None."""
         slot = self._slot[index]
-        return None if slot < 0 else self._cache[self._offsets[slot] : self._offsets[slot + 1]].tobytes()
+        return (
+            None
+            if slot < 0
+            else self._cache[self._offsets[slot] : self._offsets[slot + 1]].tobytes()
+        )
 
     def read(self, index: int) -> bytes:
         """Read and check the encoded bytes of one image; `OSError`, `zlib.error` if damaged."""
@@ -95,9 +99,12 @@ class ZipSource(Source):
         data = os.pread(descriptor, packed, start + _LOCAL_HEADER.size + name + extra)
         if method == zipfile.ZIP_DEFLATED:
             if size > _MOST_UNPACKED:
-                raise OSError(f"zip entry {self.name(index)} would unpack to {size} bytes: store it instead")
+                raise OSError(
+                    f"zip entry {self.name(index)} would unpack to {size} bytes: store it instead"
+                )
             data = zlib.decompressobj(wbits=-15).decompress(data, size + 1)
-            # no more than one byte beyond what the directory declares: a bomb does not tell its size
+            # no more than one byte beyond what the directory declares: a bomb does not tell its
+            # size
         if len(data) != size or zlib.crc32(data) != checksum:
             raise OSError(f"damaged zip entry {self.name(index)}")
         return data
@@ -109,7 +116,9 @@ class ZipSource(Source):
 
     def fingerprint(self) -> str:
         """Digest the names, labels and checksums."""
-        return digest(len(self), self.names.blob, self.names.offsets, self.labels.numpy(), self._entries)
+        return digest(
+            len(self), self.names.blob, self.names.offsets, self.labels.numpy(), self._entries
+        )
 
 
 def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +134,10 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
                 f"{path} has no entry {name!r} that its map file lists: rebuild the map or the zip"
             )
         info = known[name]
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+        if (
+            info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            or info.flag_bits & 1
+        ):
             raise ValueError(
                 f"{path}: entry {name!r} is encrypted or not stored/deflated: zip it again plainly"
             )
@@ -153,7 +165,11 @@ def _open_directory(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def zipped(
-    path: str, split: str, cache_mode: str = "part", rank: int | None = None, world: int | None = None
+    path: str,
+    split: str,
+    cache_mode: str = "part",
+    rank: int | None = None,
+    world: int | None = None,
 ) -> ZipSource:
     """Read <path>/<split>.zip with <path>/<split>_map.txt: lines of inner path, TAB, label.
 
@@ -167,7 +183,9 @@ def zipped(
     listing, of_train = Path(path) / f"{split}_map.txt", Path(path) / "train_map.txt"
     for file in (archive, listing):
         if not file.is_file():
-            raise ValueError(f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'zip' needs it")
+            raise ValueError(
+                f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'zip' needs it"
+            )
     passed = PassedOver()
     names, labels = _read_map(listing, passed)
     passed.say(listing)
@@ -206,5 +224,7 @@ def _read_map(listing: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]
         names.append(name)
         labels.append(int(label))
     if not names:
-        raise ValueError(f"{listing} lists no images: expected lines of <path in the zip> TAB <label>")
+        raise ValueError(
+            f"{listing} lists no images: expected lines of <path in the zip> TAB <label>"
+        )
     return names, np.array(labels, dtype=np.int64)

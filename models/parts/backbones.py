@@ -64,7 +64,9 @@ def build_backbone(
     """
     if name in RESNETS:
         tokens = num_tokens != 1 and num_tokens
-        _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed, num_tokens=tokens)
+        _refuse(
+            name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed, num_tokens=tokens
+        )
         backbone = _resnet(name, stem, drop_path, zero_init_residual)
     else:
         options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path}
@@ -118,7 +120,9 @@ def _as_map(backbone: Backbone, features: Tensor) -> Tensor:
         tokens = features[:, getattr(backbone, "num_prefix_tokens", 1) :]
         side = math.isqrt(tokens.shape[1])
         if side * side != tokens.shape[1]:
-            raise ValueError(f"feature_map: {tokens.shape[1]} tokens are no square grid; use square images")
+            raise ValueError(
+                f"feature_map: {tokens.shape[1]} tokens are no square grid; use square images"
+            )
         return tokens.transpose(1, 2).unflatten(2, (side, side))
     channels_last = features.shape[-1] == backbone.num_features != features.shape[1]
     return features.permute(0, 3, 1, 2) if channels_last else features
@@ -151,7 +155,9 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
             "remove the flag"
         )
     if not hasattr(backbone, "set_grad_checkpointing"):
-        raise ValueError(f"--use-checkpoint: {name} has no activation checkpointing in timm; remove the flag")
+        raise ValueError(
+            f"--use-checkpoint: {name} has no activation checkpointing in timm; remove the flag"
+        )
     cast(Any, backbone).set_grad_checkpointing()
 
 
@@ -207,7 +213,9 @@ def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
         )
     if name in _TIMM_NAMES:
         _check_patches(options["img_size"], options.get("patch_size", 4 if "swin" in name else 16))
-        return _with_deit_tokens(timm.create_model(timm_name, pretrained=False, num_classes=0, **options))
+        return _with_deit_tokens(
+            timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+        )
     return _any_timm_model(timm_name, options)
 
 
@@ -251,7 +259,9 @@ def _width_at(backbone: Any, timm_name: str, size: int) -> int:
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
     if features.ndim != 2:
-        raise ValueError(f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no vector")
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no vector"
+        )
     width = int(features.shape[1])
     (gradient,) = torch.autograd.grad((features * torch.linspace(1.0, 2.0, width)).sum(), images)
     seen = gradient.abs().amax((0, 1, 3)).nonzero()
@@ -278,7 +288,8 @@ def _check_patches(img_size: int, patch: int, stem: bool = False) -> None:
             f"DATA.IMG_SIZE: {img_size} is smaller than a patch of the backbone, {patch} pixels; use {patch} "
             "or more, or a smaller MODEL.BACKBONE.PATCH_SIZE"
         )
-    if img_size % patch and stem:  # its convolutions would give one patch more than there are positions
+    # its convolutions would give one patch more than there are positions
+    if img_size % patch and stem:
         raise ValueError(
             f"DATA.IMG_SIZE: {img_size} is not a multiple of the stem's {patch} pixels; "
             f"use {_nearest(img_size, patch)}"
@@ -303,9 +314,13 @@ def _nearest(img_size: int, multiple: int) -> str:
 
 def _set_norm_eps(backbone: nn.Module, name: str, eps: float) -> None:
     """Set the eps of all layer norms but those before the MLPs, as in SynCo-v2's Swin."""
-    norms = [(path, part) for path, part in backbone.named_modules() if isinstance(part, nn.LayerNorm)]
+    norms = [
+        (path, part) for path, part in backbone.named_modules() if isinstance(part, nn.LayerNorm)
+    ]
     if not norms:
-        raise ValueError(f"MODEL.BACKBONE.NORM_EPS: {eps} does not apply to {name}, which has no layer norm")
+        raise ValueError(
+            f"MODEL.BACKBONE.NORM_EPS: {eps} does not apply to {name}, which has no layer norm"
+        )
     for path, norm in norms:
         if not path.endswith("norm2"):
             norm.eps = eps
@@ -315,5 +330,7 @@ def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:
     """Freeze the patch projection, for stable training (arXiv:2104.02057, section 4)."""
     projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)
     if projection is None:
-        raise ValueError(f"MODEL.BACKBONE.FREEZE_PATCH_EMBED: {name} has no patch embedding; set it to False")
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_PATCH_EMBED: {name} has no patch embedding; set it to False"
+        )
     projection.requires_grad_(False)

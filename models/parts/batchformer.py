@@ -39,7 +39,9 @@ class BatchFormer(nn.Module):
                 f"MODEL.BATCHFORMER.NUM_HEADS: {num_heads} does not divide the backbone's width {width}"
             )
         if loss not in PAIRINGS:
-            raise ValueError(f"MODEL.BATCHFORMER.LOSS: {loss!r} is not one of {', '.join(PAIRINGS)}")
+            raise ValueError(
+                f"MODEL.BATCHFORMER.LOSS: {loss!r} is not one of {', '.join(PAIRINGS)}"
+            )
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(width, num_heads, dim_feedforward=width, dropout=dropout)
             for _ in range(num_layers)

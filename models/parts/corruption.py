@@ -59,23 +59,32 @@ class Corruption(NamedTuple):
 
 def send(part: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor without waiting for the device."""
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+    return (
+        part.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else part.to(device)
+    )
 
 
-# ---- drawing, on the host ----------------------------------------------------------------------------------
+# ---- drawing, on the host ------------------------------------------------------------------------
 
 
 def draw_corruption(num: int, height: int, width: int) -> Corruption:
     """Draw SiT's corruption of `num` images, on the host."""
     tops = (_smallest(height), _smallest(width))
     large = [(tops[0], height), (tops[1], width)]
-    small = [(low, max(int(0.25 * side), low + 1)) for low, side in zip(tops, (height, width), strict=True)]
+    small = [
+        (low, max(int(0.25 * side), low + 1))
+        for low, side in zip(tops, (height, width), strict=True)
+    ]
     grey = draw_blocks(num, 1, height, width, *large)
     kernel = torch.randint(3, 16, (num,)) // 2 * 2 + 1
     sigma = 5.0 * torch.rand(num) + 0.1
     blur = draw_blocks(num, 1, height, width, *large)
     noise, foreign = (
-        _until_area(draw_blocks(num, MAX_BLOCKS, height, width, *small), _share(num, height * width))
+        _until_area(
+            draw_blocks(num, MAX_BLOCKS, height, width, *small), _share(num, height * width)
+        )
         for _ in range(2)
     )
     return Corruption(grey, blur, kernel, sigma, noise, foreign, torch.randint(0, num, (num,)))
@@ -116,7 +125,7 @@ def _keep(blocks: Blocks, kept: Tensor) -> Blocks:
     return Blocks(blocks.top, blocks.left, bottom, torch.where(kept, blocks.right, blocks.left))
 
 
-# ---- pixels, on the device ---------------------------------------------------------------------------------
+# ---- pixels, on the device -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -155,7 +164,9 @@ def corrupt_plain(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
             block = out[i, :, top:bottom, left:right]
             block.copy_(block.mean(0, keepdim=True).expand_as(block))
         for top, left, bottom, right in _listed(drawn.blur, i):
-            kernel = [min(int(drawn.kernel[i]), 2 * side - 1) for side in (right - left, bottom - top)]
+            kernel = [
+                min(int(drawn.kernel[i]), 2 * side - 1) for side in (right - left, bottom - top)
+            ]
             block = out[i, :, top:bottom, left:right]
             block.copy_(gaussian_blur(block.clone(), kernel, [float(drawn.sigma[i])]))
         for top, left, bottom, right in _listed(drawn.noise, i):
@@ -200,7 +211,11 @@ def _blurred(images: Tensor, drawn: Corruption) -> Tensor:
     columns = _blur_matrix(drawn.blur.left, drawn.blur.right, kernel, sigma, images.shape[3])
     num, channels, height, width = images.shape
     out = torch.bmm(images.reshape(num, channels * height, width), columns.transpose(1, 2))
-    out = out.view(num, channels, height, width).transpose(1, 2).reshape(num, height, channels * width)
+    out = (
+        out.view(num, channels, height, width)
+        .transpose(1, 2)
+        .reshape(num, height, channels * width)
+    )
     return torch.bmm(rows, out).view(num, height, channels, width).transpose(1, 2)
 
 
@@ -247,7 +262,7 @@ def _replace(out: Tensor, clean: Tensor, mask: Tensor, source: Tensor) -> Tensor
     return out
 
 
-# ---- GMML --------------------------------------------------------------------------------------------------
+# ---- GMML ----------------------------------------------------------------------------------------
 
 
 class GroupMask(NamedTuple):
@@ -259,7 +274,9 @@ class GroupMask(NamedTuple):
     source: Tensor  # (N,) never the image itself
 
 
-def draw_group_mask(num: int, height: int, width: int, drop: float, replace: float, align: int) -> GroupMask:
+def draw_group_mask(
+    num: int, height: int, width: int, drop: float, replace: float, align: int
+) -> GroupMask:
     """Draw GMML's masks. Edges are multiples of `align` pixels.
 
     With probability 1/2 an image gets a share `replace` of its pixels from another image. Otherwise

@@ -64,7 +64,9 @@ class Encoder(nn.Module):
         """Project every view by itself; under `stack_views` only the heads do so."""
         if not self.stack_views:
             return [self(view) for view in views]
-        return [self._project(part) for part in self.backbone(torch.cat(list(views))).chunk(len(views))]
+        return [
+            self._project(part) for part in self.backbone(torch.cat(list(views))).chunk(len(views))
+        ]
 
     def _project(self, features: Tensor) -> Tensor:
         if self.batchformer is not None:

@@ -21,7 +21,8 @@ class Contrast(NamedTuple):
     """A contrastive loss (scalar, mean over queries) and the positive's place among its negatives."""
 
     loss: Tensor
-    positive_rank: Tensor  # (B,) int64: how many negatives, synthetic ones too, beat the positive; 0 is a hit
+    # (B,) int64: how many negatives, synthetic ones too, beat the positive; 0 is a hit
+    positive_rank: Tensor
 
 
 def cosine_regression(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -52,7 +53,9 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     rows = torch.cat([unit(first), unit(second)])
     with torch.autocast(rows.device.type, enabled=False):
         logits = rows @ rows.T / temperature
-    logits = logits.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), float("-inf"))
+    logits = logits.masked_fill(
+        torch.eye(len(rows), dtype=torch.bool, device=rows.device), float("-inf")
+    )
     positives = torch.arange(len(rows), device=rows.device).roll(len(first))
     return F.cross_entropy(logits, positives)
 
@@ -87,7 +90,9 @@ def queue_contrast(
     weights. The forward pass computes the gradient by the queries too, so that nothing of size K is
     kept for the backward pass.
     """
-    loss, rank = _QueueContrast.apply(queries, keys.detach(), queue.detach(), temperature, synthetics)
+    loss, rank = _QueueContrast.apply(
+        queries, keys.detach(), queue.detach(), temperature, synthetics
+    )
     return Contrast(loss, rank)
 
 
@@ -124,7 +129,11 @@ class _QueueContrast(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(queries.device.type, enabled=False):
             loss, rank, gradient = _contrast_and_gradient(
-                full_precision(queries), full_precision(keys), full_precision(queue), temperature, synthetics
+                full_precision(queries),
+                full_precision(keys),
+                full_precision(queue),
+                temperature,
+                synthetics,
             )
         ctx.save_for_backward(gradient.to(queries.dtype))
         ctx.mark_non_differentiable(rank)
@@ -146,14 +155,17 @@ def _contrast_and_gradient(
     for form in forms:
         rank = rank + (form.logits > positive).sum(1)
 
-    # logsumexp over positive, queue and synthetics, shifted by the largest, without concatenating them
+    # logsumexp over positive, queue and synthetics, shifted by the largest, without concatenating
+    # them
     largest = torch.maximum(buffer.amax(1, keepdim=True), positive)
     for form in forms:
         largest = torch.maximum(largest, form.logits.amax(1, keepdim=True))
     weights = [((form.logits - largest) / temperature).exp_() for form in forms]
     positive_weight = ((positive - largest) / temperature).exp_()
     buffer.sub_(largest).mul_(1.0 / temperature).exp_()
-    total = buffer.sum(1, keepdim=True) + positive_weight + sum(w.sum(1, keepdim=True) for w in weights)
+    total = (
+        buffer.sum(1, keepdim=True) + positive_weight + sum(w.sum(1, keepdim=True) for w in weights)
+    )
     loss = (total.log() + (largest - positive) / temperature).mean()
 
     # d loss / d q = sum_j p_j x_j - k, with p_j = weight_j / total; divided by T and B

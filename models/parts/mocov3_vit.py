@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# 12 heads also at width 384, so vit_small is not deit_small. With a convolutional stem there is one block
-# fewer (Xiao et al. 2021, arXiv:2106.14881).
+# 12 heads also at width 384, so vit_small is not deit_small. With a convolutional stem there is one
+# block fewer (Xiao et al. 2021, arXiv:2106.14881).
 MOCOV3_VITS: dict[str, dict[str, Any]] = {
     "vit_small": {"embed_dim": 384, "depth": 12},
     "vit_base": {"embed_dim": 768, "depth": 12},
@@ -28,7 +28,9 @@ def mocov3_vit(name: str, *, patch_size: int = 16, **options: Any) -> nn.Module:
     conv_stem = shape.pop("conv_stem", False)
     if conv_stem:
         if patch_size != 16:
-            raise ValueError(f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels")
+            raise ValueError(
+                f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels"
+            )
         options["embed_layer"] = ConvStem
     vit: Any = VisionTransformer(
         patch_size=patch_size,
@@ -67,7 +69,13 @@ class ConvStem(nn.Module):
     """Four 3x3 convolutions of stride 2 and a 1x1, for 16-pixel patches (Xiao et al. 2021, section 4)."""
 
     def __init__(
-        self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True, **_: Any
+        self,
+        img_size: int,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        bias: bool = True,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.img_size = (img_size, img_size)

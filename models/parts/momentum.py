@@ -75,7 +75,11 @@ class MomentumFramework(nn.Module):
         """
         batchformer = self.online.batchformer
         joint = batchformer is None or batchformer.loss == "joint"
-        return [(queries, keys)] if joint else list(itertools.product(queries.split(num), keys.split(num)))
+        return (
+            [(queries, keys)]
+            if joint
+            else list(itertools.product(queries.split(num), keys.split(num)))
+        )
 
     def paired_rows(self, queries: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
         """Return `stream_pairs` stacked in rows, for a mean over independent rows."""
@@ -89,7 +93,9 @@ class MomentumFramework(nn.Module):
         With `buffers` its buffers are averaged too. Without, they stay its own: its own forwards
         fill them.
         """
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum)
+        torch._foreach_lerp_(
+            list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum
+        )
         if buffers:
             for own, other in zip(self.target.buffers(), self.online.buffers(), strict=True):
                 if own.is_floating_point():

@@ -4,8 +4,8 @@ Each synthetic is `s = norm(a q + b n + c n' + d eps + e sign(q))`, where q is t
 are hard queue entries. It is a constant: the gradient of its logit `q . s` by the query is s. So
 neither the vectors nor autograd are needed. The logit and the length follow from the similarities
 `u = q . n`, which the contrastive loss has computed already, and the gradient is a weighted sum of
-queue entries, the query, its sign and the noise. `materialise` is the slow, plain form that builds the
-vectors.
+queue entries, the query, its sign and the noise. `materialise` is the slow, plain form that builds
+the vectors.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,9 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for counts that cannot be drawn."""
         if len(self.counts) != 6 or min(self.counts) < 0:
-            raise ValueError(f"NUM_SYNTHETIC: {list(self.counts)} must be six counts >= 0, one for each type")
+            raise ValueError(
+                f"NUM_SYNTHETIC: {list(self.counts)} must be six counts >= 0, one for each type"
+            )
         if self.num_hard < max(self.counts):
             raise ValueError(
                 f"NUM_HARD: {self.num_hard} is below the largest of NUM_SYNTHETIC {list(self.counts)}"
@@ -87,20 +89,26 @@ def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> l
         draws.append(Synthetics(first, b=u, second=second, c=1 - u))
     if n4:  # Gaussian noise
         first = _pick(hard, n4)
-        noise = torch.randn(*first.shape, queries.shape[1], dtype=queries.dtype, device=queries.device)
+        noise = torch.randn(
+            *first.shape, queries.shape[1], dtype=queries.dtype, device=queries.device
+        )
         draws.append(Synthetics(first, b=1.0, noise=noise, d=config.sigma))
     if n5:  # along the gradient of q . n with respect to n, which is q
         first = _pick(hard, n5)
         if config.legacy_gradients:
             noise, slope = _legacy_slope(queries, n5)
-            draws.append(Synthetics(first, b=1.0, noise=noise, d=_LEGACY_STEP * config.delta * slope))
+            draws.append(
+                Synthetics(first, b=1.0, noise=noise, d=_LEGACY_STEP * config.delta * slope)
+            )
         else:
             draws.append(Synthetics(first, b=1.0, a=config.delta))
     if n6:  # along the sign of that gradient
         first = _pick(hard, n6)
         if config.legacy_gradients:
             noise, slope = _legacy_slope(queries, n6)
-            draws.append(Synthetics(first, b=1.0, noise=noise, d=_LEGACY_STEP * config.eta * slope.sign()))
+            draws.append(
+                Synthetics(first, b=1.0, noise=noise, d=_LEGACY_STEP * config.eta * slope.sign())
+            )
         else:
             draws.append(Synthetics(first, b=1.0, e=config.eta))
     return draws
@@ -127,7 +135,12 @@ class ClosedForm:
     """Logits of one type's synthetics and their gradient by the query, without the vectors."""
 
     def __init__(
-        self, synthetics: Synthetics, queries: Tensor, queue: Tensor, similarities: Tensor, lengths: Tensor
+        self,
+        synthetics: Synthetics,
+        queries: Tensor,
+        queue: Tensor,
+        similarities: Tensor,
+        lengths: Tensor,
     ) -> None:
         """Take queries (B, D), queue (K, D), similarities (B, K) and lengths (K,) of its rows."""
         s = self.synthetics = synthetics
@@ -186,7 +199,9 @@ def _pick_two(hard: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def _uniform(queries: Tensor, num: int) -> Tensor:
-    return torch.rand(queries.shape[0], num, 1, dtype=queries.dtype, device=queries.device).squeeze(2)
+    return torch.rand(queries.shape[0], num, 1, dtype=queries.dtype, device=queries.device).squeeze(
+        2
+    )
 
 
 def _legacy_slope(queries: Tensor, num: int) -> tuple[Tensor, Tensor]:

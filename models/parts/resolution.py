@@ -21,7 +21,9 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     if built_for is None or tuple(built_for) == tuple(size):
         return backbone
     if not (hasattr(body, "set_input_size") and hasattr(patches, "set_input_size")):
-        raise ValueError(f"{type(body).__name__} works only on images of {built_for}, not of {size}")
+        raise ValueError(
+            f"{type(body).__name__} works only on images of {built_for}, not of {size}"
+        )
     resized = copy.deepcopy(body)
     resized.set_input_size(img_size=tuple(size), **_window_options(body))
     return cast(Backbone, resized.requires_grad_(False))
@@ -30,7 +32,9 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
 def _window_options(body: Any) -> dict[str, Any]:
     stages = [stage for stage in getattr(body, "layers", []) if hasattr(stage, "blocks")]
     windows = [
-        tuple(stage.blocks[0].window_size) for stage in stages if hasattr(stage.blocks[0], "window_size")
+        tuple(stage.blocks[0].window_size)
+        for stage in stages
+        if hasattr(stage.blocks[0], "window_size")
     ]
     if not windows:
         return {}

@@ -49,7 +49,9 @@ def describe(state: Mapping[str, Tensor]) -> str:
         return f"ViT, width {width}, {depth} blocks, {heads} heads by its {positions} positions ({tokens})"
     if kind == "swin":
         blocks = [key for key in state if key.endswith("attn.qkv.weight")]
-        depths = "/".join(str(sum(key.startswith(f"layers.{i}.") for key in blocks)) for i in range(4))
+        depths = "/".join(
+            str(sum(key.startswith(f"layers.{i}.") for key in blocks)) for i in range(4)
+        )
         return f"Swin, width {len(state['patch_embed.proj.weight'])}, blocks {depths}"
     return "another"
 
@@ -70,7 +72,8 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Return a ResNet's state (heads kept as ``stem.fc.*``) in Detectron2's names, as arrays.
 
     The rule of MoCo's published converter: what is in no stage belongs to the stem, and every
-    tensor goes along, the counters of the batch norms too: 322 arrays of a ResNet-50 with MoCo v2's head.
+    tensor goes along, the counters of the batch norms too: 322 arrays of a ResNet-50 with MoCo v2's
+    head.
     """
     _known(state, "Detectron2", {"resnet"})
     renamed = DETECTRON2_RESNET.to_theirs(state)
@@ -80,7 +83,8 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 def to_mmdet(state: Mapping[str, Tensor]) -> State:
     """Return the state for MMDetection >= 2: a ResNet in torchvision's names, a Swin in its own.
 
-    The Swin's keys stand behind ``backbone.``, and its merging layers are put into the order of nn.Unfold.
+    The Swin's keys stand behind ``backbone.``, and its merging layers are put into the order of
+    nn.Unfold.
     """
     if _known(state, "MMDetection", {"resnet", "swin"}) == "resnet":
         return _resnet(state, "MMDetection")
@@ -147,13 +151,17 @@ def _with_indices(state: State, flat: bool = False) -> State:
         result[key] = tensor
         if key.endswith(_TABLE):
             index = relative_position_index((math.isqrt(len(tensor)) + 1) // 2)
-            result[key.removesuffix(_TABLE) + "relative_position_index"] = index.flatten() if flat else index
+            result[key.removesuffix(_TABLE) + "relative_position_index"] = (
+                index.flatten() if flat else index
+            )
     return result
 
 
 def relative_position_index(window: int) -> Tensor:
     """Return which row of the table a pair of positions of a window has, (window**2, window**2)."""
-    rows, cols = (axis.flatten() for axis in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
+    rows, cols = (
+        axis.flatten() for axis in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij")
+    )
     down = rows[:, None] - rows[None] + window - 1
     right = cols[:, None] - cols[None] + window - 1
     return down * (2 * window - 1) + right

@@ -1,7 +1,7 @@
 """Read pretrained backbones: know the published layouts, load every tensor or refuse.
 
-A probe on half-loaded weights gives a number that looks like a result. So every tensor of the backbone must
-be found, and what the file holds beyond it must be a head.
+A probe on half-loaded weights gives a number that looks like a result. So every tensor of the
+backbone must be found, and what the file holds beyond it must be a head.
 """
 
 import math
@@ -50,7 +50,8 @@ class Network(NamedTuple):
 
 WHICH = {"online": 0, "student": 0, "target": 1, "teacher": 1}  # a network's place in a layout
 
-# The first layout that fits is taken, so the specific ones stand first. "module." (DDP) is stripped before.
+# The first layout that fits is taken, so the specific ones stand first. "module." (DDP) is stripped
+# before.
 LAYOUTS = (
     Layout("synco pretraining", "framework", "online.backbone.", ("framework", "target.backbone.")),
     Layout("synco fine-tuning", "framework", "backbone."),
@@ -65,10 +66,20 @@ LAYOUTS = (
 
 _HEADS = (
     *("fc.", "head.", "heads.", "head_dist.", "classifier.", "projector.", "predictor.", "pooler."),
-    *("rot_head.", "contrastive_head.", "convTrans.", "rot_w", "contrastive_w", "recons_w", "pre_logits"),
+    *(
+        "rot_head.",
+        "contrastive_head.",
+        "convTrans.",
+        "rot_w",
+        "contrastive_w",
+        "recons_w",
+        "pre_logits",
+    ),
 )
-_DERIVED = ("num_batches_tracked", "relative_position_index", "attn_mask")  # follow from the architecture
-_AMBIGUOUS_WIDTH = 384  # MoCo v3's ViT-S has 12 heads, DeiT's 6, and the tensors have the same shapes
+# follow from the architecture
+_DERIVED = ("num_batches_tracked", "relative_position_index", "attn_mask")
+# MoCo v3's ViT-S has 12 heads, DeiT's 6, and the tensors have the same shapes
+_AMBIGUOUS_WIDTH = 384
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,9 @@ class LoadReport:
         return f"loaded {self.matched} tensors of the backbone from {self.source}{left}{sizes}"
 
 
-def find_network(checkpoint: Mapping[str, object], which: str = "", source: str = "this file") -> Network:
+def find_network(
+    checkpoint: Mapping[str, object], which: str = "", source: str = "this file"
+) -> Network:
     """Return one network of a loaded checkpoint in our names, heads included.
 
     `which` is a key of `WHICH`; empty: the network that the original evaluates. `source` is the
@@ -132,18 +145,24 @@ def _evaluated(checkpoint: Mapping[str, object], held: Mapping[str, dict[str, Te
 
     SiT's files have a student and a teacher too. A head that reconstructs images tells them apart.
     """
-    if "teacher" in held and not any("recons" in key for key in tensors_of(checkpoint.get("student"))):
+    if "teacher" in held and not any(
+        "recons" in key for key in tensors_of(checkpoint.get("student"))
+    ):
         return "teacher"
     return next(iter(held))
 
 
-def backbone_state(checkpoint: Mapping[str, object], which: str = "") -> tuple[dict[str, Tensor], str]:
+def backbone_state(
+    checkpoint: Mapping[str, object], which: str = ""
+) -> tuple[dict[str, Tensor], str]:
     """Return the tensors of a network (see `find_network`) and the layout's name."""
     network = find_network(checkpoint, which)
     return network.state, network.layout
 
 
-def load_network(backbone: nn.Module, checkpoint: Mapping[str, object], source: str, which: str = "") -> str:
+def load_network(
+    backbone: nn.Module, checkpoint: Mapping[str, object], source: str, which: str = ""
+) -> str:
     """Load a network of a checkpoint into the backbone; return what was loaded, for the log."""
     network = find_network(checkpoint, which, source)
     return f"{load_backbone(backbone, network.state, source)} ({network})"
@@ -165,13 +184,18 @@ def tensors_of(holder: object) -> dict[str, Tensor]:
     if not isinstance(holder, Mapping):
         return {}
     return {
-        str(key).removeprefix("module."): torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        str(key).removeprefix("module."): torch.from_numpy(value)
+        if isinstance(value, np.ndarray)
+        else value
         for key, value in holder.items()
-        if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+        if isinstance(value, Tensor)
+        or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
     }
 
 
-def _entries(checkpoint: Mapping[str, object], container: str | None, prefix: str) -> dict[str, Tensor]:
+def _entries(
+    checkpoint: Mapping[str, object], container: str | None, prefix: str
+) -> dict[str, Tensor]:
     """Return what stands under a prefix, itself stripped; ``backbone.`` wrappers count as prefixes."""
     tensors = tensors_of(checkpoint if container is None else checkpoint.get(container))
     if prefix and find_naming(tensors):
@@ -184,9 +208,9 @@ def _entries(checkpoint: Mapping[str, object], container: str | None, prefix: st
 def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
     """Copy `state` into the backbone and account for every key; ValueError, nothing changed, on a poor match.
 
-    `source` is the file's name, for messages. Only num_batches_tracked may be missing, only heads and buffers
-    that follow from the architecture may be left over. Tables of positions of another image size are
-    interpolated (bicubic, class tokens kept), and the report says so.
+    `source` is the file's name, for messages. Only num_batches_tracked may be missing, only heads
+    and buffers that follow from the architecture may be left over. Tables of positions of another
+    image size are interpolated (bicubic, class tokens kept), and the report says so.
     """
     own = backbone.state_dict()
     state, resized = _resized(state, own, backbone)
@@ -194,12 +218,16 @@ def load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], source: str)
     unexpected = sorted(state.keys() - own.keys())
     matched = {key: state[key] for key in own.keys() & state.keys()}
     lost = [key for key in missing if not key.endswith("num_batches_tracked")]
-    foreign = [key for key in unexpected if not key.startswith(_HEADS) and not key.endswith(_DERIVED)]
+    foreign = [
+        key for key in unexpected if not key.startswith(_HEADS) and not key.endswith(_DERIVED)
+    ]
     misfits = [key for key, tensor in matched.items() if not _fits(tensor, own[key])]
     if lost or foreign or misfits:
         raise ValueError(_refusal(own, state, source, lost, foreign, sorted(misfits)))
     _refuse_other_heads(backbone, matched, own, source)
-    if broken := [key for key, tensor in sorted(matched.items()) if not torch.isfinite(tensor).all()]:
+    if broken := [
+        key for key, tensor in sorted(matched.items()) if not torch.isfinite(tensor).all()
+    ]:
         raise ValueError(
             f"{source}: {len(broken)} tensors are not finite ({_some(broken)}); use another checkpoint"
         )
@@ -227,7 +255,9 @@ def _resized(
         side = math.isqrt(len(table))
         if side < 1 or side * side != len(table) or table.shape[-1] != own[key].shape[-1]:
             continue  # reported as a wrong shape
-        result[key] = torch.cat([first, _interpolated(table, side, rows, cols)]).view(own[key].shape)
+        result[key] = torch.cat([first, _interpolated(table, side, rows, cols)]).view(
+            own[key].shape
+        )
         notes.append(f"{key} ({side}x{side} to {rows}x{cols})")
     return result, tuple(notes)
 
@@ -299,9 +329,7 @@ def _likely_reason(own: Mapping[str, Tensor], state: Mapping[str, Tensor], lost:
         for key in lost:
             if prefix := next((k.removesuffix(key) for k in state if k.endswith("." + key)), None):
                 return f"Its keys carry the prefix {prefix!r}; strip it or add the layout to weights.py."
-        return (
-            "No key matches: another architecture, or another naming; check MODEL.BACKBONE against the file."
-        )
+        return "No key matches: another architecture, or another naming; check MODEL.BACKBONE against the file."
     return "Likely another architecture, depth, width or image size; check MODEL.BACKBONE against the file."
 
 

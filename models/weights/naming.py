@@ -1,7 +1,8 @@
 """How libraries name the tensors of the same networks: tables of renamings, read in both directions.
 
-"Ours" is timm's naming. In a pattern ``#`` stands for a number and ``*`` for the rest, and both stand for the
-same on either side. A tuple of three patterns holds the query, key and value parts of one of our tensors.
+"Ours" is timm's naming. In a pattern ``#`` stands for a number and ``*`` for the rest, and both
+stand for the same on either side. A tuple of three patterns holds the query, key and value parts of
+one of our tensors.
 """
 
 import re
@@ -28,8 +29,8 @@ def _filled(pattern: str, groups: tuple[str, ...]) -> str:
 class Naming:
     """Translate a backbone's state dict between a library's names and ours.
 
-    ``signature`` is a key that only such files have. ``reorder`` maps the end of our key to a pair of
-    functions (to theirs, to ours) for tensors whose values are in another order.
+    ``signature`` is a key that only such files have. ``reorder`` maps the end of our key to a pair
+    of functions (to theirs, to ours) for tensors whose values are in another order.
     """
 
     name: str
@@ -72,12 +73,16 @@ class Naming:
             matches = ((pattern.fullmatch(key), theirs) for pattern, theirs in rules)
             found = next(((match, theirs) for match, theirs in matches if match), None)
             if found is None:
-                raise ValueError(f"{self.name} has no name for {key}; export with --to timm instead")
+                raise ValueError(
+                    f"{self.name} has no name for {key}; export with --to timm instead"
+                )
             match, theirs = found
             values = tensor.chunk(3) if isinstance(theirs, tuple) else (tensor,)
             names = theirs if isinstance(theirs, tuple) else (theirs,)
             for name, value in zip(names, values, strict=True):
-                result[_filled(name, match.groups())] = self._reordered(key, value, direction=0).contiguous()
+                result[_filled(name, match.groups())] = self._reordered(
+                    key, value, direction=0
+                ).contiguous()
         return result
 
     def _reordered(self, ours: str, tensor: Tensor, direction: int) -> Tensor:
@@ -87,8 +92,8 @@ class Naming:
         return tensor
 
 
-# Swin's merging stacks the four pixels of a 2x2 cell as (row, column) = 00, 10, 01, 11, block by block.
-# MMDetection's uses nn.Unfold: the channel varies slowest and the pixels go 00, 01, 10, 11.
+# Swin's merging stacks the four pixels of a 2x2 cell as (row, column) = 00, 10, 01, 11, block by
+# block. MMDetection's uses nn.Unfold: the channel varies slowest and the pixels go 00, 01, 10, 11.
 def _to_unfold(tensor: Tensor) -> Tensor:
     cells = tensor.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :]
     return cells.transpose(-1, -2).flatten(-2).contiguous()
@@ -145,7 +150,8 @@ TORCHVISION_SWIN = Naming(
     ),
 )
 
-# MoBY's, SynCo-v2's and Swin's own code, and timm before 0.9: merging closes a stage, ours opens the next.
+# MoBY's, SynCo-v2's and Swin's own code, and timm before 0.9: merging closes a stage, ours opens
+# the next.
 ORIGINAL_SWIN = Naming(
     "merging at the end of stages",
     "layers.0.downsample.reduction.weight",
@@ -211,7 +217,9 @@ _HF_VIT_RULES: tuple[Rule, ...] = (
     ("blocks.#.mlp.fc1.*", "encoder.layer.#.intermediate.dense.*"),
     ("blocks.#.mlp.fc2.*", "encoder.layer.#.output.dense.*"),
 )
-HF_VIT = Naming("Hugging Face ViT", "encoder.layer.0.attention.attention.query.weight", _HF_VIT_RULES)
+HF_VIT = Naming(
+    "Hugging Face ViT", "encoder.layer.0.attention.attention.query.weight", _HF_VIT_RULES
+)
 
 _HF_SWIN_BLOCK = "encoder.layers.#.blocks.#"
 HF_SWIN = Naming(
@@ -305,4 +313,6 @@ def in_our_names(state: Mapping[str, Tensor]) -> tuple[State, str]:
     if found is None:
         return dict(state), ""
     naming, wrapper = found
-    return naming.to_ours({key.removeprefix(wrapper): tensor for key, tensor in state.items()}), naming.name
+    return naming.to_ours(
+        {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
+    ), naming.name

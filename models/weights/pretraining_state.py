@@ -12,11 +12,13 @@ from models.weights.naming import in_our_names
 Rename = Callable[[str], str]
 
 
-def framework_state(checkpoint: Mapping[str, object], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def framework_state(
+    checkpoint: Mapping[str, object], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return a published checkpoint as the state dict of the framework whose state dict is ``own``.
 
-    Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL. A queue
-    may be (D, K) or (K, D). Raises ``ValueError`` listing what is missing, left over or of another shape.
+    Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL. A queue may be (D,
+    K) or (K, D). Raises ``ValueError`` listing what is missing, left over or of another shape.
     """
     tensors = tensors_of(checkpoint.get("state_dict")) or tensors_of(checkpoint.get("model"))
     if any(key.startswith("encoder_q.") for key in tensors):
@@ -29,7 +31,9 @@ def framework_state(checkpoint: Mapping[str, object], own: Mapping[str, Tensor])
         found = _encoders(tensors, {"encoder.": "online.", "encoder_k.": "target."}, lambda key: "")
         found.update(_moby_heads(tensors))
     else:
-        raise ValueError("holds no whole pretraining state of a known code; import its backbone instead")
+        raise ValueError(
+            "holds no whole pretraining state of a known code; import its backbone instead"
+        )
     found.update(_queues(tensors, own))
     for key, tensor in own.items():
         if key.endswith("num_batches_tracked"):  # absent before torch 0.4.1
@@ -44,11 +48,15 @@ def _encoders(
     """Rename encoders to ours; ``head_name(key)`` is our name of a head's tensor, "" for the backbone's."""
     result = {}
     for prefix, side in sides.items():
-        state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        state = {
+            key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
+        }
         backbone = {key: tensor for key, tensor in state.items() if not head_name(key)}
         for key, tensor in in_our_names(backbone)[0].items():
             result[f"{side}backbone.{key}"] = tensor
-        result.update({side + head_name(key): tensor for key, tensor in state.items() if head_name(key)})
+        result.update(
+            {side + head_name(key): tensor for key, tensor in state.items() if head_name(key)}
+        )
     return result
 
 
@@ -80,7 +88,9 @@ def _moby_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ("projector_k.", "target.projector."),
         ("predictor.", "predictor."),
     ):
-        state = {key.removeprefix(theirs): t for key, t in tensors.items() if key.startswith(theirs)}
+        state = {
+            key.removeprefix(theirs): t for key, t in tensors.items() if key.startswith(theirs)
+        }
         num_hidden = sum(
             tensor.ndim == 2 for key, tensor in state.items() if key.startswith("linear_hidden.")
         )

@@ -15,5 +15,7 @@ def draw_photo(height: int, width: int, seed: int) -> np.ndarray:
         cx, cy, radius = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.05, 0.25)
         inside = (x - cx) ** 2 + (y - cy) ** 2 < radius**2
         image[inside] += rng.uniform(-0.25, 0.25) + 0.05 * rng.normal(size=3)
-    image += 0.05 * rng.normal(size=3) * x[..., None] + rng.normal(scale=0.01, size=(height, width, 1))
+    image += 0.05 * rng.normal(size=3) * x[..., None] + rng.normal(
+        scale=0.01, size=(height, width, 1)
+    )
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)

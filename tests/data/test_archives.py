@@ -33,7 +33,8 @@ def zip_root(image_folder: Path, request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize("mode", ["no", "part", "full"])
 def test_every_mode_equals_the_folder(zip_root: Path, mode: str) -> None:
     folder, archive = (
-        build_source(name, str(zip_root), "train", cache_mode=mode) for name in ("imagefolder", "zip")
+        build_source(name, str(zip_root), "train", cache_mode=mode)
+        for name in ("imagefolder", "zip")
     )
     assert archive.labels.tolist() == folder.labels.tolist()
     assert archive.num_classes == 3
@@ -42,7 +43,9 @@ def test_every_mode_equals_the_folder(zip_root: Path, mode: str) -> None:
     assert archive.name(0).endswith("train.zip@/c0/image 00.JPEG")
 
 
-@pytest.mark.parametrize(("mode", "held"), [("no", []), ("part", [1, 4, 7, 10]), ("full", list(range(12)))])
+@pytest.mark.parametrize(
+    ("mode", "held"), [("no", []), ("part", [1, 4, 7, 10]), ("full", list(range(12)))]
+)
 def test_modes_hold_the_promised_images(zip_root: Path, mode: str, held: list[int]) -> None:
     source = zipped(str(zip_root), "train", mode, rank=1, world=3)
     assert [i for i in range(12) if source.cached(i) is not None] == held
@@ -118,7 +121,8 @@ def test_a_damaged_entry_is_one_unreadable_image_in_every_mode(
 def test_a_directory_that_points_past_the_end_is_refused(zip_root: Path, mode: str) -> None:
     content = bytearray((zip_root / "train.zip").read_bytes())
     entry = content.rindex(b"PK\x01\x02")
-    content[entry + 42 : entry + 46] = (1 << 30).to_bytes(4, "little")  # where its local header stands
+    # where its local header stands
+    content[entry + 42 : entry + 46] = (1 << 30).to_bytes(4, "little")
     (zip_root / "train.zip").write_bytes(content)
     with pytest.raises(ValueError, match=r"DATA\.PATH.*train\.zip.*lies past its end: it was cut"):
         zipped(str(zip_root), "train", mode, 0, 1)
@@ -143,7 +147,8 @@ def archive_of(root: Path, entries: dict[str, bytes], lines: list[str] | None = 
 def test_an_entry_unpacks_to_no_more_than_it_declares_and_may(tmp_path: Path) -> None:
     archive_of(tmp_path, {"a.jpg": bytes(1 << 20), "b.jpg": bytes((1 << 28) + 1)})
     source = zipped(str(tmp_path), "train", "full", 0, 1)
-    assert [source.cached(index) for index in (0, 1)] == [None, None]  # they pack too well to be held
+    # they pack too well to be held
+    assert [source.cached(index) for index in (0, 1)] == [None, None]
     with pytest.raises(OSError, match="would unpack to 268435457 bytes: store it instead"):
         source.read(1)
     assert len(source.read(0)) == 1 << 20
@@ -163,12 +168,17 @@ def test_images_in_memory_are_no_more_than_the_archive_warrants(tmp_path: Path) 
     assert source.encoded(99) == noise
 
 
-def test_the_classes_of_val_are_those_of_train(zip_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_classes_of_val_are_those_of_train(
+    zip_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (zip_root / "val.zip").write_bytes((zip_root / "train.zip").read_bytes())
     lines = (zip_root / "train_map.txt").read_text().splitlines()
     (zip_root / "val_map.txt").write_text("\n".join(lines[:4]))
     assert build_source("zip", str(zip_root), "val").num_classes == 3
-    assert caplog.text.count("val_map.txt has no image of 2 of train's 3 classes, such as ['1', '2']") == 1
+    assert (
+        caplog.text.count("val_map.txt has no image of 2 of train's 3 classes, such as ['1', '2']")
+        == 1
+    )
     (zip_root / "val_map.txt").write_text("\n".join([*lines[1:], "c0/image 00.JPEG\t999"]))
     with pytest.raises(ValueError, match=r"val_map\.txt has 1 classes that train lacks: \['999'\]"):
         build_source("zip", str(zip_root), "val")
@@ -185,7 +195,9 @@ def test_a_map_with_a_byte_order_mark_is_read(zip_root: Path) -> None:
     listing.write_bytes(text.encode("utf-16"))
     assert build_source("zip", str(zip_root), "train").fingerprint() == expected
     listing.write_bytes(f"é{text}".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"train_map\.txt is no text in UTF-8 .*: save it as UTF-8"):
+    with pytest.raises(
+        ValueError, match=r"train_map\.txt is no text in UTF-8 .*: save it as UTF-8"
+    ):
         build_source("zip", str(zip_root), "train")
 
 
@@ -204,16 +216,30 @@ def test_fingerprint_tells_changed_content(zip_root: Path) -> None:
             "partly",
             "DATA.CACHE_MODE .* 'partly' is unknown: use one of no, part, full",
         ),
-        ("c0/image 00.JPEG 0", "no", "train_map.txt line 1: .* is not <path in the zip> TAB <label>"),
+        (
+            "c0/image 00.JPEG 0",
+            "no",
+            "train_map.txt line 1: .* is not <path in the zip> TAB <label>",
+        ),
         ("c0/image 00.JPEG\tcat", "no", "train_map.txt line 1"),
-        ("c0/image 00.JPEG\t300000000", "no", "line 1: label 300000000 is too large: a map of 1 lines"),
-        ("c0/image 00.JPEG\t1" + "0" * 5000, "no", "line 1: label 10000000000000000000 is too large"),
+        (
+            "c0/image 00.JPEG\t300000000",
+            "no",
+            "line 1: label 300000000 is too large: a map of 1 lines",
+        ),
+        (
+            "c0/image 00.JPEG\t1" + "0" * 5000,
+            "no",
+            "line 1: label 10000000000000000000 is too large",
+        ),
         ("c0/image 00.JPEG\t0\nc0/image 00.txt\t0", "no", "train_map.txt line 2"),
         ("c0/absent.jpg\t0", "no", "has no entry 'c0/absent.jpg'"),
         ("", "no", "lists no images"),
     ],
 )
-def test_errors_name_the_file_and_the_remedy(zip_root: Path, listing: str, mode: str, message: str) -> None:
+def test_errors_name_the_file_and_the_remedy(
+    zip_root: Path, listing: str, mode: str, message: str
+) -> None:
     (zip_root / "train_map.txt").write_text(listing)
     with pytest.raises(ValueError, match=message):
         build_source("zip", str(zip_root), "train", cache_mode=mode)

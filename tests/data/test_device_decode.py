@@ -22,7 +22,10 @@ from data.sources.folder import imagefolder
 pytest.importorskip("simplejpeg", reason="DATA.DECODE 'device' needs simplejpeg")
 
 CPU = torch.device("cpu")
-SMALL: Recipe = ((RandomResizedCrop(24),), (RandomResizedCrop(16, (0.5, 1.0), interpolation="bicubic"),))
+SMALL: Recipe = (
+    (RandomResizedCrop(24),),
+    (RandomResizedCrop(16, (0.5, 1.0), interpolation="bicubic"),),
+)
 
 
 @pytest.fixture
@@ -40,7 +43,13 @@ def mixed(image_folder: Path) -> Path:
 
 def batches(root: Path, decode: str, recipe: Recipe = SMALL, **options: object) -> list[Batch]:
     loader = GlobalLoader(
-        imagefolder(str(root), "train"), recipe, global_batch=8, seed=3, device=CPU, decode=decode, **options
+        imagefolder(str(root), "train"),
+        recipe,
+        global_batch=8,
+        seed=3,
+        device=CPU,
+        decode=decode,
+        **options,
     )  # type: ignore[arg-type]
     return [batch for _, parts in loader.from_step(0, 5) for batch in parts]
 
@@ -70,7 +79,9 @@ def test_copies_of_a_sample_have_views_of_their_own(mixed: Path) -> None:
     assert_same(repeated, batches(mixed, "worker", repeated_aug=2), 1.0)
 
 
-def test_only_files_that_the_device_reads_reach_it(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_that_the_device_reads_reach_it(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: set[bytes] = set()
     decode = data.device_decode._decode_jpegs
 
@@ -93,7 +104,8 @@ def test_a_batch_that_fails_is_decoded_on_the_host_and_the_bad_image_replaced(
     victim = sorted((mixed / "train" / "c1").glob("*.JPEG"))[0]
     content = bytearray(victim.read_bytes())
     middle = len(content) // 2
-    content[middle : middle + 40] = b"\xff\xc4\x00\x04" * 10  # markers inside the picture; the end is whole
+    # markers inside the picture; the end is whole
+    content[middle : middle + 40] = b"\xff\xc4\x00\x04" * 10
     victim.write_bytes(content)
     assert is_plain_jpeg(bytes(content))
     ours = batches(mixed, "device")
@@ -121,7 +133,9 @@ def test_what_the_device_cannot_do_is_refused(mixed: Path, monkeypatch: pytest.M
         with pytest.raises(ValueError, match=r"DATA.DECODE 'device' runs views that start with"):
             check_decodable((view,), source)
     monkeypatch.setattr(source, "encoded", lambda index: None)
-    with pytest.raises(ValueError, match=r"DATA.DECODE 'device' needs a data set of encoded images"):
+    with pytest.raises(
+        ValueError, match=r"DATA.DECODE 'device' needs a data set of encoded images"
+    ):
         check_decodable(SMALL, source)
     monkeypatch.setattr("data.device_decode.fast_jpeg", lambda: None)
     with pytest.raises(ValueError, match=r"needs simplejpeg: pip install simplejpeg"):

@@ -45,7 +45,9 @@ RECIPES = {
 
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_request_gives_the_crops_of_its_samples(photos: np.ndarray, name: str, planar: bool) -> None:
+def test_a_request_gives_the_crops_of_its_samples(
+    photos: np.ndarray, name: str, planar: bool
+) -> None:
     recipe: Recipe = RECIPES[name]
     source = _Images(photos, planar)
     chosen = np.array([3, 0, 5, 1, 2, 4, 6, 1])
@@ -56,7 +58,10 @@ def test_a_request_gives_the_crops_of_its_samples(photos: np.ndarray, name: str,
         views = fetched["views"][number]
         assert views.is_contiguous(memory_format=torch.channels_last)
         for place, index in enumerate(chosen):
-            image, key = source.loaded[index], sample_keys(9, 2, chosen[[place]], number, copies[[place]])
+            image, key = (
+                source.loaded[index],
+                sample_keys(9, 2, chosen[[place]], number, copies[[place]]),
+            )
             if isinstance(view[0], RandomResizedCrop):
                 height, width = image.shape[-2:]
                 box = view[0].draw(key, np.array([height]), np.array([width]))[0]
@@ -77,7 +82,9 @@ def test_a_window_of_the_views_size_is_kept(photos: np.ndarray, interpolation: s
 def test_a_bad_image_of_an_evaluation_is_black_and_reported(photos: np.ndarray) -> None:
     source = _Images(photos, planar=False)
     del source.loaded[-1]
-    fetched = Fetcher(source, build_recipe("eval", 32), seed=None)[Request(0, 0, np.array([1, 6, 2]))]
+    fetched = Fetcher(source, build_recipe("eval", 32), seed=None)[
+        Request(0, 0, np.array([1, 6, 2]))
+    ]
     assert fetched["failures"] == [("6", "OSError: gone")]
     assert fetched["views"][0].flatten(1).any(1).tolist() == [True, False, True]
 

@@ -13,7 +13,14 @@ from torchvision.transforms import functional as tv
 
 from benchmarks.reference import reference_transform
 from data.augment.base import device_ops, host_ops, is_random, needs_pil, sample_keys
-from data.augment.crops import RandomCropPad, RandomResizedCrop, Resize, crop_batch, crop_one, draw_boxes
+from data.augment.crops import (
+    RandomCropPad,
+    RandomResizedCrop,
+    Resize,
+    crop_batch,
+    crop_one,
+    draw_boxes,
+)
 from data.augment.finetune import finetune_recipe
 from data.augment.ops import ColorJitter, HorizontalFlip, RandomErasing
 from data.augment.pipeline import draw_photometric, host_augment, photometric
@@ -29,7 +36,9 @@ SAME_LAW = 1e-3
 
 
 def toy(count: int = 24, side: int = 24) -> ArraySource:
-    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(3))
+    images = torch.randint(
+        0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(3)
+    )
     return ArraySource("toy", images, torch.arange(count), [str(i) for i in range(count)])
 
 
@@ -38,7 +47,7 @@ def one_batch(source: ArraySource, view: tuple, **options: object) -> Tensor:
     return next(iter(loader.from_step(1, 2)))[1][0].views[0]
 
 
-# ---- the recipe -----------------------------------------------------------------------------------------
+# ---- the recipe ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -80,7 +89,9 @@ def test_sit_fork_crops_squares_of_three_quarters_or_more() -> None:
     fork, sit = build_recipe("sit_fork", 224), build_recipe("sit", 224)
     assert fork[0][0] == RandomResizedCrop(224, (0.75, 1.0), (1.0, 1.0), "bicubic")
     assert [view[1:] for view in fork] == [view[1:] for view in sit]
-    assert build_recipe("gmml", 224)[1][0] == RandomResizedCrop(224, (0.2, 1.0), (3 / 4, 4 / 3), "bicubic")
+    assert build_recipe("gmml", 224)[1][0] == RandomResizedCrop(
+        224, (0.2, 1.0), (3 / 4, 4 / 3), "bicubic"
+    )
 
 
 CROP, FLIP, RA, ERASE = RandomResizedCrop(16), HorizontalFlip(), RandAugment(RAND), RandomErasing()
@@ -111,7 +122,9 @@ def test_views_that_cannot_run_are_refused(view: tuple, message: str) -> None:
         ("rand-m9-x3", "'x3' is not understood"),
     ],
 )
-def test_rand_augments_that_timm_would_not_understand_are_refused(config: str, message: str) -> None:
+def test_rand_augments_that_timm_would_not_understand_are_refused(
+    config: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         RandAugment(config)
 
@@ -121,12 +134,14 @@ def test_jitter_beside_rand_augment_is_refused_as_it_would_do_nothing() -> None:
         finetune_recipe(224, color_jitter=0.4, rand_augment=RAND)
 
 
-# ---- padded crop ----------------------------------------------------------------------------------------
+# ---- padded crop ---------------------------------------------------------------------------------
 
 
 def test_shifts_follow_torchvisions_law_and_are_applied_as_by_it(photos: np.ndarray) -> None:
     op = RandomCropPad(32, 4)
-    boxes = op.draw(sample_keys(0, 0, np.arange(20_000), 0), np.full(20_000, 32), np.full(20_000, 36))
+    boxes = op.draw(
+        sample_keys(0, 0, np.arange(20_000), 0), np.full(20_000, 32), np.full(20_000, 36)
+    )
     for column, last in ((0, 8), (1, 12)):
         assert stats.chisquare(np.bincount(boxes[:, column], minlength=last + 1)).pvalue > SAME_LAW
     images = torch.from_numpy(photos[:, :32, :36].copy()).permute(0, 3, 1, 2)
@@ -144,16 +159,20 @@ def test_other_sizes_are_resized_before_the_shift(photos: np.ndarray) -> None:
     assert boxes is not None
     assert boxes[:, 1].max() <= int(16 * 128 / 96) + 8 - 16
     assert crop_batch(images, view, boxes).shape == (6, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"4 x 4 pixels with 4 around it is smaller than the crop of 16"):
+    with pytest.raises(
+        ValueError, match=r"4 x 4 pixels with 4 around it is smaller than the crop of 16"
+    ):
         RandomCropPad(16).draw(sample_keys(0, 0, np.arange(1), 0), np.array([4]), np.array([4]))
 
 
 def test_resident_and_fetched_shifts_are_the_same() -> None:
     (view,) = finetune_recipe(24, erasing=0.5)
-    assert torch.equal(one_batch(toy(), view, resident=True), one_batch(toy(), view, resident=False))
+    assert torch.equal(
+        one_batch(toy(), view, resident=True), one_batch(toy(), view, resident=False)
+    )
 
 
-# ---- random erasing -------------------------------------------------------------------------------------
+# ---- random erasing ------------------------------------------------------------------------------
 
 
 def found_boxes(view: tuple, count: int, size: int) -> np.ndarray:
@@ -180,10 +199,16 @@ def test_erased_boxes_follow_timms_law(p: float, size: int) -> None:
     assert (ours[:, 2:] < size).all()  # never a whole row or column
     assert (ours[:, :2] >= 0).all()
     share = draws["erase"].mean()
-    assert share == 1.0 if p == 1.0 else stats.binomtest(len(theirs), count, share).pvalue > SAME_LAW
+    assert (
+        share == 1.0 if p == 1.0 else stats.binomtest(len(theirs), count, share).pvalue > SAME_LAW
+    )
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > SAME_LAW
-    for value in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3], lambda b: b[:, 0] + b[:, 2]):
+    for value in (
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 2] / b[:, 3],
+        lambda b: b[:, 0] + b[:, 2],
+    ):
         assert stats.ks_2samp(value(ours), value(theirs)).pvalue > SAME_LAW
 
 
@@ -213,16 +238,20 @@ def test_noise_is_standard_normal_keyed_and_independent() -> None:
 def test_tensors_are_hashed_as_arrays_are() -> None:
     values = np.array([0, 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15], dtype=np.uint64)
     np.testing.assert_array_equal(
-        splitmix_tensor(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64), splitmix(values)
+        splitmix_tensor(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64),
+        splitmix(values),
     )
 
 
-# ---- RandAugment ----------------------------------------------------------------------------------------
+# ---- RandAugment ---------------------------------------------------------------------------------
 
 
 def test_rand_augment_is_timms_after_the_flip_drawn_from_the_key(photos: np.ndarray) -> None:
     (view,) = finetune_recipe(48, rand_augment=RAND)
-    assert ([type(op) for op in host_ops(view)], device_ops(view)) == ([HorizontalFlip, RandAugment], ())
+    assert ([type(op) for op in host_ops(view)], device_ops(view)) == (
+        [HorizontalFlip, RandAugment],
+        (),
+    )
     crop = torch.from_numpy(photos[0, :48, :48].copy()).permute(2, 0, 1)
     flipped = 0
     for i in range(12):
@@ -243,7 +272,9 @@ def test_rand_augment_is_timms_after_the_flip_drawn_from_the_key(photos: np.ndar
 def test_rand_augment_has_the_settings_of_timms_create_transform() -> None:
     from timm.data import create_transform
 
-    theirs = create_transform(224, is_training=True, auto_augment=RAND, interpolation="bicubic").transforms[2]
+    theirs = create_transform(
+        224, is_training=True, auto_augment=RAND, interpolation="bicubic"
+    ).transforms[2]
     ours = reference_transform(finetune_recipe(224, rand_augment=RAND)[0]).transforms[2]
     assert [(op.name, op.prob, op.magnitude, op.hparams, op.kwargs) for op in ours.ops] == [
         (op.name, op.prob, op.magnitude, op.hparams, op.kwargs) for op in theirs.ops
@@ -269,7 +300,12 @@ def test_rand_augment_disturbs_nobody_elses_random_numbers() -> None:
     random.seed(5)
     np.random.seed(5)
     one_batch(source, view)
-    assert (random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal()) == expected
+    assert (
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.standard_normal(),
+    ) == expected
     with pytest.raises(KeyError), seeded_globals(1):
         raise KeyError
     random.seed(5)
@@ -277,7 +313,9 @@ def test_rand_augment_disturbs_nobody_elses_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["array", "files"])
-def test_augmented_batches_depend_neither_on_workers_nor_on_the_start(kind: str, image_folder: Path) -> None:
+def test_augmented_batches_depend_neither_on_workers_nor_on_the_start(
+    kind: str, image_folder: Path
+) -> None:
     source = toy(12) if kind == "array" else build_source("imagefolder", str(image_folder), "train")
     recipe = finetune_recipe(40, rand_augment=RAND, erasing=0.5)
     random.seed(0)
@@ -298,7 +336,9 @@ def test_augmented_batches_depend_neither_on_workers_nor_on_the_start(kind: str,
 def test_arrays_leave_the_device_where_the_recipe_needs_pil() -> None:
     source = toy()
     loaders = [
-        GlobalLoader(source, finetune_recipe(24, rand_augment=config), global_batch=8, seed=1, device=CPU)
+        GlobalLoader(
+            source, finetune_recipe(24, rand_augment=config), global_batch=8, seed=1, device=CPU
+        )
         for config in ("", RAND)
     ]
     assert [loader.resident for loader in loaders] == [True, False]

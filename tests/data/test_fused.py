@@ -39,7 +39,12 @@ COUNT = 24
 @pytest.fixture(scope="module")
 def crops(photos: np.ndarray) -> Tensor:
     """Give uint8 (24,3,80,96), not square, no multiple of anything."""
-    return torch.from_numpy(photos[:, 3:83, 5:101].copy()).permute(0, 3, 1, 2).repeat(4, 1, 1, 1).contiguous()
+    return (
+        torch.from_numpy(photos[:, 3:83, 5:101].copy())
+        .permute(0, 3, 1, 2)
+        .repeat(4, 1, 1, 1)
+        .contiguous()
+    )
 
 
 def drawn(view: View, count: int = COUNT) -> Draws:
@@ -98,11 +103,15 @@ def test_levels_at_the_threshold_are_inverted() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
     for threshold in range(256):
         view = (Solarize(threshold, 1.0),)
-        difference = fused(ramp, view, drawn(view, 1)) - photometric(ramp, view, drawn(view, 1), "torch")
+        difference = fused(ramp, view, drawn(view, 1)) - photometric(
+            ramp, view, drawn(view, 1), "torch"
+        )
         assert difference.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2), (1, 2, 3, 0), (2, 3, 1, 0), (1, 0, 3, 2)])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2, 3), (3, 1, 0, 2), (1, 2, 3, 0), (2, 3, 1, 0), (1, 0, 3, 2)]
+)
 def test_jitter_runs_in_the_order_of_the_sample_and_clamps_in_between(
     crops: Tensor, order: tuple[int, ...]
 ) -> None:
@@ -135,7 +144,12 @@ _OPS = {
 
 @pytest.mark.parametrize(
     "names",
-    ["blur jitter solarize", "solarize blur gray jitter flip", "flip gray jitter blur", "blur flip gray"],
+    [
+        "blur jitter solarize",
+        "solarize blur gray jitter flip",
+        "flip gray jitter blur",
+        "blur flip gray",
+    ],
 )
 def test_operations_run_in_the_order_of_the_view(crops: Tensor, names: str) -> None:
     view = tuple(_OPS[name] for name in names.split())
@@ -145,21 +159,27 @@ def test_operations_run_in_the_order_of_the_view(crops: Tensor, names: str) -> N
 
 def test_extreme_colours() -> None:
     levels = torch.tensor([0, 1, 127, 128, 254, 255], dtype=torch.uint8)
-    images = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 12, 18).repeat(COUNT, 1, 1, 1)
+    images = (
+        torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 12, 18).repeat(COUNT, 1, 1, 1)
+    )
     view = (ColorJitter(0.9, 0.9, 0.9, 0.5, p=1.0), Grayscale())
     draws = drawn(view)
     assert_near(fused(images, view, draws), photometric(images, view, draws, "torch"), view)
 
 
 @pytest.mark.parametrize("name", ["moco_v2", "byol", "sit"])
-def test_bits_depend_on_the_sample_alone(crops: Tensor, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_depend_on_the_sample_alone(
+    crops: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     view = build_recipe(name, 80)[1]
     draws = drawn(view)
     whole = fused(crops, view, draws)
     for chosen in (slice(5, 6), slice(0, None, 2), slice(7, 20)):
         part = fused(crops[chosen].contiguous(), view, {key: v[chosen] for key, v in draws.items()})
         assert torch.equal(part, whole[chosen])
-    assert torch.equal(fused(crops.contiguous(memory_format=torch.channels_last), view, draws), whole)
+    assert torch.equal(
+        fused(crops.contiguous(memory_format=torch.channels_last), view, draws), whole
+    )
     assert torch.equal(fused(crops[:, :, :, ::1].flip(-1).flip(-1), view, draws), whole)
     monkeypatch.setattr("data.augment.fused.cpu._SMALL_BATCH", 0)
     for threads in (2, 3, 40):
@@ -187,7 +207,9 @@ def _in_child(connection: object, images: Tensor, view: View, draws: Draws) -> N
     connection.send(fused(images, view, draws).numpy().tobytes())
 
 
-def test_a_forked_process_gives_the_same_bits(crops: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_process_gives_the_same_bits(
+    crops: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data.augment.fused.cpu._SMALL_BATCH", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     view = build_recipe("byol", 80)[1]
@@ -272,7 +294,9 @@ def test_the_kernel_is_compiled_anew_where_nothing_can_be_written(tmp_path: Path
         "flips = {'flip': np.array([True, False])}\n"
         "print(photometric(images, (HorizontalFlip(),), flips, 'fused').shape)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip() == "torch.Size([2, 3, 4, 4])", done.stderr
 
 
@@ -290,7 +314,11 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [choose_backend(name, cpu) for name in ("auto", "fused", "torch")] == ["fused", "fused", "torch"]
+    assert [choose_backend(name, cpu) for name in ("auto", "fused", "torch")] == [
+        "fused",
+        "fused",
+        "torch",
+    ]
     assert [choose_backend(name, gpu) for name in ("auto", "torch")] == ["torch", "torch"]
     with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' runs on a CPU or a GPU, not on mps"):
         choose_backend("fused", torch.device("mps"))
@@ -302,9 +330,13 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
         assert caplog.text.count("numba is not installed") == 1
         with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' needs numba: pip install numba"):
             choose_backend("fused", cpu)
-        with pytest.raises(ValueError, match=r"AUG.BACKEND 'fused' needs triton: pip install triton"):
+        with pytest.raises(
+            ValueError, match=r"AUG.BACKEND 'fused' needs triton: pip install triton"
+        ):
             choose_backend("fused", gpu)
-        monkeypatch.setattr("data.augment.pipeline.importlib.util.find_spec", lambda name: name == "triton")
+        monkeypatch.setattr(
+            "data.augment.pipeline.importlib.util.find_spec", lambda name: name == "triton"
+        )
         data.augment.pipeline._has.cache_clear()
         assert choose_backend("fused", gpu) == "fused"
     finally:
@@ -312,13 +344,22 @@ def test_backends_are_chosen_by_device_and_by_what_is_installed(
 
 
 def test_loaders_pass_their_backend_on() -> None:
-    images = torch.randint(0, 256, (8, 3, 20, 20), dtype=torch.uint8, generator=torch.manual_seed(0))
+    images = torch.randint(
+        0, 256, (8, 3, 20, 20), dtype=torch.uint8, generator=torch.manual_seed(0)
+    )
     source = ArraySource("toy", images, torch.zeros(8, dtype=torch.int64), ["0"])
     recipe = build_recipe("moco_v2", 16)
     for resident in (True, False):
-        options = {"global_batch": 8, "seed": 1, "device": torch.device("cpu"), "resident": resident}
+        options = {
+            "global_batch": 8,
+            "seed": 1,
+            "device": torch.device("cpu"),
+            "resident": resident,
+        }
         views = {
-            name: next(GlobalLoader(source, recipe, backend=name, **options).from_step(0, 1))[1][0].views[0]
+            name: next(GlobalLoader(source, recipe, backend=name, **options).from_step(0, 1))[1][
+                0
+            ].views[0]
             for name in ("auto", "fused", "torch")
         }
         assert torch.equal(views["auto"], views["fused"])
@@ -327,6 +368,8 @@ def test_loaders_pass_their_backend_on() -> None:
 
 
 def test_all_operations_of_recipes_are_known() -> None:
-    kinds = {type(op) for name in RECIPES for view in build_recipe(name, 80) for op in device_ops(view)}
+    kinds = {
+        type(op) for name in RECIPES for view in build_recipe(name, 80) for op in device_ops(view)
+    }
     assert kinds == {HorizontalFlip, ColorJitter, Grayscale, GaussianBlur, Solarize}
     assert kinds <= set(WRITERS)

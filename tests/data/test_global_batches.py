@@ -18,11 +18,15 @@ RECIPE = build_recipe("byol", 16)
 
 def array_source(count: int = 50) -> ArraySource:
     """Return `count` random 12x12 images, labelled with their index."""
-    images = torch.randint(0, 256, (count, 3, 12, 12), dtype=torch.uint8, generator=torch.manual_seed(3))
+    images = torch.randint(
+        0, 256, (count, 3, 12, 12), dtype=torch.uint8, generator=torch.manual_seed(3)
+    )
     return ArraySource("toy", images, torch.arange(count), [str(i) for i in range(count)])
 
 
-def global_step(source: Source, step: int, world: int, **options: object) -> tuple[list[Tensor], Tensor]:
+def global_step(
+    source: Source, step: int, world: int, **options: object
+) -> tuple[list[Tensor], Tensor]:
     """Return the views and labels of one step in global order, put together from all ranks."""
     settings = {"global_batch": 16, "seed": 1, "device": CPU} | options
     views: list[list[Tensor]] = []
@@ -45,19 +49,33 @@ def assert_same(first: tuple[list[Tensor], Tensor], second: tuple[list[Tensor], 
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
 
 
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("world", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (4, 4)]
+)
 @pytest.mark.parametrize("step", [0, 7])
-def test_global_batches_do_not_depend_on_the_world_size(world: int, accumulation: int, step: int) -> None:
+def test_global_batches_do_not_depend_on_the_world_size(
+    world: int, accumulation: int, step: int
+) -> None:
     source = array_source()
-    assert_same(global_step(source, step, world, accumulation=accumulation), global_step(source, step, 1))
+    assert_same(
+        global_step(source, step, world, accumulation=accumulation), global_step(source, step, 1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["array", "files"])
 def test_global_batches_do_not_depend_on_workers(kind: str, image_folder: Path) -> None:
-    source = array_source() if kind == "array" else build_source("imagefolder", str(image_folder), "train")
+    source = (
+        array_source()
+        if kind == "array"
+        else build_source("imagefolder", str(image_folder), "train")
+    )
     options = {"global_batch": 4, "resident": False}
     runs = [
-        list(GlobalLoader(source, RECIPE, seed=1, device=CPU, num_workers=n, **options).from_step(2, 8))
+        list(
+            GlobalLoader(source, RECIPE, seed=1, device=CPU, num_workers=n, **options).from_step(
+                2, 8
+            )
+        )
         for n in (0, 2)
     ]
     for (step, (first,)), (other_step, (second,)) in zip(*runs, strict=True):
@@ -75,7 +93,8 @@ def test_starting_later_gives_the_same_steps() -> None:
 def test_resident_crops_are_within_a_level_of_the_workers_crops() -> None:
     source, recipe = array_source(), build_recipe("linear", 16)
     kinds = [
-        GlobalLoader(source, recipe, global_batch=48, seed=1, device=CPU, resident=r) for r in (True, False)
+        GlobalLoader(source, recipe, global_batch=48, seed=1, device=CPU, resident=r)
+        for r in (True, False)
     ]
     first, second = (next(iter(loader.from_step(3, 4)))[1][0] for loader in kinds)  # in epoch 3
     assert torch.equal(first.indices, second.indices)
@@ -98,7 +117,9 @@ def test_batches_hold_the_labels_of_their_indices_and_normalised_views() -> None
     assert [len(batch.indices) for batch in batches] == [8, 8]
     for batch in batches:
         assert torch.equal(batch.labels, source.labels[batch.indices])
-        assert [(view.shape, view.dtype) for view in batch.views] == [((8, 3, 16, 16), torch.float32)] * 2
+        assert [(view.shape, view.dtype) for view in batch.views] == [
+            ((8, 3, 16, 16), torch.float32)
+        ] * 2
         assert all(-2.2 < view.min() < view.max() < 2.7 for view in batch.views)
 
 
@@ -110,9 +131,14 @@ def test_the_same_sample_looks_different_in_each_view_and_epoch() -> None:
 
 
 def test_keeping_the_last_batch_fills_it_up_from_the_start_of_the_epoch() -> None:
-    loader = GlobalLoader(array_source(), RECIPE, global_batch=16, seed=1, device=CPU, drop_last=False)
+    loader = GlobalLoader(
+        array_source(), RECIPE, global_batch=16, seed=1, device=CPU, drop_last=False
+    )
     assert loader.steps_per_epoch == 4
-    assert GlobalLoader(array_source(), RECIPE, global_batch=16, seed=1, device=CPU).steps_per_epoch == 3
+    assert (
+        GlobalLoader(array_source(), RECIPE, global_batch=16, seed=1, device=CPU).steps_per_epoch
+        == 3
+    )
     seen = torch.cat([batch.indices for _, (batch,) in loader.from_step(0, 4)])
     assert sorted(seen[:50].tolist()) == list(range(50))
     assert torch.equal(seen[50:], seen[:14])
@@ -147,9 +173,16 @@ def test_sizes_that_cannot_work_are_refused_with_sizes_that_do(
 
 
 def test_a_message_names_the_key_that_the_program_reads() -> None:
-    with pytest.raises(ValueError, match=r"LINEAR.BATCH_SIZE \(--batch-size\).*set LINEAR.BATCH_SIZE to"):
+    with pytest.raises(
+        ValueError, match=r"LINEAR.BATCH_SIZE \(--batch-size\).*set LINEAR.BATCH_SIZE to"
+    ):
         GlobalLoader(
-            array_source(), RECIPE, global_batch=64, seed=0, device=CPU, size_key="LINEAR.BATCH_SIZE"
+            array_source(),
+            RECIPE,
+            global_batch=64,
+            seed=0,
+            device=CPU,
+            size_key="LINEAR.BATCH_SIZE",
         )
 
 
@@ -174,13 +207,16 @@ def test_evaluation_visits_every_image_once_in_order(world: int) -> None:
     levels = (batch.views[0] * torch.tensor([0.229, 0.224, 0.225])[:, None, None]) + torch.tensor(
         [0.485, 0.456, 0.406]
     )[:, None, None]
-    torch.testing.assert_close(levels * 255, source.images[batch.indices].float(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        levels * 255, source.images[batch.indices].float(), rtol=0, atol=1e-3
+    )
 
 
 def test_evaluation_of_files_is_the_same_with_workers(image_folder: Path) -> None:
     source = build_source("imagefolder", str(image_folder), "val")
     one, two = (
-        list(evaluation_batches(source, 128, batch_size=2, device=CPU, num_workers=n)) for n in (0, 2)
+        list(evaluation_batches(source, 128, batch_size=2, device=CPU, num_workers=n))
+        for n in (0, 2)
     )
     assert [len(batch.indices) for batch in one] == [2, 2, 1]
     for first, second in zip(one, two, strict=True):

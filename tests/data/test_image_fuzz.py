@@ -40,7 +40,8 @@ def originals() -> list[tuple[str, bytes]]:
         ("png", photo.convert("P"), {"transparency": 3}),
         ("png", photo.convert("LA"), {}),
         ("png", photo.convert("1"), {}),
-        ("png", Image.fromarray(np.arange(1920, dtype=np.uint16).reshape(40, 48) * 34), {}),  # refused
+        # refused
+        ("png", Image.fromarray(np.arange(1920, dtype=np.uint16).reshape(40, 48) * 34), {}),
     ]
     made = []
     for suffix, image, options in kinds:
@@ -60,7 +61,9 @@ def spoilt(rng: random.Random, data: bytes) -> bytes:
             case 0 | 1:
                 changed[at : at + 1] = bytes([rng.randrange(256)])
             case 2:
-                changed[at : at + 1] = bytes([changed[at] ^ 1 << rng.randrange(8)]) if changed else b""
+                changed[at : at + 1] = (
+                    bytes([changed[at] ^ 1 << rng.randrange(8)]) if changed else b""
+                )
             case 3:
                 changed[at : at + rng.randrange(1, 30)] = b"\xff" * rng.randrange(20)
             case 4:
@@ -118,7 +121,11 @@ def fuzz(tmp_path: Path, count: int) -> None:
     kinds = ", ".join(f"{name} {n}" for name, n in sorted(first["tally"].items()))
     figure(f"{count:,} mutated JPEG and PNG files: crashes", crashes)
     figure(f"{count:,} mutated files: outcomes", kinds)
-    figure(f"{count:,} mutated files, longest", f"{1000 * max(first['slowest'], again['slowest']):.0f}", "ms")
+    figure(
+        f"{count:,} mutated files, longest",
+        f"{1000 * max(first['slowest'], again['slowest']):.0f}",
+        "ms",
+    )
     figure(
         f"{count:,} mutated files: the same outcomes and pixels again",
         str(first["digest"] == again["digest"]),
@@ -138,18 +145,22 @@ def test_ten_thousand_spoilt_images_are_decoded_or_refused(tmp_path: Path) -> No
     fuzz(tmp_path, 10_000)
 
 
-# ---- through the loader ----------------------------------------------------------------------------
+# ---- through the loader --------------------------------------------------------------------------
 
 
 def bomb(width: int, height: int) -> bytes:
     """Return a PNG of a few bytes that claims a size."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def jpeg_bomb(whole: bytes) -> bytes:
@@ -215,7 +226,10 @@ def test_special_files_are_read_or_replaced_alike_with_workers(
 
     first = batches_of(folder, 0, spoil)
     reported = {
-        Path(word).name for text in caplog.messages for word in text.split() if Path(word).name in bad
+        Path(word).name
+        for text in caplog.messages
+        for word in text.split()
+        if Path(word).name in bad
     }
     assert reported == bad
     loaded = {Path(source.name(i)).name for batch, source in first for i in batch.indices.tolist()}
@@ -233,7 +247,8 @@ def test_special_files_are_read_or_replaced_alike_with_workers(
         f"{len(bad)}/{len(bad)}",
     )
     figure(
-        "grey, CMYK, palette, alpha and 1-bit files read", f"{len(originals()) - 1}/{len(originals()) - 1}"
+        "grey, CMYK, palette, alpha and 1-bit files read",
+        f"{len(originals()) - 1}/{len(originals()) - 1}",
     )
 
 

@@ -16,7 +16,9 @@ from data.sources import ArraySource, Source, build_source, subset
 def toy(labels: list[int]) -> ArraySource:
     """Return 1x1 images with these labels."""
     images = torch.zeros((len(labels), 3, 1, 1), dtype=torch.uint8)
-    return ArraySource("toy", images, torch.tensor(labels), [str(c) for c in range(max(labels) + 1)])
+    return ArraySource(
+        "toy", images, torch.tensor(labels), [str(c) for c in range(max(labels) + 1)]
+    )
 
 
 SIZES = (7, 150, 33, 1, 800, 60)
@@ -29,7 +31,9 @@ def counts(source: Source, indices: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_larger_draw_contains_every_smaller_one(seed: int) -> None:
-    draws = [set(label_subset(UNEVEN, p, seed)) for p in (0.1, 1, 1.4, 2, 5, 9.9, 10, 33, 50, 99.9, 100)]
+    draws = [
+        set(label_subset(UNEVEN, p, seed)) for p in (0.1, 1, 1.4, 2, 5, 9.9, 10, 33, 50, 99.9, 100)
+    ]
     assert all(small <= large for small, large in itertools.pairwise(draws))
     assert draws[-1] == set(range(sum(SIZES)))  # all labelled images, none of the others
 
@@ -40,7 +44,8 @@ def test_every_class_gives_its_share_and_at_least_one(percent: float) -> None:
     assert (np.diff(drawn) > 0).all()
     assert len(drawn) == max(round(percent / 100 * sum(SIZES)), len(SIZES))
     shares = [percent / 100 * size for size in SIZES]
-    lent = sum(1 - share for share in shares if share < 1)  # what the large classes give to the small ones
+    # what the large classes give to the small ones
+    lent = sum(1 - share for share in shares if share < 1)
     for count, share in zip(counts(UNEVEN, drawn), shares, strict=True):
         assert count == 1 if share < 1 else share - lent - 1 < count < share + 1
 
@@ -151,7 +156,9 @@ def test_impossible_requests_are_refused(image_folder: Path) -> None:
 
 def test_the_lists_of_the_imagenette_pack_are_read(imagenette: Path) -> None:
     source = build_source("imagefolder", str(imagenette), "train")
-    one, ten = (label_subset(source, 0, 0, str(imagenette / "splits" / f"{p}percent.txt")) for p in (1, 10))
+    one, ten = (
+        label_subset(source, 0, 0, str(imagenette / "splits" / f"{p}percent.txt")) for p in (1, 10)
+    )
     assert (counts(source, one), counts(source, ten)) == ([3] * 10, [25] * 10)
     assert set(one) < set(ten)
     names = {Path(subset(source, one).name(i)).name for i in range(30)}

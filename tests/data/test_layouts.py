@@ -33,7 +33,9 @@ def few_pets(tmp_path: Path) -> Path:
     for number, (name, _) in enumerate(rows):
         save(root / "images" / f"{name}.jpg", number)
     lines = [f"{name} {label} 1 1\n" for name, label in rows]
-    (root / "annotations" / "trainval.txt").write_text("#Image CLASS-ID SPECIES BREED\n" + "".join(lines[:4]))
+    (root / "annotations" / "trainval.txt").write_text(
+        "#Image CLASS-ID SPECIES BREED\n" + "".join(lines[:4])
+    )
     (root / "annotations" / "test.txt").write_text(lines[4])
     return tmp_path
 
@@ -42,8 +44,15 @@ def few_pets(tmp_path: Path) -> Path:
 def test_pets_follow_their_lists(few_pets: Path, inside: str) -> None:
     train, val = (build_source("pets", str(few_pets / inside), split) for split in ("train", "val"))
     assert (train.labels.tolist(), val.labels.tolist()) == ([36, 0, 4, 0], [8])
-    assert [Path(train.name(i)).name for i in range(4)][:2] == ["yorkshire_terrier_2.jpg", "Abyssinian_1.jpg"]
-    assert (train.num_classes, train.classes[36], train.classes[0]) == (37, "yorkshire_terrier", "Abyssinian")
+    assert [Path(train.name(i)).name for i in range(4)][:2] == [
+        "yorkshire_terrier_2.jpg",
+        "Abyssinian_1.jpg",
+    ]
+    assert (train.num_classes, train.classes[36], train.classes[0]) == (
+        37,
+        "yorkshire_terrier",
+        "Abyssinian",
+    )
     assert is_labelled(train)
     assert train.load(2).shape == (3, 8, 8)
     assert train.fingerprint() != val.fingerprint()
@@ -66,10 +75,21 @@ def test_pets_of_the_pack_are_torchvisions(pets: Path) -> None:
 
 def test_pets_download_goes_to_the_parent(few_pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(tv_datasets, "OxfordIIITPet", lambda root, download: calls.append((root, download)))
+    monkeypatch.setattr(
+        tv_datasets, "OxfordIIITPet", lambda root, download: calls.append((root, download))
+    )
     for inside in ("", "oxford-iiit-pet"):
         node = declare({}).defaults().DATA
-        choices = ["DATASET", "pets", "PATH", str(few_pets / inside), "DOWNLOAD", True, "INDEX_CACHE", "off"]
+        choices = [
+            "DATASET",
+            "pets",
+            "PATH",
+            str(few_pets / inside),
+            "DOWNLOAD",
+            True,
+            "INDEX_CACHE",
+            "off",
+        ]
         node.merge_from_list(choices)
         assert len(open_split(node, "train", labelled=True)) == 4
     assert calls == [(str(few_pets), True)] * 2
@@ -96,7 +116,9 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
 def test_tinyimagenet_labels_by_the_order_of_wnids(tiny: Path, inside: str) -> None:
-    train, val = (build_source("tinyimagenet", str(tiny / inside), split) for split in ("train", "val"))
+    train, val = (
+        build_source("tinyimagenet", str(tiny / inside), split) for split in ("train", "val")
+    )
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert Path(train.name(4)).name == "n03_0.JPEG"
     assert val.labels.tolist() == [2, 0, 1]
@@ -125,7 +147,8 @@ def test_the_flat_folder_is_cut_by_reversed_names(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     order = sorted(names, key=lambda name: "".join(reversed(name)))
     train, val = (build_source("folder_split", str(tmp_path), split) for split in ("train", "val"))
-    assert [Path(train.name(i)).name for i in range(len(train))] == sorted(order[:10])  # int(0.9 * 12)
+    # int(0.9 * 12)
+    assert [Path(train.name(i)).name for i in range(len(train))] == sorted(order[:10])
     assert [Path(val.name(i)).name for i in range(len(val))] == sorted(order[10:])
     assert (train.labels.tolist(), train.num_classes) == ([-1] * 10, 0)
     assert torch.equal(val.load(0), val.load(0))
@@ -134,7 +157,10 @@ def test_the_flat_folder_is_cut_by_reversed_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("pets", r"DATA.PATH .*needs oxford-iiit-pet/ there, with annotations in it, or set DATA.DOW"),
+        (
+            "pets",
+            r"DATA.PATH .*needs oxford-iiit-pet/ there, with annotations in it, or set DATA.DOW",
+        ),
         ("tinyimagenet", r"DATA.PATH .*needs tiny-imagenet-200/ there, with wnids.txt in it"),
         (
             "folder_split",
@@ -142,7 +168,9 @@ def test_the_flat_folder_is_cut_by_reversed_names(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_folder_is_named_with_what_it_should_hold(tmp_path: Path, dataset: str, message: str) -> None:
+def test_a_wrong_folder_is_named_with_what_it_should_hold(
+    tmp_path: Path, dataset: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build_source(dataset, str(tmp_path), "train")
 
@@ -150,16 +178,22 @@ def test_a_wrong_folder_is_named_with_what_it_should_hold(tmp_path: Path, datase
 def test_incomplete_copies_are_refused(few_pets: Path, tiny: Path, tmp_path: Path) -> None:
     pets_root, tiny_root = tmp_path / "oxford-iiit-pet", tmp_path / "tiny-imagenet-200"
     next((pets_root / "images").glob("boxer*")).unlink()
-    with pytest.raises(ValueError, match=r"test.txt lists 1 images that are not .*, such as boxer_3.jpg"):
+    with pytest.raises(
+        ValueError, match=r"test.txt lists 1 images that are not .*, such as boxer_3.jpg"
+    ):
         build_source("pets", str(tmp_path), "val")
     (pets_root / "annotations" / "trainval.txt").write_text("Abyssinian_1 38 1 1\n")
-    with pytest.raises(ValueError, match=r"trainval.txt: 'Abyssinian_1 38 1 1' is not <image> <class id"):
+    with pytest.raises(
+        ValueError, match=r"trainval.txt: 'Abyssinian_1 38 1 1' is not <image> <class id"
+    ):
         build_source("pets", str(tmp_path), "train")
     (tiny_root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn07\n")
     with pytest.raises(ValueError, match=r"val has classes that wnids.txt lacks: n07"):
         build_source("tinyimagenet", str(tmp_path), "val")
     (tiny_root / "words.txt").unlink()
-    with pytest.raises(ValueError, match=r"words.txt cannot be read; DATA.DATASET 'tinyimagenet' needs it"):
+    with pytest.raises(
+        ValueError, match=r"words.txt cannot be read; DATA.DATASET 'tinyimagenet' needs it"
+    ):
         build_source("tinyimagenet", str(tmp_path), "train")
     save(tmp_path / "flat" / "only.jpg", 1)
     with pytest.raises(ValueError, match="needs at least 2 of them, not 1"):

@@ -32,12 +32,18 @@ def settle() -> None:
     time.sleep(0.03)
 
 
-def opened(root: Path, cache: Path | str, dataset: str = "imagefolder", split: str = "train") -> Source:
+def opened(
+    root: Path, cache: Path | str, dataset: str = "imagefolder", split: str = "train"
+) -> Source:
     return build_source(dataset, str(root), split, index_cache=str(cache))
 
 
 def described(source: Source) -> tuple[list[str], list[int], str]:
-    return [source.name(i) for i in range(len(source))], source.labels.tolist(), source.fingerprint()
+    return (
+        [source.name(i) for i in range(len(source))],
+        source.labels.tolist(),
+        source.fingerprint(),
+    )
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def index_of(cache: Path) -> Path:
     return file
 
 
-# ---- the same as a scan ----------------------------------------------------------------------------------
+# ---- the same as a scan --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,9 @@ def test_fingerprints_are_those_that_runs_have_saved(
         assert opened(image_folder, place, dataset, split).fingerprint() == digest
 
 
-def test_tinyimagenet_is_indexed_too(tmp_path: Path, cache: Path, no_scan: Callable[[], None]) -> None:
+def test_tinyimagenet_is_indexed_too(
+    tmp_path: Path, cache: Path, no_scan: Callable[[], None]
+) -> None:
     root = tmp_path / "tiny-imagenet-200"
     for wnid in ("n02", "n01"):
         (root / "train" / wnid / "images").mkdir(parents=True)
@@ -125,7 +133,7 @@ def test_an_indexed_source_reaches_a_spawned_worker(image_folder: Path, cache: P
     assert torch.equal(copy.load(0), part.load(0))
 
 
-# ---- never stale -----------------------------------------------------------------------------------------
+# ---- never stale ---------------------------------------------------------------------------------
 
 
 def add(root: Path) -> None:
@@ -187,7 +195,17 @@ def add_and_set_the_time_back(root: Path) -> None:
 
 
 CHANGES = [
-    *(add, remove, rename, move, add_class, rename_class, exchange_classes, add_nested, add_behind_link),
+    *(
+        add,
+        remove,
+        rename,
+        move,
+        add_class,
+        rename_class,
+        exchange_classes,
+        add_nested,
+        add_behind_link,
+    ),
     *(turn_link, fill_dangling_link, add_and_set_the_time_back),
 ]
 
@@ -301,7 +319,7 @@ def test_a_run_refuses_to_go_on_with_changed_data(
     close_logger()
 
 
-# ---- damage ----------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def flip(offset: float) -> Callable[[bytes], bytes]:
@@ -373,7 +391,10 @@ def test_a_folder_that_cannot_be_written_costs_a_line(
 
 
 def test_a_full_disk_leaves_the_old_index(
-    image_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    image_folder: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settle()
     opened(image_folder, cache)
@@ -426,7 +447,7 @@ def test_the_default_folder_follows_the_specification(
     assert len(list((cache / "home" / ".cache" / "synco").glob("*.index"))) == 1
 
 
-# ---- several processes -----------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def scans_of_a_rank(root: str, place: str, scan_on: int) -> tuple[int, str]:
@@ -462,7 +483,7 @@ def test_the_main_process_scans_for_all(image_folder: Path, cache: Path) -> None
     assert len(list(cache.iterdir())) == 1
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 def test_the_checksum_tells_what_disks_do() -> None:

@@ -26,7 +26,9 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "augmentation.md"
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Give the doc's recipe, made by the doc's code in the files that the doc names."""
-    operation, named = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    operation, named = re.findall(
+        r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL
+    )
     monkeypatch.setattr(data.augment.recipes, "RECIPES", dict(RECIPES))
     ops, recipes = dict(vars(data.augment.ops)), dict(vars(data.augment.recipes))
     exec(operation, ops)
@@ -67,7 +69,9 @@ def test_a_view_with_it_runs_by_torch(recipe: Recipe, source: ArraySource, backe
         pytest.importorskip("numba", reason="the fused path needs numba")
     known, new = recipe[0][1:-1], recipe[0][1:]
     assert (can_run(known), can_run(new)) == (True, False)
-    for ours, plain in zip(batch(source, recipe, backend), batch(source, recipe, "torch"), strict=True):
+    for ours, plain in zip(
+        batch(source, recipe, backend), batch(source, recipe, "torch"), strict=True
+    ):
         assert torch.equal(ours, plain)
 
 
@@ -93,7 +97,9 @@ def test_a_stream_that_is_taken_is_refused(recipe: Recipe) -> None:
 
 
 def test_no_two_operations_share_a_stream_or_a_name() -> None:
-    kinds = [k for k in vars(data.augment.ops).values() if isinstance(k, type) and issubclass(k, BatchOp)]
+    kinds = [
+        k for k in vars(data.augment.ops).values() if isinstance(k, type) and issubclass(k, BatchOp)
+    ]
     kinds.remove(BatchOp)
     streams = [stream for kind in kinds for stream in kind.streams]
     assert len(kinds) == len({kind.name for kind in kinds}) == 6

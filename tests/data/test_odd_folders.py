@@ -23,7 +23,9 @@ def names(source: Source, root: Path) -> list[str]:
     return [str(Path(source.name(i)).relative_to(root)) for i in range(len(source))]
 
 
-def opened(root: Path, dataset: str = "imagefolder", split: str = "train", cache: object = "off") -> Source:
+def opened(
+    root: Path, dataset: str = "imagefolder", split: str = "train", cache: object = "off"
+) -> Source:
     return build_source(dataset, str(root), split, index_cache=str(cache))
 
 
@@ -39,7 +41,7 @@ def log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="synco")
 
 
-# ---- what cannot be read ---------------------------------------------------------------------------------
+# ---- what cannot be read -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -55,7 +57,12 @@ def log(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_a_folder_that_cannot_be_read_is_an_error(
-    image_folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, closed: str, dataset: str, split: str
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    closed: str,
+    dataset: str,
+    split: str,
 ) -> None:
     (image_folder / "train" / "c1" / "deep").mkdir()
     scandir = os.scandir
@@ -67,7 +74,9 @@ def test_a_folder_that_cannot_be_read_is_an_error(
 
     monkeypatch.setattr(os, "scandir", refuse)
     root = image_folder / "train" if dataset == "folder_split" else image_folder
-    with pytest.raises(ValueError, match=rf"DATA\.PATH.*{closed} cannot be read \(.*\): mend its perm"):
+    with pytest.raises(
+        ValueError, match=rf"DATA\.PATH.*{closed} cannot be read \(.*\): mend its perm"
+    ):
         opened(root, dataset, split)
 
 
@@ -83,7 +92,11 @@ def test_a_link_that_may_lead_to_a_closed_folder_is_an_error(
 
         def __init__(self, entry: os.DirEntry[str]) -> None:
             self.name, self.path = entry.name, entry.path
-            self.is_file, self.is_dir, self.is_symlink = entry.is_file, entry.is_dir, entry.is_symlink
+            self.is_file, self.is_dir, self.is_symlink = (
+                entry.is_file,
+                entry.is_dir,
+                entry.is_symlink,
+            )
 
         def stat(self) -> os.stat_result:
             if self.path == str(link):
@@ -123,7 +136,9 @@ def test_a_folder_that_may_not_be_looked_at_is_not_taken_for_a_missing_one(
         opened(image_folder, split="val")
 
 
-def test_a_class_that_val_lacks_is_said(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_class_that_val_lacks_is_said(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert len(opened(image_folder, split="val")) == 5
     assert caplog.text.count("val has no image of 1 of train's 3 classes, such as ['c2']") == 1
     for image in (image_folder / "val" / "c1").iterdir():
@@ -133,7 +148,7 @@ def test_a_class_that_val_lacks_is_said(image_folder: Path, caplog: pytest.LogCa
     assert "no image of 2 of train's 3 classes, such as ['c1', 'c2']" in caplog.text
 
 
-# ---- each real folder once -------------------------------------------------------------------------------
+# ---- each real folder once -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset", ["imagefolder", "folder"])
@@ -171,7 +186,9 @@ def test_a_folder_outside_is_listed_once_under_the_first_link(image_folder: Path
     (pool / "deep" / "two.jpg").write_bytes(b"x")
     for name, target in (("z", pool), ("y", pool), ("x", pool / "deep")):
         (image_folder / "train" / "c1" / name).symlink_to(target)
-    found = [name for name in names(opened(image_folder), image_folder / "train") if "image" not in name]
+    found = [
+        name for name in names(opened(image_folder), image_folder / "train") if "image" not in name
+    ]
     assert found == ["c1/x/two.jpg", "c1/y/one.jpg"]
 
 
@@ -182,7 +199,9 @@ def test_class_folders_may_be_links_but_not_to_one_folder(image_folder: Path) ->
     (train / "c1").symlink_to(image_folder / "elsewhere")
     assert opened(image_folder).fingerprint() == expected
     (train / "c3").symlink_to("c0")
-    with pytest.raises(ValueError, match=r"c0 and .*c3 are the same folder, .*: remove one of them"):
+    with pytest.raises(
+        ValueError, match=r"c0 and .*c3 are the same folder, .*: remove one of them"
+    ):
         opened(image_folder)
     (train / "c3").unlink()
     (train / "c3").symlink_to("..")
@@ -204,7 +223,7 @@ def test_a_skipped_link_that_leads_elsewhere_later_is_noticed(
     assert len(opened(image_folder, cache=cache)) == 15
 
 
-# ---- what is no image ------------------------------------------------------------------------------------
+# ---- what is no image ----------------------------------------------------------------------------
 
 
 def pipe(path: Path) -> None:
@@ -230,7 +249,9 @@ def listening(path: Path) -> None:
         os.chdir(place)
 
 
-@pytest.mark.parametrize("make", [pipe, device, link_to_pipe, listening], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [pipe, device, link_to_pipe, listening], ids=lambda make: make.__name__
+)
 def test_what_is_no_file_is_no_image(
     image_folder: Path, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,7 +277,7 @@ def test_a_file_much_larger_than_its_pixels_may_be_is_unreadable(tmp_path: Path)
         source.load(1)
 
 
-# ---- what systems leave behind ---------------------------------------------------------------------------
+# ---- what systems leave behind -------------------------------------------------------------------
 
 LEFT = (
     "._a.jpg", ".DS_Store", ".hidden.png", "Thumbs.db", "__MACOSX/c0/a.jpg", "@eaDir/a.jpg/SYNOPHOTO_M.jpg",
@@ -271,7 +292,9 @@ def litter(root: Path) -> None:
         (root / name).write_bytes(b"\0\5\26\7")
 
 
-@pytest.mark.parametrize("name", ["n01440764", "a.b", "..", ".", "lost", "tmp", "_x", "#1", "@home", "$5"])
+@pytest.mark.parametrize(
+    "name", ["n01440764", "a.b", "..", ".", "lost", "tmp", "_x", "#1", "@home", "$5"]
+)
 def test_plain_names_are_not_left_out(name: str) -> None:
     assert not left_behind(name)
 
@@ -325,7 +348,9 @@ def test_the_index_remembers_what_was_left_out(
     assert len(first) == 1
 
 
-def test_pets_and_tinyimagenet_count_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pets_and_tinyimagenet_count_it_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pets, tiny = tmp_path / "oxford-iiit-pet", tmp_path / "tiny-imagenet-200"
     for folder in (pets / "images", tiny / "train" / "n1" / "images", tiny / "val" / "images"):
         folder.mkdir(parents=True)
@@ -358,7 +383,9 @@ def test_a_class_that_tinyimagenets_val_lacks_is_said(
     assert "val has no image of 1 of train's 2 classes, such as ['dog']" in caplog.text
 
 
-def test_pack_leaves_the_same_out_and_says_so(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pack_leaves_the_same_out_and_says_so(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plain, littered = image_folder / "plain.pack", image_folder / "littered.pack"
     flags = ["--data-path", str(image_folder), "--workers", "0", "--no-verify"]
     assert pack.main([*flags, "--output", str(plain)]) == 0
@@ -371,7 +398,7 @@ def test_pack_leaves_the_same_out_and_says_so(image_folder: Path, caplog: pytest
     assert len(said(caplog)) == 1
 
 
-# ---- extensions ------------------------------------------------------------------------------------------
+# ---- extensions ----------------------------------------------------------------------------------
 
 
 def test_every_extension_of_the_formats_is_listed() -> None:

@@ -26,10 +26,21 @@ from tools import pack
 CPU = torch.device("cpu")
 
 
-def packed(root: Path, *flags: str, split: str = "train", dataset: str = "imagefolder") -> PackedSource:
+def packed(
+    root: Path, *flags: str, split: str = "train", dataset: str = "imagefolder"
+) -> PackedSource:
     """Pack a split in this process and open it."""
     output = root / "packs" / f"{split}.pack"
-    places = ["--data-path", str(root), "--dataset", dataset, "--split", split, "--output", str(output)]
+    places = [
+        "--data-path",
+        str(root),
+        "--dataset",
+        dataset,
+        "--split",
+        split,
+        "--output",
+        str(output),
+    ]
     assert pack.main([*places, "--workers", "0", *flags]) == 0
     source = build_source("packed", str(output.parent), split)
     assert isinstance(source, PackedSource)
@@ -115,7 +126,9 @@ def test_the_path_may_be_the_file_itself(image_folder: Path) -> None:
         assert build_source("packed", str(place), "train").fingerprint() == train.fingerprint()
         assert build_source("packed", str(place), "val").fingerprint() == val.fingerprint()
     val.path.unlink()
-    with pytest.raises(ValueError, match=r"val\.pack does not exist; .* tools/pack\.py --split val"):
+    with pytest.raises(
+        ValueError, match=r"val\.pack does not exist; .* tools/pack\.py --split val"
+    ):
         build_source("packed", str(train.path), "val")
     with pytest.raises(ValueError, match="is not a folder"):
         build_source("packed", str(image_folder / "nowhere"), "train")
@@ -140,13 +153,14 @@ def test_the_fingerprint_is_of_the_content(image_folder: Path) -> None:
         first.path.unlink()
         others.append(packed(image_folder, *flags).fingerprint())
     victim = next((image_folder / "train" / "c1").iterdir())
-    victim.write_bytes(next((image_folder / "train" / "c0").iterdir()).read_bytes())  # the same names
+    # the same names
+    victim.write_bytes(next((image_folder / "train" / "c0").iterdir()).read_bytes())
     first.path.unlink()
     others.append(packed(image_folder).fingerprint())
     assert len({digest, *others}) == 4
 
 
-# ---- damage ----------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 CUTS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
@@ -165,7 +179,9 @@ CUTS: dict[str, Callable[[bytes], bytes]] = {
 def test_what_is_no_whole_pack_is_refused(image_folder: Path, name: str) -> None:
     file = packed(image_folder).path
     file.write_bytes(CUTS[name](file.read_bytes()))
-    with pytest.raises(ValueError, match=r"DATA\.PATH.*train\.pack is no pack, or was cut or damaged"):
+    with pytest.raises(
+        ValueError, match=r"DATA\.PATH.*train\.pack is no pack, or was cut or damaged"
+    ):
         build_source("packed", str(file.parent), "train")
 
 
@@ -191,7 +207,9 @@ def test_no_flipped_bit_goes_unnoticed(image_folder: Path) -> None:
                 assert torch.equal(damaged.load(i), image)
             except OSError:
                 wrong.append(i)
-        unused = place < 64 or place in padding or place in range(len(content) - 12, len(content) - 8)
+        unused = (
+            place < 64 or place in padding or place in range(len(content) - 12, len(content) - 8)
+        )
         assert len(wrong) == (0 if unused else 1), place
 
 
@@ -244,7 +262,9 @@ HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_an_odd_header_is_one_clear_error(image_folder: Path, name: str) -> None:
     file = packed(image_folder).path
     file.write_bytes(resealed(file.read_bytes(), HEADERS[name]))
-    with pytest.raises(ValueError, match=r"DATA\.PATH.*train\.pack is no pack, or was cut or damaged"):
+    with pytest.raises(
+        ValueError, match=r"DATA\.PATH.*train\.pack is no pack, or was cut or damaged"
+    ):
         build_source("packed", str(file.parent), "train")
 
 
@@ -280,7 +300,9 @@ def test_an_odd_index_is_one_clear_error(
     body = b"".join(part.tobytes() for part in changed.values())
     start = source.header["start"]
     content = content[:start] + body + content[start + len(body) :]
-    source.path.write_bytes(resealed(content, lambda header: header.update(checksum=checksum(body))))
+    source.path.write_bytes(
+        resealed(content, lambda header: header.update(checksum=checksum(body)))
+    )
     with pytest.raises(ValueError, match=message):
         build_source("packed", str(source.path), "train")
 
@@ -298,21 +320,31 @@ def load_after_a_cut(path: str) -> str:
 
 
 @pytest.mark.parametrize("flags", [[], ["--raw"]], ids=["as is", "raw"])
-def test_a_pack_that_is_cut_while_in_use_ends_no_process(image_folder: Path, flags: list[str]) -> None:
+def test_a_pack_that_is_cut_while_in_use_ends_no_process(
+    image_folder: Path, flags: list[str]
+) -> None:
     source = packed(image_folder, *flags)
     with forked.pool(1) as pool:
         (answer,) = pool.run(load_after_a_cut, str(source.path))
     assert answer == f"12 12 2 the pack was cut while it was in use: copy {source.path} again"
 
 
-def test_both_packs_have_the_same_classes(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_both_packs_have_the_same_classes(
+    image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     packed(image_folder)
     for image in (image_folder / "val" / "c1").iterdir():
         image.unlink()
     val = packed(image_folder, split="val")
-    assert caplog.text.count("val.pack has no image of 2 of train's 3 classes, such as ['c1', 'c2']") == 1
+    assert (
+        caplog.text.count("val.pack has no image of 2 of train's 3 classes, such as ['c1', 'c2']")
+        == 1
+    )
     val.path.write_bytes(
-        resealed(val.path.read_bytes(), lambda header: header.update(with_classes(val, ["c0", "c2", "c9"])))
+        resealed(
+            val.path.read_bytes(),
+            lambda header: header.update(with_classes(val, ["c0", "c2", "c9"])),
+        )
     )
     with pytest.raises(ValueError, match=r"different classes \(\['c1', 'c9'\]\): pack both splits"):
         build_source("packed", str(val.path.parent), "val")
@@ -322,13 +354,17 @@ def with_classes(source: PackedSource, classes: list[str]) -> dict[str, Any]:
     return {"classes": classes, "digest": source.index.content(classes, source.header["raw"])}
 
 
-# ---- several processes -----------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def indices_of_a_rank(path: str) -> tuple[str, list[int], float]:
     source = build_source("packed", path, "train")
     seen = batches(source, 3)
-    return source.fingerprint(), [i for b in seen for i in b.indices.tolist()], float(seen[0].views[0].sum())
+    return (
+        source.fingerprint(),
+        [i for b in seen for i in b.indices.tolist()],
+        float(seen[0].views[0].sum()),
+    )
 
 
 def test_two_ranks_share_a_pack(image_folder: Path) -> None:

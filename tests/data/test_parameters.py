@@ -13,7 +13,8 @@ from data.augment.recipes import build_recipe
 from utils.randomness import uniform
 
 KEYS = sample_keys(1, 2, np.arange(20_000), 0)
-SAME_LAW = 1e-3  # p-value below which two samples are taken to differ; every draw is fixed, so no flakiness
+# p-value below which two samples are taken to differ; every draw is fixed, so no flakiness
+SAME_LAW = 1e-3
 
 
 def test_uniforms_are_uniform_and_streams_and_views_independent() -> None:
@@ -29,7 +30,9 @@ def test_uniforms_are_uniform_and_streams_and_views_independent() -> None:
 @pytest.mark.parametrize("change", [(2, 2, 0), (1, 3, 0), (1, 2, 1)])
 def test_seed_epoch_and_view_each_change_the_draw(change: tuple[int, int, int]) -> None:
     seed, epoch, view = change
-    assert not np.any(uniform(sample_keys(seed, epoch, np.arange(50), view), 1) == uniform(KEYS[:50], 1))
+    assert not np.any(
+        uniform(sample_keys(seed, epoch, np.arange(50), view), 1) == uniform(KEYS[:50], 1)
+    )
 
 
 def test_one_sample_draws_what_a_batch_draws() -> None:
@@ -55,7 +58,9 @@ def test_one_sample_draws_what_a_batch_draws() -> None:
         (8, 8, (0.3, 1.0)),
     ],
 )
-def test_crop_boxes_follow_torchvisions_law(height: int, width: int, scale: tuple[float, float]) -> None:
+def test_crop_boxes_follow_torchvisions_law(
+    height: int, width: int, scale: tuple[float, float]
+) -> None:
     op = RandomResizedCrop(16, scale)
     count = 3000
     ours = op.draw(KEYS[:count], np.full(count, height), np.full(count, width))
@@ -80,7 +85,9 @@ def test_crop_boxes_follow_torchvisions_law(height: int, width: int, scale: tupl
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 1)])
 def test_crop_falls_back_to_torchvisions_central_crop(height: int, width: int) -> None:
     op = RandomResizedCrop(16, (0.9, 1.0))
-    expected = transforms.RandomResizedCrop.get_params(torch.zeros(3, height, width), op.scale, op.ratio)
+    expected = transforms.RandomResizedCrop.get_params(
+        torch.zeros(3, height, width), op.scale, op.ratio
+    )
     np.testing.assert_array_equal(
         op.draw(KEYS[:50], np.full(50, height), np.full(50, width)), [expected] * 50
     )
@@ -91,7 +98,9 @@ def test_jitter_follows_torchvisions_law() -> None:
     torch.manual_seed(0)
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)
     theirs = [
-        transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        transforms.ColorJitter.get_params(
+            jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+        )
         for _ in range(3000)
     ]
     for column, name in enumerate(("brightness", "contrast", "saturation", "hue"), start=1):
@@ -113,4 +122,6 @@ def test_operations_are_applied_with_their_probabilities() -> None:
 def test_draws_are_pinned() -> None:
     """Change these numbers only on purpose: every stored result of a run depends on them."""
     pinned = [0.8924128705959274, 0.6411254009397996, 0.2750134568645074]
-    np.testing.assert_allclose(uniform(sample_keys(0, 0, np.arange(3), 0), 1), pinned, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        uniform(sample_keys(0, 0, np.arange(3), 0), 1), pinned, rtol=0, atol=1e-15
+    )

@@ -51,7 +51,11 @@ def test_titles_stand_above_their_columns_and_stay_in_them(tmp_path: Path) -> No
         save_grid(tmp_path / "no.png", rows, ["a", "b"])
 
 
-@pytest.mark.parametrize("recipe", [build_recipe("byol", 32), finetune_recipe(32, rand_augment="rand-m9")])
+@pytest.mark.parametrize(
+    "recipe", [build_recipe("byol", 32), finetune_recipe(32, rand_augment="rand-m9")]
+)
 def test_a_recipe_is_shown_as_the_network_sees_it(tmp_path: Path, recipe: tuple) -> None:
-    save_preview(tmp_path / "views.png", build_source("digits", "", "train"), recipe, seed=0, num_images=3)
+    save_preview(
+        tmp_path / "views.png", build_source("digits", "", "train"), recipe, seed=0, num_images=3
+    )
     assert pixels(tmp_path / "views.png").shape == (3 * 34 * 3, len(recipe) * 34 * 3, 3)

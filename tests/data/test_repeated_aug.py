@@ -20,7 +20,9 @@ RECIPE = build_recipe("byol", 16)
 
 
 def toy(count: int = 50) -> ArraySource:
-    images = torch.randint(0, 256, (count, 3, 12, 12), dtype=torch.uint8, generator=torch.manual_seed(3))
+    images = torch.randint(
+        0, 256, (count, 3, 12, 12), dtype=torch.uint8, generator=torch.manual_seed(3)
+    )
     return ArraySource("toy", images, torch.arange(count), [str(i) for i in range(count)])
 
 
@@ -37,7 +39,11 @@ def test_every_rank_sees_what_deits_sampler_deals_it(world: int, repeats: int) -
     for epoch in (0, 3):
         start = epoch * plan.steps_per_epoch
         dealt = [
-            [int(i) for request in RequestSampler(plan, rank, start, start + 6) for i in request.indices]
+            [
+                int(i)
+                for request in RequestSampler(plan, rank, start, start + 6)
+                for i in request.indices
+            ]
             for rank in range(world)
         ]
         assert dealt == deit_positions(epoch_order(48, 1, epoch), repeats, world)
@@ -47,7 +53,10 @@ def test_an_epoch_keeps_its_length_and_each_sees_other_images() -> None:
     plan = BatchPlan(48, 8, seed=1, repeats=3)
     assert plan.steps_per_epoch == BatchPlan(48, 8, seed=1).steps_per_epoch == 6
     requests = list(RequestSampler(plan, 0, 0, 60))
-    seen = [set(np.concatenate([r.indices for r in requests if r.epoch == e]).tolist()) for e in range(10)]
+    seen = [
+        set(np.concatenate([r.indices for r in requests if r.epoch == e]).tolist())
+        for e in range(10)
+    ]
     assert [len(images) for images in seen] == [16] * 10
     assert len(set().union(*seen)) > 40  # the published code saw the same third for ever (spec S1)
     for request in requests:
@@ -57,12 +66,16 @@ def test_an_epoch_keeps_its_length_and_each_sees_other_images() -> None:
 
 def test_copies_of_an_image_go_to_different_ranks() -> None:
     plan = BatchPlan(48, 12, seed=1, world=4, repeats=3)
-    first = [set(next(iter(RequestSampler(plan, rank, 0, 1))).indices.tolist()) for rank in range(4)]
+    first = [
+        set(next(iter(RequestSampler(plan, rank, 0, 1))).indices.tolist()) for rank in range(4)
+    ]
     assert sum(len(images) for images in first) == 12  # no rank has two copies of one
     assert len(set().union(*first)) == 4
 
 
-def views_of(source: Source, repeats: int, world: int, step: int, **options: object) -> list[Tensor]:
+def views_of(
+    source: Source, repeats: int, world: int, step: int, **options: object
+) -> list[Tensor]:
     """Return labels and views of one step in global order, put together from all ranks."""
     found = []
     for rank in range(world):
@@ -79,7 +92,9 @@ def views_of(source: Source, repeats: int, world: int, step: int, **options: obj
 
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 2), (1, 4)])
 @pytest.mark.parametrize("step", [0, 7])
-def test_global_batches_do_not_depend_on_the_world(world: int, accumulation: int, step: int) -> None:
+def test_global_batches_do_not_depend_on_the_world(
+    world: int, accumulation: int, step: int
+) -> None:
     ours = views_of(toy(), 3, world, step, accumulation=accumulation)
     assert all(torch.equal(a, b) for a, b in zip(ours, views_of(toy(), 3, 1, step), strict=True))
 
@@ -106,7 +121,13 @@ def test_each_copy_has_its_own_crop_and_its_own_colours(resident: bool) -> None:
     for view in ((Resize(12), ColorJitter(0.8, 0.8, 0.8, 0.2, p=1.0)), (RandomResizedCrop(12),)):
         loader = GlobalLoader(
             *(toy(), (view,)),
-            **{"global_batch": 16, "seed": 1, "device": CPU, "repeated_aug": 4, "resident": resident},
+            **{
+                "global_batch": 16,
+                "seed": 1,
+                "device": CPU,
+                "repeated_aug": 4,
+                "resident": resident,
+            },
         )
         _, (batch,) = next(iter(loader.from_step(0, 1)))
         found = batch.views[0]
@@ -117,14 +138,20 @@ def test_copies_are_the_same_with_workers_and_with_rand_augment(image_folder: Pa
     source = build_source("imagefolder", str(image_folder), "train")
     recipe = finetune_recipe(40, rand_augment="rand-m9-mstd0.5", erasing=0.5)
     loaders = [
-        GlobalLoader(source, recipe, global_batch=6, seed=1, device=CPU, num_workers=n, repeated_aug=3)
+        GlobalLoader(
+            source, recipe, global_batch=6, seed=1, device=CPU, num_workers=n, repeated_aug=3
+        )
         for n in (0, 2)
     ]
     batches = [[batch for _, (batch,) in loader.from_step(1, 4)] for loader in loaders]
     for first, second in zip(*batches, strict=True):
         assert torch.equal(first.views[0], second.views[0])
         assert len(set(first.indices.tolist())) == 2
-        assert all(not torch.equal(first.views[0][i], first.views[0][j]) for i in range(3) for j in range(i))
+        assert all(
+            not torch.equal(first.views[0][i], first.views[0][j])
+            for i in range(3)
+            for j in range(i)
+        )
 
 
 def test_no_repeat_at_all_is_refused() -> None:

@@ -34,7 +34,9 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernels_equal_the_batched_operations(case: str, interpreted: dict[str, Tensor]) -> None:
+def test_the_kernels_equal_the_batched_operations(
+    case: str, interpreted: dict[str, Tensor]
+) -> None:
     ours, plain = interpreted[case], photometric(images(case), CASES[case], drawn(case), "torch")
     assert ours.is_contiguous()
     difference = (ours - plain).abs() * torch.tensor(IMAGENET_STD)[:, None, None]
@@ -59,7 +61,17 @@ def test_numbers_of_the_operations_are_those_of_the_programs() -> None:
     import data.augment.fused.opcodes
     import data.augment.fused.triton_kernels
 
-    names = ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "GRAY", "SOLARIZE", "BLUR", "NOTHING", "END")
+    names = (
+        "BRIGHTNESS",
+        "CONTRAST",
+        "SATURATION",
+        "HUE",
+        "GRAY",
+        "SOLARIZE",
+        "BLUR",
+        "NOTHING",
+        "END",
+    )
     for name in names:
         number = getattr(data.augment.fused.opcodes, name)
         assert getattr(data.augment.fused.numba_kernels, name) == number
@@ -90,7 +102,9 @@ def test_a_blur_before_a_contrast_is_left_to_torch(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["grey_sums", "points", "blur_rows", "blur_columns"])
-def test_the_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_compile_for_a_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To machine code of an H100, by the assembler that Triton brings along."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -105,5 +119,7 @@ def test_the_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: p
     types = {p: "constexpr" if p in sizes else "i32" for p in parameters}
     types |= {p: POINTERS.get(p, "*fp32") for p in parameters if p in pointers}
     source = ASTSource(kernel, types, {p: sizes[p] for p in parameters if p in sizes})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
+    made = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True}
+    )
     assert len(made.asm["cubin"]) > 1000

@@ -59,7 +59,9 @@ def test_jitter_strengths_are_the_published_ones(name: str) -> None:
     recipe = build_recipe(name, 224)
     for view in range(2):
         jitter = _op(recipe, view, JITTER)
-        found = tuple(getattr(jitter, key) for key in ("brightness", "contrast", "saturation", "hue", "p"))
+        found = tuple(
+            getattr(jitter, key) for key in ("brightness", "contrast", "saturation", "hue", "p")
+        )
         assert found == JITTERS[name]
         assert _op(recipe, view, GRAY).p == 0.2
 

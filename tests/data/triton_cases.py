@@ -1,6 +1,7 @@
 """Run the GPU's kernels in Triton's interpreter: python triton_cases.py FILE, with TRITON_INTERPRET=1 set.
 
-FILE gets {case: what the kernels made of it}; `CASES`, `images` and `drawn` are for the test as well.
+FILE gets {case: what the kernels made of it}; `CASES`, `images` and `drawn` are for the test as
+well.
 """
 
 import sys
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 
 from data.augment.base import Draws, PhotometricOp, device_ops, sample_keys
-from data.augment.ops import JITTER_OPS, ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, Solarize
+from data.augment.ops import (
+    JITTER_OPS,
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    Solarize,
+)
 from data.augment.pipeline import draw_photometric
 from data.augment.recipes import RECIPES, build_recipe
 
@@ -67,7 +75,10 @@ def main(file: Path) -> None:
     from data.augment.fused import gpu as fused_cuda
 
     fused_cuda.BLOCK = BLOCK
-    torch.save({case: fused_cuda.run_on_gpu(images(case), CASES[case], drawn(case)) for case in CASES}, file)
+    torch.save(
+        {case: fused_cuda.run_on_gpu(images(case), CASES[case], drawn(case)) for case in CASES},
+        file,
+    )
 
 
 if __name__ == "__main__":

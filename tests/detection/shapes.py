@@ -13,7 +13,9 @@ COLOURS = ((230, 60, 40), (40, 200, 70), (60, 90, 240))
 CORNERS = 24  # of a disc's polygon
 
 
-def draw(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, list[dict[str, Any]]]:
+def draw(
+    rng: np.random.Generator, width: int, height: int
+) -> tuple[Image.Image, list[dict[str, Any]]]:
     """Draw one to three shapes apart from each other; return picture and objects."""
     noise = rng.integers(90, 130, (height, width, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
@@ -28,7 +30,9 @@ def draw(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image
         label = int(rng.integers(len(CLASSES)))
         polygon = outline(label, x, y, side)
         pen.polygon(polygon, fill=COLOURS[label])
-        objects.append({"label": label, "box": box, "polygon": [v for corner in polygon for v in corner]})
+        objects.append(
+            {"label": label, "box": box, "polygon": [v for corner in polygon for v in corner]}
+        )
     return picture, objects
 
 
@@ -38,7 +42,10 @@ def outline(label: int, x: float, y: float, side: float) -> list[tuple[float, fl
     if label == 2:
         return [(x + side / 2, y), (x + side, y + side), (x, y + side)]
     angles = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
-    return [(x + side / 2 * (1 + float(np.cos(a))), y + side / 2 * (1 + float(np.sin(a)))) for a in angles]
+    return [
+        (x + side / 2 * (1 + float(np.cos(a))), y + side / 2 * (1 + float(np.sin(a))))
+        for a in angles
+    ]
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -101,7 +108,9 @@ def write_xml(path: Path, objects: list[dict[str, Any]]) -> None:
         ElementTree.SubElement(entry, "difficult").text = str(int(item.get("difficult", False)))
         box = ElementTree.SubElement(entry, "bndbox")
         x1, y1, x2, y2 = item["box"]
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2), strict=True):
+        for key, value in zip(
+            ("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2), strict=True
+        ):
             ElementTree.SubElement(box, key).text = f"{value:g}"
     ElementTree.ElementTree(tree).write(path)
 

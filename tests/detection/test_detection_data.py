@@ -24,7 +24,7 @@ def config(**changes: Any) -> Any:
     return load_detection_config([], shapes.opts(**changes), {})
 
 
-# ---- readers ----------------------------------------------------------------------------------------------
+# ---- readers -------------------------------------------------------------------------------------
 
 
 def test_coco_labels_follow_the_category_ids(coco_root: Path) -> None:
@@ -41,7 +41,9 @@ def test_coco_labels_follow_the_category_ids(coco_root: Path) -> None:
         assert len(objects.polygons) == len(entries)
 
 
-def test_coco_crowds_and_empty_images_are_left_out_of_training_only(coco_root: Path, tmp_path: Path) -> None:
+def test_coco_crowds_and_empty_images_are_left_out_of_training_only(
+    coco_root: Path, tmp_path: Path
+) -> None:
     def change(tree: dict[str, Any]) -> None:
         tree["annotations"][0]["iscrowd"] = 1
         tree["annotations"][0]["segmentation"] = {"size": [2, 2], "counts": [0, 4]}
@@ -50,7 +52,8 @@ def test_coco_crowds_and_empty_images_are_left_out_of_training_only(coco_root: P
 
     data = read_coco(edited(coco_root, tmp_path, change), "train2017")
     train = data.for_training()
-    assert set(data.ids) - set(train.ids) == {100, 107}  # the first picture's one shape is now a crowd
+    # the first picture's one shape is now a crowd
+    assert set(data.ids) - set(train.ids) == {100, 107}
     assert sum(int(o.ignored.sum()) for o in data.objects) == 1
     assert sum(len(o.labels) for o in train.objects) == sum(len(o.labels) for o in data.objects) - 1
     assert all(len(o.polygons) == len(o.labels) for o in train.objects)
@@ -70,10 +73,16 @@ def edited(root: Path, target: Path, change: Callable[[dict[str, Any]], object])
     [
         (lambda t: t.pop("categories"), ["has no categories"]),
         (lambda t: t["annotations"][0].update(bbox=[1, 2, 3]), ["annotation 1", "bbox"]),
-        (lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), ["annotation 1", "bbox"]),
+        (
+            lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
+            ["annotation 1", "bbox"],
+        ),
         (lambda t: t["annotations"][0].update(category_id=99), ["annotation 1", "category 99"]),
         (lambda t: t["annotations"][0].update(image_id=1), ["annotation 1", "image 1"]),
-        (lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3]]), ["annotation 1", "polygon"]),
+        (
+            lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3]]),
+            ["annotation 1", "polygon"],
+        ),
         (lambda t: t["images"][0].update(file_name="lost.png"), ["absent", "lost.png"]),
         (lambda t: t["images"].append(dict(t["images"][0])), ["same id"]),
         (lambda t: t["images"][0].pop("width"), ["width"]),
@@ -133,7 +142,10 @@ def test_voc_has_twenty_classes_unless_told_otherwise(voc_root: Path) -> None:
     assert len(VOC_CLASSES) == 20
     with pytest.raises(AnnotationError, match=r"aeroplane.*set DETECTION\.CLASSES"):
         read_split("voc", str(voc_root), "2007_test")
-    assert read_split("voc", str(voc_root), "2007_test", "square, disc,triangle").classes == shapes.CLASSES
+    assert (
+        read_split("voc", str(voc_root), "2007_test", "square, disc,triangle").classes
+        == shapes.CLASSES
+    )
 
 
 def test_the_fingerprint_changes_with_a_box(coco_root: Path, tmp_path: Path) -> None:
@@ -153,7 +165,7 @@ def test_the_packs_hold_what_their_readme_says(packs: Path) -> None:
     assert (len(cells), counts.tolist()) == (120, [0, 1479, 124, 141])
 
 
-# ---- the loader -------------------------------------------------------------------------------------------
+# ---- the loader ----------------------------------------------------------------------------------
 
 
 def make_loader(root: Path, batch: int = 4, **changes: Any) -> loading.DetectionLoader:
@@ -164,7 +176,9 @@ def make_loader(root: Path, batch: int = 4, **changes: Any) -> loading.Detection
     return loading.DetectionLoader(data, cfg, global_batch=batch, device=CPU)
 
 
-def drawn(loader: loading.DetectionLoader, first: int = 0, last: int = 6) -> dict[tuple[int, int], Any]:
+def drawn(
+    loader: loading.DetectionLoader, first: int = 0, last: int = 6
+) -> dict[tuple[int, int], Any]:
     return {
         (step, int(index)): (image, target)
         for step, batches in loader.from_step(first, last)
@@ -179,9 +193,13 @@ def test_boxes_masks_and_pixels_move_together(coco_root: Path) -> None:
     for image, target in drawn(loader).values():
         widths.add(tuple(image.shape))
         assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
-        for box, mask, label in zip(target["boxes"], target["masks"], target["labels"], strict=True):
+        for box, mask, label in zip(
+            target["boxes"], target["masks"], target["labels"], strict=True
+        ):
             rows, columns = mask.nonzero().unbind(1)
-            around = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+            around = torch.stack(
+                [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            ).float()
             assert (around - box).abs().max() <= 1.5
             colour = image[:, mask.bool()].mean(1)
             assert int(colour.argmax()) == int(label) - 1
@@ -194,7 +212,9 @@ def test_about_half_of_the_images_are_flipped_and_none_without_flips(voc_root: P
     half = drawn(make_loader(voc_root, **VOC), 0, 12)
     for key, (image, target) in plain.items():
         assert torch.equal(image, mirrored[key][0].flip(2))
-        assert torch.allclose(target["boxes"][:, 0], image.shape[2] - mirrored[key][1]["boxes"][:, 2])
+        assert torch.allclose(
+            target["boxes"][:, 0], image.shape[2] - mirrored[key][1]["boxes"][:, 2]
+        )
     flipped = sum(not torch.equal(half[key][0], image) for key, (image, _) in plain.items())
     assert 0.2 * len(plain) < flipped < 0.8 * len(plain)
 
@@ -225,7 +245,9 @@ def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_a_test(
 ) -> None:
     shutil.copytree(voc_root, tmp_path, dirs_exist_ok=True)
     for split in ("trainval", "test"):
-        (tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"{split}0.jpg").write_bytes(b"no image")
+        (tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"{split}0.jpg").write_bytes(
+            b"no image"
+        )
     loaded = drawn(make_loader(tmp_path, **VOC))
     assert all(index != 0 for _, index in loaded)
     cfg = config(**VOC)
@@ -248,7 +270,9 @@ def test_a_pixel_is_in_the_mask_if_its_centre_is_in_the_polygon(label: int) -> N
     for _ in range(5):
         x, y, side = rng.uniform(0, 20, 3) + np.array([-6, -6, 10])  # some reach out of the image
         corners = shapes.outline(label, x, y, side)
-        ours = loading.rasterise((tuple(v for c in corners for v in c),), np.array([2.0, 1.5]), (48, 60))
+        ours = loading.rasterise(
+            (tuple(v for c in corners for v in c),), np.array([2.0, 1.5]), (48, 60)
+        )
         scaled = [(2.0 * a, 1.5 * b) for a, b in corners]
         exact = np.array([[inside(scaled, c + 0.5, r + 0.5) for c in range(60)] for r in range(48)])
         assert (ours & exact).sum() / (ours | exact).sum() > 0.93

@@ -17,7 +17,9 @@ def random_case(seed: int, images: int = 12, classes: int = 3) -> tuple[list[Fou
     for _ in range(images):
         count = int(rng.integers(0, 5))
         corner = rng.integers(0, 40, (count, 2))
-        boxes = np.concatenate([corner, corner + rng.integers(8, 30, (count, 2))], axis=1).astype(np.float32)
+        boxes = np.concatenate([corner, corner + rng.integers(8, 30, (count, 2))], axis=1).astype(
+            np.float32
+        )
         labels = rng.integers(1, classes + 1, count)
         objects.append(Objects(boxes, labels, rng.random(count) < 0.3))
         near = np.repeat(boxes, 2, axis=0) + rng.normal(0, 3, (2 * count, 4))
@@ -63,7 +65,9 @@ def slow_metrics(
                     w = min(a[2], b[2]) - max(a[0], b[0]) + 1
                     h = min(a[3], b[3]) - max(a[1], b[1]) + 1
                     inter = max(w, 0) * max(h, 0)
-                    union = (a[2] - a[0] + 1) * (a[3] - a[1] + 1) + (b[2] - b[0] + 1) * (b[3] - b[1] + 1)
+                    union = (a[2] - a[0] + 1) * (a[3] - a[1] + 1) + (b[2] - b[0] + 1) * (
+                        b[3] - b[1] + 1
+                    )
                     if lab == label and inter / (union - inter) > best:
                         best, which = inter / (union - inter), j
                 if best > threshold and objects[image].ignored[which]:
@@ -76,7 +80,9 @@ def slow_metrics(
                 points.append((sum(verdicts[:n]) / counted, sum(verdicts[:n]) / n))
             if eleven:
                 recalls = np.arange(0.0, 1.1, 0.1)
-                values.append(sum(max((p for r, p in points if r >= t), default=0.0) for t in recalls) / 11)
+                values.append(
+                    sum(max((p for r, p in points if r >= t), default=0.0) for t in recalls) / 11
+                )
             else:
                 area, before = 0.0, 0.0
                 for recall in sorted({r for r, _ in points}):
@@ -97,7 +103,9 @@ def test_voc_metrics_equal_the_oracle(seed: int, eleven: bool) -> None:
     assert ours["AP75"] == pytest.approx(slow[THRESHOLDS[5]], abs=1e-6)
     assert ours["AP"] == pytest.approx(np.mean(list(slow.values())), abs=1e-6)
     second = "AP50/area" if eleven else "AP50/11"
-    assert ours[second] == pytest.approx(slow_metrics(found, objects, 3, not eleven)[THRESHOLDS[0]], abs=1e-6)
+    assert ours[second] == pytest.approx(
+        slow_metrics(found, objects, 3, not eleven)[THRESHOLDS[0]], abs=1e-6
+    )
     assert ours["AP50"] != pytest.approx(ours[second], abs=1e-3)
 
 
@@ -131,7 +139,9 @@ def test_the_coco_evaluator_gives_full_marks_to_the_truth(coco_root: Path) -> No
     found = []
     for index, objects in enumerate(data.objects):
         size = data.load(index).shape[1:]
-        for box, label, polygons in zip(objects.boxes, objects.labels, objects.polygons, strict=True):
+        for box, label, polygons in zip(
+            objects.boxes, objects.labels, objects.polygons, strict=True
+        ):
             (rle,) = mask.frPyObjects([list(polygons[0])], *size)
             counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
             found.append(

@@ -28,7 +28,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(
-    root: Path, output: Path, tag: str, *flags: str, batch: int = 2, weights: str = "none", **keys: Any
+    root: Path,
+    output: Path,
+    tag: str,
+    *flags: str,
+    batch: int = 2,
+    weights: str = "none",
+    **keys: Any,
 ) -> list[str]:
     """Return a command line; `keys` come last."""
     return [
@@ -58,7 +64,9 @@ def test_a_run_leaves_metrics_and_a_picture(whole: Path) -> None:
         assert picture.size == (640, 320)
 
 
-def test_killed_and_resumed_ends_with_the_same_bits(voc_root: Path, output: Path, whole: Path) -> None:
+def test_killed_and_resumed_ends_with_the_same_bits(
+    voc_root: Path, output: Path, whole: Path
+) -> None:
     argv = arguments(voc_root, output, "killed")
     (job,) = forked.start(MAIN, argv, output / "killed.log", prepare=partial(runs.kill_at, step=5))
     assert job.wait() == -signal.SIGKILL
@@ -101,13 +109,17 @@ def test_two_processes_train_and_one_finds_the_same_metrics(voc_root: Path, outp
 def test_an_error_is_one_line(
     voc_root: Path, output: Path, flags: list[str], keys: dict[str, Any], words: list[str]
 ) -> None:
-    (job,) = forked.start(MAIN, arguments(voc_root, output, "bad", *flags, **keys), output / "bad.log")
+    (job,) = forked.start(
+        MAIN, arguments(voc_root, output, "bad", *flags, **keys), output / "bad.log"
+    )
     assert job.wait() == 2
     (line,) = [line for line in job.text().splitlines() if line.startswith("error: ")]
     assert all(word in line for word in words), line
 
 
-def test_another_start_is_another_run(voc_root: Path, output: Path, whole: Path, tmp_path: Path) -> None:
+def test_another_start_is_another_run(
+    voc_root: Path, output: Path, whole: Path, tmp_path: Path
+) -> None:
     import torch
 
     from models.parts.backbones import build_backbone
@@ -124,7 +136,7 @@ def test_another_start_is_another_run(voc_root: Path, output: Path, whole: Path,
     assert "MODEL.RCNN.NECK: 'fpn' -> 'c4'" in job.text()
 
 
-# ---- minutes ----------------------------------------------------------------------------------------------
+# ---- minutes -------------------------------------------------------------------------------------
 
 LEARN = {
     **{"DETECTION__MAX_ITER": 150, "DETECTION__EVAL_PERIOD": 0, "DETECTION__STEPS": [120]},
@@ -135,7 +147,10 @@ LEARN = {
 KINDS = {  # what to change, and the AP50 of boxes and masks that it has to pass
     "fpn": ({"MODEL__BACKBONE__NAME": "resnet18"}, 90),
     # stride 16 from random weights needs far longer: it has to be well on its way
-    "c4": ({"MODEL__RCNN__ROI_BATCH": 16, "DETECTION__MAX_ITER": 300, "DETECTION__STEPS": [250]}, 40),
+    "c4": (
+        {"MODEL__RCNN__ROI_BATCH": 16, "DETECTION__MAX_ITER": 300, "DETECTION__STEPS": [250]},
+        40,
+    ),
 }
 
 
@@ -147,7 +162,9 @@ def test_a_handful_of_images_is_learned_by_heart(coco_root: Path, output: Path, 
     keys = {**LEARN, **changes, "MODEL__RCNN__NECK": neck, "MODEL__RCNN__MASKS": True}
     keys |= {"DATA__DATASET": "coco", "DETECTION__CLASSES": None}
     keys |= {"DETECTION__TRAIN_SPLIT": "train2017", "DETECTION__TEST_SPLIT": "train2017"}
-    (job,) = forked.start(MAIN, arguments(coco_root, output, neck, batch=4, **keys), output / f"{neck}.log")
+    (job,) = forked.start(
+        MAIN, arguments(coco_root, output, neck, batch=4, **keys), output / f"{neck}.log"
+    )
     assert job.wait(limit=1800) == 0, job.text()
     result = json.loads((output / "rcnn" / neck / "result.json").read_text())
     assert result["AP50"] > least
@@ -160,8 +177,25 @@ def test_the_recipes_of_the_packs_run(packs: Path, output: Path, name: str, root
     if name == "mini_coco":
         pytest.importorskip("faster_coco_eval")
     cfg = str(forked.ROOT / "detection" / "configs" / f"{name}.yaml")
-    argv = ["--cfg", cfg, "--data-path", str(packs / root), "--pretrained", "none", "--output", str(output)]
-    argv += ["--opts", "DETECTION.MAX_ITER", "20", "DETECTION.EVAL_PERIOD", "0", "LOG.TENSORBOARD", "False"]
+    argv = [
+        "--cfg",
+        cfg,
+        "--data-path",
+        str(packs / root),
+        "--pretrained",
+        "none",
+        "--output",
+        str(output),
+    ]
+    argv += [
+        "--opts",
+        "DETECTION.MAX_ITER",
+        "20",
+        "DETECTION.EVAL_PERIOD",
+        "0",
+        "LOG.TENSORBOARD",
+        "False",
+    ]
     (job,) = forked.start(MAIN, argv, output / f"{name}.log")
     assert job.wait(limit=1800) == 0, job.text()
     lines = (output / name / "default" / "metrics.jsonl").read_text().splitlines()

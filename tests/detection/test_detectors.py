@@ -56,7 +56,9 @@ def batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_detector_trains_every_parameter_and_detects(kind: str, masks: bool) -> None:
-    detector = build_detector(config(kind, MODEL__RCNN__MASKS=masks, MODEL__RCNN__SCORE_THRESH=0.0), 3, None)
+    detector = build_detector(
+        config(kind, MODEL__RCNN__MASKS=masks, MODEL__RCNN__SCORE_THRESH=0.0), 3, None
+    )
     images, targets = batch()
     losses = detector(images, targets)
     assert ("loss_mask" in losses) is masks
@@ -80,7 +82,8 @@ def weights_file(path: Path, name: str, **options: Any) -> dict[str, Tensor]:
     torch.manual_seed(3)
     backbone = build_backbone(name, **options)
     state = {
-        key: torch.randn_like(t) if t.is_floating_point() else t for key, t in backbone.state_dict().items()
+        key: torch.randn_like(t) if t.is_floating_point() else t
+        for key, t in backbone.state_dict().items()
     }
     state = {key: t.abs() if key.endswith("running_var") else t for key, t in state.items()}
     torch.save({"state_dict": {f"module.encoder_q.{key}": t for key, t in state.items()}}, path)
@@ -89,7 +92,9 @@ def weights_file(path: Path, name: str, **options: Any) -> dict[str, Tensor]:
 
 RENAMES = {  # where a part of the backbone stands in the detector
     "fpn": lambda key: f"backbone.trunk.{key}",
-    "c4": lambda key: f"roi_heads.box_head.{key}" if key.startswith("layer4") else f"backbone.trunk.{key}",
+    "c4": lambda key: (
+        f"roi_heads.box_head.{key}" if key.startswith("layer4") else f"backbone.trunk.{key}"
+    ),
     "swin": lambda key: f"backbone.trunk.body.{key}",
     "vit": lambda key: f"backbone.body.{key}",
 }
@@ -97,7 +102,11 @@ RENAMES = {  # where a part of the backbone stands in the detector
 
 @pytest.mark.parametrize(
     ("kind", "norm"),
-    [*((kind, norm) for kind in ("fpn", "c4") for norm in NORMS), ("swin", "sync"), ("vit", "sync")],
+    [
+        *((kind, norm) for kind in ("fpn", "c4") for norm in NORMS),
+        ("swin", "sync"),
+        ("vit", "sync"),
+    ],
 )
 def test_the_checkpoint_is_really_in_the_detector(kind: str, norm: str, tmp_path: Path) -> None:
     name = KINDS[kind]["MODEL__BACKBONE__NAME"]
@@ -132,7 +141,9 @@ def norms_of(detector: nn.Module) -> set[str]:
 
 
 def test_the_norm_is_what_the_key_says() -> None:
-    detectors = {norm: build_detector(config("c4", MODEL__RCNN__NORM=norm), 3, None) for norm in NORMS}
+    detectors = {
+        norm: build_detector(config("c4", MODEL__RCNN__NORM=norm), 3, None) for norm in NORMS
+    }
     assert {norm: norms_of(detector) for norm, detector in detectors.items()} == {
         norm: {kind} for norm, kind in NORMS.items()
     }
@@ -188,7 +199,11 @@ def detector_error(kind: str, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("fpn", {"MODEL__RCNN__NECK": "pyramid"}, ["NECK", "'pyramid'", "test_resnet", "fpn or c4"]),
+        (
+            "fpn",
+            {"MODEL__RCNN__NECK": "pyramid"},
+            ["NECK", "'pyramid'", "test_resnet", "fpn or c4"],
+        ),
         ("swin", {"MODEL__RCNN__NECK": "c4"}, ["NECK", "swin_tiny", "use fpn"]),
         ("vit", {"DETECTION__CANVAS": 0}, ["CANVAS", "deit_tiny"]),
         ("vit", {"DETECTION__CANVAS": 112}, ["CANVAS", "112", "32"]),
@@ -205,12 +220,16 @@ def detector_error(kind: str, **changes: Any) -> str:
         ("fpn", {"DETECTION__EVAL_PERIOD": 7}, ["EVAL_PERIOD", "90000", "divisor"]),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_key(kind: str, changes: dict[str, Any], words: list[str]) -> None:
+def test_what_cannot_be_built_is_refused_by_key(
+    kind: str, changes: dict[str, Any], words: list[str]
+) -> None:
     message = detector_error(kind, **changes)
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("key", ["AUG.RECIPE", "KNN.K", "TRAIN.EPOCHS", "LINEAR.LRS", "DETECTION.NOISE"])
+@pytest.mark.parametrize(
+    "key", ["AUG.RECIPE", "KNN.K", "TRAIN.EPOCHS", "LINEAR.LRS", "DETECTION.NOISE"]
+)
 def test_keys_that_no_detector_reads_are_unknown(key: str) -> None:
     with pytest.raises(ConfigError, match="there is no key"):
         load_detection_config([], [key, "1"], {})
@@ -218,7 +237,10 @@ def test_keys_that_no_detector_reads_are_unknown(key: str) -> None:
 
 def test_every_recipe_builds_a_configuration() -> None:
     folder = Path(__file__).parents[2] / "detection" / "configs"
-    read = {path.stem: load_detection_config([str(path)], [], {}) for path in sorted(folder.glob("*.yaml"))}
+    read = {
+        path.stem: load_detection_config([str(path)], [], {})
+        for path in sorted(folder.glob("*.yaml"))
+    }
     plans = {
         "coco_r50_c4_1x": (90000, [60000, 80000]),
         "coco_r50_c4_2x": (180000, [120000, 160000]),
@@ -234,7 +256,9 @@ def test_every_recipe_builds_a_configuration() -> None:
         assert (cfg.OPTIM.MOMENTUM, cfg.OPTIM.WEIGHT_DECAY) == (0.9, 1e-4)
         assert cfg.MODEL.RCNN.NORM == "sync"
         assert cfg.MODEL.RCNN.MASKS is name.startswith("coco")
-        assert cfg.DETECTION.MIN_SIZES == list(range(640 if name.startswith("coco") else 480, 801, 32))
+        assert cfg.DETECTION.MIN_SIZES == list(
+            range(640 if name.startswith("coco") else 480, 801, 32)
+        )
         assert (cfg.DETECTION.TEST_SIZE, cfg.DETECTION.MAX_SIZE) == (800, 1333)
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "detection" / "configs" / "detectron2"
 
 
-# ---- conversion -------------------------------------------------------------------------------------------
+# ---- conversion ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,13 @@ def moco(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     head = {f"fc.{i}.{kind}": torch.randn(3) for i in (0, 2) for kind in ("weight", "bias")}
     encoder = {**state, **head}
     tensors = {f"module.encoder_q.{key}": t for key, t in encoder.items()}
-    tensors |= {f"module.encoder_k.{key}": torch.zeros(1) for key in encoder}  # small: it is not read
-    return {"epoch": 1, "arch": "resnet50", "state_dict": {**tensors, "module.queue": torch.randn(2, 4)}}
+    # small: it is not read
+    tensors |= {f"module.encoder_k.{key}": torch.zeros(1) for key in encoder}
+    return {
+        "epoch": 1,
+        "arch": "resnet50",
+        "state_dict": {**tensors, "module.queue": torch.randn(2, 4)},
+    }
 
 
 def read(path: Path) -> Any:
@@ -95,7 +100,9 @@ def test_our_own_checkpoint_converts_without_its_head(
     resnet50: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     ours = {f"online.backbone.{key}": t for key, t in resnet50.items()}
-    torch.save({"framework": {**ours, "online.projector.0.weight": torch.zeros(2)}}, tmp_path / "ours.pt")
+    torch.save(
+        {"framework": {**ours, "online.projector.0.weight": torch.zeros(2)}}, tmp_path / "ours.pt"
+    )
     names = expected_names() - {name for name in expected_names() if "fc" in name}
     assert convert(tmp_path / "ours.pt", tmp_path / "ours.pkl") == len(names) == 318
     assert read(tmp_path / "ours.pkl")["model"].keys() == names
@@ -111,14 +118,19 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path) 
 
 
 def test_the_converter_is_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, "detection/convert_to_detectron2.py", tmp_path / "lost.pt", tmp_path / "x.pkl"]
+    command = [
+        sys.executable,
+        "detection/convert_to_detectron2.py",
+        tmp_path / "lost.pt",
+        tmp_path / "x.pkl",
+    ]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "lost.pt" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-# ---- configurations ---------------------------------------------------------------------------------------
+# ---- configurations ------------------------------------------------------------------------------
 
 
 def merged(name: str) -> dict[str, Any]:
@@ -138,9 +150,16 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Any:
 
 
 def test_the_published_configurations_are_all_there() -> None:
-    bases = ["coco_R_50_C4_1x", "coco_R_50_C4_2x", "pascal_voc_R_50_C4_12k", "pascal_voc_R_50_C4_24k"]
+    bases = [
+        "coco_R_50_C4_1x",
+        "coco_R_50_C4_2x",
+        "pascal_voc_R_50_C4_12k",
+        "pascal_voc_R_50_C4_24k",
+    ]
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    wanted = {f"{base}{end}" for base in [*bases, "coco_R_50_FPN_1x"] for end in ("", "_moco", "_synco")}
+    wanted = {
+        f"{base}{end}" for base in [*bases, "coco_R_50_FPN_1x"] for end in ("", "_moco", "_synco")
+    }
     assert names == wanted | {"Base-RCNN-C4-BN", "Base-RCNN-FPN-BN", "coco_R_50_C4_2x_moco_resume"}
 
 
@@ -196,12 +215,17 @@ def test_the_hand_made_resume_is_the_published_one() -> None:
     assert keys["SOLVER.STEPS"] == [120000, 160000]
 
 
-# ---- the training script ----------------------------------------------------------------------------------
+# ---- the training script -------------------------------------------------------------------------
 
 
 def test_without_detectron2_there_is_one_line_with_the_install_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", BLOCKED],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2
     assert re.fullmatch(r"error: [^\n]*pip install [^\n]*detectron2[^\n]*\n", done.stderr)
@@ -234,7 +258,10 @@ def test_the_head_has_one_more_norm_after_the_stage(monkeypatch: pytest.MonkeyPa
         "detectron2": {},
         "detectron2.layers": {"get_norm": lambda name, width: {"BN": nn.BatchNorm2d}[name](width)},
         "detectron2.modeling": {},
-        "detectron2.modeling.roi_heads": {"ROI_HEADS_REGISTRY": registry, "Res5ROIHeads": Res5ROIHeads},
+        "detectron2.modeling.roi_heads": {
+            "ROI_HEADS_REGISTRY": registry,
+            "Res5ROIHeads": Res5ROIHeads,
+        },
     }
     for name, members in modules.items():
         module = types.ModuleType(name)
@@ -242,7 +269,9 @@ def test_the_head_has_one_more_norm_after_the_stage(monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(sys.modules, name, module)
     train_net.register_heads()
     train_net.register_heads()
-    cfg = types.SimpleNamespace(MODEL=types.SimpleNamespace(RESNETS=types.SimpleNamespace(NORM="BN")))
+    cfg = types.SimpleNamespace(
+        MODEL=types.SimpleNamespace(RESNETS=types.SimpleNamespace(NORM="BN"))
+    )
     stage, channels = registry["Res5ROIHeadsExtraNorm"]._build_res5_block(cfg)
     assert [name for name, _ in stage.named_children()] == ["0", "norm"]
     assert (stage.norm.num_features, channels) == (8, 8)
@@ -250,6 +279,8 @@ def test_the_head_has_one_more_norm_after_the_stage(monkeypatch: pytest.MonkeyPa
 
 def test_detectron2_is_imported_nowhere_else() -> None:
     rooms = ("models", "data", "utils", "tools", "detection")
-    files = [path for room in rooms for path in (ROOT / room).rglob("*.py")] + list(ROOT.glob("*.py"))
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.py")] + list(
+        ROOT.glob("*.py")
+    )
     pattern = re.compile(r"^\s*(from|import) detectron2", re.MULTILINE)
     assert [path.name for path in files if pattern.search(path.read_text())] == ["train_net.py"]

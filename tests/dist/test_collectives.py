@@ -56,7 +56,9 @@ def test_sums_flags_and_tensors(ranks: Pool) -> None:
 
 def spread_module() -> dict[str, Tensor]:
     torch.manual_seed(distributed.rank())
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(
+        memory_format=torch.channels_last
+    )
     module[1].running_mean.normal_()
     module[1].num_batches_tracked.fill_(distributed.rank())
     distributed.broadcast_module(module)
@@ -73,7 +75,9 @@ def test_modules_start_equal(ranks: Pool) -> None:
 
 def rows(dtype: torch.dtype) -> Tensor:
     rank = distributed.rank()
-    tensor = (torch.arange(6, dtype=dtype).view(3, 2).T + 100 * rank).requires_grad_(dtype.is_floating_point)
+    tensor = (torch.arange(6, dtype=dtype).view(3, 2).T + 100 * rank).requires_grad_(
+        dtype.is_floating_point
+    )
     gathered = distributed.gather_rows(tensor)
     assert not gathered.requires_grad
     return gathered

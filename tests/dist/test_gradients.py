@@ -36,7 +36,10 @@ def gradients(net: nn.Module) -> list[Tensor]:
 
 
 def against_ddp(bucket_bytes: int) -> bool:
-    ours, theirs = AveragedGradients(Net(), bucket_bytes), nn.parallel.DistributedDataParallel(Net())
+    ours, theirs = (
+        AveragedGradients(Net(), bucket_bytes),
+        nn.parallel.DistributedDataParallel(Net()),
+    )
     for step in range(3):
         for model in (ours, theirs):
             model.zero_grad()
@@ -44,7 +47,9 @@ def against_ddp(bucket_bytes: int) -> bool:
                 model(images(2 * step)).backward()
             model(images(2 * step + 1)).backward()
         pairs = list(zip(gradients(ours), gradients(theirs), strict=True))
-        torch.testing.assert_close([a for a, _ in pairs], [b for _, b in pairs], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            [a for a, _ in pairs], [b for _, b in pairs], rtol=1e-6, atol=1e-7
+        )
         assert len(pairs) == 8
     strides = [p.grad.stride() == p.stride() for p in ours.parameters() if p.grad is not None]
     return all(strides)

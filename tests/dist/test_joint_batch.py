@@ -64,7 +64,9 @@ def assert_same_training(parts: list[dict[str, Any]], expected: dict[str, Any]) 
         ("mocov3", {}),  # each rank's positives stand at its own offset among the keys of all
     ],
 )
-def test_two_processes_equal_one_with_the_joint_batch(ranks: Pool, method: str, options: dict) -> None:
+def test_two_processes_equal_one_with_the_joint_batch(
+    ranks: Pool, method: str, options: dict
+) -> None:
     parts = ranks.run(training.train, method, options, True)
     expected = training.train(method, options, True)
     if options.get(
@@ -77,7 +79,9 @@ def test_two_processes_equal_one_with_the_joint_batch(ranks: Pool, method: str, 
 
 
 @pytest.mark.parametrize("method", ROW_WISE)
-def test_without_batch_norm_processes_and_micro_batches_are_one_batch(ranks: Pool, method: str) -> None:
+def test_without_batch_norm_processes_and_micro_batches_are_one_batch(
+    ranks: Pool, method: str
+) -> None:
     options = ROW_WISE[method]
     expected = training.train(method, options, False)
     assert_same_training([training.train(method, options, False, accumulation=2)], expected)
@@ -110,7 +114,13 @@ def count_updates(accumulation: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_queue_and_target_advance_once_a_step(ranks: Pool, accumulation: int) -> None:
-    expected = {"target": 1, "flush": 1, "held": accumulation, "position": training.BATCH, "left": 0}
+    expected = {
+        "target": 1,
+        "flush": 1,
+        "held": accumulation,
+        "position": training.BATCH,
+        "left": 0,
+    }
     assert count_updates(accumulation) == expected
     if accumulation < 4:
         assert ranks.run(count_updates, accumulation) == [expected] * 2
@@ -141,7 +151,9 @@ def test_shuffled_keys_are_those_of_chunks_of_the_permuted_batch(ranks: Pool) ->
     expected = torch.empty(training.BATCH, 8, dtype=torch.float64)
     for chunk in order.chunk(2):
         expected[chunk] = unit(target(images[chunk])).detach()
-    torch.testing.assert_close(torch.cat([first["keys"], second["keys"]]), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([first["keys"], second["keys"]]), expected, rtol=1e-10, atol=1e-12
+    )
     unshuffled = torch.cat([unit(target(part)).detach() for part in images.chunk(2)])
     assert (unshuffled - expected).abs().max() > 1e-3  # the permutation matters
 

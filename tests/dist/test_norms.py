@@ -51,7 +51,9 @@ def pass_through(norm: nn.Module, inputs: Tensor, weights: Tensor) -> dict[str, 
     return found
 
 
-def sync_pass(kind: str, sizes: tuple[int, int], momentum: float | None, affine: bool) -> dict[str, Tensor]:
+def sync_pass(
+    kind: str, sizes: tuple[int, int], momentum: float | None, affine: bool
+) -> dict[str, Tensor]:
     shape = SHAPES[kind]
     norm = filled(SyncBatchNorm(shape[1], momentum=momentum, affine=affine))
     inputs, weights = (part.split(sizes)[distributed.rank()] for part in batch(shape))
@@ -65,7 +67,9 @@ def sync_pass(kind: str, sizes: tuple[int, int], momentum: float | None, affine:
 def test_sync_batch_norm_equals_one_process_with_the_joint_batch(
     ranks: Pool, kind: str, sizes: str, momentum: float | None, affine: bool
 ) -> None:
-    plain = (nn.BatchNorm2d if kind == "conv" else nn.BatchNorm1d)(5, momentum=momentum, affine=affine)
+    plain = (nn.BatchNorm2d if kind == "conv" else nn.BatchNorm1d)(
+        5, momentum=momentum, affine=affine
+    )
     expected = pass_through(filled(plain), *batch(SHAPES[kind]))
     halves = ranks.run(sync_pass, kind, SIZES[sizes], momentum, affine)
     for name, value in expected.items():
@@ -76,7 +80,9 @@ def test_sync_batch_norm_equals_one_process_with_the_joint_batch(
         else:
             assert torch.equal(halves[0][name], halves[1][name])
             found = halves[0][name]
-        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found, value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def half_precision() -> tuple[torch.dtype, Tensor, Tensor]:
@@ -108,13 +114,16 @@ def test_split_batch_norm_equals_a_batch_norm_for_each_group(splits: int) -> Non
     inputs, weights = batch(SHAPES["conv"])
     found = pass_through(filled(SplitBatchNorm2d(5, splits)), inputs, weights)
     groups = [
-        pass_through(filled(nn.BatchNorm2d(5)), inputs[n::splits], weights[n::splits]) for n in range(splits)
+        pass_through(filled(nn.BatchNorm2d(5)), inputs[n::splits], weights[n::splits])
+        for n in range(splits)
     ]
     for name in ("output", "input grad"):
         for n, group in enumerate(groups):
             torch.testing.assert_close(found[name][n::splits], group[name], rtol=1e-10, atol=1e-10)
     for name in ("weight grad", "bias grad"):
-        torch.testing.assert_close(found[name], sum(group[name] for group in groups), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            found[name], sum(group[name] for group in groups), rtol=1e-10, atol=1e-10
+        )
     for name in ("running_mean", "running_var"):
         mean = torch.stack([group[name] for group in groups]).mean(0)
         torch.testing.assert_close(found[name], mean, rtol=1e-10, atol=1e-10)
@@ -134,7 +143,9 @@ def test_split_batch_norm_refuses_a_batch_that_does_not_divide() -> None:
 
 def test_conversions_keep_weights_statistics_and_mode() -> None:
     def make() -> nn.Sequential:
-        return filled(nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Flatten(), nn.BatchNorm1d(80)))
+        return filled(
+            nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Flatten(), nn.BatchNorm1d(80))
+        )
 
     images = torch.randn(4, 3, 4, 4, dtype=torch.float64)
     for convert, kinds in (

@@ -58,7 +58,8 @@ def small_pieces() -> Iterator[None]:
 def neighbours() -> tuple[list[int], list[Tensor], dict[str, float], dict[str, float]]:
     bank, blocks = share(TOTAL, 0), share(QUERIES, 1).blocks()
     found = [
-        torch.stack([part[0], part[1].float()]) for part in nearest([b for b, _ in blocks], bank.chunks(), 9)
+        torch.stack([part[0], part[1].float()])
+        for part in nearest([b for b, _ in blocks], bank.chunks(), 9)
     ]
     few = bank.select(torch.arange(0, TOTAL, 3))
     accuracies = [features_knn(features, blocks, 5, (1, 9)) for features in (bank, few)]
@@ -78,7 +79,9 @@ def test_neighbours_are_bit_identical_on_one_and_two_processes(ranks: Pool) -> N
 
 def stored(folder: Path) -> tuple[Tensor, Tensor]:
     _, labels = images(TOTAL, 0)
-    features = cached_features(folder, "train", {}, labels, torch.device("cpu"), lambda: share(TOTAL, 0, 77))
+    features = cached_features(
+        folder, "train", {}, labels, torch.device("cpu"), lambda: share(TOTAL, 0, 77)
+    )
     assert isinstance(features, WholeFeatures)
     return features.rows.clone(), features.indices
 

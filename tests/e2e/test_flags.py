@@ -30,9 +30,18 @@ class Runner:
         **more: Any,
     ) -> str:
         """Run to a good end and return what it said."""
-        keys: dict[str, Any] = {"DATA__DATASET": "imagefolder", "AUG__RECIPE": "byol", "KNN__K": [5]}
+        keys: dict[str, Any] = {
+            "DATA__DATASET": "imagefolder",
+            "AUG__RECIPE": "byol",
+            "KNN__K": [5],
+        }
         keys |= {"OPTIM__NAME": "adamw", "OPTIM__BASE_LR": 1e-3, "MODEL__MOBY__QUEUE_SIZE": 64}
-        keys |= {"LINEAR__EPOCHS": 1, "LINEAR__BATCH_SIZE": 8, "LINEAR__LRS": [0.1, 1.0], "TRAIN__EPOCHS": 2}
+        keys |= {
+            "LINEAR__EPOCHS": 1,
+            "LINEAR__BATCH_SIZE": 8,
+            "LINEAR__LRS": [0.1, 1.0],
+            "TRAIN__EPOCHS": 2,
+        }
         keys |= {"TRAIN__BATCH_SIZE": batch_size, "DATA__IMG_SIZE": 16}
         flags = ("--data-path", str(self.data), *flags)
         argv = runs.arguments("moby", self.root, tag, *flags, **{**keys, **more})
@@ -65,7 +74,10 @@ def test_eval_measures_and_leaves_the_run_alone(runner: Runner, world: int) -> N
     before = (runs.digest(runner.folder("plain")), runs.status(runner.folder("plain"))["state"])
     text = runner.run("plain", "--eval", world=world, batch_size=8 // world)
     assert re.search(r"knn5_top1 \d+\.\d\d", text)
-    assert (runs.digest(runner.folder("plain")), runs.status(runner.folder("plain"))["state"]) == before
+    assert (
+        runs.digest(runner.folder("plain")),
+        runs.status(runner.folder("plain"))["state"],
+    ) == before
 
 
 def refuse_training_mode(rank: int) -> None:
@@ -92,7 +104,10 @@ def test_throughput(runner: Runner, world: int) -> None:
 
 def test_accumulation_steps(runner: Runner) -> None:
     text = runner.run("accumulated", "--accumulation-steps", "2", batch_size=4)
-    assert "2 epochs x 4 steps = 8 steps, global batch 8 = 1 process(es) x 2 micro-batch(es) x 4" in text
+    assert (
+        "2 epochs x 4 steps = 8 steps, global batch 8 = 1 process(es) x 2 micro-batch(es) x 4"
+        in text
+    )
     plain, accumulated = runner.weights("plain"), runner.weights("accumulated")
     assert plain["queue1._extra_state"] == accumulated["queue1._extra_state"]
 

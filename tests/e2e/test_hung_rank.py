@@ -36,7 +36,9 @@ def hang(rank: int, *, where: str, victim: int) -> None:
         fit = engine.fit
 
         def wrapped(state: Any, loader: Any, step: Any, plan: Any, run: Any, evaluate: Any) -> Any:
-            return fit(state, loader, step, plan, run, lambda progress: sleep() or evaluate(progress))
+            return fit(
+                state, loader, step, plan, run, lambda progress: sleep() or evaluate(progress)
+            )
 
         engine.fit = wrapped
 

@@ -48,7 +48,14 @@ class Place:
         self.cfg.write_text(YAML)
 
     def flags(self, tag: str, batch_size: int, *more: str) -> list[str]:
-        paths = ["--cfg", str(self.cfg), "--data-path", str(self.data), "--output", str(self.root / "out")]
+        paths = [
+            "--cfg",
+            str(self.cfg),
+            "--data-path",
+            str(self.data),
+            "--output",
+            str(self.root / "out"),
+        ]
         return [*paths, "--device", "cpu", "--batch-size", str(batch_size), "--tag", tag, *more]
 
     def folder(self, tag: str) -> Path:
@@ -56,10 +63,16 @@ class Place:
 
     def result(self, tag: str) -> dict[str, Any]:
         """Return what a probe of the last checkpoint wrote."""
-        return json.loads((self.folder(tag) / "linear" / "ckpt_00000008" / "result.json").read_text())
+        return json.loads(
+            (self.folder(tag) / "linear" / "ckpt_00000008" / "result.json").read_text()
+        )
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_"))}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RANK", "WORLD_"))
+        }
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=self.root,
@@ -133,7 +146,9 @@ def test_two_agents_as_on_two_machines(launched: Place) -> None:
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
     options.append(f"--rdzv-endpoint=localhost:{forked.free_port()}")
     flags = launched.flags("agents", 4)
-    agents = [launched.start("-m", "torch.distributed.run", *options, PRETRAIN, *flags) for _ in range(2)]
+    agents = [
+        launched.start("-m", "torch.distributed.run", *options, PRETRAIN, *flags) for _ in range(2)
+    ]
     for agent in agents:
         launched.end(agent)
     assert runs.digest(launched.folder("agents")) == runs.digest(launched.folder("launch"))
@@ -172,7 +187,10 @@ def test_the_launcher_names_the_error_and_all_ranks_say_it_once(place: Place) ->
     process = place.start(*torchrun(PRETRAIN, *place.flags("many", 400)))
     text, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
-    assert text.count("error: the data set has 32 images") + text.count("error (rank 1): the data") == 1
+    assert (
+        text.count("error: the data set has 32 images") + text.count("error (rank 1): the data")
+        == 1
+    )
     report = text[text.index("FAILED") :]  # torchrun's own
     assert "ValueError: the data set has 32 images, fewer than one global batch of 800" in report
     assert "TRAIN.BATCH_SIZE" in report
@@ -217,9 +235,13 @@ run_main(main_pretrain.main)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_the_same(launched: Place, victim: int) -> None:
+def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_the_same(
+    launched: Place, victim: int
+) -> None:
     script, tag = launched.root / f"crash{victim}.py", f"restarted{victim}"
-    script.write_text(CRASH.format(paths=[str(forked.ROOT), str(forked.ROOT / "tests")], victim=victim))
+    script.write_text(
+        CRASH.format(paths=[str(forked.ROOT), str(forked.ROOT / "tests")], victim=victim)
+    )
     flags = launched.flags(tag, 4, "--opts", "CHECKPOINT.EVERY_STEPS", "2")
     process = launched.start(*torchrun("--max-restarts=2", str(script), *flags))
     text, _ = process.communicate(timeout=LIMIT)

@@ -61,7 +61,9 @@ def prober(tmp_path_factory: pytest.TempPathFactory) -> Prober:
 def test_each_head_of_each_subset_is_the_head_of_a_run_alone(prober: Prober, suffix: str) -> None:
     labels = "5" if suffix.endswith("5pct") else "100"
     together = prober.heads("grid", suffix)
-    prober.run("alone", "--lr", "3", "--weight-decay", "0.01", "--cached-features", "--labels", labels)
+    prober.run(
+        "alone", "--lr", "3", "--weight-decay", "0.01", "--cached-features", "--labels", labels
+    )
     alone = prober.heads("alone", suffix)
     for name in ("weights", "biases"):
         assert torch.equal(together[f"{name}.3"], alone[f"{name}.0"])
@@ -110,7 +112,14 @@ def test_a_grid_with_a_closed_head_resumes_bit_identically(prober: Prober) -> No
 
 def test_a_grid_whose_heads_all_diverge_stops(prober: Prober) -> None:
     (job,) = prober.start(
-        "all", "--lr", "1e17", "1e18", "--weight-decay", "0.1", "--cached-features", LINEAR__EPOCHS=4
+        "all",
+        "--lr",
+        "1e17",
+        "1e18",
+        "--weight-decay",
+        "0.1",
+        "--cached-features",
+        LINEAR__EPOCHS=4,
     )
     assert job.wait() == 3, job.text()
     assert "the gradient norm is nan" in job.text()
@@ -140,11 +149,15 @@ def test_features_are_kept_and_verified(prober: Prober) -> None:
     assert not re.search(r"features of train are computed", text)
     assert prober.result("again") == prober.result("grid")
     assert "computed" not in prober.run("again", *GRID, "--eval")
-    assert re.search(r"train are computed .*none yet", prober.run("again", *GRID, "--precision", "bf16"))
+    assert re.search(
+        r"train are computed .*none yet", prober.run("again", *GRID, "--precision", "bf16")
+    )
 
 
 def test_two_processes_probe_the_same_features_alike(prober: Prober) -> None:
-    shutil.copytree(prober.folder("grid"), prober.folder("pair"), ignore=shutil.ignore_patterns("ckpt_*"))
+    shutil.copytree(
+        prober.folder("grid"), prober.folder("pair"), ignore=shutil.ignore_patterns("ckpt_*")
+    )
     prober.run("pair", *GRID, world=2)
     one, two = prober.result("grid"), prober.result("pair")
     assert one["knn5_top1"] == two["knn5_top1"]
@@ -159,7 +172,9 @@ def test_killed_between_subsets_and_started_again(prober: Prober) -> None:
     assert runs.status(prober.folder("killed", "-cached-5pct"))["state"] == "done"
     prober.run("killed", *flags)
     for suffix in ("-cached", "-cached-5pct"):
-        assert runs.digest(prober.folder("killed", suffix)) == runs.digest(prober.folder("grid", suffix))
+        assert runs.digest(prober.folder("killed", suffix)) == runs.digest(
+            prober.folder("grid", suffix)
+        )
         assert prober.result("killed", suffix) == prober.result("grid", suffix)
 
 
@@ -190,7 +205,8 @@ def test_two_networks_of_a_file_are_two_probes(prober: Prober, tmp_path: Path) -
     assert not torch.equal(
         prober.heads("which", online)["weights.0"], prober.heads("which", target)["weights.0"]
     )
-    # A probe of one network does not go on as a probe of the other, wherever its checkpoint comes from.
+    # A probe of one network does not go on as a probe of the other, wherever its checkpoint comes
+    # from.
     last = sorted(prober.folder("which", online).glob("ckpt_*.pt"))[-1]
     (job,) = prober.start("other", *flags, "--which", "target", "--resume", str(last))
     assert job.wait() == 2

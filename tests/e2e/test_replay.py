@@ -18,7 +18,9 @@ from utils.checkpoints import file as checkpoint
 SMALL_VIT = {"MODEL__BACKBONE__PATCH_SIZE": 4, "CHECKPOINT__EVERY_STEPS": 0}
 
 
-def spoil_an_image(rank: int, *, step: int, ranks: tuple[int, ...] = (0, 1), where: int = 3) -> None:
+def spoil_an_image(
+    rank: int, *, step: int, ranks: tuple[int, ...] = (0, 1), where: int = 3
+) -> None:
     """Put a NaN into one image of a step's second view."""
     from data import loader
 
@@ -51,7 +53,9 @@ def spoil_a_weight(rank: int, *, step: int, value: float) -> None:
 
 def disk_full_at(rank: int, *, step: int) -> None:
     spoil_an_image(rank, step=step)
-    runs.at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)))
+    runs.at_step(
+        step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    )
 
 
 def stop(tmp_path: Path, prepare: Any, ranks: int = 1, **keys: Any) -> tuple[Path, str]:
@@ -79,7 +83,8 @@ def test_an_image_that_is_not_finite_is_found(tmp_path: Path) -> None:
     index = int(kept["parts"][0]["indices"][0][3])
     before = runs.final_state(folder)
     assert before["step"] == 3
-    # the weights are those of step 4 before its update: another step than the checkpoint's, and finite
+    # the weights are those of step 4 before its update: another step than the checkpoint's, and
+    # finite
     weights = {name: value for name, value in kept["framework"].items() if "running_" not in name}
     assert all(torch.isfinite(value).all() for value in weights.values())
     name = "online.backbone.conv1.weight"
@@ -165,7 +170,9 @@ def test_the_replay_has_the_loss_of_the_run(method: str, tmp_path: Path) -> None
     assert job.wait() == 3, job.text()
     file = tmp_path / method / "t" / "nonfinite_00000004.pt"
     loss = replay.load_kept(file)["parts"][0]["loss"]
-    assert f"fp32: loss {loss:.4g}, all outputs and gradients are finite" in replayed(tmp_path, file)
+    assert f"fp32: loss {loss:.4g}, all outputs and gradients are finite" in replayed(
+        tmp_path, file
+    )
 
 
 def overflow_gradient(rank: int, *, step: int) -> None:
@@ -177,7 +184,9 @@ def overflow_gradient(rank: int, *, step: int) -> None:
     def wrapper(state: Any, batches: Any, function: Any, progress: Any) -> Any:
         out = original(state, batches, function, progress)
         if progress.step == step:
-            next(p for p in state.module.parameters() if p.grad is not None).grad.fill_(float("inf"))
+            next(p for p in state.module.parameters() if p.grad is not None).grad.fill_(
+                float("inf")
+            )
         return out
 
     engine.forward_and_backward = wrapper

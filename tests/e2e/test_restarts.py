@@ -25,7 +25,9 @@ def workers(agent: int) -> list[int]:
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             parent = int((environ.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            variables = dict(item.split("=", 1) for item in environ.read_text().split("\0") if "=" in item)
+            variables = dict(
+                item.split("=", 1) for item in environ.read_text().split("\0") if "=" in item
+            )
         except (OSError, ValueError):
             continue
         if parent == agent and "LOCAL_RANK" in variables:
@@ -50,7 +52,15 @@ def wait_for_step(place: Place, tag: str, step: int, agent: int) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_workers_are_started_again(place: Place) -> None:
-    more = ("--epochs", "16", "--opts", "CHECKPOINT.EVERY_STEPS", "1", "MODEL.BACKBONE.STEM", "cifar_stride2")
+    more = (
+        "--epochs",
+        "16",
+        "--opts",
+        "CHECKPOINT.EVERY_STEPS",
+        "1",
+        "MODEL.BACKBONE.STEM",
+        "cifar_stride2",
+    )
     place.run(*torchrun(PRETRAIN, *place.flags("whole", 4, *more)))
     command = torchrun("--max-restarts=3", PRETRAIN, *place.flags("killed", 4, *more))
     process = place.start(*command)

@@ -38,7 +38,11 @@ class Runner:
         prepare: Callable[[int], None] | None = None,
         **keys: Any,
     ) -> list[forked.Job]:
-        settings: dict[str, Any] = {"NAME": "digits", "FINETUNE__EPOCHS": 2, "FINETUNE__TRAIN_PERCENT": 20}
+        settings: dict[str, Any] = {
+            "NAME": "digits",
+            "FINETUNE__EPOCHS": 2,
+            "FINETUNE__TRAIN_PERCENT": 20,
+        }
         settings |= {"FINETUNE__BATCH_SIZE": 64 // world, **keys}
         argv = runs.arguments("moco_v2", self.root, tag, *flags, **settings)
         return forked.start(
@@ -71,13 +75,24 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 
 
 def backbone_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
 
 
 def test_the_published_loop_makes_a_folder_for_each_rate(runner: Runner) -> None:
     before = runner.folders()
     for rate in ("0.01", "0.02"):
-        runner.run("--lr-backbone", rate, "--lr-classifier", "0.5", "--weights", "finetune", "--epochs", "1")
+        runner.run(
+            "--lr-backbone",
+            rate,
+            "--lr-classifier",
+            "0.5",
+            "--weights",
+            "finetune",
+            "--epochs",
+            "1",
+        )
     made = sorted(runner.folders() - before)
     assert [re.sub("-[0-9a-f]{8}$", "", path.name) for path in made] == [
         f"ckpt_00000011-20pct-finetune-lr{rate}-0.5-1ep" for rate in ("0.01", "0.02")
@@ -85,7 +100,11 @@ def test_the_published_loop_makes_a_folder_for_each_rate(runner: Runner) -> None
     for path in made:
         result = json.loads((path / "result.json").read_text())
         assert runs.status(path)["state"] == "done"
-        assert (result["weights"], result["labels"], result["images"]) == ("ckpt_00000011", "20pct", 288)
+        assert (result["weights"], result["labels"], result["images"]) == (
+            "ckpt_00000011",
+            "20pct",
+            288,
+        )
         assert 0 <= result["last_test_top1"] <= result["best_test_top1"] <= 100
         assert len((path / "subset.txt").read_text().splitlines()) == 288
 
@@ -93,7 +112,8 @@ def test_the_published_loop_makes_a_folder_for_each_rate(runner: Runner) -> None
 def test_it_ends_with_a_line_of_its_table_and_learns(runner: Runner) -> None:
     text = runner.run("--run-name", "learns", *FINETUNE, "--epochs", "6", "--train-percent", "100")
     assert re.search(r"ckpt_00000011 +finetune +100pct +1438 +0\.05 +0\.5 ", text)
-    assert runner.result("learns")["last_test_top1"] > 20  # chance: 10; up to 4 of 8 pixels are shifted away
+    # chance: 10; up to 4 of 8 pixels are shifted away
+    assert runner.result("learns")["last_test_top1"] > 20
 
 
 def test_training_starts_from_the_pretrained_backbone(runner: Runner) -> None:
@@ -105,7 +125,10 @@ def test_training_starts_from_the_pretrained_backbone(runner: Runner) -> None:
         code=75,
     )
     keys = runs.final_state(runner.folder("start"))["framework"]
-    tuned, given = backbone_of(keys, "backbone."), backbone_of(runner.pretrained(), "online.backbone.")
+    tuned, given = (
+        backbone_of(keys, "backbone."),
+        backbone_of(runner.pretrained(), "online.backbone."),
+    )
     weights = [key for key, value in given.items() if value.ndim == 4]  # statistics move faster
     distance = max(float((tuned[key] - given[key]).abs().max()) for key in weights)
     assert set(tuned) == set(given)
@@ -127,7 +150,9 @@ def test_a_killed_run_goes_on_bit_identically(runner: Runner, world: int) -> Non
     jobs = runner.start(*killed, world=world, prepare=partial(runs.kill_at, step=7), **mixed)
     assert all(job.wait() < 0 for job in jobs)
     assert runs.resumed_at(runner.run(*killed, world=world, **mixed)) == 6
-    assert runs.digest(runner.folder(f"killed{world}")) == runs.digest(runner.folder(f"straight{world}"))
+    assert runs.digest(runner.folder(f"killed{world}")) == runs.digest(
+        runner.folder(f"straight{world}")
+    )
 
 
 def test_asked_to_stop_it_saves_and_goes_on(runner: Runner) -> None:
@@ -138,7 +163,7 @@ def test_asked_to_stop_it_saves_and_goes_on(runner: Runner) -> None:
     assert runs.digest(runner.folder("stopped")) == runs.digest(runner.folder("whole"))
 
 
-# ---- frozen -----------------------------------------------------------------------------------------------
+# ---- frozen --------------------------------------------------------------------------------------
 
 
 def test_a_frozen_backbone_stays_bit_identical(runner: Runner) -> None:
@@ -171,7 +196,7 @@ def test_a_frozen_backbone_that_moves_stops_the_run(runner: Runner) -> None:
     assert "frozen backbone moved: bn1.running_mean" in runner.run("--run-name", "moved", code=1)
 
 
-# ---- what is measured -------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 def test_accuracy_is_the_same_on_any_number_of_processes(runner: Runner) -> None:
@@ -190,8 +215,14 @@ def test_held_out_labels_are_watched_and_the_test_split_is_read_at_the_end(runne
     runner.run("--run-name", "held", *FINETUNE, FINETUNE__HOLD_OUT=0.25)
     result = runner.result("held")
     assert (result["images"], result["held_out"]) == (216, 72)
-    assert {key for key in result if "top1" in key} == {"last_val_top1", "best_val_top1", "last_test_top1"}
-    lines = [json.loads(x) for x in (runner.folder("held") / "metrics.jsonl").read_text().splitlines()]
+    assert {key for key in result if "top1" in key} == {
+        "last_val_top1",
+        "best_val_top1",
+        "last_test_top1",
+    }
+    lines = [
+        json.loads(x) for x in (runner.folder("held") / "metrics.jsonl").read_text().splitlines()
+    ]
     watched = [line for line in lines if any("top1" in key for key in line)]
     assert len(watched) == 2
     assert not any("test_top1" in line for line in watched)
@@ -222,15 +253,20 @@ def test_a_list_of_labels_stands_for_the_draw(runner: Runner) -> None:
     assert "global batch 24" in text  # fewer images than a batch: all of them
 
 
-# ---- weights ----------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def test_random_weights_alone_or_beside(runner: Runner) -> None:
     before = runner.folders()
     text = runner.run(*FINETUNE, "--epochs", "1", "--random-baseline", "--seed", "5")
-    assert {path.name.split("-")[0] for path in runner.folders() - before} == {"ckpt_00000011", "random"}
+    assert {path.name.split("-")[0] for path in runner.folders() - before} == {
+        "ckpt_00000011",
+        "random",
+    }
     assert len(re.findall(r"(ckpt_00000011|random) +finetune", text)) == 2
-    text = runner.run(*FINETUNE, "--epochs", "1", "--pretrained", "none", "--run-name", "r", tag="alone")
+    text = runner.run(
+        *FINETUNE, "--epochs", "1", "--pretrained", "none", "--run-name", "r", tag="alone"
+    )
     assert "random weights" in text
     runner.run(*FINETUNE, "--epochs", "1", "--random-baseline", "--run-name", "named")
     assert (runner.result("named")["weights"], runner.result("named-random")["weights"]) == (
@@ -260,7 +296,9 @@ def test_a_runs_folder_names_its_newest_weights(runner: Runner) -> None:
         (("--run-name", ".."), "--run-name"),
     ],
 )
-def test_what_a_person_can_mend_is_one_line(runner: Runner, flags: tuple[str, ...], words: str) -> None:
+def test_what_a_person_can_mend_is_one_line(
+    runner: Runner, flags: tuple[str, ...], words: str
+) -> None:
     text = runner.run(*flags, code=2)
     assert words in text
     assert "Traceback" not in text
@@ -270,19 +308,31 @@ FAMILIES = {
     "resnet8": ("barlow", {"MODEL__BACKBONE__NAME": "resnet8"}),
     "deit": (
         "deit",
-        {"MODEL__BACKBONE__NAME": "deit_tiny", "MODEL__BACKBONE__PATCH_SIZE": 8, "DATA__IMG_SIZE": 16},
+        {
+            "MODEL__BACKBONE__NAME": "deit_tiny",
+            "MODEL__BACKBONE__PATCH_SIZE": 8,
+            "DATA__IMG_SIZE": 16,
+        },
     ),
     "two tokens": (
         "sit",
         {
-            **{"MODEL__BACKBONE__NAME": "deit_tiny", "MODEL__BACKBONE__PATCH_SIZE": 8, "DATA__IMG_SIZE": 16},
+            **{
+                "MODEL__BACKBONE__NAME": "deit_tiny",
+                "MODEL__BACKBONE__PATCH_SIZE": 8,
+                "DATA__IMG_SIZE": 16,
+            },
             **{"MODEL__BACKBONE__NUM_TOKENS": 2, "FINETUNE__REPRESENTATION_SIZE": 16},
         },
     ),
     "two tokens, frozen": (
         "sit_linear",
         {
-            **{"MODEL__BACKBONE__NAME": "deit_tiny", "MODEL__BACKBONE__PATCH_SIZE": 8, "DATA__IMG_SIZE": 16},
+            **{
+                "MODEL__BACKBONE__NAME": "deit_tiny",
+                "MODEL__BACKBONE__PATCH_SIZE": 8,
+                "DATA__IMG_SIZE": 16,
+            },
             "MODEL__BACKBONE__NUM_TOKENS": 2,
         },
     ),
@@ -292,14 +342,31 @@ FAMILIES = {
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=pytest.mark.slow) if f == "swin" else f for f in FAMILIES],  # 28 M parameters
+    # 28 M parameters
+    [pytest.param(f, marks=pytest.mark.slow) if f == "swin" else f for f in FAMILIES],
 )
 def test_every_family_is_fine_tuned_with_its_recipe(runner: Runner, family: str) -> None:
     protocol, keys = FAMILIES[family]
     decay = () if protocol in ("barlow", "sit_linear") else ("--layer-decay", "0.75")
-    flags = ("--pretrained", "none", "--protocol", protocol, "--epochs", "1", "--train-percent", "1", *decay)
-    more = {"FINETUNE__SCHEDULE__WARMUP_EPOCHS": 0, "FINETUNE__BATCH_SIZE": 14, "FINETUNE__TRAIN_PERCENT": 1}
-    runner.run(*flags, **keys, **more, FINETUNE__EPOCHS=1, tag=family.replace(" ", "").replace(",", ""))
+    flags = (
+        "--pretrained",
+        "none",
+        "--protocol",
+        protocol,
+        "--epochs",
+        "1",
+        "--train-percent",
+        "1",
+        *decay,
+    )
+    more = {
+        "FINETUNE__SCHEDULE__WARMUP_EPOCHS": 0,
+        "FINETUNE__BATCH_SIZE": 14,
+        "FINETUNE__TRAIN_PERCENT": 1,
+    }
+    runner.run(
+        *flags, **keys, **more, FINETUNE__EPOCHS=1, tag=family.replace(" ", "").replace(",", "")
+    )
 
 
 @pytest.mark.slow

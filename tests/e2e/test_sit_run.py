@@ -27,7 +27,10 @@ def start(herd: Path, output: Path, *flags: str, ranks: int = 1, **keys: object)
     flags = ("--dataset", "folder_split", "--data-path", str(herd), *flags)
     keys = {**SIT, "TRAIN__BATCH_SIZE": 24 // ranks, "TRAIN__EPOCHS": 2, **keys}
     jobs = forked.start(
-        "main_pretrain", runs.arguments("sit", output, "t", *flags, **keys), output / "log", ranks=ranks
+        "main_pretrain",
+        runs.arguments("sit", output, "t", *flags, **keys),
+        output / "log",
+        ranks=ranks,
     )
     assert [job.wait() for job in jobs] == [0] * ranks, jobs[0].text()
     return jobs[0]
@@ -43,12 +46,17 @@ def test_each_loss_is_told_apart_on_held_out_images(herd: Path, tmp_path: Path, 
     assert [row["epoch"] for row in evaluated] == [1.0, 2.0]
     assert {f"held_out_{name}" for name in NAMES} <= evaluated[-1].keys()
     assert "held out: 8 of 8 images" in (folder / "log.txt").read_text()
-    # a later look at a checkpoint sees the same corruption, rotation and views, and leaves the folder alone
+    # a later look at a checkpoint sees the same corruption, rotation and views, and leaves the
+    # folder alone
     before = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     older = str(folder / "ckpt_00000003.pt")
-    first = start(herd, tmp_path, "--held-out", "--eval", "--resume", older, ranks=ranks, **argv_keys).text()
+    first = start(
+        herd, tmp_path, "--held-out", "--eval", "--resume", older, ranks=ranks, **argv_keys
+    ).text()
     assert f"held_out_loss {evaluated[0]['held_out_loss']:.2f}" in first
-    assert {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()} == before
+    assert {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()
+    } == before
     text = start(herd, tmp_path, "--held-out", "--eval", ranks=ranks, **argv_keys).text()
     assert f"held_out_loss {evaluated[-1]['held_out_loss']:.2f}" in text
     assert f"held_out_loss_rotation {evaluated[-1]['held_out_loss_rotation']:.2f}" in text

@@ -18,7 +18,13 @@ from utils.schedules import Progress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-OPTIONS = {"queue_size": 64, "num_hard": 16, "num_synthetic": [8] * 6, "warmup_epochs": 0, "hidden_dim": 64}
+OPTIONS = {
+    "queue_size": 64,
+    "num_hard": 16,
+    "num_synthetic": [8] * 6,
+    "warmup_epochs": 0,
+    "hidden_dim": 64,
+}
 
 
 def small_source() -> ArraySource:
@@ -45,7 +51,11 @@ def test_views_equal_those_of_the_cpu(recipe: str) -> None:
     views = []
     for device in ("cpu", "cuda"):
         loader = GlobalLoader(
-            small_source(), build_recipe(recipe, 32), global_batch=32, seed=0, device=torch.device(device)
+            small_source(),
+            build_recipe(recipe, 32),
+            global_batch=32,
+            seed=0,
+            device=torch.device(device),
         )
         views.append([view.cpu() for view in next(iter(loader.from_step(0, 1)))[1][0].views])
     for ours, theirs in zip(*views, strict=True):
@@ -66,7 +76,8 @@ def test_views_of_the_four_kernels_equal_those_of_the_batched_operations(recipe:
         )
         views.append(next(iter(loader.from_step(0, 1)))[1][0].views)
     for ours, theirs in zip(*views, strict=True):
-        assert ((ours - theirs).abs() > 1e-3).float().mean() < 1e-5  # levels at the threshold of Solarize
+        # levels at the threshold of Solarize
+        assert ((ours - theirs).abs() > 1e-3).float().mean() < 1e-5
 
 
 def test_corruption_at_once_equals_the_loop_over_images() -> None:
@@ -80,11 +91,15 @@ def test_corruption_at_once_equals_the_loop_over_images() -> None:
 @pytest.mark.parametrize("method", FRAMEWORKS)
 def test_three_steps_repeat(method: str, precision: torch.dtype | None) -> None:
     known = {name: value for name, value in OPTIONS.items() if name in _options(method)}
-    start = build_framework(method, known, {"name": "resnet18", "stem": "cifar"}, img_size=32).cuda()
+    start = build_framework(
+        method, known, {"name": "resnet18", "stem": "cifar"}, img_size=32
+    ).cuda()
     states = []
     for _ in range(2):
         framework = copy.deepcopy(start)
-        optimizer = torch.optim.SGD([p for p in framework.parameters() if p.requires_grad], 0.05, fused=True)
+        optimizer = torch.optim.SGD(
+            [p for p in framework.parameters() if p.requires_grad], 0.05, fused=True
+        )
         for step in range(3):
             torch.manual_seed(step)
             images = [torch.randn(16, 3, 32, 32, device="cuda") for _ in range(2)]
@@ -101,13 +116,17 @@ def test_three_steps_repeat(method: str, precision: torch.dtype | None) -> None:
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_compiled_steps_train_as_plain_ones(cuda_graphs: bool) -> None:
-    start = build_framework("moco_v2", {"queue_size": 64}, {"name": "resnet18", "stem": "cifar"}).cuda()
+    start = build_framework(
+        "moco_v2", {"queue_size": 64}, {"name": "resnet18", "stem": "cifar"}
+    ).cuda()
     losses = {}
     for compiled in (False, True):
         framework = copy.deepcopy(start)
         if compiled:
             framework.compile_backbones(cuda_graphs=cuda_graphs)
-        optimizer = torch.optim.SGD([p for p in framework.parameters() if p.requires_grad], 0.05, fused=True)
+        optimizer = torch.optim.SGD(
+            [p for p in framework.parameters() if p.requires_grad], 0.05, fused=True
+        )
         losses[compiled] = []
         for step in range(6):  # graphs are warmed up, recorded, replayed
             torch.manual_seed(step)
@@ -128,7 +147,9 @@ def test_jpegs_decoded_on_the_device_give_nearly_the_same_views(tmp_path: Path) 
     (tmp_path / "train" / "a").mkdir(parents=True)
     for number in range(8):
         coarse = torch.rand((1, 3, 12, 15), generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, (240, 300 + number), mode="bicubic").clamp(0, 1)
+        smooth = torch.nn.functional.interpolate(coarse, (240, 300 + number), mode="bicubic").clamp(
+            0, 1
+        )
         pixels = (smooth[0].permute(1, 2, 0) * 255).byte().numpy()
         Image.fromarray(pixels).save(tmp_path / "train" / "a" / f"{number}.jpg", quality=95)
     views = []

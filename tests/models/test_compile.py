@@ -19,16 +19,25 @@ def gradients(compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     with torch.compiler.set_stance("force_eager"):  # an evaluation's shapes compile nothing
         framework.eval()(views(1), Progress(0, 2, 4))
     named = {name: p.grad for name, p in framework.named_parameters() if p.grad is not None}
-    return loss.detach(), {**named, **{n: b for n, b in framework.named_buffers() if b.is_floating_point()}}
+    return loss.detach(), {
+        **named,
+        **{n: b for n, b in framework.named_buffers() if b.is_floating_point()},
+    }
 
 
-def test_graphs_are_asked_of_the_compiler_and_every_step_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_asked_of_the_compiler_and_every_step_is_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     framework = build_framework("byol", SMALL["byol"], FAMILIES["resnet"], img_size=32)
     asked, marked = [], []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **options: asked.append((part, options)))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda part, **options: asked.append((part, options))
+    )
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
     framework.compile_backbones(cuda_graphs=True)
-    assert asked == [(e.backbone, {"mode": "reduce-overhead"}) for e in (framework.online, framework.target)]
+    assert asked == [
+        (e.backbone, {"mode": "reduce-overhead"}) for e in (framework.online, framework.target)
+    ]
     for step in range(2):
         framework(views(0), Progress(step, 2, 4))
     assert marked == [1, 1]

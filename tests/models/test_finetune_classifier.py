@@ -44,7 +44,11 @@ def test_two_tokens_have_a_head_each_and_are_averaged() -> None:
 def test_both_heads_and_both_tokens_learn() -> None:
     model = Classifier(vit(2), 5)
     soft_loss(model(torch.randn(3, 3, 16, 16)), torch.eye(5)[[0, 1, 2]]).sum().backward()
-    for parameter in (*model.heads.parameters(), model.backbone.cls_token, model.backbone.reg_token):
+    for parameter in (
+        *model.heads.parameters(),
+        model.backbone.cls_token,
+        model.backbone.reg_token,
+    ):
         assert parameter.grad.abs().sum() > 0
 
 
@@ -81,9 +85,15 @@ def test_layers_are_counted_from_the_stem(name: str) -> None:
     backbone = build_backbone(name, **SMALL[name])
     layers = layer_ids(backbone)
     assert set(layers) == {key for key, _ in backbone.named_parameters()}
-    names = {"resnet8": "conv1.weight", "deit_tiny": "pos_embed", "swin_tiny": "patch_embed.proj.weight"}
+    names = {
+        "resnet8": "conv1.weight",
+        "deit_tiny": "pos_embed",
+        "swin_tiny": "patch_embed.proj.weight",
+    }
     assert layers[names[name]] == 0
-    assert sorted(set(layers.values())) == list(range({"resnet8": 4, "deit_tiny": 13, "swin_tiny": 13}[name]))
+    assert sorted(set(layers.values())) == list(
+        range({"resnet8": 4, "deit_tiny": 13, "swin_tiny": 13}[name])
+    )
     if name == "deit_tiny":
         assert [layers[f"blocks.{i}.attn.qkv.weight"] for i in range(12)] == list(range(1, 13))
         assert layers["norm.weight"] == 12

@@ -21,7 +21,13 @@ FAMILIES = {
 }
 SMALL = {
     "moco_v2": {"queue_size": 16, "out_dim": 16},
-    "synco": {"queue_size": 16, "out_dim": 16, "num_hard": 8, "num_synthetic": [4] * 6, "warmup_epochs": 0},
+    "synco": {
+        "queue_size": 16,
+        "out_dim": 16,
+        "num_hard": 8,
+        "num_synthetic": [4] * 6,
+        "warmup_epochs": 0,
+    },
     "byol": {"hidden_dim": 32, "out_dim": 16},
     "moby": {"queue_size": 16, "hidden_dim": 32, "out_dim": 16},
     "synco_v2": {
@@ -40,15 +46,24 @@ def views(seed: int) -> list[Tensor]:
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return {
+        name: value.clone()
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor)
+    }
 
 
 def small(
     method: str, family: str = "resnet", more: dict | None = None, **options: object
 ) -> MomentumFramework:
     """Build a method in its smallest form; SiT reads two tokens of a ViT."""
-    backbone = {**FAMILIES[family], **({"num_tokens": 2} if (method, family) == ("sit", "deit") else {})}
-    return build_framework(method, {**SMALL[method], **(more or {})}, backbone, img_size=32, **options)
+    backbone = {
+        **FAMILIES[family],
+        **({"num_tokens": 2} if (method, family) == ("sit", "deit") else {}),
+    }
+    return build_framework(
+        method, {**SMALL[method], **(more or {})}, backbone, img_size=32, **options
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,7 +71,9 @@ def small(
 def test_two_steps(method: str, family: str) -> None:
     framework = small(method, family)
     assert [p for p in framework.target.parameters() if p.requires_grad] == []
-    for ours, theirs in zip(framework.online.parameters(), framework.target.parameters(), strict=True):
+    for ours, theirs in zip(
+        framework.online.parameters(), framework.target.parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs)
     trained = [p for p in framework.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05)
@@ -101,7 +118,9 @@ def test_batchformer_joins_any_method_and_leaves_at_evaluation(method: str) -> N
     after = snapshot(framework)
     layer = [name for name in after if "batchformer" in name]
     assert {name.split(".")[0] for name in layer} == {"online", "target"}
-    assert not any(torch.equal(before[name], after[name]) for name in layer if "in_proj_bias" not in name)
+    assert not any(
+        torch.equal(before[name], after[name]) for name in layer if "in_proj_bias" not in name
+    )
     # in eval mode, and in the backbone's weights, there is no trace of it
     plain.load_state_dict(
         {name: value for name, value in framework.state_dict().items() if name not in layer}
@@ -116,7 +135,9 @@ def test_batchformer_joins_any_method_and_leaves_at_evaluation(method: str) -> N
 def test_batchformer_as_published_is_frozen_and_stays_equal_in_both_encoders() -> None:
     framework = small("batchformer", batchformer={"trained": False, "loss": "sum"})
     assert [
-        name for name, p in framework.named_parameters() if "batchformer" in name and p.requires_grad
+        name
+        for name, p in framework.named_parameters()
+        if "batchformer" in name and p.requires_grad
     ] == []
     framework(views(0), Progress(0, 2, 8))["loss"].backward()
     framework.after_step(Progress(0, 2, 8))
@@ -160,14 +181,20 @@ def test_synthetics_change_the_loss_only_in_their_window(method: str) -> None:
         losses.append(copy.deepcopy(framework)(views(0), Progress(step, 2, 600))["loss"].item())
     assert losses[1] > losses[0] + 0.1
     if method == "synco_v2":  # epochs 1 to 100, both included
-        windows = [framework.synthetics(Progress(e * 2, 2, 600)) is not None for e in (0, 1, 100, 101)]
+        windows = [
+            framework.synthetics(Progress(e * 2, 2, 600)) is not None for e in (0, 1, 100, 101)
+        ]
         assert windows == [False, True, True, False]
 
 
 def test_legacy_window_divides_by_the_published_world() -> None:
     """On 4 GPUs the published window opened at epoch 120 and never closed within 300 epochs."""
-    framework = FRAMEWORKS["synco_v2"](Tiny(), hidden_dim=8, legacy_window=4, num_hard=128, queue_size=256)
-    open_epochs = [e for e in range(300) if framework.synthetics(Progress(e * 100 + 99, 100, 30000))]
+    framework = FRAMEWORKS["synco_v2"](
+        Tiny(), hidden_dim=8, legacy_window=4, num_hard=128, queue_size=256
+    )
+    open_epochs = [
+        e for e in range(300) if framework.synthetics(Progress(e * 100 + 99, 100, 30000))
+    ]
     assert open_epochs == list(range(119, 300))
 
 
@@ -242,7 +269,9 @@ def test_queue_holds_keys_until_the_step_ends_and_wraps() -> None:
 def test_queue_that_does_not_divide_is_refused() -> None:
     queue = KeyQueue(8, 3)
     queue.hold(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match=r"QUEUE_SIZE: 8 is not a multiple of the 3 keys.*use e.g. 6 or 9"):
+    with pytest.raises(
+        ValueError, match=r"QUEUE_SIZE: 8 is not a multiple of the 3 keys.*use e.g. 6 or 9"
+    ):
         queue.flush()
     queue.hold(torch.zeros(16, 3))
     with pytest.raises(ValueError, match=r"use e.g. 16$"):  # not "16 or 16"
@@ -251,7 +280,10 @@ def test_queue_that_does_not_divide_is_refused() -> None:
 
 def test_drop_path_rates_differ_between_online_and_target() -> None:
     framework = build_framework(
-        "moby", SMALL["moby"], {"name": "swin_tiny", "drop_path": 0.2, "target_drop_path": 0.0}, img_size=32
+        "moby",
+        SMALL["moby"],
+        {"name": "swin_tiny", "drop_path": 0.2, "target_drop_path": 0.0},
+        img_size=32,
     )
     rates = lambda module: [m.drop_prob for m in module.modules() if type(m).__name__ == "DropPath"]  # noqa: E731
     assert max(rates(framework.online)) == pytest.approx(0.2)
@@ -260,7 +292,10 @@ def test_drop_path_rates_differ_between_online_and_target() -> None:
 
 def test_options_are_the_signatures() -> None:
     options = framework_options()
-    defaults = {name: {option: key.default for option, key in keys.items()} for name, keys in options.items()}
+    defaults = {
+        name: {option: key.default for option, key in keys.items()}
+        for name, keys in options.items()
+    }
     assert set(defaults) == set(FRAMEWORKS)
     assert options["synco"]["queue_size"].least == 1  # the limits are inherited too
     assert defaults["synco"]["queue_size"] == 65536  # inherited
@@ -270,7 +305,7 @@ def test_options_are_the_signatures() -> None:
     assert "num_hard" not in defaults["moby"]
 
 
-# ---- backbones ---------------------------------------------------------------------------------------------
+# ---- backbones -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +359,10 @@ def test_mocov3_vit_initialisation() -> None:
     row, column = 1, 2  # token 1 + 1 * 3 + 2
     w = [1.0, 10000**-0.5]
     expected = [
-        f(a * w_i) for a in (row, column) for f in (torch.sin, torch.cos) for w_i in map(torch.tensor, w)
+        f(a * w_i)
+        for a in (row, column)
+        for f in (torch.sin, torch.cos)
+        for w_i in map(torch.tensor, w)
     ]
     torch.testing.assert_close(position[0, 6], torch.stack([torch.as_tensor(v) for v in expected]))
 
@@ -339,14 +377,29 @@ def test_mocov3_vit_initialisation() -> None:
         ({"name": "resnet18", "stem": "small"}, "STEM: 'small' is not one of"),
         ({"name": "timm/mobilenetv3_small_050", "freeze_patch_embed": True}, "FREEZE_PATCH_EMBED"),
         ({"name": "resnet18", "norm_eps": 1e-6}, "NORM_EPS: 1e-06 does not apply to resnet18"),
-        ({"name": "deit_tiny", "img_size": 15}, "IMG_SIZE: 15 is smaller than a patch.*, 16 pixels; use 16"),
+        (
+            {"name": "deit_tiny", "img_size": 15},
+            "IMG_SIZE: 15 is smaller than a patch.*, 16 pixels; use 16",
+        ),
         ({"name": "vit_small", "img_size": 15}, "DATA.IMG_SIZE: 15 is smaller than a patch"),
         ({"name": "vit_conv_small", "img_size": 8}, "DATA.IMG_SIZE: 8 is smaller than a patch"),
-        ({"name": "vit_conv_small", "img_size": 40}, "IMG_SIZE: 40 is not a multiple.*; use 32 or 48"),
-        ({"name": "swin_tiny", "img_size": 3}, "DATA.IMG_SIZE: 3 is smaller than a patch.*, 4 pixels"),
-        ({"name": "deit_tiny", "img_size": 7, "patch_size": 8}, "DATA.IMG_SIZE: 7 is smaller than a patch"),
+        (
+            {"name": "vit_conv_small", "img_size": 40},
+            "IMG_SIZE: 40 is not a multiple.*; use 32 or 48",
+        ),
+        (
+            {"name": "swin_tiny", "img_size": 3},
+            "DATA.IMG_SIZE: 3 is smaller than a patch.*, 4 pixels",
+        ),
+        (
+            {"name": "deit_tiny", "img_size": 7, "patch_size": 8},
+            "DATA.IMG_SIZE: 7 is smaller than a patch",
+        ),
         *(
-            ({"name": f"timm/{name}", "img_size": 8}, f"IMG_SIZE: timm/{name} cannot take images of 8 pixels")
+            (
+                {"name": f"timm/{name}", "img_size": 8},
+                f"IMG_SIZE: timm/{name} cannot take images of 8 pixels",
+            )
             for name in ("vit_tiny_patch16_224", "convnext_atto", "maxvit_tiny_rw_224", "vgg11")
         ),
     ],
@@ -365,7 +418,10 @@ def test_bad_backbones(options: dict[str, object], message: str) -> None:
         ("timm/vit_tiny_patch16_224", 47, 15, "32 or 48"),
         ("timm/convnext_atto", 67, 3, "64 or 96"),
         *((name, 40, 0, "") for name in ("swin_tiny", "resnet8", "timm/mobilenetv3_small_050")),
-        *((f"timm/{name}", 64, 0, "") for name in ("convnext_atto", "vit_tiny_patch16_224", "resnet10t")),
+        *(
+            (f"timm/{name}", 64, 0, "")
+            for name in ("convnext_atto", "vit_tiny_patch16_224", "resnet10t")
+        ),
     ],
 )
 def test_pixels_that_no_patch_covers_are_reported(
@@ -394,11 +450,15 @@ def test_pixels_that_no_patch_covers_are_reported(
 def test_the_eps_of_norms_reaches_all_but_those_before_the_mlps() -> None:
     """As in SynCo-v2's Swin, which passes its own norm on everywhere but there."""
     swin = build_backbone("swin_tiny", img_size=32, norm_eps=1e-6)
-    found = {path: part.eps for path, part in swin.named_modules() if isinstance(part, nn.LayerNorm)}
+    found = {
+        path: part.eps for path, part in swin.named_modules() if isinstance(part, nn.LayerNorm)
+    }
     assert {eps for path, eps in found.items() if path.endswith("norm2")} == {1e-5}
     assert {eps for path, eps in found.items() if not path.endswith("norm2")} == {1e-6}
     assert len(found) == 12 * 2 + 3 + 2  # two a block, one a merging, the patches' and the last
-    assert {m.eps for m in build_backbone("swin_tiny").modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    assert {
+        m.eps for m in build_backbone("swin_tiny").modules() if isinstance(m, nn.LayerNorm)
+    } == {1e-5}
 
 
 @pytest.mark.parametrize(("name", "tokens", "std"), [
@@ -422,7 +482,7 @@ def test_mlp_shapes() -> None:
     assert not v3[-1].affine
 
 
-# ---- all views in one pass of the backbone -----------------------------------------------------------------
+# ---- all views in one pass of the backbone -------------------------------------------------------
 
 STACKING = ["byol", "moby", "synco_v2", "mocov3", "batchformer"]
 
@@ -442,13 +502,17 @@ def loss_and_passes(method: str, family: str, stack: bool) -> tuple[Tensor, int]
 
 @pytest.mark.parametrize("method", ["byol", "moby", "synco_v2", "mocov3"])
 def test_stacked_views_give_the_same_loss_without_batch_norm(method: str) -> None:
-    (apart, two), (together, one) = (loss_and_passes(method, "deit", stack) for stack in (False, True))
+    (apart, two), (together, one) = (
+        loss_and_passes(method, "deit", stack) for stack in (False, True)
+    )
     assert (two, one) == (2, 1)
     torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-9)
 
 
 def test_stacked_views_share_the_statistics_of_batch_norm() -> None:
-    (apart, _), (together, _) = (loss_and_passes("byol", "resnet", stack) for stack in (False, True))
+    (apart, _), (together, _) = (
+        loss_and_passes("byol", "resnet", stack) for stack in (False, True)
+    )
     assert abs(apart - together) > 1e-6
 
 

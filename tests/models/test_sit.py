@@ -35,7 +35,7 @@ def views(num: int = 4, size: int = 32) -> list[Tensor]:
     return [torch.randn(num, 3, size, size) for _ in range(2)]
 
 
-# ---- corruption --------------------------------------------------------------------------------------------
+# ---- corruption ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num", "size"), [(7, 8), (9, 32), (1, 48), (5, 96)])
@@ -45,7 +45,9 @@ def test_corruption_at_once_equals_the_loop_over_images(num: int, size: int) -> 
         images, drawn = torch.randn(num, 3, size, size), draw_corruption(num, size, size)
         before, noise = images.clone(), torch.randn(num, 3, size, size)
         slow = corrupt_plain(images, drawn, noise)
-        torch.testing.assert_close(corrupt_at_once(images, drawn, noise), slow, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            corrupt_at_once(images, drawn, noise), slow, atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(corrupt(images, drawn, noise), slow, atol=1e-5, rtol=1e-5)
         assert torch.equal(images, before)
 
@@ -95,7 +97,9 @@ def test_group_masks_reach_their_share_with_the_fewest_blocks(align: int) -> Non
     seen, mask = mask_groups(images, drawn, None)
     union = torch.zeros(40, 32, 32, dtype=torch.bool)
     for i in range(40):  # the slow way: one block after the other
-        for top, left, bottom, right in zip(*(edge[i].tolist() for edge in drawn.blocks), strict=True):
+        for top, left, bottom, right in zip(
+            *(edge[i].tolist() for edge in drawn.blocks), strict=True
+        ):
             if union[i].sum() >= drawn.pixels[i]:
                 break
             union[i, top:bottom, left:right] = True
@@ -106,11 +110,14 @@ def test_group_masks_reach_their_share_with_the_fewest_blocks(align: int) -> Non
         content = images[drawn.source[i]] if drawn.foreign[i] else torch.zeros(3, 32, 32)
         assert torch.equal(seen[i], torch.where(mask[i], content, images[i]))
     assert (
-        mask[:, 0, ::align, ::align].repeat_interleave(align, 1).repeat_interleave(align, 2).equal(mask[:, 0])
+        mask[:, 0, ::align, ::align]
+        .repeat_interleave(align, 1)
+        .repeat_interleave(align, 2)
+        .equal(mask[:, 0])
     )
 
 
-# ---- the method --------------------------------------------------------------------------------------------
+# ---- the method ----------------------------------------------------------------------------------
 
 
 def test_nt_xent_equals_its_definition() -> None:
@@ -142,7 +149,9 @@ def test_the_later_variant_over_all_families(backbone: dict) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
         optimizer.step()
         framework.after_step(Progress(step, 2, 8))
-    moved = [not torch.equal(a, b) for a, b in zip(before, framework.target.parameters(), strict=True)]
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, framework.target.parameters(), strict=True)
+    ]
     assert any(moved)
 
 
@@ -152,7 +161,9 @@ def test_the_later_variant_restores_masked_pixels_only() -> None:
     images = views()
     torch.manual_seed(5)
     masks = [framework.corrupted(image)[1] for image in images]
-    wrong = [torch.where(mask, image, image + 9.0) for image, mask in zip(images, masks, strict=True)]
+    wrong = [
+        torch.where(mask, image, image + 9.0) for image, mask in zip(images, masks, strict=True)
+    ]
     online = framework.online.forward
     framework.online.forward = lambda *seen: online(*seen)._replace(pixels=torch.cat(wrong))  # type: ignore
     torch.manual_seed(5)
@@ -170,12 +181,20 @@ def by_hand(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     def standard(rows: Tensor) -> Tensor:  # over all rows, those of both views
         return (rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
 
-    rows = standard(linear(0, tokens[:, 0])) * tensors["contrast.1.weight"] + tensors["contrast.1.bias"]
-    rows = standard(linear(3, rows.relu())) * tensors["contrast.4.weight"] + tensors["contrast.4.bias"]
+    rows = (
+        standard(linear(0, tokens[:, 0])) * tensors["contrast.1.weight"]
+        + tensors["contrast.1.bias"]
+    )
+    rows = (
+        standard(linear(3, rows.relu())) * tensors["contrast.4.weight"] + tensors["contrast.4.bias"]
+    )
     embedding = standard(linear(6, F.gelu(rows)))
     grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     for index in (0, 2, 4):
-        weight, bias = tensors[f"reconstruction.{index}.weight"], tensors[f"reconstruction.{index}.bias"]
+        weight, bias = (
+            tensors[f"reconstruction.{index}.weight"],
+            tensors[f"reconstruction.{index}.bias"],
+        )
         grid = F.gelu(torch.einsum("oi,nihw->nohw", weight[:, :, 0, 0], grid) + bias[:, None, None])
     weight, bias = tensors["reconstruction.6.weight"], tensors["reconstruction.6.bias"]
     pixels = torch.einsum("nihw,iocd->nohcwd", grid, weight).flatten(4, 5).flatten(2, 3)
@@ -192,7 +211,8 @@ def test_the_later_variant_is_its_definition() -> None:
     with torch.no_grad():
         for network in (framework.online, framework.target):
             for parameter in network.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)  # biases and norms matter, and they differ
+                # biases and norms matter, and they differ
+                parameter += 0.1 * torch.randn_like(parameter)
     clean = [view.double() for view in views()]
     torch.manual_seed(7)
     seen, masks = zip(*(framework.corrupted(view) for view in clean), strict=True)
@@ -207,7 +227,9 @@ def test_the_later_variant_is_its_definition() -> None:
     where = torch.cat(masks).expand_as(pixels)
     reconstruction = (pixels - torch.cat(clean)).abs()[where].mean()
     torch.testing.assert_close(out["loss_contrast"], contrast.detach(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(out["loss_reconstruction"], reconstruction.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        out["loss_reconstruction"], reconstruction.detach(), rtol=1e-10, atol=0
+    )
 
 
 def test_batchformer_attends_over_each_view_by_itself() -> None:
@@ -251,11 +273,14 @@ def test_the_average_of_the_published_variant_is_a_whole_network() -> None:
     teacher = build(GMML)
     before = teacher.target.backbone.bn1.running_mean.clone()
     teacher.after_step(Progress(0, 2, 8))
-    assert torch.equal(teacher.target.backbone.bn1.running_mean, before)  # a teacher's own are its own
+    # a teacher's own are its own
+    assert torch.equal(teacher.target.backbone.bn1.running_mean, before)
 
 
 def test_blocks_that_cannot_mask_an_image_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"MODEL.SIT.DROP_ALIGN: blocks of 16 .* 32; use at most 8"):
+    with pytest.raises(
+        ValueError, match=r"MODEL.SIT.DROP_ALIGN: blocks of 16 .* 32; use at most 8"
+    ):
         draw_group_mask(2, 32, 32, 0.5, 0.3, 16)
 
 
@@ -307,15 +332,20 @@ def test_refusals(options: dict, backbone: dict, message: str) -> None:
 
 def test_an_image_that_the_map_does_not_divide_is_refused_at_the_first_step() -> None:
     framework = build(SMALL, {"name": "resnet18"})
-    with pytest.raises(ValueError, match=r"DATA.IMG_SIZE: 40 is not a multiple of the backbone's stride, 32"):
+    with pytest.raises(
+        ValueError, match=r"DATA.IMG_SIZE: 40 is not a multiple of the backbone's stride, 32"
+    ):
         framework(views(size=40), Progress(0, 2, 8))
 
 
-# ---- MoCo v3's convolutional stem --------------------------------------------------------------------------
+# ---- MoCo v3's convolutional stem ----------------------------------------------------------------
 
 
 def test_convolutional_stem() -> None:
-    plain, conv = build_backbone("vit_small", img_size=64), build_backbone("vit_conv_small", img_size=64)
+    plain, conv = (
+        build_backbone("vit_small", img_size=64),
+        build_backbone("vit_conv_small", img_size=64),
+    )
     assert (len(plain.blocks), len(conv.blocks)) == (12, 11)
     stem = [layer for layer in conv.patch_embed.stem if isinstance(layer, torch.nn.Conv2d)]
     assert [layer.out_channels for layer in stem] == [48, 96, 192, 384, 384]
@@ -323,10 +353,13 @@ def test_convolutional_stem() -> None:
     assert conv(torch.randn(2, 3, 64, 64)).shape == (2, 384)
     assert not conv.pos_embed.requires_grad
     assert torch.equal(conv.pos_embed, plain.pos_embed)
-    with pytest.raises(ValueError, match="FREEZE_PATCH_EMBED: vit_conv_small has no patch embedding"):
+    with pytest.raises(
+        ValueError, match="FREEZE_PATCH_EMBED: vit_conv_small has no patch embedding"
+    ):
         build_backbone("vit_conv_small", freeze_patch_embed=True)
     with pytest.raises(ValueError, match=r"DATA.IMG_SIZE: 40 is not a multiple of the stem's 16"):
         build_backbone("vit_conv_small", img_size=40)
-    build_backbone("vit_conv_small", img_size=32, use_checkpoint=True)  # its batch norms are not recomputed
+    # its batch norms are not recomputed
+    build_backbone("vit_conv_small", img_size=32, use_checkpoint=True)
     with pytest.raises(ValueError, match="PATCH_SIZE: 8"):
         build_backbone("vit_conv_small", patch_size=8)

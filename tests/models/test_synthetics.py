@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from models.parts.losses import queue_contrast, queue_contrast_plain
-from models.parts.negatives import ClosedForm, SyntheticConfig, draw_synthetics, hardest, materialise
+from models.parts.negatives import (
+    ClosedForm,
+    SyntheticConfig,
+    draw_synthetics,
+    hardest,
+    materialise,
+)
 
 EACH = [tuple(7 if i == kind else 0 for i in range(6)) for kind in range(6)]
 
@@ -17,7 +23,9 @@ def batch(dtype: torch.dtype, unit_queue: bool = True) -> tuple[Tensor, Tensor, 
     return queries, keys, torch.nn.functional.normalize(queue, dim=1) if unit_queue else 0.3 * queue
 
 
-def loss_and_gradient(function, inputs, config, temperature: float = 0.2) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_gradient(
+    function, inputs, config, temperature: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, queue = inputs
     torch.manual_seed(1)
     contrast = function(queries, keys, queue, temperature, config)
@@ -48,7 +56,9 @@ def test_float32_and_half_inputs() -> None:
     )
     with torch.autocast("cpu", torch.bfloat16):  # a loss in half precision would be off by percents
         under_autocast = loss_and_gradient(queue_contrast, inputs, config)
-    torch.testing.assert_close(under_autocast[:2], loss_and_gradient(queue_contrast, inputs, config)[:2])
+    torch.testing.assert_close(
+        under_autocast[:2], loss_and_gradient(queue_contrast, inputs, config)[:2]
+    )
 
 
 @pytest.mark.parametrize("kind", range(6))
@@ -113,24 +123,37 @@ def test_no_gradient_but_the_direct_one() -> None:
     queries, _, queue = batch(torch.float64)
     fixed = queries.detach()
     similarities = fixed @ queue.T
-    draws = draw_synthetics(SyntheticConfig(12, (7, 6, 5, 4, 3, 2)), hardest(similarities, 12), fixed)
+    draws = draw_synthetics(
+        SyntheticConfig(12, (7, 6, 5, 4, 3, 2)), hardest(similarities, 12), fixed
+    )
     vectors = materialise(draws, fixed, queue)
     weights = torch.rand(vectors.shape[:2], dtype=torch.float64)
-    lengths, buffer, start, direct = queue.norm(dim=1), torch.zeros(5, 40, dtype=torch.float64), 0, 0.0
+    lengths, buffer, start, direct = (
+        queue.norm(dim=1),
+        torch.zeros(5, 40, dtype=torch.float64),
+        0,
+        0.0,
+    )
     for draw in draws:
         form = ClosedForm(draw, fixed, queue, similarities, lengths)
         stop = start + form.logits.shape[1]
-        torch.testing.assert_close(form.logits, torch.einsum("bnd,bd->bn", vectors[:, start:stop], fixed))
+        torch.testing.assert_close(
+            form.logits, torch.einsum("bnd,bd->bn", vectors[:, start:stop], fixed)
+        )
         direct = direct + form.accumulate(weights[:, start:stop], buffer, fixed)
         start = stop
-    torch.testing.assert_close(direct + buffer @ queue, torch.einsum("bn,bnd->bd", weights, vectors))
+    torch.testing.assert_close(
+        direct + buffer @ queue, torch.einsum("bn,bnd->bd", weights, vectors)
+    )
 
 
 def test_nothing_of_queue_size_is_kept_for_backward() -> None:
     """What autograd holds between forward and backward is the (B, D) gradient alone."""
     sizes: list[int] = []
     queries, keys, queue = batch(torch.float64)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
+    ):
         queue_contrast(queries, keys, queue, 0.2, SyntheticConfig(12, (7, 6, 5, 4, 3, 2)))
     assert max(sizes) <= queries.numel()
 

@@ -1,5 +1,6 @@
 """The published methods' own numbers: losses, gradients, averaged weights, queues over three steps."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -25,12 +26,19 @@ SINGLE_TYPES = [tuple(5 if i == kind else 0 for i in range(6)) for kind in range
 LEGACY = {(0, 0, 0, 0, 5, 0): 0.99428189, (0, 0, 0, 0, 0, 5): 0.99428177, (5,) * 6: 1.83517289}
 
 
-# ---- npz files: MoCo v2 and SynCo, float32 -----------------------------------------------------------------
+# ---- npz files: MoCo v2 and SynCo, float32 -------------------------------------------------------
 
 
 def encoder_state(file: dict[str, np.ndarray], prefix: str) -> dict[str, Tensor]:
-    names = {name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)}
-    rename = lambda name: name.replace("fc.", "projector.") if name.startswith("fc.") else f"backbone.{name}"  # noqa: E731
+    names = {
+        name.removeprefix(prefix): value for name, value in file.items() if name.startswith(prefix)
+    }
+
+    def rename(name: str) -> str:
+        if name.startswith("fc."):
+            return name.replace("fc.", "projector.")
+        return f"backbone.{name}"
+
     return {rename(name): torch.from_numpy(np.asarray(value)) for name, value in names.items()}
 
 
@@ -55,7 +63,8 @@ def test_moco_v2_three_steps() -> None:
         [p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9, weight_decay=1e-4
     )
     torch.manual_seed(123)
-    model.update_target(0.999)  # the originals average before the first forward, and here target = online / 2
+    # the originals average before the first forward, and here target = online / 2
+    model.update_target(0.999)
     for step in range(3):
         out = model(views, Progress(step, 10, 100))
         assert out["loss"].item() == pytest.approx(float(file["losses"][step]), abs=1e-5)
@@ -64,7 +73,9 @@ def test_moco_v2_three_steps() -> None:
         if step == 0:
             assert grad_norm(model) == pytest.approx(float(file["gradnorm0"]), abs=1e-5)
             for name, value in encoder_state(file, "k_sd_after0/").items():
-                torch.testing.assert_close(model.target.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(
+                    model.target.state_dict()[name], value, atol=1e-6, rtol=1e-5
+                )
         optimizer.step()
         model.after_step(Progress(step, 10, 100))
     for name, value in encoder_state(file, "q_sd_after3/").items():
@@ -85,7 +96,9 @@ def test_synco(counts: tuple[int, ...]) -> None:
     model = moco_like(SynCo, file, num_hard=8, num_synthetic=counts, warmup_epochs=0)
     model.update_target(0.999)
     torch.manual_seed(123)
-    out = model([torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])], Progress(0, 10, 100))
+    out = model(
+        [torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])], Progress(0, 10, 100)
+    )
     out["loss"].backward()
     assert out["loss"].item() == pytest.approx(float(file[f"{case}/loss"]), abs=1e-5)
     assert grad_norm(model) == pytest.approx(float(file[f"{case}/gradnorm"]), abs=1e-5)
@@ -94,25 +107,36 @@ def test_synco(counts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("counts", LEGACY, ids=synco_case)
 def test_synco_legacy_gradients(counts: tuple[int, ...]) -> None:
     file = load("synco.npz")
-    model = moco_like(SynCo, file, num_hard=8, num_synthetic=counts, warmup_epochs=0, legacy_gradients=True)
+    model = moco_like(
+        SynCo, file, num_hard=8, num_synthetic=counts, warmup_epochs=0, legacy_gradients=True
+    )
     model.update_target(0.999)
     torch.manual_seed(123)
-    out = model([torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])], Progress(0, 10, 100))
+    out = model(
+        [torch.from_numpy(file["im_q"]), torch.from_numpy(file["im_k"])], Progress(0, 10, 100)
+    )
     assert out["loss"].item() == pytest.approx(LEGACY[counts], abs=1e-5)
 
 
-# ---- SynCo-v2 --------------------------------------------------------------------------------------------
+# ---- SynCo-v2 ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [(0,) * 6, *SINGLE_TYPES, (5,) * 6], ids=synco_case)
 def test_synco_v2_is_two_published_contrasts(counts: tuple[int, ...]) -> None:
     """Both directions as the papers write them; view 1's synthetics are drawn first, then view 2's.
 
-    MoBY's skeleton is pinned by its golden values and each type by SynCo's; this pins how they are joined.
+    MoBY's skeleton is pinned by its golden values and each type by SynCo's; this pins how they are
+    joined.
     """
     file = load("synco_v2.npz")
     views = [torch.from_numpy(file["im_1"]).double(), torch.from_numpy(file["im_2"]).double()]
-    options = {"hidden_dim": 64, "queue_size": 32, "num_hard": 8, "num_synthetic": counts, "warmup_epochs": 0}
+    options = {
+        "hidden_dim": 64,
+        "queue_size": 32,
+        "num_hard": 8,
+        "num_synthetic": counts,
+        "warmup_epochs": 0,
+    }
     model = SynCoV2(Trunk(6), **options).double()
     torch.manual_seed(123)
     loss = model(views, Progress(0, 10, 100))["loss"]
@@ -125,7 +149,7 @@ def test_synco_v2_is_two_published_contrasts(counts: tuple[int, ...]) -> None:
     assert loss.item() == pytest.approx((first.loss + second.loss).item(), rel=1e-12)
 
 
-# ---- json files: MoBY and BYOL, float64 --------------------------------------------------------------------
+# ---- json files: MoBY and BYOL, float64 ----------------------------------------------------------
 
 
 def filled(model: MomentumFramework) -> MomentumFramework:
@@ -141,7 +165,8 @@ def filled(model: MomentumFramework) -> MomentumFramework:
 def test_three_sgd_steps(name: str, dtype: torch.dtype) -> None:
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     exact = dtype == torch.float64
-    near = lambda value: pytest.approx(value, rel=1e-9 if exact else 2e-5, abs=1e-9 if exact else 2e-5)  # noqa: E731
+    tolerance = 1e-9 if exact else 2e-5
+    near = functools.partial(pytest.approx, rel=tolerance, abs=tolerance)
     torch.set_default_dtype(dtype)
     try:
         model = filled(MoBY(Trunk(8), queue_size=8) if name == "moby" else BYOL(Trunk(8)))
@@ -172,7 +197,7 @@ def test_three_sgd_steps(name: str, dtype: torch.dtype) -> None:
             assert model.target.backbone.bn.running_mean[: len(bn)].tolist() == near(bn)
 
 
-# ---- schedules ---------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,7 +207,9 @@ def test_three_sgd_steps(name: str, dtype: torch.dtype) -> None:
         ("linear(lr 1.0, 100 epochs)", 1.0, 100, 5e-7, 5e-6),
     ],
 )
-def test_moby_schedules(table: str, base: float, epochs: int, warmup_start: float, minimum: float) -> None:
+def test_moby_schedules(
+    table: str, base: float, epochs: int, warmup_start: float, minimum: float
+) -> None:
     golden = json.loads((GOLDEN / "schedules.json").read_text())[table]
     rate = LearningRate("cosine", base, warmup_start, minimum, 50, epochs * 10, 10, lag=True)
     for step, value in golden.items():

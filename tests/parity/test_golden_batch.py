@@ -40,7 +40,7 @@ def step_views(step: int) -> list[Tensor]:
     return [det((4, 3, 8, 8), 1000 + 2 * step + i) for i in range(2)]
 
 
-# ---- MoCo v3 -----------------------------------------------------------------------------------------------
+# ---- MoCo v3 -------------------------------------------------------------------------------------
 
 
 def test_moco_v3_three_lars_steps() -> None:
@@ -75,7 +75,7 @@ def test_moco_v3_three_lars_steps() -> None:
         assert checksum(model.predictor) == near(tuple(expected[f"step{step}"]["predictor_after"]))
 
 
-# ---- BatchFormer -------------------------------------------------------------------------------------------
+# ---- BatchFormer ---------------------------------------------------------------------------------
 
 
 def batchformer_model(kind: str, loss: str | None) -> MoCoV3:
@@ -102,10 +102,12 @@ def test_batchformer(kind: str, value: int, loss: str | None) -> None:
     assert out["loss"].item() == near(expected["loss"])
     out["loss"].backward()
     assert grad_norm(model) == near(expected["grad_norm"])
-    assert not any("batchformer" in name for name, p in model.named_parameters() if p.grad is not None)
+    assert not any(
+        "batchformer" in name for name, p in model.named_parameters() if p.grad is not None
+    )
 
 
-# ---- SiT ---------------------------------------------------------------------------------------------------
+# ---- SiT -----------------------------------------------------------------------------------------
 
 
 def sit() -> SiT:
@@ -171,7 +173,10 @@ def test_sit_losses_and_gradients() -> None:
 @pytest.mark.parametrize(("commit", "legacy"), [("1aacd6a", False), ("1767b91", True)])
 def test_sit_weighting(commit: str, legacy: bool) -> None:
     expected = golden("sit.json")
-    for values, key in ((torch.ones(3), "weights_1"), (torch.tensor([0.3, -0.2, 0.7]), "weights_.3_-.2_.7")):
+    for values, key in (
+        (torch.ones(3), "weights_1"),
+        (torch.tensor([0.3, -0.2, 0.7]), "weights_.3_-.2_.7"),
+    ):
         losses = expected[f"losses_{commit}.{key}"]
         parts = [losses[name] for name in ("rotation_ce", "contrastive", "recon_l1")]
         total = sum(
@@ -197,7 +202,10 @@ class Published:
         self.random = np.random.RandomState(seed)
 
     def block(self, high: int) -> list[int]:
-        r, c = self.random.randint(0, self.side - self.low), self.random.randint(0, self.side - self.low)
+        r, c = (
+            self.random.randint(0, self.side - self.low),
+            self.random.randint(0, self.side - self.low),
+        )
         h, w = self.random.randint(self.low, high), self.random.randint(self.low, high)
         return [r, c, min(r + h, self.side), min(c + w, self.side)]
 
@@ -215,7 +223,15 @@ class Published:
             blur, noise = self.block(self.side), self.blocks()
             source = self.random.randint(0, num)
             rows.append(
-                (grey, kernel, sigma, blur, noise, source, self.blocks() if source != len(rows) else [])
+                (
+                    grey,
+                    kernel,
+                    sigma,
+                    blur,
+                    noise,
+                    source,
+                    self.blocks() if source != len(rows) else [],
+                )
             )
         single = lambda part: as_blocks([[row[part]] for row in rows])  # noqa: E731
         several = lambda part: as_blocks([row[part] for row in rows])  # noqa: E731

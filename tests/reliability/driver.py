@@ -1,7 +1,8 @@
 """Run the tests that provoke failures and write what they measured to docs/results/reliability.md.
 
-It needs two cores and about half an hour, for two tests at a time. --only PATTERN runs the rows whose failure
-or tests match and prints them instead. The exit code is 1 if a test failed or is missing.
+It needs two cores and about half an hour, for two tests at a time. --only PATTERN runs the rows
+whose failure or tests match and prints them instead. The exit code is 1 if a test failed or is
+missing.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="PATTERN", help="rows whose failure or tests match; writes no page")
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="rows whose failure or tests match; writes no page"
+    )
     args = parser.parse_args()
     rows = [row for row in ROWS if not args.only or matches(row, args.only)]
     if not rows:
@@ -102,7 +105,9 @@ def exists(test: str) -> bool:
     """Tell whether a file, or a function of it, is there: pytest runs nothing at all if one is not."""
     file, _, function = test.partition("::")
     path = ROOT / "tests" / file
-    return path.is_file() and (not function or f"def {function}(" in path.read_text(encoding="utf-8"))
+    return path.is_file() and (
+        not function or f"def {function}(" in path.read_text(encoding="utf-8")
+    )
 
 
 def read_cases(report: Path) -> dict[str, tuple[str, str]]:
@@ -116,7 +121,10 @@ def read_cases(report: Path) -> dict[str, tuple[str, str]]:
         bad = kinds.get("failure", kinds.get("error"))
         outcome = "failed" if bad is not None else "skipped" if "skipped" in kinds else "passed"
         reason = bad if bad is not None else kinds.get("skipped", "")
-        cases[f"{file}::{case.get('name')}"] = (outcome, reason.splitlines()[0][:200] if reason else "")
+        cases[f"{file}::{case.get('name')}"] = (
+            outcome,
+            reason.splitlines()[0][:200] if reason else "",
+        )
     return cases
 
 
@@ -143,7 +151,7 @@ def belongs(name: str, test: str) -> bool:
     return name == test or name.startswith((f"{test}[", f"{test}::"))
 
 
-# ---- the page --------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def render(rows: Sequence[Row], results: Sequence[Result], minutes: float, load: float) -> str:
@@ -190,7 +198,9 @@ def commit() -> str:
     """Return the commit's short name, and whether files differ from it."""
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", ".", ":!docs/results/reliability.md")

@@ -127,7 +127,9 @@ ROWS = (
                 "test_the_run_goes_on_with_another_number_of_processes",
                 "test_a_global_batch_that_does_not_divide_is_refused_with_sizes_that_do",
             ),
-            *_of("data/test_global_batches.py", "test_global_batches_do_not_depend_on_the_world_size"),
+            *_of(
+                "data/test_global_batches.py", "test_global_batches_do_not_depend_on_the_world_size"
+            ),
         ),
     ),
     Row(
@@ -197,7 +199,11 @@ ROWS = (
                 "test_huge_declared_sizes_are_refused",
                 "test_damaged_files_raise_only_our_error",
             ),
-            *_of("unit/test_structure.py", "test_file_keeps_the_rules", "test_the_safety_rule_can_fail"),
+            *_of(
+                "unit/test_structure.py",
+                "test_file_keeps_the_rules",
+                "test_the_safety_rule_can_fail",
+            ),
         ),
     ),
     Row(
@@ -250,7 +256,10 @@ ROWS = (
         "uneven evaluation shards",
         "101 images on two processes in batches of eight",
         (
-            *_of("robust/test_uneven_shards.py", "test_accuracy_of_uneven_shards_is_that_of_one_process"),
+            *_of(
+                "robust/test_uneven_shards.py",
+                "test_accuracy_of_uneven_shards_is_that_of_one_process",
+            ),
             *_of("unit/test_evaluate.py", "test_uneven_shards_give_the_single_process_numbers"),
         ),
     ),

@@ -46,7 +46,11 @@ class Ranks:
         self.root, self.note = root, root / "note"
         data = str(runs.image_folder(root / "images", train=16, val=2))
         self.keys: dict[str, Any] = {"DATA__DATASET": "imagefolder", "DATA__PATH": data}
-        self.keys |= {"AUG__RECIPE": "moco_v2", "TRAIN__BATCH_SIZE": 2, "CHECKPOINT__EVERY_STEPS": 1}
+        self.keys |= {
+            "AUG__RECIPE": "moco_v2",
+            "TRAIN__BATCH_SIZE": 2,
+            "CHECKPOINT__EVERY_STEPS": 1,
+        }
 
     def start(self, tag: str, call: int = 0, before: bool = False) -> tuple[list[int], str]:
         """Run and return the exit codes and the text of rank 0."""
@@ -65,7 +69,9 @@ def crash_everywhere(tmp_path: Path, every: int) -> None:
     ranks = Ranks(tmp_path)
     assert ranks.start("whole")[0] == [0, 0]
     calls = ranks.note.read_text().split()
-    points = [(call, before) for call in range(1, len(calls) + 1) for before in (True, False)][::every]
+    points = [(call, before) for call in range(1, len(calls) + 1) for before in (True, False)][
+        ::every
+    ]
     identical, resumed = 0, []
     for call, before in points:
         tag = f"crash{call}{before}"

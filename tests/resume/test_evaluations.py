@@ -27,7 +27,9 @@ KEYS: dict[str, Any] = {
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without the pace."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key != "images_per_second"} for line in lines
+    ]
 
 
 def records(folder: Path) -> dict[str, Any]:
@@ -72,12 +74,16 @@ def fail_to_evaluate(rank: int) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("whole")
-    assert forked.run("main_pretrain", runs.arguments("moby", root, "w", **KEYS), root / "log") == [0]
+    assert forked.run("main_pretrain", runs.arguments("moby", root, "w", **KEYS), root / "log") == [
+        0
+    ]
     return root / "moby" / "w"
 
 
 @pytest.mark.parametrize("where", ["before", "noting", "logging"])
-def test_a_kill_around_an_evaluation_changes_no_file(where: str, whole: Path, tmp_path: Path) -> None:
+def test_a_kill_around_an_evaluation_changes_no_file(
+    where: str, whole: Path, tmp_path: Path
+) -> None:
     argv, folder = runs.arguments("moby", tmp_path, "k", **KEYS), tmp_path / "moby" / "k"
     fault = partial(kill_in_evaluation, epoch=2, where=where)
     assert forked.run("main_pretrain", argv, tmp_path / "log", prepare=fault) == [-signal.SIGKILL]
@@ -88,11 +94,15 @@ def test_a_kill_around_an_evaluation_changes_no_file(where: str, whole: Path, tm
     assert records(folder).items() >= records(whole).items()
 
 
-def test_the_first_line_after_a_resume_has_the_mean_of_the_whole_window(whole: Path, tmp_path: Path) -> None:
+def test_the_first_line_after_a_resume_has_the_mean_of_the_whole_window(
+    whole: Path, tmp_path: Path
+) -> None:
     argv, folder = runs.arguments("moby", tmp_path, "k", **KEYS), tmp_path / "moby" / "k"
     for step in (4, 8, 14):  # the checkpoints of 3, 6 and 12 lie inside windows of five
         fault = partial(runs.kill_at, step=step)
-        assert forked.run("main_pretrain", argv, tmp_path / "log", prepare=fault) == [-signal.SIGKILL]
+        assert forked.run("main_pretrain", argv, tmp_path / "log", prepare=fault) == [
+            -signal.SIGKILL
+        ]
     assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
     assert rows(folder) == rows(whole)
 
@@ -112,7 +122,8 @@ def test_the_windows_of_two_ranks_are_kept_apart(tmp_path: Path) -> None:
 def test_an_evaluation_that_fails_costs_no_epoch(whole: Path, tmp_path: Path) -> None:
     argv, folder = runs.arguments("moby", tmp_path, "f", **KEYS), tmp_path / "moby" / "f"
     assert forked.run("main_pretrain", argv, tmp_path / "log", prepare=fail_to_evaluate) == [2]
-    assert runs.steps_saved(folder)[-1] == runs.STEPS  # the epoch is saved although its evaluation failed
+    # the epoch is saved although its evaluation failed
+    assert runs.steps_saved(folder)[-1] == runs.STEPS
     assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
     assert rows(folder) == rows(whole)
     # the checkpoint that the run resumed from stays too
@@ -127,7 +138,9 @@ def test_a_kill_while_later_checkpoints_are_set_aside_loses_none(
     import torch
 
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"w": torch.full((3,), float(step))}, meta={"evaluated": {}})
+        checkpoint.save(
+            tmp_path, step, {"w": torch.full((3,), float(step))}, meta={"evaluated": {}}
+        )
     pid = os.fork()
     if pid == 0:
         count, real = 0, os.replace

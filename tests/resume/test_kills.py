@@ -29,13 +29,16 @@ class Tally:
     kills: int = 0
     resumed: list[int] = field(default_factory=list)  # the step from which each start went on
     lost: list[int] = field(default_factory=list)  # steps begun and to be done again
-    waits: list[float] = field(default_factory=list)  # seconds from a rank's death to its survivor's end
+    # seconds from a rank's death to its survivor's end
+    waits: list[float] = field(default_factory=list)
 
 
 class Killed:
     """A run of two ranks that is started, killed and started again."""
 
-    def __init__(self, method: str, root: Path, tag: str, tally: Tally, draw: random.Random) -> None:
+    def __init__(
+        self, method: str, root: Path, tag: str, tally: Tally, draw: random.Random
+    ) -> None:
         # 22 or 44 steps: long enough for many kills of one run
         images = 32 if KILLS[method] > 10 else 64
         keys: dict[str, Any] = {"TRAIN__BATCH_SIZE": images // 2, "CHECKPOINT__EVERY_STEPS": EVERY}

@@ -20,7 +20,13 @@ STEPS = 96
 
 
 def signal_later(
-    rank: int, *, step: int, delay: float, number: signal.Signals, ranks: tuple[int, ...], note: Path
+    rank: int,
+    *,
+    step: int,
+    delay: float,
+    number: signal.Signals,
+    ranks: tuple[int, ...],
+    note: Path,
 ) -> None:
     """Send a signal to this process and note when; all that it starts stays in its session."""
     os.setsid()
@@ -57,9 +63,18 @@ def gone(sessions: set[int]) -> bool:
 @pytest.mark.slow
 def test_signals_at_random_times(tmp_path: Path) -> None:
     data = runs.image_folder(tmp_path / "images", train=48, val=12)
-    keys: dict[str, Any] = {"DATA__DATASET": "imagefolder", "DATA__PATH": str(data), "DATA__NUM_WORKERS": 1}
+    keys: dict[str, Any] = {
+        "DATA__DATASET": "imagefolder",
+        "DATA__PATH": str(data),
+        "DATA__NUM_WORKERS": 1,
+    }
     keys |= {"AUG__RECIPE": "moco_v2", "TRAIN__BATCH_SIZE": 4, "TRAIN__EPOCHS": STEPS // 6}
-    keys |= {"KNN__EVERY_EPOCHS": 1, "KNN__K": [5], "CHECKPOINT__EVERY_STEPS": 0, "LINEAR__BATCH_SIZE": 12}
+    keys |= {
+        "KNN__EVERY_EPOCHS": 1,
+        "KNN__K": [5],
+        "CHECKPOINT__EVERY_STEPS": 0,
+        "LINEAR__BATCH_SIZE": 12,
+    }
     whole = runs.arguments("synco", tmp_path, "whole", world=2, **keys)
     assert forked.run("main_pretrain", whole, tmp_path / "log", ranks=2) == [0, 0]
     argv, folder = runs.arguments("synco", tmp_path, "t", world=2, **keys), tmp_path / "synco" / "t"

@@ -42,7 +42,11 @@ def finish(argv: list[str], folder: Path, log: Path, world: int = 1) -> int:
     """Start the same command again, to the end; return the step from which it went on."""
     jobs = forked.start("main_pretrain", argv, log, ranks=world)
     assert [job.wait() for job in jobs] == [0] * world, jobs[0].text()
-    assert runs.status(folder) == {"state": "done", "step": runs.final_state(folder)["step"], "reason": ""}
+    assert runs.status(folder) == {
+        "state": "done",
+        "step": runs.final_state(folder)["step"],
+        "reason": "",
+    }
     return runs.resumed_at(jobs[0].text())
 
 
@@ -53,7 +57,10 @@ def test_killed_at_random_and_resumed(method: str, output: Path) -> None:
     folder, resumed = output / method / "killed", []
     for step, delay in runs.random_kills(method, 2):
         (job,) = forked.start(
-            "main_pretrain", argv, output / "log", prepare=partial(runs.kill_at, step=step, delay=delay)
+            "main_pretrain",
+            argv,
+            output / "log",
+            prepare=partial(runs.kill_at, step=step, delay=delay),
         )
         assert job.wait() in (-signal.SIGKILL, 0)
         resumed.append(runs.resumed_at(job.text()))
@@ -89,7 +96,10 @@ def test_four_ranks_killed_and_resumed(output: Path) -> None:
     whole = uninterrupted("moby", output, world=4)
     argv = runs.arguments("moby", output, "four", world=4)
     fault = partial(runs.kill_at, step=7, ranks=(0, 1, 2, 3))
-    assert forked.run("main_pretrain", argv, output / "log", ranks=4, prepare=fault) == [-signal.SIGKILL] * 4
+    assert (
+        forked.run("main_pretrain", argv, output / "log", ranks=4, prepare=fault)
+        == [-signal.SIGKILL] * 4
+    )
     assert finish(argv, output / "moby" / "four", output / "log", world=4) == 6
     assert runs.digest(output / "moby" / "four") == whole
 
@@ -99,11 +109,13 @@ def test_world_size_and_accumulation_may_change_on_resume(output: Path) -> None:
     argv = runs.arguments("synco", output, "elastic", world=2)
     fault = partial(runs.kill_at, step=7)
     forked.run("main_pretrain", argv, output / "log", ranks=2, prepare=fault)
-    argv = runs.arguments("synco", output, "elastic", TRAIN__BATCH_SIZE=32, TRAIN__ACCUMULATION_STEPS=4)
+    argv = runs.arguments(
+        "synco", output, "elastic", TRAIN__BATCH_SIZE=32, TRAIN__ACCUMULATION_STEPS=4
+    )
     assert finish(argv, output / "synco" / "elastic", output / "log") == 6
 
 
-# ---- workers ---------------------------------------------------------------------------------------
+# ---- workers -------------------------------------------------------------------------------------
 
 
 def test_workers_change_nothing_even_across_a_kill(output: Path, tmp_path: Path) -> None:
@@ -120,11 +132,13 @@ def test_workers_change_nothing_even_across_a_kill(output: Path, tmp_path: Path)
     assert runs.digest(output / "byol" / "workers") == whole
 
 
-# ---- signals ---------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on(number: signal.Signals, output: Path) -> None:
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(
+    number: signal.Signals, output: Path
+) -> None:
     argv, folder = runs.arguments("moby", output, number.name), output / "moby" / number.name
     fault = partial(runs.signal_at, step=4, number=number, times=2)  # the second at once: an echo
     (job,) = forked.start("main_pretrain", argv, output / "log", prepare=fault)
@@ -150,7 +164,10 @@ def test_a_signal_in_the_middle_of_something_waits_for_its_end(where: str, outpu
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_both_ranks_stop_at_the_step_of_the_one_that_was_asked(rank: int, output: Path) -> None:
-    argv, folder = runs.arguments("moby", output, f"one{rank}", world=2), output / "moby" / f"one{rank}"
+    argv, folder = (
+        runs.arguments("moby", output, f"one{rank}", world=2),
+        output / "moby" / f"one{rank}",
+    )
     fault = partial(runs.signal_at, step=4, number=signal.SIGTERM, ranks=(rank,))
     jobs = forked.start("main_pretrain", argv, output / "log", ranks=2, prepare=fault)
     assert [job.wait() for job in jobs] == [75, 75]
@@ -173,7 +190,7 @@ def test_a_second_signal_stops_at_once(output: Path) -> None:
     assert runs.digest(folder) == uninterrupted("moby", output)
 
 
-# ---- the control: what a checkpoint must hold ------------------------------------------------------
+# ---- the control: what a checkpoint must hold ----------------------------------------------------
 
 
 def drop_nothing(state: dict[str, Any]) -> None:
@@ -186,7 +203,9 @@ def drop_position(state: dict[str, Any]) -> None:
 
 def drop_keys(state: dict[str, Any]) -> None:
     keys = state["framework"]["queue2.keys"]
-    state["framework"]["queue2.keys"] = torch.nn.functional.normalize(torch.randn(keys.shape), dim=1)
+    state["framework"]["queue2.keys"] = torch.nn.functional.normalize(
+        torch.randn(keys.shape), dim=1
+    )
 
 
 def drop_target(state: dict[str, Any]) -> None:
@@ -243,9 +262,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ADAM = [drop_first_moments, drop_second_moments, drop_optimizer_steps]
 MUTANTS: dict[str, list[Any]] = {
     "synco_v2": [
-        *(drop_nothing, drop_position, drop_keys, drop_target, drop_statistics, drop_optimizer, drop_step),
+        *(
+            drop_nothing,
+            drop_position,
+            drop_keys,
+            drop_target,
+            drop_statistics,
+            drop_optimizer,
+            drop_step,
+        ),
     ],
-    "moby": [drop_nothing, drop_position, drop_keys, drop_target, drop_statistics, *ADAM, drop_step],
+    "moby": [
+        drop_nothing,
+        drop_position,
+        drop_keys,
+        drop_target,
+        drop_statistics,
+        *ADAM,
+        drop_step,
+    ],
     "moco_v2": [drop_nothing, drop_scaler, drop_target, drop_weights],
     "byol": [drop_nothing, drop_target, drop_statistics, drop_optimizer, drop_weights, drop_step],
 }
@@ -266,7 +301,9 @@ def halfway(method: str, output: Path) -> Path:
 
 
 @pytest.mark.parametrize(("method", "drop"), CASES)
-def test_the_comparison_notices_each_item_that_is_lost(method: str, drop: Any, output: Path) -> None:
+def test_the_comparison_notices_each_item_that_is_lost(
+    method: str, drop: Any, output: Path
+) -> None:
     tag = drop.__name__
     folder = output / method / tag
     found = checkpoint.newest_valid(halfway(method, output))
@@ -294,11 +331,15 @@ def test_the_best_values_so_far_survive(output: Path) -> None:
     assert runs.final_state(folder)["best"] == {"knn5_top1": 101.0}
 
 
-# ---- the probe -------------------------------------------------------------------------------------
+# ---- the probe -----------------------------------------------------------------------------------
 
 
 def probe_arguments(output: Path, tag: str) -> list[str]:
-    keys: dict[str, Any] = {"LINEAR__EPOCHS": 2, "LINEAR__BATCH_SIZE": 256, "LINEAR__LRS": [1.0, 10.0]}
+    keys: dict[str, Any] = {
+        "LINEAR__EPOCHS": 2,
+        "LINEAR__BATCH_SIZE": 256,
+        "LINEAR__LRS": [1.0, 10.0],
+    }
     keys |= {"KNN__K": [5], "CHECKPOINT__EVERY_STEPS": 2}
     weights = whole_run("byol", output) / f"ckpt_{runs.STEPS:08d}.pt"
     return runs.arguments("byol", output, tag, "--pretrained", str(weights), **keys)

@@ -36,11 +36,14 @@ def test_an_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert steps(folder) == [3, 6, 9, 11]
     again = checkpoint.load(folder / "ckpt_00000011.pt")["framework"]
     assert all((whole[name] == again[name]).all() for name in whole)
-    lines = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == sorted(set(lines))
 
     written = (folder / "ckpt_00000011.pt").stat().st_mtime_ns
-    train(monkeypatch, tmp_path, "--resume", older, CHECKPOINT__KEEP_LAST=9)  # as a requeued job would
+    # as a requeued job would
+    train(monkeypatch, tmp_path, "--resume", older, CHECKPOINT__KEEP_LAST=9)
     assert (folder / "ckpt_00000011.pt").stat().st_mtime_ns == written
 
 

@@ -31,7 +31,9 @@ def note_batches(rank: int, *, path: Path) -> None:
                 samples = []
                 for batch in batches:
                     for row, sample in enumerate(batch.indices.tolist()):
-                        views = b"".join(view[row].contiguous().numpy().tobytes() for view in batch.views)
+                        views = b"".join(
+                            view[row].contiguous().numpy().tobytes() for view in batch.views
+                        )
                         samples.append((sample, hashlib.sha256(views).hexdigest()))
                 file.write(json.dumps([index, samples]) + "\n")
                 yield index, batches
@@ -46,11 +48,15 @@ def kill_and_note(rank: int, *, path: Path, step: int) -> None:
 
 def noted(path: Path, world: int) -> dict[int, list[Any]]:
     """Return each step's global batch, put together from the ranks: position p lies on rank p % world."""
-    ranks = [map(json.loads, path.with_suffix(f".{r}").read_text().splitlines()) for r in range(world)]
+    ranks = [
+        map(json.loads, path.with_suffix(f".{r}").read_text().splitlines()) for r in range(world)
+    ]
     steps = {}
     for lines in zip(*ranks, strict=True):
         assert len({index for index, _ in lines}) == 1
-        steps[lines[0][0]] = [sample for row in zip(*(s for _, s in lines), strict=True) for sample in row]
+        steps[lines[0][0]] = [
+            sample for row in zip(*(s for _, s in lines), strict=True) for sample in row
+        ]
     return steps
 
 
@@ -60,7 +66,12 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def arguments(method: str, root: Path, tag: str, data: Path, world: int, **more: Any) -> list[str]:
-    keys = {**KEYS, "DATA__DATASET": "imagefolder", "DATA__PATH": str(data), "AUG__RECIPE": "moco_v2"}
+    keys = {
+        **KEYS,
+        "DATA__DATASET": "imagefolder",
+        "DATA__PATH": str(data),
+        "AUG__RECIPE": "moco_v2",
+    }
     keys |= {"TRAIN__BATCH_SIZE": GLOBAL // world, "TRAIN__EPOCHS": 6, "LOG__PRINT_FREQ": 1}
     keys |= {"CHECKPOINT__EVERY_STEPS": SAVED, "CHECKPOINT__KEEP_LAST": 9}
     return runs.arguments(method, root, tag, **{**keys, **more})
@@ -81,7 +92,8 @@ def test_the_run_goes_on_with_another_number_of_processes(method: str, tmp_path:
     argv = arguments(method, tmp_path, "saved", data, 2)
     fault = partial(kill_and_note, path=tmp_path / "saved", step=SAVED)
     assert (
-        forked.run("main_pretrain", argv, tmp_path / "log", ranks=2, prepare=fault) == [-signal.SIGKILL] * 2
+        forked.run("main_pretrain", argv, tmp_path / "log", ranks=2, prepare=fault)
+        == [-signal.SIGKILL] * 2
     )
     for world, workers in ((2, 0), (1, 2), (4, 0)):
         tag = f"world{world}"
@@ -96,9 +108,13 @@ def test_the_run_goes_on_with_another_number_of_processes(method: str, tmp_path:
         same = sum(seen[step] == whole[step] for step in range(SAVED, LAST))
         gap = max(abs(found[step] / truth[step] - 1) for step in range(SAVED + 1, LAST + 1))
         figure(
-            f"{method}, 2 -> {world} processes: global batches and views identical", f"{same}/{LAST - SAVED}"
+            f"{method}, 2 -> {world} processes: global batches and views identical",
+            f"{same}/{LAST - SAVED}",
         )
-        figure(f"{method}, 2 -> {world}: largest relative difference of the loss in 20 steps", f"{gap:.1e}")
+        figure(
+            f"{method}, 2 -> {world}: largest relative difference of the loss in 20 steps",
+            f"{gap:.1e}",
+        )
         assert same == LAST - SAVED
         assert gap <= (0 if world == 2 else 1e-5)
 

@@ -85,7 +85,9 @@ def test_state_of_module_and_optimizer_survives(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(module.parameters())
     module(torch.randn(3, 4)).sum().backward()
     optimizer.step()
-    path = save(tmp_path, 1, {"model": module.state_dict(), "optimizer": optimizer.state_dict()}, meta={})
+    path = save(
+        tmp_path, 1, {"model": module.state_dict(), "optimizer": optimizer.state_dict()}, meta={}
+    )
     loaded = load(path)
     assert loaded["model"]._metadata == module.state_dict()._metadata
     module.load_state_dict(loaded["model"], strict=True)
@@ -108,7 +110,10 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 def test_unfinished_metrics_in_meta_stay_valid_json(tmp_path: Path) -> None:
     path = save(tmp_path, 1, make_state(1), meta={"loss": float("nan")})
-    assert json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)["loss"] == "nan"
+    assert (
+        json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)["loss"]
+        == "nan"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -162,7 +167,8 @@ def test_flipped_bits_are_never_silent(pair: Path) -> None:
             victim.write_bytes(data)
             found = newest_valid(pair.parent)
             assert found is not None
-            if found.step == 2:  # only a flip that changes nothing that is read, such as a space of the JSON
+            # only a flip that changes nothing that is read, such as a space of the JSON
+            if found.step == 2:
                 assert victim.suffix == ".json"
                 assert found.meta == META
                 assert same(load(found.path), make_state(2))
@@ -244,7 +250,9 @@ def test_first_save_killed_before_its_commit_restarts_fresh(
 def test_none_valid_stops_with_every_reason(pair: Path) -> None:
     zero_page(pair)
     pair.with_name("ckpt_00000001.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"(?s)2 checkpoint.*00000002.*sha256.*00000001.*bytes.*step 0"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)2 checkpoint.*00000002.*sha256.*00000001.*bytes.*step 0"
+    ):
         newest_valid(pair.parent)
 
 
@@ -394,7 +402,9 @@ def test_full_disk_raises_oserror_and_leaves_the_old(pair: Path, room: int, step
         try:
             save(pair.parent, step, make_state(9, width=256), meta={})
         except OSError:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
             save(pair.parent, 4, make_state(4), meta={})  # room again: the process goes on
             os._exit(42)
 
@@ -499,7 +509,9 @@ def test_kill_at_any_instant_of_a_new_save(tmp_path: Path) -> None:
         assert same(state, make_state(state["step"]))
         seen.add(state["step"])
 
-    points = crash_everywhere(folder, lambda: save(folder, 2, make_state(2), meta={}) and None, check)
+    points = crash_everywhere(
+        folder, lambda: save(folder, 2, make_state(2), meta={}) and None, check
+    )
     assert points >= 8
     assert seen == {1, 2}
 
@@ -577,7 +589,9 @@ def test_a_record_with_an_odd_step_is_no_record(edit: bytes, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "replaces", [7, "x", [1], {}, {"bytes": "7", "sha256": ""}, {"bytes": 1, "sha256": 7}]
 )
-def test_a_sealed_record_that_replaces_something_odd_is_passed_over(replaces: Any, tmp_path: Path) -> None:
+def test_a_sealed_record_that_replaces_something_odd_is_passed_over(
+    replaces: Any, tmp_path: Path
+) -> None:
     for step in (6, 7):
         save(tmp_path, step, {"w": torch.ones(2)}, meta={})
     path = tmp_path / "ckpt_00000007.json"

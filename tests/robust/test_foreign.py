@@ -32,7 +32,7 @@ from utils.checkpoints.foreign import read_pickle, read_torch
 from utils.checkpoints.pickles import StandIn
 from utils.checkpoints.rebuild import ForeignFileError
 
-# ---- what honest files hold ------------------------------------------------------------------------
+# ---- what honest files hold ----------------------------------------------------------------------
 
 
 def published() -> dict[str, Any]:
@@ -76,7 +76,9 @@ def test_files_that_pickle_a_configuration_give_their_tensors(
         assert torch.equal(read[key], saved[key])
     assert np.array_equal(read["array"], saved["array"])
     assert read["max_accuracy"] == 72.5
-    assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], saved["optimizer"]["state"][0]["exp_avg"])
+    assert torch.equal(
+        read["optimizer"]["state"][0]["exp_avg"], saved["optimizer"]["state"][0]["exp_avg"]
+    )
     config = read["config"]
     assert isinstance(config, StandIn)
     assert config.entries["TRAIN"].entries == {"EPOCHS": 300}
@@ -86,7 +88,9 @@ def test_files_that_pickle_a_configuration_give_their_tensors(
 @pytest.mark.parametrize("foreign", [False, True], ids=["weights alone", "with a configuration"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_every_kind_of_value_comes_out_as_it_was_saved(form: str, foreign: bool, tmp_path: Path) -> None:
+def test_every_kind_of_value_comes_out_as_it_was_saved(
+    form: str, foreign: bool, tmp_path: Path
+) -> None:
     kinds = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8]
     kinds += [torch.bool, torch.complex64, torch.uint16, torch.uint64]
     tensors = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds}
@@ -148,11 +152,13 @@ def test_plain_pickles_read_as_they_were_written(protocol: int, tmp_path: Path) 
 
 def test_plain_pickles_may_hold_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"config": CfgNode({"A": 1})}))
-    with pytest.raises(ForeignFileError, match=r"a\.pkl asks for yacs\.config\.CfgNode; only plain data"):
+    with pytest.raises(
+        ForeignFileError, match=r"a\.pkl asks for yacs\.config\.CfgNode; only plain data"
+    ):
         read_pickle(tmp_path / "a.pkl")
 
 
-# ---- what hostile files try ------------------------------------------------------------------------
+# ---- what hostile files try ----------------------------------------------------------------------
 
 
 class Calls:
@@ -224,7 +230,9 @@ def test_hostile_objects_are_never_executed(form: str, loader: str, tmp_path: Pa
     payloads = hostile(canary)
     assert len(payloads) == 12
     for name, payload in payloads.items():
-        content = payload if form == "pickle" else {"model": {"w": torch.ones(2)}, "config": payload}
+        content = (
+            payload if form == "pickle" else {"model": {"w": torch.ones(2)}, "config": payload}
+        )
         write(form, content, tmp_path / "x.pth")
         with pytest.raises(CheckpointError, match=r"^\S*x\.pth ") as refused:
             LOADERS[loader](tmp_path / "x.pth")
@@ -254,7 +262,11 @@ def test_raw_programs_are_never_executed_and_change_nothing(loader: str, tmp_pat
         with pytest.raises(CheckpointError, match=r"^\S*x\.pkl "):
             LOADERS[loader](tmp_path / "x.pkl")
         assert not canary.exists(), name
-    assert (torch._utils._rebuild_tensor_v2.__defaults__, dict(vars(StandIn)), set(dir(builtins))) == before
+    assert (
+        torch._utils._rebuild_tensor_v2.__defaults__,
+        dict(vars(StandIn)),
+        set(dir(builtins)),
+    ) == before
 
 
 def test_reading_imports_nothing_that_the_file_names(tmp_path: Path) -> None:
@@ -270,7 +282,7 @@ def test_reading_imports_nothing_that_the_file_names(tmp_path: Path) -> None:
     assert "evil_module" not in sys.modules
 
 
-# ---- what huge declared sizes try ------------------------------------------------------------------
+# ---- what huge declared sizes try ----------------------------------------------------------------
 
 
 def rebuilt(shape: tuple, stride: tuple, count: int = 4, offset: int = 0) -> bytes:
@@ -285,16 +297,28 @@ def rebuilt(shape: tuple, stride: tuple, count: int = 4, offset: int = 0) -> byt
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> Any:
-            return ("storage", torch.FloatStorage, "0", "cpu", count) if isinstance(value, Storage) else None
+            return (
+                ("storage", torch.FloatStorage, "0", "cpu", count)
+                if isinstance(value, Storage)
+                else None
+            )
 
     program = io.BytesIO()
     tensor = Calls(
-        torch._utils._rebuild_tensor_v2, Storage(), offset, shape, stride, False, collections.OrderedDict()
+        torch._utils._rebuild_tensor_v2,
+        Storage(),
+        offset,
+        shape,
+        stride,
+        False,
+        collections.OrderedDict(),
     )
     Pickler(program, protocol=2).dump({"config": CfgNode({}), "w": tensor})
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for name in source.namelist():
-            archive.writestr(name, program.getvalue() if name.endswith("data.pkl") else source.read(name))
+            archive.writestr(
+                name, program.getvalue() if name.endswith("data.pkl") else source.read(name)
+            )
     return out.getvalue()
 
 
@@ -334,7 +358,9 @@ def test_huge_declared_sizes_are_refused(data: bytes, tmp_path: Path) -> None:
 
 def test_tensors_larger_than_their_values_are_refused_in_ordinary_files_too(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1).expand(2**30)}, tmp_path / "a.pth")
-    with pytest.raises(ForeignFileError, match=r"a\.pth holds a tensor of shape \(1073741824,\) without"):
+    with pytest.raises(
+        ForeignFileError, match=r"a\.pth holds a tensor of shape \(1073741824,\) without"
+    ):
         read_torch(tmp_path / "a.pth")
 
 
@@ -348,7 +374,7 @@ def test_compressed_archives_are_refused_before_they_unpack(tmp_path: Path) -> N
         read_torch(tmp_path / "b.pth")
 
 
-# ---- what chance does ------------------------------------------------------------------------------
+# ---- what chance does ----------------------------------------------------------------------------
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:

@@ -24,7 +24,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
     )
     if mount.returncode:
         pytest.skip(
@@ -109,7 +111,8 @@ def test_logs_that_take_no_byte_are_reported_once_each(tmp_path: Path) -> None:
     fault = partial(no_file_may_grow, first=3, last=8)
     (job,) = forked.start("main_pretrain", argv, tmp_path / "log", prepare=fault)
     assert job.wait() == 0, job.text()
-    # the limit holds for the captured terminal too, so that the warnings are read where there was room
+    # the limit holds for the captured terminal too, so that the warnings are read where there was
+    # room
     text = (tmp_path / "moby" / "t" / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines() if line]
     assert {line["step"] for line in lines if "loss" in line} == {1, 2, 3, 9, 10, 11}

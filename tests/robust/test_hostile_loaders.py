@@ -49,7 +49,9 @@ def probe_resuming(file: Path, root: Path, tag: str) -> list[str]:
     from models.parts.backbones import build_backbone
 
     torch.save(build_backbone("resnet8").state_dict(), root / "honest.pt")
-    return runs.arguments("moby", root, tag, "--pretrained", str(root / "honest.pt"), "--resume", str(file))
+    return runs.arguments(
+        "moby", root, tag, "--pretrained", str(root / "honest.pt"), "--resume", str(file)
+    )
 
 
 def finetune_resuming(file: Path, root: Path, tag: str) -> list[str]:
@@ -73,7 +75,9 @@ def detecting(file: Path, root: Path, tag: str, flag: str = "--pretrained") -> l
         shapes.voc(data)
     keys = {"DATA__DATASET": "voc", "DETECTION__CLASSES": ",".join(shapes.CLASSES)}
     keys |= {"DETECTION__TRAIN_SPLIT": "2007_trainval", "DETECTION__TEST_SPLIT": "2007_test"}
-    weights = [flag, str(file)] if flag == "--pretrained" else ["--pretrained", "none", flag, str(file)]
+    weights = (
+        [flag, str(file)] if flag == "--pretrained" else ["--pretrained", "none", flag, str(file)]
+    )
     place = ["--data-path", str(data), "--output", str(root), "--tag", tag, "--device", "cpu"]
     return [*place, *weights, "--batch-size", "2", "--opts", *shapes.opts(**keys)]
 
@@ -85,13 +89,23 @@ def replaying(file: Path, root: Path, tag: str) -> list[str]:
 def converting(file: Path, root: Path, tag: str, command: str) -> list[str]:
     (root / "run.yaml").write_text("MODEL: {NAME: moby, BACKBONE: {NAME: resnet8}}\n")
     form = ["--to", "torchvision"] if command == "export" else []
-    return [command, str(file), "--cfg", str(root / "run.yaml"), *form, "--output", str(root / "out.pt")]
+    return [
+        command,
+        str(file),
+        "--cfg",
+        str(root / "run.yaml"),
+        *form,
+        "--output",
+        str(root / "out.pt"),
+    ]
 
 
 def ground_truth(file: Path, root: Path, tag: str) -> list[str]:
     (root / tag).mkdir(exist_ok=True)
     (root / tag / f"gnd_{tag}.pkl").write_bytes(file.read_bytes())
-    return runs.arguments("moby", root, tag, "--pretrained", "none", "--sets", tag, DATA__PATH=str(root))
+    return runs.arguments(
+        "moby", root, tag, "--pretrained", "none", "--sets", tag, DATA__PATH=str(root)
+    )
 
 
 # the command, the arguments that lead it to the file
@@ -115,7 +129,10 @@ LOADERS: dict[str, tuple[str, Callable[[Path, Path, str], list[str]]]] = {
     "tools/retrieval --pretrained": ("tools.retrieval", frozen),
     "tools/retrieval, ground truth": ("tools.retrieval", ground_truth),
     "detection/main_detection --pretrained": ("detection.main_detection", detecting),
-    "detection/main_detection --resume": ("detection.main_detection", partial(detecting, flag="--resume")),
+    "detection/main_detection --resume": (
+        "detection.main_detection",
+        partial(detecting, flag="--resume"),
+    ),
     "detection/convert_to_detectron2": (
         "detection.convert_to_detectron2",
         lambda file, root, tag: [str(file), str(root / "out.pkl")],
@@ -146,7 +163,9 @@ def try_all(name: str, root: str, result: str) -> None:
             except SystemExit as error:
                 said[f"{payload}, {form}"] = f"exit {error.code}"
             except ValueError as error:
-                named = file.name in str(error) or "ckpt_00000003" in str(error) or "gnd_" in str(error)
+                named = (
+                    file.name in str(error) or "ckpt_00000003" in str(error) or "gnd_" in str(error)
+                )
                 said[f"{payload}, {form}"] = "refused" if named else f"another reason: {error}"
             if canary.exists():
                 executed.append(payload)
@@ -164,7 +183,10 @@ def test_no_command_executes_a_hostile_file(name: str, tmp_path: Path) -> None:
     process.join(forked.LIMIT)
     assert process.exitcode == 0
     found: dict[str, Any] = json.loads(result.read_text())
-    figure("executed / files, of each command", f"{len(found['executed'])}/{len(found['said'])} {name}")
+    figure(
+        "executed / files, of each command", f"{len(found['executed'])}/{len(found['said'])} {name}"
+    )
     assert found["executed"] == []
-    assert set(found["said"].values()) == {"refused"}, found["said"]  # and by name: the file was reached
+    # and by name: the file was reached
+    assert set(found["said"].values()) == {"refused"}, found["said"]
     assert len(found["said"]) == 24

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120  # seconds in which an honest child is long done, on a loaded machine
 
 
-# ---- safetensors -----------------------------------------------------------------------------------
+# ---- safetensors ---------------------------------------------------------------------------------
 
 
 def test_safetensors_are_read_as_the_library_writes_them(tmp_path: Path) -> None:
@@ -91,9 +91,12 @@ def test_safetensors_are_read_in_proportion_to_their_size(tmp_path: Path) -> Non
     path = tmp_path / "a.safetensors"
     save_file({str(i): torch.zeros(2**16) for i in range(64)}, path)
     code = "import sys, pathlib, test_hostile_weights as t; print(t.bytes_touched(pathlib.Path(sys.argv[1])))"
-    # With a fixed threshold each large allocation is mapped afresh, so that each copied page is a fault.
+    # With a fixed threshold each large allocation is mapped afresh, so that each copied page is a
+    # fault.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        map(str, (ROOT, ROOT / "tests", Path(__file__).parent))
+    )
     touched = subprocess.run(
         [sys.executable, "-c", code, str(path)],
         env=environment,
@@ -102,10 +105,11 @@ def test_safetensors_are_read_in_proportion_to_their_size(tmp_path: Path) -> Non
         check=True,
     )
     size = path.stat().st_size
-    assert size / 2 < int(touched.stdout) < 5 * size  # at least each tensor; at most some copies of all
+    # at least each tensor; at most some copies of all
+    assert size / 2 < int(touched.stdout) < 5 * size
 
 
-# ---- pickles: small files that have no end, or that unfold -----------------------------------------
+# ---- pickles: small files that have no end, or that unfold ---------------------------------------
 
 
 def text(value: str) -> bytes:
@@ -191,7 +195,9 @@ VALUES = {  # the value of one key of the dictionary
 }  # fmt: skip
 
 
-def zip_file(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, values: int = 16) -> None:
+def zip_file(
+    path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, values: int = 16
+) -> None:
     with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
         archive.writestr("a/data.pkl", program)
         archive.writestr("a/version", "3\n")
@@ -206,11 +212,15 @@ def hostile_files(folder: Path) -> list[Path]:
         for kind, before in (("plain", b""), ("foreign", text("f") + STAND_IN)):
             program = b"\x80\x02}(" + before + text("w") + value + b"u."
             zip_file(folder / f"{index:02} {kind} {name}.pth".replace("/", "-"), program)
-    start = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    start = b"".join(
+        pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    )
     keys = start + b"\x80\x02}.\x80\x02]" + ENDLESS + b"a." + bytes(64)
     (folder / "legacy keys.pth").write_bytes(keys)
     storage = STORAGE.replace(b"K\x04", number(2**32))
-    sizes = start + b"\x80\x02}" + text("w") + REBUILD + storage + b"K\x00K\x04\x85K\x01\x85" + HOOKS
+    sizes = (
+        start + b"\x80\x02}" + text("w") + REBUILD + storage + b"K\x00K\x04\x85K\x01\x85" + HOOKS
+    )
     (folder / "legacy sizes.pth").write_bytes(sizes + b"s." + pickle.dumps(["0"], 2) + bytes(64))
     huge = number(2**29)
     tensor = REBUILD + STORAGE.replace(b"K\x04", huge) + b"K\x00" + huge + b"\x85K\x01\x85" + HOOKS
@@ -239,7 +249,11 @@ def read_all(reader: str, files: list[Path], results: Path) -> None:
                 READERS[reader](file)
                 said = "read"
             except CheckpointError as error:
-                told = str(file) in str(error) and "\n" not in str(error) and "MemoryError" not in str(error)
+                told = (
+                    str(file) in str(error)
+                    and "\n" not in str(error)
+                    and "MemoryError" not in str(error)
+                )
                 said = "refused" if told else f"other words: {error}"[:300]
             print(said, file=out, flush=True)
 
@@ -251,7 +265,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("reader", READERS)
-def test_small_files_neither_hang_nor_take_memory(reader: str, files: list[Path], tmp_path: Path) -> None:
+def test_small_files_neither_hang_nor_take_memory(
+    reader: str, files: list[Path], tmp_path: Path
+) -> None:
     results = tmp_path / "results"
     process = forked.context().Process(target=read_all, args=(reader, files, results))
     process.start()

@@ -36,12 +36,23 @@ def long_run(root: str, steps: int, every: int) -> None:
     from utils.config.load import load_config
     from utils.config.schema import declare
 
-    flags = {"OUTPUT": root, "NAME": "long", "DEVICE": "cpu", "TRAIN.EPOCHS": steps * BATCH // IMAGES}
-    flags |= {"CHECKPOINT.EVERY_EPOCHS": 0, "CHECKPOINT.EVERY_STEPS": 500, "TRAIN.CHANNELS_LAST": False}
+    flags = {
+        "OUTPUT": root,
+        "NAME": "long",
+        "DEVICE": "cpu",
+        "TRAIN.EPOCHS": steps * BATCH // IMAGES,
+    }
+    flags |= {
+        "CHECKPOINT.EVERY_EPOCHS": 0,
+        "CHECKPOINT.EVERY_STEPS": 500,
+        "TRAIN.CHANNELS_LAST": False,
+    }
     cfg = load_config(declare(framework_options()), flags=flags)
     run = start_run(cfg)
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 3, 8, 8), dtype=np.uint8)
-    source = ArraySource("toy", torch.from_numpy(pixels), torch.zeros(IMAGES, dtype=torch.int64), ["0"])
+    source = ArraySource(
+        "toy", torch.from_numpy(pixels), torch.zeros(IMAGES, dtype=torch.int64), ["0"]
+    )
     run.fingerprint = source.fingerprint()
     recipe = build_recipe("linear", 8) * 2  # cheap: what is watched is the engine
     loader = GlobalLoader(source, recipe, global_batch=BATCH, seed=0, device=run.device)
@@ -100,7 +111,8 @@ def slope(seen: list[list[float]], column: int) -> float:
 def test_a_thousand_steps_open_no_file_more(tmp_path: Path) -> None:
     seen = watch(tmp_path, 1008, 100, 120)  # 63 epochs
     early, late = seen[1:6], seen[6:]
-    # the least of several: a checkpoint under way holds a file and a thread for a moment, a leak for good
+    # the least of several: a checkpoint under way holds a file and a thread for a moment, a leak
+    # for good
     for column, what in ((2, "open files"), (3, "threads")):
         assert min(row[column] for row in late) <= min(row[column] for row in early), (what, seen)
 
@@ -115,7 +127,9 @@ def test_twenty_thousand_steps_without_growth(tmp_path: Path) -> None:
         f"{steps:,}",
         f"(metrics every 10, a checkpoint every 500, {steps * BATCH // IMAGES:,} epochs)",
     )
-    figure("growth of memory per 1,000 steps", f"{memory:.1f}", f"KiB of {seen[-1][1] / 1024:.0f} MiB")
+    figure(
+        "growth of memory per 1,000 steps", f"{memory:.1f}", f"KiB of {seen[-1][1] / 1024:.0f} MiB"
+    )
     figure("growth of open files per 1,000 steps", f"{files:.2f}")
     figure("growth of threads per 1,000 steps", f"{threads:.2f}")
     assert memory < 50

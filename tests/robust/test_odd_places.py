@@ -29,7 +29,10 @@ def test_a_run_in_an_odd_place(tmp_path: Path) -> None:
     keys = {"DATA__DATASET": "imagefolder", "DATA__PATH": str(data), "AUG__RECIPE": "moco_v2"}
     keys |= {"TRAIN__BATCH_SIZE": 8, "DATA__NUM_WORKERS": 1}
     digests = []
-    for output, prepare in ((tmp_path / "österreich out", odd_surroundings), (tmp_path / "plain", None)):
+    for output, prepare in (
+        (tmp_path / "österreich out", odd_surroundings),
+        (tmp_path / "plain", None),
+    ):
         argv = runs.arguments("moco_v2", output, "t", **keys)
         for _ in range(2):  # and resumes there
             (job,) = forked.start("main_pretrain", argv, tmp_path / "log", prepare=prepare)

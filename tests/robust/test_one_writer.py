@@ -31,7 +31,11 @@ def note_changes(rank: int, *, output: Path, notes: Path) -> None:
             changes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         else:
             path, changes = arguments[0] if arguments else "", event in CHANGES
-        if changes and isinstance(path, str | bytes | os.PathLike) and str(output) in os.fsdecode(path):
+        if (
+            changes
+            and isinstance(path, str | bytes | os.PathLike)
+            and str(output) in os.fsdecode(path)
+        ):
             os.write(note, f"{event} {os.fsdecode(path)}\n".encode())
 
     sys.addaudithook(hook)
@@ -39,7 +43,12 @@ def note_changes(rank: int, *, output: Path, notes: Path) -> None:
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
     output = tmp_path / "output"
-    keys = {"KNN__EVERY_EPOCHS": 1, "KNN__K": [5], "LINEAR__BATCH_SIZE": 512, "LOG__TENSORBOARD": True}
+    keys = {
+        "KNN__EVERY_EPOCHS": 1,
+        "KNN__K": [5],
+        "LINEAR__BATCH_SIZE": 512,
+        "LOG__TENSORBOARD": True,
+    }
     argv = runs.arguments("moco_v2", output, "t", world=2, **keys)
     prepare = partial(note_changes, output=output, notes=tmp_path / "notes")
     for _ in range(2):  # a fresh run, and one that resumes at its end

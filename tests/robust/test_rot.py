@@ -103,7 +103,9 @@ def damage(folder: Path, flips: int, truncations: int) -> dict[str, dict[str, in
 def check(counts: dict[str, dict[str, int]]) -> None:
     for kind, found in counts.items():
         figure(f"{sum(found.values()):,} {kind}: silently wrong", found["wrong"])
-        figure(f"{sum(found.values()):,} {kind}: previous checkpoint taken", found["previous taken"])
+        figure(
+            f"{sum(found.values()):,} {kind}: previous checkpoint taken", found["previous taken"]
+        )
         assert found["wrong"] == 0
         assert found["previous taken"] > 0.9 * sum(found.values())
     assert counts["truncations"]["harmless"] == 0

@@ -33,7 +33,8 @@ def assert_fails(
 ) -> list[str]:
     """Run to its failure; return the error lines of all ranks, of which the first must match ``message``.
 
-    With ``everywhere`` every rank has to leave with ``code``; else one, and the others with 5 (lost it).
+    With ``everywhere`` every rank has to leave with ``code``; else one, and the others with 5 (lost
+    it).
     """
     jobs = forked.start(main, argv, tmp_path / "log", ranks=ranks, prepare=prepare)
     codes = [job.wait() for job in jobs]
@@ -59,16 +60,24 @@ def finite(value: Any) -> bool:
     return all(finite(item) for item in value) if isinstance(value, list) else True
 
 
-# ---- input -----------------------------------------------------------------------------------------
+# ---- input ---------------------------------------------------------------------------------------
 
 BAD_INPUT: dict[str, tuple[list[str], dict[str, Any], str]] = {
-    "path": (["--data-path", "/no/such"], {"DATA__DATASET": "imagefolder"}, r"--data-path\).*'/no/such'"),
+    "path": (
+        ["--data-path", "/no/such"],
+        {"DATA__DATASET": "imagefolder"},
+        r"--data-path\).*'/no/such'",
+    ),
     "no path": ([], {"DATA__DATASET": "imagefolder"}, r"--data-path\) is empty"),
     "data set": ([], {"DATA__DATASET": "digitz"}, r"DATA.DATASET.*digitz.*digits"),
     "key": ([], {"TRAIN__EPOCSH": 1}, r"TRAIN.EPOCSH.*TRAIN.EPOCHS"),
     "value": ([], {"TRAIN__EPOCHS": "many"}, r"TRAIN.EPOCHS.*many"),
     "method": ([], {"MODEL__NAME": "mocco"}, r"MODEL.NAME.*mocco.*moco_v2"),
-    "backbone": ([], {"MODEL__BACKBONE__NAME": "resnet9"}, r"MODEL.BACKBONE.NAME.*resnet9.*resnet8"),
+    "backbone": (
+        [],
+        {"MODEL__BACKBONE__NAME": "resnet9"},
+        r"MODEL.BACKBONE.NAME.*resnet9.*resnet8",
+    ),
     "recipe": ([], {"AUG__RECIPE": "mocov2"}, r"AUG.RECIPE.*mocov2.*moco_v2"),
     "batch": ([], {"TRAIN__BATCH_SIZE": 5000}, r"1438 images.*TRAIN.BATCH_SIZE"),
     "queue": ([], {"MODEL__MOBY__QUEUE_SIZE": 500}, r"QUEUE_SIZE: 500.*512"),
@@ -120,7 +129,7 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
         assert line.startswith("error: ")
 
 
-# ---- images ----------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 
 def folder_arguments(tmp_path: Path, bad: int, **options: Any) -> list[str]:
@@ -135,7 +144,9 @@ def folder_arguments(tmp_path: Path, bad: int, **options: Any) -> list[str]:
 def test_a_few_corrupt_images_are_replaced_and_named(tmp_path: Path) -> None:
     (job,) = forked.start("main_pretrain", folder_arguments(tmp_path, 2), tmp_path / "log")
     assert job.wait() == 0
-    named = {Path(name).name for name in re.findall(r"unreadable image replaced: (\S+) ", job.text())}
+    named = {
+        Path(name).name for name in re.findall(r"unreadable image replaced: (\S+) ", job.text())
+    }
     assert named == {"000.png", "002.png"}
 
 
@@ -157,10 +168,12 @@ def kill_a_worker(rank: int) -> None:
 
 def test_a_dead_loader_worker(tmp_path: Path) -> None:
     argv = folder_arguments(tmp_path, 0, DATA__NUM_WORKERS=1, TRAIN__EPOCHS=20)
-    assert_fails(5, argv, "a data loader worker failed.*NUM_WORKERS", tmp_path, prepare=kill_a_worker)
+    assert_fails(
+        5, argv, "a data loader worker failed.*NUM_WORKERS", tmp_path, prepare=kill_a_worker
+    )
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +216,9 @@ def test_a_changed_data_set_is_refused(tmp_path: Path) -> None:
     }
     for change, (do, undo) in changes.items():
         do()
-        (line,) = assert_fails(2, argv, "was trained on other data.*added, removed or renamed", tmp_path)
+        (line,) = assert_fails(
+            2, argv, "was trained on other data.*added, removed or renamed", tmp_path
+        )
         assert line.startswith("error: ")
         undo()
         figure(f"data set with a file {change}", "refused")
@@ -237,13 +252,15 @@ def load_fails_on_rank_1(rank: int) -> None:
         checkpoint.load = refuse
 
 
-def test_a_rank_that_cannot_see_the_checkpoint_stops_all_and_is_named(trained: Path, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_see_the_checkpoint_stops_all_and_is_named(
+    trained: Path, tmp_path: Path
+) -> None:
     argv = runs.arguments("moby", trained, "t", world=2)
     (line,) = assert_fails(2, argv, "no such file", tmp_path, ranks=2, prepare=load_fails_on_rank_1)
     assert line.startswith("error (rank 1): ")
 
 
-# ---- the folder ------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 def wait_for_file(rank: int, *, path: Path) -> None:
@@ -272,7 +289,7 @@ def test_one_folder_one_run(tmp_path: Path) -> None:
     figure("third job, after a SIGKILL of the first", "resumed")
 
 
-# ---- numbers ---------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def poison_loss(
@@ -296,10 +313,14 @@ def poison_loss(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, ranks: int, value: float) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    tmp_path: Path, ranks: int, value: float
+) -> None:
     argv, folder = runs.arguments("moby", tmp_path, "t", world=ranks), tmp_path / "moby" / "t"
     fault = partial(poison_loss, step=5, ranks=(ranks - 1,), value=value)
-    lines = assert_fails(3, argv, "step 5: the gradient norm is", tmp_path, ranks=ranks, prepare=fault)
+    lines = assert_fails(
+        3, argv, "step 5: the gradient norm is", tmp_path, ranks=ranks, prepare=fault
+    )
     assert all("OPTIM.BASE_LR" in line for line in lines)
     assert runs.status(folder)["state"] == "failed"
     assert runs.status(folder)["step"] == 5
@@ -317,7 +338,7 @@ def test_a_loss_scale_that_never_recovers_stops_the_run(tmp_path: Path) -> None:
     assert state["scaler"]["scale"] < 1
 
 
-# ---- resources -------------------------------------------------------------------------------------
+# ---- resources -----------------------------------------------------------------------------------
 
 
 def limit_files(size: int) -> None:
@@ -350,7 +371,9 @@ def disk_always_full(rank: int) -> None:
 
 def test_a_disk_that_stays_full_is_no_success(tmp_path: Path) -> None:
     argv = runs.arguments("moby", tmp_path, "t", world=2)
-    (line,) = assert_fails(2, argv, "not saved; .*free space", tmp_path, ranks=2, prepare=disk_always_full)
+    (line,) = assert_fails(
+        2, argv, "not saved; .*free space", tmp_path, ranks=2, prepare=disk_always_full
+    )
     assert line.startswith("error: ")
     assert runs.status(tmp_path / "moby" / "t")["state"] == "failed"
 
@@ -387,7 +410,10 @@ def fault_of_ours(rank: int) -> None:
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     (job,) = forked.start(
-        "main_pretrain", runs.arguments("moby", tmp_path, "t"), tmp_path / "log", prepare=fault_of_ours
+        "main_pretrain",
+        runs.arguments("moby", tmp_path, "t"),
+        tmp_path / "log",
+        prepare=fault_of_ours,
     )
     assert job.wait() == 1
     assert "Traceback" in job.text()

@@ -30,7 +30,9 @@ def evaluated() -> dict[str, float]:
     from evaluation.finetune import accuracy
 
     device = torch.device("cpu")
-    return accuracy(model, evaluation_batches(source(), 8, batch_size=BATCH, device=device), "test_", device)
+    return accuracy(
+        model, evaluation_batches(source(), 8, batch_size=BATCH, device=device), "test_", device
+    )
 
 
 @pytest.fixture(scope="module")

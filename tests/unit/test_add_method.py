@@ -23,7 +23,9 @@ class Mean(MomentumFramework):
     def __init__(
         self, backbone: nn.Module, target_backbone: nn.Module | None = None, *, width: Count = 8
     ) -> None:
-        super().__init__(Encoder(backbone, mlp(backbone.num_features, width, width)), target_backbone)
+        super().__init__(
+            Encoder(backbone, mlp(backbone.num_features, width, width)), target_backbone
+        )
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         target = unit(self.target(views[1]))
@@ -41,7 +43,15 @@ def test_toy_method_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "DATA: {DATASET: digits, IMG_SIZE: 16, NUM_WORKERS: 0}\nAUG: {RECIPE: digits}\n"
         "TRAIN: {EPOCHS: 1, BATCH_SIZE: 512}\nLOG: {TENSORBOARD: False}\n"
     )
-    argv = ["main_pretrain.py", "--cfg", str(config), "--output", str(tmp_path / "out"), "--tag", "t"]
+    argv = [
+        "main_pretrain.py",
+        "--cfg",
+        str(config),
+        "--output",
+        str(tmp_path / "out"),
+        "--tag",
+        "t",
+    ]
     monkeypatch.setattr("sys.argv", argv)
     try:
         assert main_pretrain.main() == 0
@@ -52,7 +62,9 @@ def test_toy_method_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "WIDTH: 12" in (folder / "config.yaml").read_text()
 
 
-def test_the_limits_of_an_option_are_declared_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_of_an_option_are_declared_in_the_signature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(models.FRAMEWORKS, "mean", Mean)
     schema = declare(models.framework_options())
     assert load_config(schema, flags={"MODEL.MEAN.WIDTH": 1}).MODEL.MEAN.WIDTH == 1

@@ -17,7 +17,8 @@ State = dict[str, Tensor]
 def make_backbone(width: int = 4, depth: int = 2) -> nn.Module:
     """Return a backbone with parameters, buffers and nested names."""
     layers = [
-        nn.Sequential(nn.Conv2d(width, width, 3, bias=False), nn.BatchNorm2d(width)) for _ in range(depth)
+        nn.Sequential(nn.Conv2d(width, width, 3, bias=False), nn.BatchNorm2d(width))
+        for _ in range(depth)
     ]
     return nn.ModuleDict({"stem": nn.Conv2d(3, width, 3), "layers": nn.Sequential(*layers)})
 
@@ -56,7 +57,9 @@ LAYOUTS: dict[str, Callable[[State], dict]] = {
     "moco": lambda s: {
         "epoch": 200,
         "state_dict": {
-            **prefixed({**s, "fc.0.weight": torch.zeros(4, 4), **head("fc.2")}, "module.encoder_q."),
+            **prefixed(
+                {**s, "fc.0.weight": torch.zeros(4, 4), **head("fc.2")}, "module.encoder_q."
+            ),
             **prefixed(other(s), "module.encoder_k."),
             "module.queue": torch.zeros(8, 16),
         },
@@ -89,7 +92,9 @@ def test_every_layout_gives_the_online_backbone(name: str) -> None:
     assert_loads(state, published)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
+)
 def test_timm_models_with_their_classifiers_fit_their_backbones(name: str) -> None:
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
@@ -105,7 +110,9 @@ def test_timm_models_with_their_classifiers_fit_their_backbones(name: str) -> No
     assert all(key.startswith(("fc.", "head.")) for key in report.unexpected)
 
 
-@pytest.mark.parametrize("checkpoint", [{}, {"epoch": 3}, {"state_dict": {}}, {"framework": {"step": 1}}])
+@pytest.mark.parametrize(
+    "checkpoint", [{}, {"epoch": 3}, {"state_dict": {}}, {"framework": {"step": 1}}]
+)
 def test_files_without_tensors_are_refused(checkpoint: dict) -> None:
     with pytest.raises(ValueError, match=r"no backbone found.*known layouts: synco"):
         backbone_state(checkpoint)
@@ -136,10 +143,15 @@ def drop(key: str) -> Callable[[State], State]:
         (lambda s: make_backbone(depth=1).state_dict(), "another architecture, depth"),
         (lambda s: make_backbone(depth=3).state_dict(), "unexpected"),
         (lambda s: {**s, "stem.bias": torch.zeros(4, dtype=torch.int64)}, "wrong shape"),
-        (lambda s: {**s, "stem.bias": torch.tensor([1, 2, 3, torch.nan])}, r"not finite \(stem\.bias\)"),
+        (
+            lambda s: {**s, "stem.bias": torch.tensor([1, 2, 3, torch.nan])},
+            r"not finite \(stem\.bias\)",
+        ),
     ],
 )
-def test_poor_matches_are_refused_and_change_nothing(spoil: Callable[[State], State], message: str) -> None:
+def test_poor_matches_are_refused_and_change_nothing(
+    spoil: Callable[[State], State], message: str
+) -> None:
     backbone = make_backbone()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with pytest.raises(ValueError, match=r"^runs/a\.pt.*" + message):
@@ -168,7 +180,9 @@ def test_report_accounts_for_heads_and_counters() -> None:
 
 
 def test_half_precision_files_load() -> None:
-    published = {k: v.half() if v.is_floating_point() else v for k, v in make_backbone().state_dict().items()}
+    published = {
+        k: v.half() if v.is_floating_point() else v for k, v in make_backbone().state_dict().items()
+    }
     backbone = make_backbone()
     load_backbone(backbone, published, "file.pt")
     assert backbone.state_dict()["stem.weight"].dtype == torch.float32

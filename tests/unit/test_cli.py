@@ -62,9 +62,15 @@ def test_flags_that_are_not_given_leave_the_configuration_alone() -> None:
 
 def test_the_published_commands_parse_as_they_stand() -> None:
     args, flags = parsed(
-        *("--cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T --local_rank 0").split(),
-        *("--batch-size 64 --zip --cache-mode part --amp-opt-level O0 --accumulation-steps 1").split(),
-        *("--resume r.pth --use-checkpoint --eval --throughput --opts TRAIN.EPOCHS 3 SEED 1").split(),
+        *(
+            "--cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T --local_rank 0"
+        ).split(),
+        *(
+            "--batch-size 64 --zip --cache-mode part --amp-opt-level O0 --accumulation-steps 1"
+        ).split(),
+        *(
+            "--resume r.pth --use-checkpoint --eval --throughput --opts TRAIN.EPOCHS 3 SEED 1"
+        ).split(),
     )
     assert args.opts == ["TRAIN.EPOCHS", "3", "SEED", "1"]
     assert args.eval
@@ -93,7 +99,10 @@ def test_a_probe_renames_what_means_its_own_thing() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--gradient-accumulation-steps", "8"], ["--gradient-accumulation-steps", "--accumulation-steps"]),
+        (
+            ["--gradient-accumulation-steps", "8"],
+            ["--gradient-accumulation-steps", "--accumulation-steps"],
+        ),
         (["--batchsize", "8"], ["'--batchsize'", "--batch-size"]),
         (["--data", "x"], ["'--data'", "did you mean"]),
         (["--outputs=x"], ["--output"]),
@@ -116,7 +125,9 @@ def test_what_is_not_understood_is_refused(
 
 
 @pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
-def test_a_local_rank_becomes_the_environment_variable(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_rank_becomes_the_environment_variable(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOCAL_RANK", "to be removed")
     del os.environ["LOCAL_RANK"]
     assert parsed(f"{flag}=3")[1] == {}
@@ -132,7 +143,8 @@ def test_no_local_rank_leaves_the_environment_alone(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("gpu", "bf16", "expected"), [(False, False, "bf16"), (True, True, "bf16"), (True, False, "fp16")]
+    ("gpu", "bf16", "expected"),
+    [(False, False, "bf16"), (True, True, "bf16"), (True, False, "fp16")],
 )
 @pytest.mark.parametrize("level", ["O1", "O2"])
 def test_mixed_precision_is_bf16_unless_the_gpu_lacks_it(
@@ -164,7 +176,11 @@ def test_help_and_a_mistyped_flag_answer_without_torch(main: str) -> None:
     )
     for flag, code, text in (("--help", 0, "--data-path"), ("--hepl", 2, "did you mean --help")):
         ran = subprocess.run(
-            [sys.executable, "-c", script, flag], cwd=ROOT, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", script, flag],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert (ran.returncode, text in ran.stdout + ran.stderr) == (code, True), ran.stderr
 
@@ -179,7 +195,7 @@ def test_help_names_every_flag_with_its_key(capsys: pytest.CaptureFixture[str]) 
     assert "--local" not in text
 
 
-# ---- how a main ends ------------------------------------------------------------------------------------
+# ---- how a main ends -----------------------------------------------------------------------------
 
 
 class NonFiniteError(RuntimeError):
@@ -220,7 +236,10 @@ def test_one_rank_says_what_all_ranks_read(
     from utils.config.load import ConfigError
 
     monkeypatch.setenv("RANK", "1")
-    for error, expected in ((ConfigError("common"), ""), (ValueError("own"), "error (rank 1): own\n")):
+    for error, expected in (
+        (ConfigError("common"), ""),
+        (ValueError("own"), "error (rank 1): own\n"),
+    ):
 
         def main(error: Exception = error) -> int:
             raise error
@@ -240,7 +259,11 @@ def test_the_exit_code_is_the_mains() -> None:
     ("error", "code", "words"),
     [
         (MemoryError(), 4, "out of memory; lower --batch-size"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 4, "lower"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            4,
+            "lower",
+        ),
         (OSError(12, "Cannot allocate memory"), 4, "out of memory"),
         (BlockingIOError(11, "Resource temporarily unavailable"), 5, "ulimit -u"),
         (RuntimeError("can't start new thread"), 5, "DATA.NUM_WORKERS"),
@@ -249,11 +272,17 @@ def test_the_exit_code_is_the_mains() -> None:
         (RuntimeError("unable to write to file </t>: No space left on device (28)"), 5, "/dev/shm"),
         (OSError(28, "No space left on device", "ckpt.pt"), 2, "free space"),
         (OSError(13, "Permission denied", "x"), 2, "permissions"),
-        (RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 28. x"), 5, "shm-size"),
+        (
+            RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 28. x"),
+            5,
+            "shm-size",
+        ),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 5, "NUM_WORKERS"),
     ],
 )
-def test_a_limit_of_the_machine_is_told_with_its_remedy(error: Exception, code: int, words: str) -> None:
+def test_a_limit_of_the_machine_is_told_with_its_remedy(
+    error: Exception, code: int, words: str
+) -> None:
     explained = cli._explain(error)
     assert explained is not None
     assert explained[0] == code
@@ -266,7 +295,9 @@ def test_numbers_in_a_fault_of_ours_are_no_limit_of_the_machine(error: Exception
     assert cli._explain(error) is None
 
 
-def test_a_number_of_the_launcher_may_be_empty_but_not_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_the_launcher_may_be_empty_but_not_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
     from utils import distributed

@@ -98,12 +98,14 @@ def test_measured_courses(name: str) -> None:
     assert any(alarms) == name.startswith("no ")
 
 
-# ---- small runs ------------------------------------------------------------------------------------
+# ---- small runs ----------------------------------------------------------------------------------
 
 
 def course(method: str, broken: str, seed: int, steps: int, every: int, batch: int) -> list[str]:
     """Train on digits, broken or not, and return what the log said of the embeddings."""
-    keys = {f"MODEL.{method_section(method)}.{key}": value for key, value in runs.KEYS[method].items()}
+    keys = {
+        f"MODEL.{method_section(method)}.{key}": value for key, value in runs.KEYS[method].items()
+    }
     keys |= {"MODEL.NAME": method, "SEED": seed, "DATA.DATASET": "digits", "DATA.IMG_SIZE": 8}
     keys |= {"MODEL.BACKBONE.NAME": "resnet8", "OPTIM.BASE_LR": 0.05}
     keys |= {"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" or every < 10 else {}
@@ -136,7 +138,9 @@ def course(method: str, broken: str, seed: int, steps: int, every: int, batch: i
             return framework(batch.views, progress)
         outputs = [framework.online(view) for view in batch.views]  # both sides learn
         first, second = (framework.predictor(output) for output in outputs)
-        loss = cosine_regression(first, unit(outputs[1])) + cosine_regression(second, unit(outputs[0]))
+        loss = cosine_regression(first, unit(outputs[1])) + cosine_regression(
+            second, unit(outputs[0])
+        )
         return {"loss": loss, "embedding": unit(outputs[0]).detach()}
 
     for index, batches in loader.from_step(0, steps):
@@ -156,7 +160,10 @@ def course(method: str, broken: str, seed: int, steps: int, every: int, batch: i
 def test_without_stop_gradient_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="synco"):
         assert POINT in course("byol", "stop-gradient", 0, steps=32, every=4, batch=32)
-    assert caplog.text.count("the embeddings are collapsing to a point, and it does not get better") == 1
+    assert (
+        caplog.text.count("the embeddings are collapsing to a point, and it does not get better")
+        == 1
+    )
     assert "| embeddings collapsing to a point |" in caplog.text
     caplog.clear()
     assert set(course("byol", "", 0, steps=16, every=4, batch=32)) == {HEALTHY}
@@ -183,7 +190,9 @@ def test_healthy_runs_raise_no_alarm(method: str, seed: int) -> None:
     figure(f"false alarms of {method}", false)
 
 
-def test_views_that_are_all_the_same_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_views_that_are_all_the_same_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from data.augment.preview import warn_of_identical_views
 
     view = torch.randn(4, 3, 8, 8)

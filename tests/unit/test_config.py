@@ -9,7 +9,14 @@ import yaml
 from yacs.config import CfgNode
 
 from models import framework_options
-from utils.config.load import ConfigError, compare_for_resume, leaves, load_config, section_options, to_yaml
+from utils.config.load import (
+    ConfigError,
+    compare_for_resume,
+    leaves,
+    load_config,
+    section_options,
+    to_yaml,
+)
 from utils.config.schema import declare
 
 SCHEMA = declare(framework_options())
@@ -27,11 +34,13 @@ def from_text(tmp_path: Path, text: str) -> CfgNode:
     return load_config(SCHEMA, [write(tmp_path, text)])
 
 
-# ---- precedence -----------------------------------------------------------------------------------------
+# ---- precedence ----------------------------------------------------------------------------------
 
 
 def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
-    write(tmp_path, "TRAIN: {EPOCHS: 2, BATCH_SIZE: 2}\nSEED: 2\nOPTIM: {CLIP_GRAD: 2.0}", "base.yaml")
+    write(
+        tmp_path, "TRAIN: {EPOCHS: 2, BATCH_SIZE: 2}\nSEED: 2\nOPTIM: {CLIP_GRAD: 2.0}", "base.yaml"
+    )
     own = "_BASE_: base.yaml\nTRAIN: {BATCH_SIZE: 3}\nSEED: 3\nOPTIM: {CLIP_GRAD: 3.0}"
     opts = ["SEED", "4", "OPTIM.CLIP_GRAD", "4"]
     cfg = load_config(SCHEMA, [write(tmp_path, own)], opts, {"OPTIM.CLIP_GRAD": 5})
@@ -40,7 +49,11 @@ def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
 
 
 def test_a_second_file_wins_and_the_first_one_names_the_run(tmp_path: Path) -> None:
-    files = [write(tmp_path, "SEED: 1", "first.yaml"), None, write(tmp_path, "SEED: 2", "second.yaml")]
+    files = [
+        write(tmp_path, "SEED: 1", "first.yaml"),
+        None,
+        write(tmp_path, "SEED: 2", "second.yaml"),
+    ]
     cfg = load_config(SCHEMA, files)
     assert (cfg.SEED, cfg.NAME) == (2, "first")
 
@@ -55,7 +68,9 @@ def test_bases_are_read_in_order_and_relative_to_their_file(tmp_path: Path) -> N
     write(tmp_path, "SEED: 1\nTAG: a", "pieces/a.yaml")
     write(tmp_path, "_BASE_: a.yaml\nSEED: 2", "pieces/b.yaml")
     write(tmp_path, "TAG: c", "c.yml")
-    cfg = load_config(SCHEMA, [write(tmp_path, "_BASE_: [../pieces/b.yaml, ../c.yml]", "sub/run.yaml")])
+    cfg = load_config(
+        SCHEMA, [write(tmp_path, "_BASE_: [../pieces/b.yaml, ../c.yml]", "sub/run.yaml")]
+    )
     assert (cfg.SEED, cfg.TAG) == (2, "c")
 
 
@@ -76,7 +91,7 @@ def test_the_tree_is_frozen_and_the_defaults_are_untouched(tmp_path: Path) -> No
     assert to_yaml(DEFAULTS) == before
 
 
-# ---- values ---------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +110,9 @@ def test_the_tree_is_frozen_and_the_defaults_are_untouched(tmp_path: Path) -> No
         ("", "SEED", 0),
     ],
 )
-def test_values_take_the_type_of_their_default(tmp_path: Path, text: str, key: str, value: Any) -> None:
+def test_values_take_the_type_of_their_default(
+    tmp_path: Path, text: str, key: str, value: Any
+) -> None:
     found = dict(leaves(from_text(tmp_path, text)))[key]
     assert found == value
     assert type(found) is type(value)
@@ -135,7 +152,9 @@ def test_values_take_the_type_of_their_default(tmp_path: Path, text: str, key: s
         ("? [a, b]\n: 1", ["YAML"]),
     ],
 )
-def test_a_bad_value_is_refused_by_key_and_value(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_bad_value_is_refused_by_key_and_value(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         from_text(tmp_path, text)
     for word in [*words, "run.yaml"]:
@@ -190,14 +209,16 @@ def test_a_value_out_of_range_is_refused(key: str, text: str, words: list[str]) 
     "name", ["../other", "a/b", "..", ".", "", "/tmp/x", "a b", ".hidden", "x" * 200, "a\n"]
 )
 @pytest.mark.parametrize("key", ["TAG", "NAME"])
-def test_a_name_that_leaves_the_output_folder_is_refused(tmp_path: Path, key: str, name: str) -> None:
+def test_a_name_that_leaves_the_output_folder_is_refused(
+    tmp_path: Path, key: str, name: str
+) -> None:
     if key == "NAME" and not name:
         return  # empty: the file names the run
     with pytest.raises(ConfigError, match=f"{key}.*no folder name"):
         load_config(SCHEMA, [write(tmp_path, "SEED: 1")], flags={key: name})
 
 
-# ---- keys and files -------------------------------------------------------------------------------------
+# ---- keys and files ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,7 +233,9 @@ def test_a_name_that_leaves_the_output_folder_is_refused(tmp_path: Path, key: st
         ("SEED.X", "SEED"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, key: str, nearest: str) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_one(
+    tmp_path: Path, key: str, nearest: str
+) -> None:
     for load in (
         lambda: load_config(SCHEMA, opts=[key, "1"]),
         lambda: load_config(SCHEMA, flags={key: 1}),
@@ -288,19 +311,28 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
     write(tmp_path, f"TAG: {'a' * (1 << 20)}", "large.yaml")
-    for name, reason in (("pipe", "no regular"), ("zero", "no regular"), ("large", "at most 1048576")):
+    for name, reason in (
+        ("pipe", "no regular"),
+        ("zero", "no regular"),
+        ("large", "at most 1048576"),
+    ):
         with pytest.raises(ConfigError, match=f"{name}.yaml: .*{reason}"):
             load_config(SCHEMA, [tmp_path / f"{name}.yaml"])
 
 
-# ---- text and back --------------------------------------------------------------------------------------
+# ---- text and back -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "tag", ["plain", "1e5", "007", "12", "true", "no", "1.5", "2024-01-02", "null", "1_0"]
 )
 def test_the_written_yaml_reads_back_unchanged(tmp_path: Path, tag: str) -> None:
-    flags = {"TAG": tag, "OPTIM.EPS": 1e-17, "DATA.PATH": "a: b # c\udc80é\n", "SCHEDULE.MILESTONES": []}
+    flags = {
+        "TAG": tag,
+        "OPTIM.EPS": 1e-17,
+        "DATA.PATH": "a: b # c\udc80é\n",
+        "SCHEDULE.MILESTONES": [],
+    }
     cfg = load_config(SCHEMA, flags=flags)
     again = load_config(SCHEMA, [write(tmp_path, to_yaml(cfg))])
     assert dict(leaves(again)) == dict(leaves(cfg))
@@ -310,4 +342,6 @@ def test_the_written_yaml_reads_back_unchanged(tmp_path: Path, tag: str) -> None
 
 def test_a_section_becomes_keyword_arguments() -> None:
     declared = framework_options()["byol"]
-    assert section_options(DEFAULTS.MODEL.BYOL) == {name: key.default for name, key in declared.items()}
+    assert section_options(DEFAULTS.MODEL.BYOL) == {
+        name: key.default for name, key in declared.items()
+    }

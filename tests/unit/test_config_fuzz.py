@@ -21,7 +21,22 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ALL_KEYS = [key for key, _ in leaves(DEFAULTS)]
 
 _ODD = [
-    *("[", "]", "{", "}", ":", "- ", "? ", "&a ", "*a", "!!", "!!bool ", "!!timestamp ", "!!float x", "! "),
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        ":",
+        "- ",
+        "? ",
+        "&a ",
+        "*a",
+        "!!",
+        "!!bool ",
+        "!!timestamp ",
+        "!!float x",
+        "! ",
+    ),
     *(
         "'",
         '"',
@@ -42,10 +57,43 @@ _ODD = [
         "~",
         "null",
     ),
-    *("1e999", "-1", "0x10", "0o7", "1_000", "1:30", ".inf", ".nan", "9" * 5000, "9" * 300, "2001-01-01"),
-    *("_BASE_: ", "_BASE_: x.yaml", "TRAIN", "OPTIM.", ".", "..", "é", "\ud800", "\ufeff", "[" * 400),
+    *(
+        "1e999",
+        "-1",
+        "0x10",
+        "0o7",
+        "1_000",
+        "1:30",
+        ".inf",
+        ".nan",
+        "9" * 5000,
+        "9" * 300,
+        "2001-01-01",
+    ),
+    *(
+        "_BASE_: ",
+        "_BASE_: x.yaml",
+        "TRAIN",
+        "OPTIM.",
+        ".",
+        "..",
+        "é",
+        "\ud800",
+        "\ufeff",
+        "[" * 400,
+    ),
     "\x85",
-    *('"\\ud800"', '"\\0"', "{a: " * 60, "true", "=", "!!set {a}", "!!binary x", "!!omap [a]", "\u2028"),
+    *(
+        '"\\ud800"',
+        '"\\0"',
+        "{a: " * 60,
+        "true",
+        "=",
+        "!!set {a}",
+        "!!binary x",
+        "!!omap [a]",
+        "\u2028",
+    ),
 ]
 
 
@@ -89,14 +137,20 @@ class Fuzz:
     def report(self, what: str) -> None:
         count = sum(self.outcomes.values())
         figure(f"{count:,} {what}: exceptions other than ConfigError", 0)
-        figure(f"{count:,} {what}: read / refused", f"{self.outcomes['read']} / {self.outcomes['refused']}")
+        figure(
+            f"{count:,} {what}: read / refused",
+            f"{self.outcomes['read']} / {self.outcomes['refused']}",
+        )
         figure(f"{count:,} {what}: longest", f"{1000 * self.worst:.0f}", "ms")
         assert min(self.outcomes.values()) > 0.02 * count, self.outcomes
 
 
 def fuzz_files(path: Path, count: int) -> None:
     rng, fuzz = random.Random(20240607), Fuzz()
-    seeds = [file.read_text() for file in sorted(CONFIGS.rglob("*.yaml"))] + [to_yaml(DEFAULTS)[:600], ""]
+    seeds = [file.read_text() for file in sorted(CONFIGS.rglob("*.yaml"))] + [
+        to_yaml(DEFAULTS)[:600],
+        "",
+    ]
     for _ in range(count):
         path.write_bytes(mutated(rng, rng.choice(seeds)).encode("utf-8", "surrogatepass"))
         fuzz.load([path], [])
@@ -142,7 +196,8 @@ def refused_files(folder: Path) -> dict[str, Path]:
         "itself": "_BASE_: itself.yaml\n",
         "alias bomb": "a: &a [x, x]\n"
         + "".join(
-            f"{c}: &{c} [*{chr(ord(c) - 1)}, *{chr(ord(c) - 1)}]\n" for c in "bcdefghijklmnopqrstuvwxyz"
+            f"{c}: &{c} [*{chr(ord(c) - 1)}, *{chr(ord(c) - 1)}]\n"
+            for c in "bcdefghijklmnopqrstuvwxyz"
         ),
         "merge bomb": "a: &a {SEED: 1}\nTRAIN: {<<: [*a, *a]}\n",
         "5,000 lists": "SEED: " + "[" * 5000 + "]" * 5000,

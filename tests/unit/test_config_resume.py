@@ -48,9 +48,10 @@ IDENTITY = {
     "detection": ["SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL", "OPTIM", "TRAIN.CHANNELS_LAST"],
 }
 # Read by the other task only: nothing of this run depends on them.
-PRETRAINING = "DATA.REPEATED_AUG MODEL.NAME MODEL.STACK_VIEWS AUG OPTIM SCHEDULE TRAIN.EPOCHS".split() + [
-    f"MODEL.{name.upper()}" for name in FRAMEWORKS
-]
+PRETRAINING = (
+    "DATA.REPEATED_AUG MODEL.NAME MODEL.STACK_VIEWS AUG OPTIM SCHEDULE TRAIN.EPOCHS".split()
+    + [f"MODEL.{name.upper()}" for name in FRAMEWORKS]
+)
 FOREIGN = {
     "pretrain": [*LINEAR, *FINETUNE],
     "linear": [*PRETRAINING, "TRAIN.CHANNELS_LAST", *FINETUNE],
@@ -73,7 +74,9 @@ def test_every_key_has_exactly_one_class(task: str) -> None:
             "tunable": inside(key, TUNABLE) or inside(key, FOREIGN[task]),
             "identity": inside(key, IDENTITY[task]),
         }
-        assert sum(classes.values()) == 1, f"{key} needs a decision: local, tunable or identity of {task}?"
+        assert sum(classes.values()) == 1, (
+            f"{key} needs a decision: local, tunable or identity of {task}?"
+        )
         assert key_class(key, task) == next(name for name, holds in classes.items() if holds), key
 
 
@@ -114,7 +117,9 @@ def other_value(key: str, value: Any) -> Any:
 @pytest.mark.parametrize("key", [key for key in ALL_KEYS if key != "MODEL.NAME"])
 def test_changing_a_key_on_resume_does_what_its_class_says(key: str, task: str) -> None:
     parts = key.split(".")
-    method = parts[1].lower() if parts[0] == "MODEL" and parts[1].lower() in FRAMEWORKS else "moco_v2"
+    method = (
+        parts[1].lower() if parts[0] == "MODEL" and parts[1].lower() in FRAMEWORKS else "moco_v2"
+    )
     method = "moco_v2" if method == "batchformer" else method  # its section is read by all
     saved = load_config(SCHEMA, flags={"NAME": "n", "MODEL.NAME": method})
     old = dict(leaves(saved))[key]
@@ -127,7 +132,9 @@ def test_changing_a_key_on_resume_does_what_its_class_says(key: str, task: str) 
             assert f"{key}: {old!r} -> {new!r}" in str(error.value)
             assert "--tag" in str(error.value)
         case "tunable":
-            assert compare_for_resume(to_yaml(saved), changed, task) == [f"{key}: {old!r} -> {new!r}"]
+            assert compare_for_resume(to_yaml(saved), changed, task) == [
+                f"{key}: {old!r} -> {new!r}"
+            ]
         case "local":
             assert compare_for_resume(to_yaml(saved), changed, task) == []
 

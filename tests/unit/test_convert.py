@@ -95,7 +95,9 @@ def small(name: str, **_: Any) -> Any:
         "embed_dim": 16,
         "num_heads": (1, 2, 4, 8),
     }
-    return build_backbone("resnet8") if name == "resnet18" else SwinTransformer(**swin, num_classes=0)
+    return (
+        build_backbone("resnet8") if name == "resnet18" else SwinTransformer(**swin, num_classes=0)
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -117,14 +119,18 @@ def test_out_and_in_again_is_bit_identical_in_every_layout(
     assert (tmp_path / "ours.pt").read_bytes() == first
 
 
-def test_what_the_timm_export_says_is_true(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_timm_export_says_is_true(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = yaml_file(tmp_path, "vit_small", 32)
     original = fresh("vit_small", 32)
     torch.save(original.state_dict(), tmp_path / "a.pth")
     run("export", tmp_path / "a.pth", "--cfg", cfg, "--to", "timm", "--output", tmp_path / "b.pth")
     hint = "timm.create_model('vit_small_patch16_224', num_classes=0, num_heads=12, img_size=32)"
     assert hint in capsys.readouterr().out
-    model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32).eval()
+    model = timm.create_model(
+        "vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32
+    ).eval()
     model.load_state_dict(torch.load(tmp_path / "b.pth", weights_only=True))
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -144,10 +150,22 @@ def test_moby_with_its_pickled_configuration_is_imported(
     cfg = yaml_file(tmp_path, "deit_tiny", 32)
     run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "a.pt")
     out = capsys.readouterr().out
-    assert "layout: moby / synco-v2; took online, the file also holds: target (--which target)\n" in out
+    assert (
+        "layout: moby / synco-v2; took online, the file also holds: target (--which target)\n"
+        in out
+    )
     assert "\nmatched: 150\nmissing: none\nunexpected, left out: none\n" in out
     identical(imported(tmp_path / "a.pt"), original)
-    run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "b.pt", "--which", "target")
+    run(
+        "import",
+        tmp_path / "moby.pth",
+        "--cfg",
+        cfg,
+        "--output",
+        tmp_path / "b.pt",
+        "--which",
+        "target",
+    )
     identical(imported(tmp_path / "b.pt"), other)
     run("inspect", tmp_path / "moby.pth")
     out = capsys.readouterr().out
@@ -169,14 +187,21 @@ def test_the_eps_of_norms_comes_in_and_goes_out(
     options, file = section_options(cfg.MODEL.BACKBONE), read_torch(tmp_path / "ours.pt")
     images = 0.01 * torch.randn(2, 3, 32, 32)  # of little variance, so that eps shows
     with torch.no_grad():
-        found = pretrained_backbone(options, file, "ours.pt", img_size=32, drop_path=0.0).eval()(images)
+        found = pretrained_backbone(options, file, "ours.pt", img_size=32, drop_path=0.0).eval()(
+            images
+        )
         assert torch.equal(found, original(images))
-        with pytest.raises(ValueError, match=r"NORM_EPS: 0.0, but ours.pt was imported with 1e-06; add"):
+        with pytest.raises(
+            ValueError, match=r"NORM_EPS: 0.0, but ours.pt was imported with 1e-06; add"
+        ):
             pretrained_backbone({**options, "norm_eps": 0.0}, file, "ours.pt", img_size=32)
         out = tmp_path / "out.pth"
         capsys.readouterr()
         run("export", tmp_path / "ours.pt", "--cfg", *recipe, "--to", to, "--output", out)
-        assert "set eps to 1e-06 in every layer norm but those before the MLPs" in capsys.readouterr().out
+        assert (
+            "set eps to 1e-06 in every layer norm but those before the MLPs"
+            in capsys.readouterr().out
+        )
         plain = yaml_file(tmp_path, "swin_tiny", 32)
         with pytest.raises(ValueError, match="was imported with 1e-06"):
             run("export", tmp_path / "ours.pt", "--cfg", plain, "--to", to, "--output", out)
@@ -279,13 +304,24 @@ def test_the_model_card_says_what_was_done_and_measured(tmp_path: Path) -> None:
     assert "lr 30" not in card, "a rate is no accuracy"
     # of other weights, of a search, and of the online network these figures say nothing
     (folder / "linear" / "random").mkdir()
-    (folder / "linear" / "random" / "result.json").write_text(json.dumps({**result, "weights": "random"}))
+    (folder / "linear" / "random" / "result.json").write_text(
+        json.dumps({**result, "weights": "random"})
+    )
     search = folder / "semisup" / "search-x"
     search.mkdir(parents=True)
     (search / "result.json").write_text(json.dumps({**result, "last_val_top1": 1.5}))
     run("export", folder, "--to", "huggingface", "--output", tmp_path / "hf")
     assert (tmp_path / "hf" / "README.md").read_text() == card
-    run("export", folder, "--to", "huggingface", "--output", tmp_path / "target", "--which", "target")
+    run(
+        "export",
+        folder,
+        "--to",
+        "huggingface",
+        "--output",
+        tmp_path / "target",
+        "--which",
+        "target",
+    )
     assert "None measured" in (tmp_path / "target" / "README.md").read_text()
     assert "| linear/ckpt_00000042 | final_top1 71.25, knn20_top1 60.50 |" in card
     assert {file.name for file in (tmp_path / "hf").iterdir()} == {
@@ -414,7 +450,16 @@ def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
             "is a folder; name a file",
         ),
         (
-            ["export", "a.pth", "--cfg", "resnet18.yaml", "--to", "huggingface", "--output", "a.pth"],
+            [
+                "export",
+                "a.pth",
+                "--cfg",
+                "resnet18.yaml",
+                "--to",
+                "huggingface",
+                "--output",
+                "a.pth",
+            ],
             "is a file",
         ),
         (["inspect", "empty"], "holds no checkpoint"),

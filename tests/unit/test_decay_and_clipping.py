@@ -20,11 +20,16 @@ SCHEMA = declare(framework_options())
 
 
 def prepare(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, Plan]:
-    flags = {f"OPTIM.{key}": value for key, value in {"NAME": "adamw", "EXCLUDE_1D": True, **options}.items()}
+    flags = {
+        f"OPTIM.{key}": value
+        for key, value in {"NAME": "adamw", "EXCLUDE_1D": True, **options}.items()
+    }
     cfg = load_config(SCHEMA, flags=flags)
     module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(module, cfg.OPTIM))
-    plan = make_plan(cfg.OPTIM, cfg.SCHEDULE, epochs=10, steps_per_epoch=10, global_batch=8, base_rates=[0.1])
+    plan = make_plan(
+        cfg.OPTIM, cfg.SCHEDULE, epochs=10, steps_per_epoch=10, global_batch=8, base_rates=[0.1]
+    )
     return module, optimizer, plan
 
 
@@ -63,13 +68,17 @@ def test_clipping_of_each_tensor_by_itself(per_tensor: bool) -> None:
     scales = {name: 3.0 / total for name in sizes}
     if per_tensor:
         scales = {name: min(1.0, 3.0 / size) for name, size in sizes.items()}
-    assert seen == pytest.approx({name: size * scales[name] for name, size in sizes.items()}, rel=1e-4)
+    assert seen == pytest.approx(
+        {name: size * scales[name] for name, size in sizes.items()}, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "wanted"), [(359, 200, 179), (8, 128, 8), (400, 200, 200)]
 )
-def test_held_out_images_are_cut_so_that_few_are_left(num_images: int, batch_size: int, wanted: int) -> None:
+def test_held_out_images_are_cut_so_that_few_are_left(
+    num_images: int, batch_size: int, wanted: int
+) -> None:
     assert held_out_batch(num_images, batch_size) == wanted
     assert num_images % wanted < -(-num_images // batch_size)
 

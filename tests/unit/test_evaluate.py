@@ -31,7 +31,10 @@ class Batch:
 def make_batches(indices: Tensor, size: int) -> list[Batch]:
     """Return batches whose image i is filled with the number i and has the label i % 7."""
     parts = indices.split(size)
-    return [Batch([part.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)], part % 7, part) for part in parts]
+    return [
+        Batch([part.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)], part % 7, part)
+        for part in parts
+    ]
 
 
 def slow_knn(
@@ -41,7 +44,8 @@ def slow_knn(
     result = []
     for query in queries.double():
         similarity = [
-            float(query @ row / (query.norm() * row.norm()).clamp_min(1e-12)) for row in bank.double()
+            float(query @ row / (query.norm() * row.norm()).clamp_min(1e-12))
+            for row in bank.double()
         ]
         nearest = sorted(range(len(bank)), key=lambda i: -similarity[i])[:k]
         votes = [0.0] * num_classes
@@ -76,7 +80,9 @@ def test_topk_clips_k_to_the_classes() -> None:
 
 
 def test_topk_ties_do_not_flatter() -> None:
-    assert topk_correct(torch.zeros(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]), (1, 2, 3)).tolist() == [2, 4, 6]
+    assert topk_correct(
+        torch.zeros(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]), (1, 2, 3)
+    ).tolist() == [2, 4, 6]
 
 
 def test_topk_counts_nan_and_unlabelled_as_wrong() -> None:
@@ -109,7 +115,9 @@ def test_features_of_padded_shards_count_once() -> None:
 
 def test_extracting_keeps_no_graph() -> None:
     layer = torch.nn.Linear(3, 2)
-    features, _ = extract_features(lambda x: layer(x.mean((2, 3))), make_batches(torch.arange(5), 2))
+    features, _ = extract_features(
+        lambda x: layer(x.mean((2, 3))), make_batches(torch.arange(5), 2)
+    )
     assert features.grad_fn is None
 
 
@@ -120,19 +128,25 @@ def test_no_batch_is_an_error() -> None:
 
 def _two_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2
+    )
     mine = torch.arange(rank, 101, 2)  # 51 and 50 of 101
     features, labels = extract_features(lambda x: x.mean((2, 3)) ** 0.5, make_batches(mine, 8))
     queries, answers = clusters(101, 6, 4, noise=1.5)
     bank, bank_labels = clusters(60, 6, 4, noise=1.5, seed=1)
     accuracy = knn_accuracy(bank, bank_labels, queries[rank::2], answers[rank::2], 4, ks=(5,))
-    torch.save({"features": features, "labels": labels, "accuracy": accuracy}, f"{folder}/{rank}.pt")
+    torch.save(
+        {"features": features, "labels": labels, "accuracy": accuracy}, f"{folder}/{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
 
 
 def test_uneven_shards_give_the_single_process_numbers(tmp_path: Path) -> None:
     mp.start_processes(_two_ranks, (str(tmp_path),), nprocs=2, start_method="spawn")
-    features, labels = extract_features(lambda x: x.mean((2, 3)) ** 0.5, make_batches(torch.arange(101), 8))
+    features, labels = extract_features(
+        lambda x: x.mean((2, 3)) ** 0.5, make_batches(torch.arange(101), 8)
+    )
     queries, answers = clusters(101, 6, 4, noise=1.5)
     accuracy = knn_accuracy(*clusters(60, 6, 4, noise=1.5, seed=1), queries, answers, 4, ks=(5,))
     for rank in (0, 1):
@@ -143,13 +157,17 @@ def test_uneven_shards_give_the_single_process_numbers(tmp_path: Path) -> None:
     assert 0 < accuracy["knn5_top1"] < 100
 
 
-@pytest.mark.parametrize(("num_classes", "temperature"), [(10, 0.07), (10, 1.0), (3, 0.07), (10, 1e-3)])
+@pytest.mark.parametrize(
+    ("num_classes", "temperature"), [(10, 0.07), (10, 1.0), (3, 0.07), (10, 1e-3)]
+)
 def test_knn_agrees_with_the_slow_twin(num_classes: int, temperature: float) -> None:
     bank, labels = clusters(57, 8, num_classes, noise=1.0)
     queries, _ = clusters(23, 8, num_classes, noise=1.0, seed=1)
     fast = weighted_knn(bank, labels, queries, num_classes, (1, 10, 200), temperature)
     for k in (1, 10, 200):
-        slow = slow_knn(bank, labels, queries, num_classes, k, temperature if temperature > 0.01 else 0.01)
+        slow = slow_knn(
+            bank, labels, queries, num_classes, k, temperature if temperature > 0.01 else 0.01
+        )
         assert fast[k].shape == (23, min(5, num_classes))
         if temperature > 0.01:
             assert fast[k].tolist() == slow
@@ -192,8 +210,12 @@ def test_knn_accuracy_is_the_exact_share() -> None:
     for k in (1, 10):
         slow = slow_knn(bank, labels, queries, 8, k, 0.07)
         pairs = list(zip(slow, answers.tolist(), strict=True))
-        assert accuracy[f"knn{k}_top1"] == pytest.approx(100 * sum(a == row[0] for row, a in pairs) / 37)
-        assert accuracy[f"knn{k}_top5"] == pytest.approx(100 * sum(a in row for row, a in pairs) / 37)
+        assert accuracy[f"knn{k}_top1"] == pytest.approx(
+            100 * sum(a == row[0] for row, a in pairs) / 37
+        )
+        assert accuracy[f"knn{k}_top5"] == pytest.approx(
+            100 * sum(a in row for row, a in pairs) / 37
+        )
 
 
 def test_logistic_probe_reaches_the_optimum() -> None:
@@ -203,11 +225,16 @@ def test_logistic_probe_reaches_the_optimum() -> None:
     bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     for _ in range(4000):  # plain gradient descent
         loss = F.cross_entropy(z @ weight + bias, y) + 0.5 * 0.1 * weight.square().sum()
-        for parameter, grad in zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True):
+        for parameter, grad in zip(
+            (weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True
+        ):
             parameter.data -= 0.5 * grad
     expected = (z @ weight + bias).log_softmax(1)
     torch.testing.assert_close(
-        logistic_probe(x, y, x, 3, l2=0.1).log_softmax(1).double(), expected.detach(), atol=1e-4, rtol=0
+        logistic_probe(x, y, x, 3, l2=0.1).log_softmax(1).double(),
+        expected.detach(),
+        atol=1e-4,
+        rtol=0,
     )
 
 
@@ -215,7 +242,8 @@ def test_logistic_probe_has_zero_gradient_with_more_features_than_samples() -> N
     """The shortcut through the span of the samples solves the same problem."""
     x, y = clusters(12, 40, 3, noise=1.0)
     test_x, _ = clusters(9, 40, 3, noise=1.0, seed=1)
-    logits = logistic_probe(torch.cat([x, x]), torch.cat([y, y]), test_x, 3)  # 24 < 40, rank deficient
+    # 24 < 40, rank deficient
+    logits = logistic_probe(torch.cat([x, x]), torch.cat([y, y]), test_x, 3)
     direct = logistic_probe(x.repeat(4, 1), y.repeat(4), test_x, 3)  # 48 > 40: no shortcut
     torch.testing.assert_close(logits.log_softmax(1), direct.log_softmax(1), atol=1e-4, rtol=0)
 
@@ -257,7 +285,9 @@ def test_draws_refuse_too_few_labels() -> None:
 def test_few_label_accuracy_matches_single_draws() -> None:
     train_x, train_y = clusters(200, 64, 4, noise=2.5)
     test_x, test_y = clusters(103, 64, 4, noise=2.5, seed=1)
-    mean, std = few_label_accuracy(train_x, train_y, test_x, test_y, 4, per_class=3, draws=6, seed=0)
+    mean, std = few_label_accuracy(
+        train_x, train_y, test_x, test_y, 4, per_class=3, draws=6, seed=0
+    )
     scale, centre = torch.std_mean(train_x, dim=0, correction=0)
     singles = []
     for row in class_balanced_draws(train_y, 4, 3, 6, seed=0):
@@ -286,7 +316,9 @@ def test_draws_fitted_together_equal_draws_fitted_alone() -> None:
     for i in range(4):
         weight, bias = _fit_logistic(x[i], y[i], 3, l2=0.1)
         torch.testing.assert_close(weights[i], weight, atol=1e-4, rtol=0)
-        torch.testing.assert_close(biases[i] - biases[i].mean(), bias - bias.mean(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            biases[i] - biases[i].mean(), bias - bias.mean(), atol=1e-4, rtol=0
+        )
 
 
 def test_few_labels_one_draw_has_no_spread() -> None:
@@ -298,7 +330,8 @@ def test_effective_rank_counts_directions() -> None:
     eye = torch.eye(6)
     assert effective_rank(eye).item() == pytest.approx(6, abs=1e-4)
     assert effective_rank(eye[:3].repeat(5, 1)).item() == pytest.approx(3, abs=1e-4)
-    uneven = effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item()  # the entropy of 3/4 and 1/4
+    # the entropy of 3/4 and 1/4
+    uneven = effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item()
     assert uneven == pytest.approx(4 / 3**0.75, abs=1e-4)
     assert effective_rank(torch.ones(10, 6)).item() == pytest.approx(1, abs=1e-3)
     assert effective_rank(torch.randn(500, 32)).item() > 30
@@ -318,7 +351,9 @@ def test_effective_rank_of_nothing_finite_is_nan() -> None:
 def test_embedding_std_is_one_when_spread_and_zero_when_collapsed() -> None:
     assert embedding_std(torch.randn(4096, 64)).item() == pytest.approx(1.0, abs=0.02)
     assert embedding_std(100 * torch.randn(4096, 64)).item() == pytest.approx(1.0, abs=0.02)
-    assert embedding_std(torch.ones(50, 64) * torch.rand(50, 1)).item() == pytest.approx(0.0, abs=1e-4)
+    assert embedding_std(torch.ones(50, 64) * torch.rand(50, 1)).item() == pytest.approx(
+        0.0, abs=1e-4
+    )
 
 
 def test_alarms_stay_on_the_device_and_out_of_the_graph() -> None:

@@ -30,10 +30,14 @@ KEY = {
 def computed(rows: Tensor | None = None, indices: Tensor | None = None) -> SharedFeatures:
     rows = torch.arange(40.0).view(10, 4) if rows is None else rows
     indices = torch.arange(len(rows)) if indices is None else indices
-    return SharedFeatures(rows, LABELS[indices], indices, torch.device("cpu"), torch.arange(len(rows)))
+    return SharedFeatures(
+        rows, LABELS[indices], indices, torch.device("cpu"), torch.arange(len(rows))
+    )
 
 
-def load(folder: Path, key: dict[str, Any] = KEY, split: str = "train", **more: Any) -> tuple[Features, int]:
+def load(
+    folder: Path, key: dict[str, Any] = KEY, split: str = "train", **more: Any
+) -> tuple[Features, int]:
     """Return the features and how often they were computed."""
     calls = []
 
@@ -122,7 +126,9 @@ def test_an_evaluation_reads_but_writes_nothing(tmp_path: Path) -> None:
     assert load(folder, write=False)[1] == 0
 
 
-def test_a_failed_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -184,7 +190,12 @@ def read_after_a_cut(folder: str) -> list[str]:
     said = [str(len(features.whole()[0]))]
     os.truncate(file, 0)
     part = features.select(torch.arange(5))
-    for read in (features.whole, part.whole, lambda: features.at(torch.tensor([9])), features.blocks):
+    for read in (
+        features.whole,
+        part.whole,
+        lambda: features.at(torch.tensor([9])),
+        features.blocks,
+    ):
         with pytest.raises(ValueError, match=r"was cut while it was in use, .*: start again"):
             read()
         said.append("refused")

@@ -57,11 +57,13 @@ def rate_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> float:
     return rate
 
 
-# ---- rates ------------------------------------------------------------------------------------------------
+# ---- rates ---------------------------------------------------------------------------------------
 
 
 def test_backbone_and_head_follow_a_cosine_per_epoch_each() -> None:
-    node = config(*"FINETUNE.LR_BACKBONE 0.02 FINETUNE.LR_CLASSIFIER 0.5 FINETUNE.EPOCHS 4".split()).FINETUNE
+    node = config(
+        *"FINETUNE.LR_BACKBONE 0.02 FINETUNE.LR_CLASSIFIER 0.5 FINETUNE.EPOCHS 4".split()
+    ).FINETUNE
     optimizer, model = optimizer_of(node)
     plan = plan_of(node)
     for step in range(8):
@@ -80,7 +82,9 @@ def test_layer_decay_lowers_each_layer_by_its_factor() -> None:
     top = rate_of(optimizer, model.heads[0][0].weight)
     assert top == plan.rates[0].at(77) > 0
     for block in range(12):
-        assert rate_of(optimizer, model.backbone.blocks[block].attn.qkv.weight) == top * 0.5 ** (12 - block)
+        assert rate_of(optimizer, model.backbone.blocks[block].attn.qkv.weight) == top * 0.5 ** (
+            12 - block
+        )
     assert rate_of(optimizer, model.backbone.pos_embed) == top * 0.5**13
     assert {p for g in optimizer.param_groups for p in g["params"]} == set(model.parameters())
 
@@ -100,7 +104,7 @@ def test_biases_tokens_and_positions_do_not_decay_with_deits_recipe(decay: float
     assert spared == tokens | {p for p in model.parameters() if p.ndim == 1}
 
 
-# ---- protocols --------------------------------------------------------------------------------------------
+# ---- protocols -----------------------------------------------------------------------------------
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> set[str]:
@@ -111,7 +115,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def test_protocols_set_only_fine_tuning_and_all_of_it() -> None:
-    own = {"TRAIN_PERCENT", "SUBSET", "HOLD_OUT", "TEST", "EVAL_EPOCHS"}  # not a matter of the recipe
+    # not a matter of the recipe
+    own = {"TRAIN_PERCENT", "SUBSET", "HOLD_OUT", "TEST", "EVAL_EPOCHS"}
     for name in PROTOCOLS:
         keys = flat(load((CONFIGS / f"finetune_{name}.yaml").read_text()))
         assert all(key.startswith("FINETUNE.") for key in keys)
@@ -121,7 +126,12 @@ def test_protocols_set_only_fine_tuning_and_all_of_it() -> None:
 
 def test_the_defaults_are_the_published_few_label_protocol() -> None:
     node = DEFAULTS.FINETUNE
-    assert (node.WEIGHTS, node.LR_BACKBONE, node.LR_CLASSIFIER, node.EPOCHS) == ("freeze", 0.0, 0.3, 100)
+    assert (node.WEIGHTS, node.LR_BACKBONE, node.LR_CLASSIFIER, node.EPOCHS) == (
+        "freeze",
+        0.0,
+        0.3,
+        100,
+    )
     optim = node.OPTIM
     assert (optim.NAME, optim.MOMENTUM, optim.WEIGHT_DECAY, optim.LR_BATCH) == ("sgd", 0.9, 1e-6, 0)
 
@@ -129,7 +139,12 @@ def test_the_defaults_are_the_published_few_label_protocol() -> None:
 @pytest.mark.parametrize(("name", "drop_path"), [("deit", 0.1), ("swin", 0.2), ("sit", 0.1)])
 def test_the_transformer_recipes(name: str, drop_path: float) -> None:
     node = config(protocol=name).FINETUNE
-    assert (node.MIXUP, node.CUTMIX, node.LABEL_SMOOTHING, node.DROP_PATH) == (0.8, 1.0, 0.1, drop_path)
+    assert (node.MIXUP, node.CUTMIX, node.LABEL_SMOOTHING, node.DROP_PATH) == (
+        0.8,
+        1.0,
+        0.1,
+        drop_path,
+    )
     assert (node.AUG.RAND_AUGMENT, node.AUG.ERASING) == ("rand-m9-mstd0.5-inc1", 0.25)
     plan = plan_of(node, steps=10)
     assert plan.rates[0].base == plan.rates[1].base == 5e-4
@@ -137,7 +152,8 @@ def test_the_transformer_recipes(name: str, drop_path: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "opts", ["TRAIN_PERCENT 0", "TRAIN_PERCENT 101", "WEIGHTS thaw", "LAYER_DECAY 0", "MIXUP_MODE x"]
+    "opts",
+    ["TRAIN_PERCENT 0", "TRAIN_PERCENT 101", "WEIGHTS thaw", "LAYER_DECAY 0", "MIXUP_MODE x"],
 )
 def test_values_out_of_range_are_refused(opts: str) -> None:
     key, value = f"FINETUNE.{opts}".split()
@@ -145,7 +161,7 @@ def test_values_out_of_range_are_refused(opts: str) -> None:
         config(key, value)
 
 
-# ---- folders and batches ----------------------------------------------------------------------------------
+# ---- folders and batches -------------------------------------------------------------------------
 
 
 def test_every_setting_that_matters_has_a_folder_of_its_own(
@@ -157,7 +173,13 @@ def test_every_setting_that_matters_has_a_folder_of_its_own(
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     base = "FINETUNE.LR_BACKBONE 0.01"
-    changes = ["", "FINETUNE.LR_BACKBONE 0.02", "FINETUNE.LR_CLASSIFIER 0.5", "SEED 1", "FINETUNE.EPOCHS 60"]
+    changes = [
+        "",
+        "FINETUNE.LR_BACKBONE 0.02",
+        "FINETUNE.LR_CLASSIFIER 0.5",
+        "SEED 1",
+        "FINETUNE.EPOCHS 60",
+    ]
     changes += ["FINETUNE.OPTIM.WEIGHT_DECAY 0.0", "FINETUNE.WEIGHTS finetune", "DATA.IMG_SIZE 64"]
     changes += ["FINETUNE.TRAIN_PERCENT 1.0", "FINETUNE.BATCH_SIZE 64", "FINETUNE.HOLD_OUT 0.2"]
     changes += [f"FINETUNE.SUBSET {path}" for path in lists[:2]]
@@ -167,12 +189,14 @@ def test_every_setting_that_matters_has_a_folder_of_its_own(
     assert names[0].startswith("w-100pct-freeze-lr0.01-0.3-100ep-")
     assert names[-1].startswith("random-100pct")
     same = [f"FINETUNE.SUBSET {lists[2]}", f"FINETUNE.SUBSET {lists[1]} DATA.NUM_WORKERS 3 TAG t"]
-    assert {finetune.run_name(config(*f"{base} {more}".split()), Path("w.pt")) for more in same} == {
-        names[12]
-    }
+    assert {
+        finetune.run_name(config(*f"{base} {more}".split()), Path("w.pt")) for more in same
+    } == {names[12]}
 
 
-def test_the_same_global_batch_on_more_processes_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_global_batch_on_more_processes_is_the_same_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     two = finetune.run_name(config("FINETUNE.BATCH_SIZE", 128), None)
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -186,9 +210,16 @@ def test_a_missing_list_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("images", "wanted", "share", "even", "batch"),
-    [(1000, 256, 1, False, 256), (30, 256, 2, False, 30), (31, 256, 2, False, 30), (31, 256, 1, True, 30)],
+    [
+        (1000, 256, 1, False, 256),
+        (30, 256, 2, False, 30),
+        (31, 256, 2, False, 30),
+        (31, 256, 1, True, 30),
+    ],
 )
-def test_a_batch_fits_the_labels(images: int, wanted: int, share: int, even: bool, batch: int) -> None:
+def test_a_batch_fits_the_labels(
+    images: int, wanted: int, share: int, even: bool, batch: int
+) -> None:
     assert finetune.fitting_batch(images, wanted, share, even) == batch
 
 
@@ -209,7 +240,7 @@ def test_contradictions_are_refused(opts: str, word: str) -> None:
         finetune.refuse_contradictions(config(*opts.split()).FINETUNE)
 
 
-# ---- accuracies and the frozen backbone -------------------------------------------------------------------
+# ---- accuracies and the frozen backbone ----------------------------------------------------------
 
 
 def test_accuracy_counts_images_not_batches() -> None:

@@ -1,7 +1,7 @@
 """Every configuration key reaches something: in the originals six keys of a yaml never reached the model.
 
-The mains run as they are on a few images while the tree records which leaves are read; then each option of a
-method and of a backbone is changed, and the module that is built must differ.
+The mains run as they are on a few images while the tree records which leaves are read; then each
+option of a method and of a backbone is changed, and the module that is built must differ.
 """
 
 import copy
@@ -40,7 +40,13 @@ _PRETRAINING_ONLY = (
     *(f"MODEL.{name.upper()}." for name in FRAMEWORKS),
 )
 NOT_PROBING = {key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "FINETUNE."))} | {
-    *("MODEL.NAME", "MODEL.STACK_VIEWS", "TRAIN.EPOCHS", "TRAIN.BATCH_SIZE", "TRAIN.USE_CHECKPOINT"),
+    *(
+        "MODEL.NAME",
+        "MODEL.STACK_VIEWS",
+        "TRAIN.EPOCHS",
+        "TRAIN.BATCH_SIZE",
+        "TRAIN.USE_CHECKPOINT",
+    ),
     *("TRAIN.COMPILE", "TRAIN.CUDA_GRAPHS", "KNN.EVERY_EPOCHS", "DATA.DECODE"),
     *("DATA.REPEATED_AUG", "HELD_OUT.EVERY_EPOCHS"),
 }
@@ -131,9 +137,7 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-DIGITS = (
-    "DATA.DATASET digits DATA.IMG_SIZE 8 DATA.NUM_WORKERS 0 AUG.RECIPE digits TRAIN.BATCH_SIZE 512".split()
-)
+DIGITS = "DATA.DATASET digits DATA.IMG_SIZE 8 DATA.NUM_WORKERS 0 AUG.RECIPE digits TRAIN.BATCH_SIZE 512".split()
 TINY = "MODEL.BACKBONE.NAME resnet8 MODEL.BACKBONE.STEM cifar_stride2 TRAIN.EPOCHS 1 LOG.PRINT_FREQ 1".split()
 SMALL = {
     "moco_v2": "QUEUE_SIZE 512 OUT_DIM 8".split(),
@@ -150,7 +154,8 @@ SMALL = {
 def method_opts(name: str) -> list[str]:
     words = SMALL.get(name, [])
     prefixed = [
-        f"MODEL.{method_section(name)}.{word}" if i % 2 == 0 else word for i, word in enumerate(words)
+        f"MODEL.{method_section(name)}.{word}" if i % 2 == 0 else word
+        for i, word in enumerate(words)
     ]
     return ["MODEL.NAME", name, *prefixed]
 
@@ -159,24 +164,65 @@ def test_every_key_is_read_by_some_run(
     read: set[str], tmp_path: Path, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = ["--output", str(tmp_path), "--device", "cpu"]
-    optimisers = {"moco_v2": "sgd", "synco": "lars", "byol": "adamw", "moby": "adamw", "synco_v2": "sgd"}
+    optimisers = {
+        "moco_v2": "sgd",
+        "synco": "lars",
+        "byol": "adamw",
+        "moby": "adamw",
+        "synco_v2": "sgd",
+    }
     for name in FRAMEWORKS:
-        opts = [*TINY, *DIGITS, *method_opts(name), "OPTIM.NAME", optimisers.get(name, "sgd"), "NAME", name]
+        opts = [
+            *TINY,
+            *DIGITS,
+            *method_opts(name),
+            "OPTIM.NAME",
+            optimisers.get(name, "sgd"),
+            "NAME",
+            name,
+        ]
         opts += ["OPTIM.EXCLUDE_TOKENS", "True", "KNN.EVERY_EPOCHS", "1" if name == "byol" else "0"]
         start(monkeypatch, main_pretrain.main, *out, "--opts", *opts)
-    start(monkeypatch, main_pretrain.main, *out, "--opts", *opts)  # once more: resumed, nothing left to do
+    # once more: resumed, nothing left to do
+    start(monkeypatch, main_pretrain.main, *out, "--opts", *opts)
     files = ["--dataset", "imagefolder", "--data-path", str(folder_of_images), "--batch-size", "4"]
-    opts = [*TINY, "DATA.IMG_SIZE", "8", "DATA.NUM_WORKERS", "0", *method_opts("byol"), "NAME", "files"]
+    opts = [
+        *TINY,
+        "DATA.IMG_SIZE",
+        "8",
+        "DATA.NUM_WORKERS",
+        "0",
+        *method_opts("byol"),
+        "NAME",
+        "files",
+    ]
     start(monkeypatch, main_pretrain.main, *out, *files, "--opts", *opts)
     unread = ALL_KEYS - read - NOT_PRETRAINING
     assert not unread, f"main_pretrain.py leaves unread: {sorted(unread)}"
     assert not NOT_PRETRAINING & read, "needs no exception"
     read.clear()
     for optimiser in ("sgd", "adamw", "lars"):
-        opts = [*TINY, *DIGITS, "NAME", "byol", *method_opts("byol"), "LINEAR.OPTIM.NAME", optimiser]
+        opts = [
+            *TINY,
+            *DIGITS,
+            "NAME",
+            "byol",
+            *method_opts("byol"),
+            "LINEAR.OPTIM.NAME",
+            optimiser,
+        ]
         opts += ["TAG", "default", "LINEAR.BATCH_SIZE", "512", "LINEAR.EPOCHS", "1"]
         probe = ["--pretrained", str(tmp_path / "byol" / "default")]
-        start(monkeypatch, main_linear.main, *out, *probe, "--opts", *opts, "NAME", f"probe_{optimiser}")
+        start(
+            monkeypatch,
+            main_linear.main,
+            *out,
+            *probe,
+            "--opts",
+            *opts,
+            "NAME",
+            f"probe_{optimiser}",
+        )
     unread = ALL_KEYS - read - NOT_PROBING
     assert not unread, f"main_linear.py leaves unread: {sorted(unread)}"
     assert not NOT_PROBING & read, "needs no exception"
@@ -187,7 +233,16 @@ def test_every_key_of_fine_tuning_is_read_by_some_run(
 ) -> None:
     out = ["--output", str(tmp_path), "--device", "cpu", "--pretrained", "none"]
     for optimiser, weights in {"sgd": "freeze", "adamw": "finetune", "lars": "finetune"}.items():
-        opts = [*TINY, *DIGITS, "NAME", "x", "FINETUNE.OPTIM.NAME", optimiser, "FINETUNE.WEIGHTS", weights]
+        opts = [
+            *TINY,
+            *DIGITS,
+            "NAME",
+            "x",
+            "FINETUNE.OPTIM.NAME",
+            optimiser,
+            "FINETUNE.WEIGHTS",
+            weights,
+        ]
         opts += ["FINETUNE.LR_BACKBONE", "0.01", "FINETUNE.EPOCHS", "1", "FINETUNE.HOLD_OUT", "0.2"]
         flags = ["--run-name", optimiser, "--batch-size", "512"]  # names are made of all keys
         start(monkeypatch, main_semisup.main, *out, *flags, "--opts", *opts)
@@ -209,7 +264,7 @@ def test_the_recorder_notices_reads_and_only_reads() -> None:
     assert seen == {"SEED", "OPTIM.BASE_LR", *(f"MODEL.BYOL.{key}" for key in DEFAULTS.MODEL.BYOL)}
 
 
-# ---- options arrive as values ---------------------------------------------------------------------------
+# ---- options arrive as values --------------------------------------------------------------------
 
 
 def other(value: Any, name: str) -> Any:
@@ -247,7 +302,9 @@ def build(
     method: str, options: dict[str, Any], backbone: dict[str, Any] | None = None, **more: Any
 ) -> nn.Module:
     with torch.device("meta"):
-        return build_framework(method, options, backbone or {"name": "resnet8", "stem": "cifar"}, **more)
+        return build_framework(
+            method, options, backbone or {"name": "resnet8", "stem": "cifar"}, **more
+        )
 
 
 OPTIONS = [
@@ -288,7 +345,13 @@ def test_each_option_of_batchformer_changes_what_is_built(name: str) -> None:
 def test_the_synthetic_options_arrive_each_in_its_place(method: str) -> None:
     options = {
         **section_options(DEFAULTS.MODEL[method.upper()]),
-        **{"num_hard": 30, "num_synthetic": [1, 2, 3, 4, 5, 6], "sigma": 0.1, "delta": 0.2, "eta": 0.3},
+        **{
+            "num_hard": 30,
+            "num_synthetic": [1, 2, 3, 4, 5, 6],
+            "sigma": 0.1,
+            "delta": 0.2,
+            "eta": 0.3,
+        },
         "legacy_gradients": True,
     }
     assert build(method, options).synthetic_config == SyntheticConfig(
@@ -329,18 +392,31 @@ def test_every_option_of_a_backbone_is_tried() -> None:
 def test_each_option_of_a_backbone_changes_what_is_built(name: str) -> None:
     before = {**section_options(DEFAULTS.MODEL.BACKBONE), "name": "resnet8", **BACKBONE_CASES[name]}
     after = copy.copy(before)
-    changes = {"drop_path": 0.3, "target_drop_path": 0.3, "patch_size": 8, "num_tokens": 2, "norm_eps": 1e-4}
+    changes = {
+        "drop_path": 0.3,
+        "target_drop_path": 0.3,
+        "patch_size": 8,
+        "num_tokens": 2,
+        "norm_eps": 1e-4,
+    }
     after[name] = changes.get(name, other(before[name], name))
     if name == "zero_init_residual":  # only values differ, so they must exist
         old, new = (build_framework("byol", {}, options) for options in (before, after))
         weights = [framework.online.backbone.layer1[0].bn2.weight for framework in (old, new)]
-        assert (float(weights[0].detach().sum()) != 0, float(weights[1].detach().sum())) == (True, 0.0)
+        assert (float(weights[0].detach().sum()) != 0, float(weights[1].detach().sum())) == (
+            True,
+            0.0,
+        )
         return
     old, new = (described(build("byol", {}, options, img_size=32)) for options in (before, after))
-    changed = {key.split(".")[0] for key in old.keys() | new.keys() if old.get(key) != new.get(key)} - {
-        "structure"
+    changed = {
+        key.split(".")[0] for key in old.keys() | new.keys() if old.get(key) != new.get(key)
+    } - {"structure"}
+    expected = {
+        "drop_path": {"online"},
+        "freeze_patch_embed": {"online"},
+        "target_drop_path": {"target"},
     }
-    expected = {"drop_path": {"online"}, "freeze_patch_embed": {"online"}, "target_drop_path": {"target"}}
     assert changed & {"online", "target"} == expected.get(name, {"online", "target"})
 
 

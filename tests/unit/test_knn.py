@@ -60,7 +60,9 @@ def test_accuracy_is_the_same_through_features_and_tensors() -> None:
     blocks = WholeFeatures.of(queries, answers).blocks()
     assert features_knn(WholeFeatures.of(bank, labels), blocks, 4, (1, 9)) == whole
     ranking = weighted_knn(bank, labels, queries, 4, (1, 9))
-    assert whole["knn9_top1"] == pytest.approx(100 * (ranking[9][:, 0] == answers).float().mean().item())
+    assert whole["knn9_top1"] == pytest.approx(
+        100 * (ranking[9][:, 0] == answers).float().mean().item()
+    )
 
 
 def test_a_selection_votes_as_a_bank_of_its_own() -> None:
@@ -82,7 +84,9 @@ def test_a_larger_bank_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> 
     for size in (1 << 13, 1 << 16):
         bank = WholeFeatures.of(torch.randn(size, 16), torch.randint(4, (size,)))
         peaks.append(
-            peak_memory(lambda bank=bank: features_knn(bank, queries, 4, (10,)), torch.device("cpu"))
+            peak_memory(
+                lambda bank=bank: features_knn(bank, queries, 4, (10,)), torch.device("cpu")
+            )
         )
     assert peaks[1] <= peaks[0] * 1.1
     assert peaks[1] < (1 << 16) * 16 * 4 / 2**20 / 4  # MiB: a quarter of the bank

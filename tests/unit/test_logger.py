@@ -14,7 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.logger import Metrics, ProgressLine, close_logger, finite_json, format_duration, setup_logger
+from utils.logger import (
+    Metrics,
+    ProgressLine,
+    close_logger,
+    finite_json,
+    format_duration,
+    setup_logger,
+)
 
 
 class Terminal(io.StringIO):
@@ -47,7 +54,9 @@ def read_lines(folder: Path) -> list[dict]:
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
-def test_main_rank_logs_info_to_terminal_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_rank_logs_info_to_terminal_and_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = setup_logger(tmp_path / "run", is_main=True)
     logger.info("hello %d", 1)
     logger.debug("too much")
@@ -56,7 +65,9 @@ def test_main_rank_logs_info_to_terminal_and_file(tmp_path: Path, capsys: pytest
     assert (tmp_path / "run" / "log.txt").read_text().endswith("INFO hello 1\n")
 
 
-def test_other_ranks_only_warn_and_write_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_only_warn_and_write_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = setup_logger(tmp_path, is_main=False)
     logger.info("hello")
     logger.warning("careful")
@@ -66,7 +77,9 @@ def test_other_ranks_only_warn_and_write_no_file(tmp_path: Path, capsys: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_repeated_setup_does_not_duplicate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_setup_does_not_duplicate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign = logging.NullHandler()
     logging.getLogger("synco").addHandler(foreign)
     for _ in range(3):
@@ -105,7 +118,9 @@ def test_no_escapes_in_files_and_pipes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "\x1b" not in capsys.readouterr().err + (tmp_path / "log.txt").read_text()
 
 
-def test_full_disk_at_the_log_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_at_the_log_warns_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logger = setup_logger(tmp_path, is_main=True)
     with full_disk():
         for i in range(20):
@@ -116,7 +131,9 @@ def test_full_disk_at_the_log_warns_once(tmp_path: Path, capsys: pytest.CaptureF
     assert "number 19" in error
 
 
-def test_log_folder_that_cannot_be_made_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_folder_that_cannot_be_made_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     setup_logger(tmp_path / "file" / "run", is_main=True).info("still here")
     assert "cannot open" in (error := capsys.readouterr().err)
@@ -197,7 +214,8 @@ def test_tensorboard_holds_numbers_and_purges_on_resume(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         metrics.write(step, {"loss": float(step), "note": "text"})
     metrics.close()
-    time.sleep(1.1)  # event files are ordered by the second in their names, as those of a resumed run are
+    # event files are ordered by the second in their names, as those of a resumed run are
+    time.sleep(1.1)
     metrics = Metrics(tmp_path)
     metrics.truncate_after(1)
     metrics.write(2, {"loss": 20.0})
@@ -325,7 +343,10 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     ("name", "shown"),
     [
         ("bad\udcff.png", r"bad\udcff.png"),
-        ("a\n2026-01-01 00:00:00,000 INFO checkpoint /forged", r"a\n2026-01-01 00:00:00,000 INFO checkpoint"),
+        (
+            "a\n2026-01-01 00:00:00,000 INFO checkpoint /forged",
+            r"a\n2026-01-01 00:00:00,000 INFO checkpoint",
+        ),
         ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
     ],
     ids=["not UTF-8", "newline", "escape"],  # an id with a lone surrogate ends the parallel runner

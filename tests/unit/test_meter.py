@@ -14,7 +14,10 @@ PLAN = Plan(2, 4, 8, 1, 0.0, (LearningRate("constant", 0.5, 0.0, 0.0, 0, 8, 4),)
 
 
 def outputs(loss: float) -> dict[str, torch.Tensor]:
-    return {"loss": torch.tensor(loss), "embedding": torch.nn.functional.normalize(torch.randn(64, 8), dim=1)}
+    return {
+        "loss": torch.tensor(loss),
+        "embedding": torch.nn.functional.normalize(torch.randn(64, 8), dim=1),
+    }
 
 
 def test_means_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ SCHEMA = declare(framework_options())
 
 
 def optim(**options: Any) -> CfgNode:
-    return load_config(SCHEMA, flags={f"OPTIM.{key}": value for key, value in options.items()}).OPTIM
+    return load_config(
+        SCHEMA, flags={f"OPTIM.{key}": value for key, value in options.items()}
+    ).OPTIM
 
 
 def decays(module: nn.Module, node: CfgNode) -> dict[str, bool]:
@@ -39,7 +41,7 @@ def vit(name: str = "deit_tiny", **options: Any) -> nn.Module:
     return build_backbone(name, img_size=16, patch_size=8, **options)
 
 
-# ---- groups ---------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 
 def test_moco_decays_everything() -> None:
@@ -63,7 +65,11 @@ def test_moby_decays_tokens_and_positions_but_no_biases_and_norms() -> None:
 
 def test_exclude_tokens_exempts_tokens_positions_and_tables() -> None:
     found = decays(vit(), optim(NAME="adamw", EXCLUDE_1D=True, EXCLUDE_TOKENS=True))
-    assert (found["cls_token"], found["pos_embed"], found["patch_embed.proj.weight"]) == (False, False, True)
+    assert (found["cls_token"], found["pos_embed"], found["patch_embed.proj.weight"]) == (
+        False,
+        False,
+        True,
+    )
     with torch.device("meta"):
         swin = build_backbone("swin_tiny", img_size=224)
     table = "layers.0.blocks.0.attn.relative_position_bias_table"
@@ -75,8 +81,13 @@ def test_lars_exempts_one_dimensional_tensors_without_being_asked() -> None:
     backbone = build_backbone("resnet8", stem="cifar")
     found = decays(backbone, optim(NAME="lars"))
     assert found == {name: p.ndim > 1 for name, p in backbone.named_parameters()}
-    assert [g.get("adapt", True) for g in parameter_groups(backbone, optim(NAME="lars"))] == [True, False]
-    assert all("adapt" not in g for g in parameter_groups(backbone, optim(NAME="sgd", EXCLUDE_1D=True)))
+    assert [g.get("adapt", True) for g in parameter_groups(backbone, optim(NAME="lars"))] == [
+        True,
+        False,
+    ]
+    assert all(
+        "adapt" not in g for g in parameter_groups(backbone, optim(NAME="sgd", EXCLUDE_1D=True))
+    )
 
 
 def test_what_does_not_train_is_in_no_group() -> None:
@@ -97,7 +108,7 @@ def test_an_empty_group_is_left_out() -> None:
     assert len(parameter_groups(nn.LayerNorm(2), optim(EXCLUDE_1D=True))) == 1
 
 
-# ---- updates --------------------------------------------------------------------------------------------
+# ---- updates -------------------------------------------------------------------------------------
 
 
 def tensors(seed: int) -> list[Tensor]:
@@ -134,7 +145,11 @@ def gradients() -> list[list[Tensor]]:
 def test_lars_equals_a_slow_loop(decay: float) -> None:
     def lars(groups: list[dict[str, Any]]) -> LARS:
         return LARS(
-            [groups[0], {**groups[1], "adapt": False}], 0.0, decay, momentum=0.9, trust_coefficient=0.01
+            [groups[0], {**groups[1], "adapt": False}],
+            0.0,
+            decay,
+            momentum=0.9,
+            trust_coefficient=0.01,
         )
 
     weights = tensors(0)
@@ -169,7 +184,9 @@ def test_lars_leaves_gradients_and_unused_parameters_alone_and_resumes() -> None
 
 
 PLAIN: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-    "sgd": lambda groups: torch.optim.SGD(groups, 0.0, 0.9, weight_decay=0.1, foreach=False, fused=False),
+    "sgd": lambda groups: torch.optim.SGD(
+        groups, 0.0, 0.9, weight_decay=0.1, foreach=False, fused=False
+    ),
     "nesterov": lambda groups: torch.optim.SGD(
         groups, 0.0, 0.9, weight_decay=0.1, nesterov=True, foreach=False, fused=False
     ),
@@ -208,7 +225,9 @@ def test_a_fused_optimiser_equals_its_plain_twin(name: str) -> None:
 )
 def test_every_optimiser_key_changes_the_update(key: str, value: Any, name: str) -> None:
     before = run(lambda groups: build_optimizer(optim(NAME=name), groups), gradients())
-    after = run(lambda groups: build_optimizer(optim(**{"NAME": name, key: value}), groups), gradients())
+    after = run(
+        lambda groups: build_optimizer(optim(**{"NAME": name, key: value}), groups), gradients()
+    )
     assert not torch.equal(before[0], after[0])
 
 

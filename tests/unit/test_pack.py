@@ -27,7 +27,12 @@ def images(tmp_path: Path) -> Path:
     """Give 13 noisy JPEGs in two classes, one of them small, and a PNG."""
     rng = np.random.default_rng(0)
     for number in range(COUNT):
-        path = tmp_path / "train" / f"c{number % 2}" / f"{number:02d}.{'png' if number == 4 else 'jpg'}"
+        path = (
+            tmp_path
+            / "train"
+            / f"c{number % 2}"
+            / f"{number:02d}.{'png' if number == 4 else 'jpg'}"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (20, 24, 3) if number == 7 else (48 + number, 70 - number, 3)
         Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(path)
@@ -47,7 +52,7 @@ def packed(root: Path, *flags: str) -> bytes:
     return content
 
 
-# ---- what is stored --------------------------------------------------------------------------------------
+# ---- what is stored ------------------------------------------------------------------------------
 
 
 def resized(width: int, height: int) -> tuple[int, int]:
@@ -92,10 +97,15 @@ def test_workers_change_nothing(images: Path) -> None:
     assert packed(images, "--short-side", "32", "--workers", "2") == whole
 
 
-def test_pixels_are_not_stored_as_jpegs_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pixels_are_not_stored_as_jpegs_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "digits.pack"
     assert (
-        pack.main(["--dataset", "digits", "--split", "val", "--output", str(output), "--workers", "0"]) == 1
+        pack.main(
+            ["--dataset", "digits", "--split", "val", "--output", str(output), "--workers", "0"]
+        )
+        == 1
     )
     assert "add --raw" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
@@ -106,7 +116,7 @@ def test_pixels_are_not_stored_as_jpegs_unasked(tmp_path: Path, capsys: pytest.C
     assert "add --raw" in capsys.readouterr().err
 
 
-# ---- unreadable images -----------------------------------------------------------------------------------
+# ---- unreadable images ---------------------------------------------------------------------------
 
 
 def test_an_unreadable_image_is_refused_or_left_out_by_name(
@@ -154,7 +164,7 @@ def stop(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-# ---- killed at any instant -------------------------------------------------------------------------------
+# ---- killed at any instant -----------------------------------------------------------------------
 
 
 def commit_often(_rank: int = 0) -> None:
@@ -206,7 +216,9 @@ def kill_and_go_on(images: Path, whole: bytes, call: int, after: bool) -> tuple[
 
 def test_killed_at_some_steps_it_ends_with_the_same_bytes(images: Path) -> None:
     whole = packed(images, "--short-side", "40")
-    assert all(kill_and_go_on(images, whole, call, call % 2 == 0)[0] for call in (1, 4, 9, 12, 17, 22, 25))
+    assert all(
+        kill_and_go_on(images, whole, call, call % 2 == 0)[0] for call in (1, 4, 9, 12, 17, 22, 25)
+    )
 
 
 @pytest.mark.slow
@@ -229,14 +241,18 @@ def test_killed_again_and_again_with_workers(images: Path) -> None:
     argv = arguments(images, output, "--short-side", "40", "--workers", "2")
     for call in (5, 9, 14):
         prepare = functools.partial(kill_at, call=call, after=True)
-        assert forked.run("tools.pack", argv, images / f"log{call}", prepare=prepare) == [-signal.SIGKILL]
+        assert forked.run("tools.pack", argv, images / f"log{call}", prepare=prepare) == [
+            -signal.SIGKILL
+        ]
         assert not output.exists()
     assert forked.run("tools.pack", argv, images / "log") == [0]
     assert "going on after" in (images / "log.0").read_text()
     assert output.read_bytes() == whole
 
 
-@pytest.mark.parametrize("spoil", [lambda c: c[:-5], lambda c: c + bytes(64), lambda c: c + b"\1" * 20])
+@pytest.mark.parametrize(
+    "spoil", [lambda c: c[:-5], lambda c: c + bytes(64), lambda c: c + b"\1" * 20]
+)
 def test_a_torn_journal_costs_only_its_end(
     images: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytes], bytes]
 ) -> None:
@@ -254,7 +270,9 @@ def test_a_torn_journal_costs_only_its_end(
     assert output.read_bytes() == whole
 
 
-def test_records_that_the_disk_lost_are_packed_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_that_the_disk_lost_are_packed_again(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = packed(images)
     output = images / "p" / "train.pack"
     monkeypatch.setattr(packing.Partial, "close_file", stop)
@@ -279,7 +297,9 @@ def test_other_settings_do_not_go_on(
     ):
         assert pack.main(arguments(images, output, *flags)) == 1
         assert f"was begun otherwise ({reason}" in capsys.readouterr().err
-    (images / "train" / "c0" / "zz.jpg").write_bytes((images / "train" / "c0" / "00.jpg").read_bytes())
+    (images / "train" / "c0" / "zz.jpg").write_bytes(
+        (images / "train" / "c0" / "00.jpg").read_bytes()
+    )
     assert pack.main(arguments(images, output, "--short-side", "40")) == 1
     assert "source: '13:" in capsys.readouterr().err
     (images / "train" / "c0" / "zz.jpg").unlink()
@@ -297,7 +317,9 @@ def open_and_wait(rank: int, *, output: Path) -> None:
     held.close()
 
 
-def test_two_processes_do_not_write_one_pack(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_do_not_write_one_pack(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = images / "p" / "train.pack"
     output.parent.mkdir()
     prepare = functools.partial(open_and_wait, output=output)
@@ -310,7 +332,7 @@ def test_two_processes_do_not_write_one_pack(images: Path, capsys: pytest.Captur
     assert pack.main(arguments(images, output)) == 0
 
 
-# ---- the disk --------------------------------------------------------------------------------------------
+# ---- the disk ------------------------------------------------------------------------------------
 
 
 def small_files(_rank: int, *, size: int) -> None:
@@ -324,7 +346,9 @@ def test_a_full_disk_is_an_error_and_the_command_goes_on(images: Path, share: fl
     whole = packed(images)
     output = images / "p" / "train.pack"
     prepare = functools.partial(small_files, size=int(share * len(whole)))
-    assert forked.run("tools.pack", arguments(images, output), images / "log", prepare=prepare) == [1]
+    assert forked.run("tools.pack", arguments(images, output), images / "log", prepare=prepare) == [
+        1
+    ]
     text = (images / "log.0").read_text()
     assert f"[Errno {errno.EFBIG}]" in text
     assert "the same command goes on" in text

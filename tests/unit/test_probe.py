@@ -65,7 +65,10 @@ def test_the_grid_is_every_rate_with_every_decay() -> None:
         ({"LRS": [1.0, 1.0]}, r"--lr.*lr1 stands twice"),
         ({"LRS": [1.0, 1.0000001]}, r"lr1 stands twice"),
         ({"WEIGHT_DECAYS": [0.1, 0.1]}, r"--weight-decay.*lr30_wd0\.1 stands twice"),
-        ({"WEIGHT_DECAYS": [0.1], "OPTIM__WEIGHT_DECAY_END": 0.4}, r"WEIGHT_DECAY_END to 0 instead of 0\.4"),
+        (
+            {"WEIGHT_DECAYS": [0.1], "OPTIM__WEIGHT_DECAY_END": 0.4},
+            r"WEIGHT_DECAY_END to 0 instead of 0\.4",
+        ),
     ],
 )
 def test_a_grid_that_says_two_things_is_refused(keys: dict[str, Any], message: str) -> None:
@@ -76,11 +79,16 @@ def test_a_grid_that_says_two_things_is_refused(keys: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"LABEL_PERCENTS": [100.0, 1.0]}, r"--labels\): 1 needs --cached-features; .*--train-percent 1"),
+        (
+            {"LABEL_PERCENTS": [100.0, 1.0]},
+            r"--labels\): 1 needs --cached-features; .*--train-percent 1",
+        ),
         ({"CACHED_FEATURES": True, "DROP_PATH": 0.2}, r"0\.2 cannot act .*--drop-path-rate 0"),
     ],
 )
-def test_features_and_labels_that_do_not_fit_are_refused(keys: dict[str, Any], message: str) -> None:
+def test_features_and_labels_that_do_not_fit_are_refused(
+    keys: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         refuse_contradictions(section(**keys))
     refuse_contradictions(section(CACHED_FEATURES=True, LABEL_PERCENTS=[1.0, 100.0]))
@@ -104,12 +112,19 @@ def test_each_probe_has_its_folder() -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(points: list[GridPoint], optimizer_name: str, clip: float, smoothing: float) -> list[Tensor]:
+def train(
+    points: list[GridPoint], optimizer_name: str, clip: float, smoothing: float
+) -> list[Tensor]:
     """Train heads on eight batches the way main_linear.py does; return what each has become."""
     torch.manual_seed(1)
     heads = LinearHeads(16, 7, len(points))
     groups = [
-        {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay, "lr": point.lr}
+        {
+            "params": list(pair),
+            "rate": point.rate,
+            "weight_decay": point.weight_decay,
+            "lr": point.lr,
+        }
         for pair, point in zip(heads.pairs(), points, strict=True)
     ]
     node = section(OPTIM__NAME=optimizer_name, OPTIM__NESTEROV=True).OPTIM
@@ -156,12 +171,17 @@ def test_accuracies_are_exact_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> 
         assert [whole[f"{point.name}/top{k}"] for k in (1, 5)] == [2.0 * count for count in counts]
     assert whole["top1"] == max(whole[f"{point.name}/top1"] for point in points)
     monkeypatch.setattr("evaluation.probe._LOGITS", 3 * 6 * 4)
-    assert head_accuracies(heads, [(x[:20], y[:20]), (x[20:], y[20:])], dict(enumerate(points))) == whole
+    assert (
+        head_accuracies(heads, [(x[:20], y[:20]), (x[20:], y[20:])], dict(enumerate(points)))
+        == whole
+    )
 
 
 def result_of(folder: Path, **keys: Any) -> dict[str, Any]:
     points = grid_points(section(**keys))
-    final = {f"{p.name}/top{k}": 10.0 * i + k for i, p in enumerate(points) for k in (1, 5)} | {"top1": 0.0}
+    final = {f"{p.name}/top{k}": 10.0 * i + k for i, p in enumerate(points) for k in (1, 5)} | {
+        "top1": 0.0
+    }
     best = {f"{points[1].name}/top1": 90.0, "top1": 90.0}
     run: Any = SimpleNamespace(folder=folder, close=lambda: None)
     what = {"weights": "w", "labels": "100pct", "images": 9}
@@ -210,7 +230,10 @@ def test_batches_of_features_come_in_the_order_of_images() -> None:
 
 def test_few_features_make_smaller_batches() -> None:
     loader = FeatureLoader(
-        WholeFeatures.of(torch.zeros(11, 2), torch.zeros(11)), global_batch=64, accumulation=2, seed=0
+        WholeFeatures.of(torch.zeros(11, 2), torch.zeros(11)),
+        global_batch=64,
+        accumulation=2,
+        seed=0,
     )
     assert (loader.plan.global_batch, loader.steps_per_epoch) == (10, 2)
 

@@ -25,7 +25,9 @@ from evaluation.propagation import (
 from tools import propagate as tool
 
 
-def slow_carry(target: Tensor, sources: Tensor, labels: Tensor, config: PropagationConfig) -> Tensor:
+def slow_carry(
+    target: Tensor, sources: Tensor, labels: Tensor, config: PropagationConfig
+) -> Tensor:
     """Carry labels cell by cell, as the text says it."""
     _, height, width = target.shape
     out = torch.zeros(labels.shape[1], height, width)
@@ -45,7 +47,8 @@ def slow_carry(target: Tensor, sources: Tensor, labels: Tensor, config: Propagat
 
 
 @pytest.mark.parametrize(
-    "config", [PropagationConfig(7, 2, 5), PropagationConfig(7, 12, 3, 0.5), PropagationConfig(7, 1, 50)]
+    "config",
+    [PropagationConfig(7, 2, 5), PropagationConfig(7, 12, 3, 0.5), PropagationConfig(7, 1, 50)],
 )
 def test_labels_are_carried_as_by_the_slow_oracle(
     config: PropagationConfig, monkeypatch: pytest.MonkeyPatch
@@ -54,9 +57,14 @@ def test_labels_are_carried_as_by_the_slow_oracle(
     target = torch.nn.functional.normalize(torch.randn(8, 5, 7), dim=0)
     labels = torch.rand(3, 4, 5, 7)
     expected = slow_carry(target, sources, labels, config)
-    torch.testing.assert_close(carry_labels(target, sources, labels, config), expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("evaluation.propagation._CHUNK_ELEMENTS", 3 * 35 * 4)  # four cells at a time
-    torch.testing.assert_close(carry_labels(target, sources, labels, config), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        carry_labels(target, sources, labels, config), expected, rtol=1e-4, atol=1e-5
+    )
+    # four cells at a time
+    monkeypatch.setattr("evaluation.propagation._CHUNK_ELEMENTS", 3 * 35 * 4)
+    torch.testing.assert_close(
+        carry_labels(target, sources, labels, config), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_context_is_the_first_frame_and_the_last_few() -> None:
@@ -87,7 +95,8 @@ def test_masks_are_shrunk_to_cells_and_enlarged_again() -> None:
     back = enlarge_labels(labels, (8, 12), (16, 24))
     assert (back.shape, back.dtype) == ((16, 24), torch.uint8)
     assert (int(back[0, 0]), int(back[-1, -1]), int(back[0, -1])) == (1, 2, 0)
-    weak = torch.stack([torch.full((2, 3), 0.9), labels[1] * 0.2])  # an object stretched to 1 wins its cell
+    # an object stretched to 1 wins its cell
+    weak = torch.stack([torch.full((2, 3), 0.9), labels[1] * 0.2])
     assert enlarge_labels(weak, (2, 3), (2, 3)).tolist() == [[1, 0, 0], [0, 0, 0]]
     alone = torch.stack([torch.ones(2, 3), torch.zeros(2, 3)])
     assert not enlarge_labels(alone, (4, 6), (4, 6)).any()
@@ -115,7 +124,11 @@ def slow_f(mask: Tensor, truth: Tensor, tolerance: float) -> float:
     drawn, real = slow_contour(mask), slow_contour(truth)
 
     def share(points: set, others: set) -> float:
-        near = [p for p in points if any((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2 <= reach**2 for q in others)]
+        near = [
+            p
+            for p in points
+            if any((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2 <= reach**2 for q in others)
+        ]
         return len(near) / len(points)
 
     precision, recall = share(drawn, real), share(real, drawn)
@@ -127,9 +140,13 @@ def test_contour_accuracy_is_the_slow_oracles(shift: int) -> None:
     truth, mask = disk(40, 50, 20, 20, 9.3), disk(40, 50, 20, 20 + shift, 8 + shift / 4)
     assert {tuple(p) for p in contour(mask).nonzero().tolist()} == slow_contour(mask)
     for tolerance in (0.008, 0.05):
-        assert contour_accuracy(mask, truth, tolerance) == pytest.approx(slow_f(mask, truth, tolerance))
+        assert contour_accuracy(mask, truth, tolerance) == pytest.approx(
+            slow_f(mask, truth, tolerance)
+        )
     both = {tuple(p) for p in mask.nonzero().tolist()}, {tuple(p) for p in truth.nonzero().tolist()}
-    assert region_similarity(mask, truth) == pytest.approx(len(both[0] & both[1]) / len(both[0] | both[1]))
+    assert region_similarity(mask, truth) == pytest.approx(
+        len(both[0] & both[1]) / len(both[0] | both[1])
+    )
 
 
 def test_empty_masks_have_their_agreed_quality() -> None:
@@ -154,7 +171,7 @@ def test_quality_leaves_out_first_and_last_frames_and_void() -> None:
     assert video_quality(masks, truth)[1].region == 1.0
 
 
-# ---- the tool -------------------------------------------------------------------------------------------
+# ---- the tool ------------------------------------------------------------------------------------
 
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759
 
@@ -213,7 +230,9 @@ def test_the_tool_follows_moving_squares(davis: Path, monkeypatch: pytest.Monkey
         assert (image.mode, image.size, image.getpalette()[:9]) == ("P", (128, 96), PALETTE[:9])
         assert set(np.unique(np.asarray(image))) == {0, 1, 2}
     given = Image.open(davis / "DAVIS/Annotations/480p/squares/00000.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(folder / "squares/00000.png")), np.asarray(given))
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(folder / "squares/00000.png")), np.asarray(given)
+    )
 
 
 def test_without_later_annotations_masks_are_written_and_not_judged(
@@ -245,10 +264,14 @@ def test_frames_keep_their_shape_up_to_multiples_of_64() -> None:
 
 
 def test_errors_name_the_file(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"none.txt does not exist: --data-path must be the folder of DAVIS"):
+    with pytest.raises(
+        ValueError, match=r"none.txt does not exist: --data-path must be the folder of DAVIS"
+    ):
         run_tool(davis, monkeypatch, "--list", "none.txt")
     (davis / "DAVIS/ImageSets/2017/val.txt").write_text("circles")
-    with pytest.raises(ValueError, match=r"a video needs frames in .*circles and the first one's mask"):
+    with pytest.raises(
+        ValueError, match=r"a video needs frames in .*circles and the first one's mask"
+    ):
         run_tool(davis, monkeypatch)
     (davis / "DAVIS/ImageSets/2017/val.txt").write_text("squares")
     flags = (
@@ -260,7 +283,9 @@ def test_errors_name_the_file(davis: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "--short-side",
         "40",
     )
-    with pytest.raises(ValueError, match=r"--short-side 40: frames would be .*, not multiples of 16"):
+    with pytest.raises(
+        ValueError, match=r"--short-side 40: frames would be .*, not multiples of 16"
+    ):
         run_tool(davis, monkeypatch, *flags)
     Image.new("RGB", (128, 96)).save(davis / "DAVIS/Annotations/480p/squares/00000.png")
     with pytest.raises(ValueError, match="is of mode RGB; a mask is an indexed or a grey PNG"):

@@ -95,9 +95,12 @@ def image_list(tmp_path: Path) -> Path:
 def test_a_subset_list_of_another_encoding_is_refused_with_the_reason(image_list: Path) -> None:
     source = build_source("imagefolder", str(image_list), "train")
     (image_list / "subset.txt").write_bytes("é.jpg\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"1 of its names are not in .*the list is no text in UTF-8: save"):
+    with pytest.raises(
+        ValueError, match=r"1 of its names are not in .*the list is no text in UTF-8: save"
+    ):
         label_subset(source, 1, 0, str(image_list / "subset.txt"))
-    (image_list / "train" / "c0" / os.fsdecode(b"\xe9.jpg")).write_bytes(b"x")  # now it names this file
+    # now it names this file
+    (image_list / "train" / "c0" / os.fsdecode(b"\xe9.jpg")).write_bytes(b"x")
     source = build_source("imagefolder", str(image_list), "train")
     chosen = label_subset(source, 1, 0, str(image_list / "subset.txt"))
     assert np.array_equal(chosen, [2])

@@ -28,12 +28,17 @@ CIFAR_RECIPES = sorted(CONFIGS.glob("cifar10/*.yaml"))
 RECIPE_FILES = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("demo")]
 OTHERS = [path for path in CONFIGS.glob("*.yaml") if path not in RECIPE_FILES]
 
-# name -> processes of the published run; what the file says about a recipe stands in the tests below
+# name -> processes of the published run; what the file says about a recipe stands in the tests
+# below
 V2_BACKBONES = ("swin_tiny", "swin_small", "swin_base", "vit_small", "vit_base")
 MOCO = {"moco_v1_resnet50": 8, "moco_v2_resnet50": 8, "moco_v2_resnet50_800ep": 8}
 SYNCO = {"synco_resnet50": 4, "synco_resnet50_800ep": 4}
 BYOL = {f"byol_{backbone}": 4 for backbone in V2_BACKBONES}
-MOBY = {**{f"moby_{backbone}": 4 for backbone in V2_BACKBONES}, "moby_swin_tiny": 8, "moby_deit_small": 8}
+MOBY = {
+    **{f"moby_{backbone}": 4 for backbone in V2_BACKBONES},
+    "moby_swin_tiny": 8,
+    "moby_deit_small": 8,
+}
 SYNCO_V2 = {f"synco_v2_{backbone}": 4 for backbone in V2_BACKBONES}
 RESNETS = {"byol_resnet50": 4, "moby_resnet50": 4, "synco_v2_resnet50": 4}
 MOCOV3 = {
@@ -90,7 +95,7 @@ def linear_plan(cfg: CfgNode, total: int) -> Plan:
     )
 
 
-# ---- all of them ----------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 def test_the_published_recipes_are_all_there() -> None:
@@ -135,7 +140,8 @@ def test_a_header_states_the_command_and_whose_numbers_they_are(path: Path) -> N
     batch = cfg.TRAIN.BATCH_SIZE
     assert f"torchrun --nproc_per_node={processes} " in header
     assert (
-        f"{processes} GPUs x {batch} images = {processes * batch} a step, {cfg.TRAIN.EPOCHS} epochs" in header
+        f"{processes} GPUs x {batch} images = {processes * batch} a step, {cfg.TRAIN.EPOCHS} epochs"
+        in header
     )
     assert re.search(r"Published (linear top-1: \d\d\.\d|accuracy: none)", header)
     assert "Ours: not measured" in header
@@ -145,7 +151,8 @@ def test_a_header_states_the_command_and_whose_numbers_they_are(path: Path) -> N
 def test_a_header_says_where_the_published_run_was_in_mixed_precision(name: str) -> None:
     """MoBY used apex, MoCo v3 and its heirs float16 autocast; MoCo, SynCo and SynCo-v2's code float32."""
     mixed = {"moby_swin_tiny", "moby_deit_small", "sit_deit_base", "sit_gmml_deit_small"}
-    mixed |= {"batchformer_resnet50", "batchformer_resnet50_300ep", *MOCOV3} - {"mocov3_swin_tiny"}  # ours
+    # ours
+    mixed |= {"batchformer_resnet50", "batchformer_resnet50_300ep", *MOCOV3} - {"mocov3_swin_tiny"}
     header = (CONFIGS / f"{name}.yaml").read_text()
     assert ("The published run was in mixed precision" in header) == (name in mixed)
 
@@ -160,7 +167,7 @@ def test_a_recipe_says_nothing_about_a_method_that_it_does_not_select(path: Path
     assert all(key.split(".")[1] in known for key in touched)
 
 
-# ---- the published values -------------------------------------------------------------------------------
+# ---- the published values ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*MOCO, *SYNCO])
@@ -180,7 +187,11 @@ def test_moco_and_synco_follow_the_published_table(name: str) -> None:
     assert cfg.TRAIN.EPOCHS == (800 if name.endswith("800ep") else 200)
     assert cfg.SCHEDULE.WARMUP_EPOCHS == 0
     planned = plan(cfg, IMAGENET, PROCESSES[name])
-    assert (planned.global_batch, planned.rates[0].base, planned.steps_per_epoch) == (256, 0.03, 5004)
+    assert (planned.global_batch, planned.rates[0].base, planned.steps_per_epoch) == (
+        256,
+        0.03,
+        5004,
+    )
     steps = [0, 5003, 5004, 120 * 5004, 160 * 5004]
     rates = [planned.rates[0].at(step) for step in steps]
     if v1:
@@ -206,7 +217,8 @@ def test_the_transformer_recipes_follow_the_published_table(name: str) -> None:
     assert (cfg.MODEL.NAME, cfg.MODEL.BACKBONE.NAME) == (method, backbone)
     assert (cfg.MODEL.BACKBONE.DROP_PATH, cfg.MODEL.BACKBONE.TARGET_DROP_PATH) == (0.2, 0.0)
     assert not cfg.MODEL.BACKBONE.FREEZE_PATCH_EMBED
-    own_swin = "swin" in backbone and method != "moby"  # SynCo-v2's code; MoBY's has 1e-5 everywhere
+    # SynCo-v2's code; MoBY's has 1e-5 everywhere
+    own_swin = "swin" in backbone and method != "moby"
     assert cfg.MODEL.BACKBONE.NORM_EPS == (1e-6 if own_swin else 0.0)
     assert (options.HIDDEN_DIM, options.OUT_DIM) == (4096, 256)
     assert (options.PROJ_NUM_LAYERS, options.PRED_NUM_LAYERS) == (2, 2)
@@ -252,7 +264,11 @@ def test_the_resnet_recipes_follow_the_deleted_files() -> None:
     assert byol.MODEL.BYOL.BASE_MOMENTUM == 0.996
     for cfg in (moby, synco):
         assert (cfg.OPTIM.NAME, cfg.OPTIM.NESTEROV, cfg.OPTIM.MOMENTUM) == ("sgd", True, 0.9)
-        assert (cfg.OPTIM.BASE_LR, cfg.OPTIM.WEIGHT_DECAY, cfg.SCHEDULE.WARMUP_EPOCHS) == (1e-3, 0.05, 5)
+        assert (cfg.OPTIM.BASE_LR, cfg.OPTIM.WEIGHT_DECAY, cfg.SCHEDULE.WARMUP_EPOCHS) == (
+            1e-3,
+            0.05,
+            5,
+        )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +290,7 @@ def test_deit_small_has_6_heads_and_vit_small_12() -> None:
         assert build(recipe(name)).online.backbone.blocks[0].attn.num_heads == heads
 
 
-# ---- the probes -----------------------------------------------------------------------------------------
+# ---- the probes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*MOCOV3, "batchformer_resnet50", "sit_gmml_deit_small"])
@@ -302,7 +318,11 @@ def test_every_recipe_carries_its_own_probe(name: str) -> None:
     linear = recipe(name).LINEAR
     moco = name in MOCO or name in SYNCO or name.startswith("moco_v2")
     assert linear.EPOCHS == 100
-    assert (linear.OPTIM.NAME, linear.OPTIM.MOMENTUM, linear.OPTIM.WEIGHT_DECAY) == ("sgd", 0.9, 0.0)
+    assert (linear.OPTIM.NAME, linear.OPTIM.MOMENTUM, linear.OPTIM.WEIGHT_DECAY) == (
+        "sgd",
+        0.9,
+        0.0,
+    )
     assert linear.HEAD_INIT == ("normal" if moco else "trunc")
     assert linear.LABEL_SMOOTHING == (0.0 if moco else 0.1)
     assert linear.DROP_PATH == (0.0 if moco or name in RESNETS or name in SIT else 0.2)
@@ -326,7 +346,9 @@ def test_the_two_protocols_set_the_same_keys_and_only_probe_keys() -> None:
     def keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
         found = set()
         for key, value in tree.items():
-            found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+            found |= (
+                keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+            )
         return found
 
     moco, moby, mocov3 = (
@@ -343,7 +365,7 @@ def test_the_two_protocols_set_the_same_keys_and_only_probe_keys() -> None:
             assert all(dict(leaves(switched))[key] == dict(leaves(alone))[key] for key in moco)
 
 
-# ---- the small recipes ----------------------------------------------------------------------------------
+# ---- the small recipes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*MOCOV3, *BATCHFORMER])
@@ -355,11 +377,15 @@ def test_moco_v3_follows_the_published_flags(name: str) -> None:
     options, resnet = cfg.MODEL.MOCOV3, "resnet" in name
     assert cfg.MODEL.NAME == ("batchformer" if name in BATCHFORMER else "mocov3")
     assert (options.HIDDEN_DIM, options.OUT_DIM, options.PRED_NUM_LAYERS) == (4096, 256, 2)
-    assert (options.PROJ_NUM_LAYERS, options.PRED_LAST_BATCH_NORM) == ((2, False) if resnet else (3, True))
+    assert (options.PROJ_NUM_LAYERS, options.PRED_LAST_BATCH_NORM) == (
+        (2, False) if resnet else (3, True)
+    )
     assert (options.TEMPERATURE, options.MOMENTUM_SCHEDULE) == (1.0 if resnet else 0.2, "cosine")
     assert options.BASE_MOMENTUM == (0.996 if name.endswith("1000ep") else 0.99)
     assert cfg.MODEL.BACKBONE.ZERO_INIT_RESIDUAL == resnet
-    assert cfg.MODEL.BACKBONE.FREEZE_PATCH_EMBED == (name in ("mocov3_vit_small", "mocov3_vit_base"))
+    assert cfg.MODEL.BACKBONE.FREEZE_PATCH_EMBED == (
+        name in ("mocov3_vit_small", "mocov3_vit_base")
+    )
     assert (cfg.AUG.RECIPE, cfg.AUG.CROP_MIN) == ("mocov3", 0.2 if resnet else 0.0)
     long = cfg.TRAIN.EPOCHS > 100
     rate = (0.3 if long else 0.6) if resnet else 1.5e-4
@@ -385,7 +411,11 @@ def test_sit_follows_the_published_flags(name: str) -> None:
     options, planned = cfg.MODEL.SIT, plan(cfg, IMAGENET, PROCESSES[name])
     if "gmml" in name:
         assert (options.VARIANT, options.OUT_DIM, options.TEMPERATURE) == ("gmml", 256, 0.2)
-        assert (options.DROP_FRACTION, options.REPLACE_FRACTION, options.DROP_ALIGN) == (0.5, 0.3, 1)
+        assert (options.DROP_FRACTION, options.REPLACE_FRACTION, options.DROP_ALIGN) == (
+            0.5,
+            0.3,
+            1,
+        )
         assert (options.BASE_MOMENTUM, options.MOMENTUM_SCHEDULE, options.DROP_TYPE) == (
             0.996,
             "cosine",
@@ -395,13 +425,18 @@ def test_sit_follows_the_published_flags(name: str) -> None:
         assert planned.weight_decay_at(0) == pytest.approx(0.04)
         assert planned.weight_decay_at(planned.total_steps) == pytest.approx(0.1)
         assert (cfg.TRAIN.EPOCHS, planned.rates[0].base) == (800, 5e-4 * 32 / 256)
-        assert planned.rates[0].minimum == pytest.approx(1e-6)  # which the published code does not scale
+        # which the published code does not scale
+        assert planned.rates[0].minimum == pytest.approx(1e-6)
         return
     assert (options.VARIANT, options.OUT_DIM, options.TEMPERATURE) == ("rotation", 512, 0.5)
     assert (options.BASE_MOMENTUM, options.LEGACY_WEIGHTING) == (0.99996, False)
     assert cfg.MODEL.BACKBONE.NUM_TOKENS == (2 if "deit" in name else 1)
     assert (cfg.AUG.RECIPE, cfg.TRAIN.EPOCHS, planned.global_batch) == ("sit", 501, 288)
-    assert (cfg.OPTIM.WEIGHT_DECAY, cfg.OPTIM.EXCLUDE_1D, cfg.OPTIM.EXCLUDE_TOKENS) == (0.05, True, True)
+    assert (cfg.OPTIM.WEIGHT_DECAY, cfg.OPTIM.EXCLUDE_1D, cfg.OPTIM.EXCLUDE_TOKENS) == (
+        0.05,
+        True,
+        True,
+    )
     rates, epoch = planned.rates[0], planned.steps_per_epoch
     assert rates.base == pytest.approx(1e-3 * 288 / 512)
     assert [rates.at(0), rates.at(epoch)] == [1e-6, 1e-6]  # epochs 0 and 1, as published

@@ -143,7 +143,9 @@ def test_separable_features_score_full_marks() -> None:
     features = torch.eye(3)[labels] + 0.01 * torch.randn(60, 3)
     split = report.Split(features[:45], labels[:45], features[45:], labels[45:])
     scores = report.evaluate(split, 3, seed=0)
-    assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(report.COLUMNS, 100.0)
+    assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(
+        report.COLUMNS, 100.0
+    )
 
 
 def test_too_few_images_for_a_column_leave_it_empty() -> None:
@@ -157,7 +159,12 @@ def test_too_few_images_for_a_column_leave_it_empty() -> None:
 
 def test_tables_are_aligned_and_mark_the_best() -> None:
     low = {"knn": (9.0, None), "linear": (50.0, None), "labels10": (40.0, 1.5), "labels1": None}
-    high = {"knn": (100.0, None), "linear": (50.0, None), "labels10": (39.0, 11.5), "labels1": (12.0, 0.5)}
+    high = {
+        "knn": (100.0, None),
+        "linear": (50.0, None),
+        "labels10": (39.0, 11.5),
+        "labels1": (12.0, 0.5),
+    }
     scores = {"raw pixels": low, "trained backbone": high}
     terminal = report.terminal_table(scores).splitlines()
     assert len({len(line) for line in terminal}) == 1
@@ -173,7 +180,9 @@ def test_tables_are_aligned_and_mark_the_best() -> None:
 
 def test_raw_pixels_are_levels_and_small() -> None:
     levels = torch.rand(2, 3, 48, 48)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     flat = report.raw_pixels((levels - mean) / std)
     assert flat.shape == (2, 3 * 32 * 32)
     small = torch.rand(2, 3, 8, 8)
@@ -276,7 +285,8 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("native", "amx", "expected"), [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]
+    ("native", "amx", "expected"),
+    [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
 )
 def test_auto_is_bf16_only_where_the_processor_has_it(
     monkeypatch: pytest.MonkeyPatch, native: bool, amx: bool, expected: str
@@ -303,7 +313,9 @@ def test_a_named_precision_stands(name: str) -> None:
     assert device.resolve_precision(name, torch.device("cpu")) == name
 
 
-def test_a_run_computes_in_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_computes_in_what_auto_became(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def dtype_of(cfg: CfgNode) -> torch.dtype:
         run = Run(cfg, tmp_path, torch.device("cpu"))
         with run.autocast():
@@ -317,5 +329,7 @@ def test_a_run_computes_in_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"PRECISION.*'bf15' is not one of auto, fp32, bf16, fp16"):
+    with pytest.raises(
+        ConfigError, match=r"PRECISION.*'bf15' is not one of auto, fp32, bf16, fp16"
+    ):
         load_config(declare(framework_options()), (), ("TRAIN.PRECISION", "bf15"))

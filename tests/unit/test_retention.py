@@ -24,7 +24,9 @@ def steps(folder: Path) -> list[int]:
 
 def test_the_best_is_the_highest_and_of_a_loss_the_lowest(tmp_path: Path) -> None:
     assert best(tmp_path, METRIC) is None
-    for step, (top1, loss) in enumerate([(10.0, 3.0), (30.0, 1.0), (30.0, 2.0), (20.0, 0.5)], start=1):
+    for step, (top1, loss) in enumerate(
+        [(10.0, 3.0), (30.0, 1.0), (30.0, 2.0), (20.0, 0.5)], start=1
+    ):
         make(tmp_path, step, knn5_top1=top1, held_out_loss=loss)
     make(tmp_path, 5)  # between two evaluations
     assert best(tmp_path, METRIC) == tmp_path / "ckpt_00000002.pt"  # of equals the first
@@ -36,7 +38,9 @@ def test_damaged_records_and_values_that_are_no_number_are_passed_over(tmp_path:
     make(tmp_path, 1, knn5_top1=10.0)
     make(tmp_path, 2, knn5_top1=float("nan"))
     path = make(tmp_path, 3, knn5_top1=90.0)
-    path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace("90.0", "99.0"))
+    path.with_suffix(".json").write_text(
+        path.with_suffix(".json").read_text().replace("90.0", "99.0")
+    )
     assert best(tmp_path, METRIC) == tmp_path / "ckpt_00000001.pt"
 
 
@@ -66,15 +70,28 @@ def test_what_is_better(metric: str, value: float, so_far: float | None, expecte
     assert improves(metric, value, so_far) == expected
 
 
-def train(monkeypatch: pytest.MonkeyPatch, output: Path, values: list[float], every: int = 4) -> Path:
+def train(
+    monkeypatch: pytest.MonkeyPatch, output: Path, values: list[float], every: int = 4
+) -> Path:
     """Run with evaluations that give ``values``, one an epoch; no checkpoint is due but by the evaluation."""
     from evaluation import knn
 
     given = iter(values)
     monkeypatch.setattr(knn, "features_knn", lambda *args, **keys: {METRIC: next(given)})
-    keys = {"KNN__EVERY_EPOCHS": 1, "KNN__K": (5,), "CHECKPOINT__EVERY_STEPS": 0, "TRAIN__EPOCHS": 5}
-    keys |= {"CHECKPOINT__EVERY_EPOCHS": every, "CHECKPOINT__KEEP_BEST": METRIC, "TRAIN__BATCH_SIZE": 512}
-    monkeypatch.setattr("sys.argv", ["main_pretrain.py", *runs.arguments("moco_v2", output, "t", **keys)])
+    keys = {
+        "KNN__EVERY_EPOCHS": 1,
+        "KNN__K": (5,),
+        "CHECKPOINT__EVERY_STEPS": 0,
+        "TRAIN__EPOCHS": 5,
+    }
+    keys |= {
+        "CHECKPOINT__EVERY_EPOCHS": every,
+        "CHECKPOINT__KEEP_BEST": METRIC,
+        "TRAIN__BATCH_SIZE": 512,
+    }
+    monkeypatch.setattr(
+        "sys.argv", ["main_pretrain.py", *runs.arguments("moco_v2", output, "t", **keys)]
+    )
     try:
         main_pretrain.main()
     finally:
@@ -99,7 +116,9 @@ def test_a_run_saves_and_keeps_its_best_across_a_stop(
     assert best(folder, METRIC) == folder / "ckpt_00000002.pt"
 
 
-def test_a_metric_that_nobody_measures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_that_nobody_measures_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = {"KNN__EVERY_EPOCHS": 1, "KNN__K": (5,), "CHECKPOINT__KEEP_BEST": "knn20_top1"}
     argv = runs.arguments("moco_v2", tmp_path, "t", TRAIN__BATCH_SIZE=512, **keys)
     monkeypatch.setattr("sys.argv", ["main_pretrain.py", *argv])

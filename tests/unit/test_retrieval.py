@@ -25,7 +25,9 @@ LINEAR: {BATCH_SIZE: 4}
 """
 
 
-def walked(order: list[int], positives: set[int], ignored: set[int], k: int) -> tuple[float, float] | None:
+def walked(
+    order: list[int], positives: set[int], ignored: set[int], k: int
+) -> tuple[float, float] | None:
     """Walk down a ranking: trapezoidal average precision and precision at k, slow and obvious."""
     if not positives:
         return None
@@ -80,9 +82,12 @@ def test_scores_are_those_of_a_walk_down_the_ranking(seed: int) -> None:
 
 
 def test_a_perfect_ranking_is_100_and_nothing_to_find_is_nan() -> None:
-    lists = [{"easy": np.array([3, 1]), "hard": np.array([], dtype=np.int64), "junk": np.array([0])}]
+    lists = [
+        {"easy": np.array([3, 1]), "hard": np.array([], dtype=np.int64), "junk": np.array([0])}
+    ]
     scores = retrieval_scores(np.array([[0, 1, 3, 2]]).T, lists)
-    assert scores["easy/mAP"] == scores["medium/mAP"] == scores["medium/mP@10"] == 100.0  # junk ranks first
+    # junk ranks first
+    assert scores["easy/mAP"] == scores["medium/mAP"] == scores["medium/mP@10"] == 100.0
     assert np.isnan(scores["hard/mAP"])
     swapped = retrieval_scores(np.array([[2, 1, 3, 0]]).T, lists)
     assert swapped["easy/mAP"] == pytest.approx(100 * ((0 + 1 / 2) / 2 + (1 / 2 + 2 / 3) / 2) / 2)
@@ -102,13 +107,20 @@ def oxford(tmp_path: Path) -> Path:
         clean = rng.uniform(0, 255, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
         for copy in range(3):
             names.append(f"scene {scene}_{copy}")
-            noisy = np.clip(clean + rng.normal(0, 5 + 10 * copy, clean.shape), 0, 255).astype(np.uint8)
+            noisy = np.clip(clean + rng.normal(0, 5 + 10 * copy, clean.shape), 0, 255).astype(
+                np.uint8
+            )
             Image.fromarray(noisy).save(folder / "jpg" / f"{names[-1]}.jpg", quality=95)
         framed = np.zeros((96, 96, 3), dtype=np.uint8)
         framed[32:64, 32:64] = clean
         Image.fromarray(framed).save(folder / "jpg" / f"query {scene}.jpg", quality=95)
         gnd.append(
-            {"easy": [3 * scene], "hard": [3 * scene + 1], "junk": [3 * scene + 2], "bbx": [32.0, 32, 64, 64]}
+            {
+                "easy": [3 * scene],
+                "hard": [3 * scene + 1],
+                "junk": [3 * scene + 2],
+                "bbx": [32.0, 32, 64, 64],
+            }
         )
     content = {"imlist": names, "qimlist": [f"query {scene}" for scene in range(4)], "gnd": gnd}
     (folder / "gnd_toxford.pkl").write_bytes(pickle.dumps(content))
@@ -134,7 +146,10 @@ def run_tool(root: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[st
 
 @pytest.mark.parametrize("scales", [[], ["--multi-scale"]])
 def test_the_tool_finds_the_scenes_of_cropped_queries(
-    oxford: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scales: list[str]
+    oxford: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    scales: list[str],
 ) -> None:
     result = run_tool(oxford, monkeypatch, "--crop-queries", *scales)
     assert result["sets"]["toxford"]["medium/mAP"] == 100.0
@@ -175,7 +190,7 @@ def test_boxes_are_cut_and_clipped(oxford: Path) -> None:
     assert [tuple(source.load(i).shape) for i in range(3)] == [(3, 96, 96), (3, 34, 32), (3, 6, 10)]
 
 
-# ---- other sizes ----------------------------------------------------------------------------------------
+# ---- other sizes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

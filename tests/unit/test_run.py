@@ -52,7 +52,9 @@ def test_bf16_on_a_cpu_refuses_the_maps_that_its_gradients_are_wrong_for(
             return
         network(images).float().sum().backward()
     expected = torch.nn.functional.unfold(images, 3, padding=1, stride=2).sum((0, 2)).view(16, 3, 3)
-    torch.testing.assert_close(network[0].weight.grad, expected.expand(32, 16, 3, 3), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(
+        network[0].weight.grad, expected.expand(32, 16, 3, 3), rtol=0.02, atol=0.05
+    )
 
 
 def test_an_evaluation_leaves_every_part_in_its_mode(run: Run) -> None:
@@ -75,7 +77,8 @@ def test_the_status_of_a_complete_run_survives_another_start(run: Run) -> None:
     run.finish("preempted", 7)
     run.close()
     run.open_folder()
-    assert runs.status(run.folder)["state"] == "starting"  # or a script would requeue a start that fails
+    # or a script would requeue a start that fails
+    assert runs.status(run.folder)["state"] == "starting"
     run.finish("done", 9)
     run.close()
     run.open_folder()
@@ -141,7 +144,9 @@ def test_a_guard_allows_a_scaler_its_overflows_but_not_for_ever() -> None:
         guard.check(NAN, 40, [])
 
 
-def test_a_signal_before_the_first_step_is_a_preemption_and_after_the_last_one_none(run: Run) -> None:
+def test_a_signal_before_the_first_step_is_a_preemption_and_after_the_last_one_none(
+    run: Run,
+) -> None:
     run.open_folder()
     for state in ("preempted", "done"):
         with pytest.raises(SystemExit) as stop:
@@ -245,7 +250,9 @@ def test_an_evaluation_is_not_noted_where_the_lock_vanished(run: Run) -> None:
 def test_the_evaluation_of_a_file_from_elsewhere_is_noted_in_no_record_of_the_folder(
     ours: bool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.checkpointing.load_own", lambda path, *_: (checkpoint.load(path), []))
+    monkeypatch.setattr(
+        "engine.checkpointing.load_own", lambda path, *_: (checkpoint.load(path), [])
+    )
     run.open_folder()
     run.checkpoint(trained(run, 3, 1.0), PLAN)
     mine = run.folder / "ckpt_00000003.pt"

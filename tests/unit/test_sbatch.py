@@ -40,7 +40,12 @@ class Cluster:
 
     def start(self, state: str, waits: bool, **more: str) -> subprocess.Popen[str]:
         env = {**os.environ, "PATH": f"{self.root}:{os.environ['PATH']}", "PLACE": str(self.root)}
-        env |= {"CFG": "configs/my run.yaml", "DATA": "/my data", "OUTPUT": str(self.output), "TAG": "t 1"}
+        env |= {
+            "CFG": "configs/my run.yaml",
+            "DATA": "/my data",
+            "OUTPUT": str(self.output),
+            "TAG": "t 1",
+        }
         env |= {
             "STATE": state,
             "WAITS": str(int(waits)),
@@ -73,7 +78,8 @@ def test_a_signal_reaches_the_workers_and_the_job_is_requeued(
     job.send_signal(number)
     text, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == 0, text
-    assert cluster.events() == ["signalled", "left", "requeue 42"]  # in this order: the workers have left
+    # in this order: the workers have left
+    assert cluster.events() == ["signalled", "left", "requeue 42"]
     arguments = (cluster.root / "arguments").read_text().splitlines()
     assert arguments[-10:] == [
         *("--cfg", "configs/my run.yaml", "--data-path", "/my data"),
@@ -84,7 +90,13 @@ def test_a_signal_reaches_the_workers_and_the_job_is_requeued(
 
 @pytest.mark.parametrize(
     ("state", "restarts", "code"),
-    [("done", "0", 0), ("failed", "0", 1), ("running", "0", 1), ("", "0", 1), ("preempted", "100", 1)],
+    [
+        ("done", "0", 0),
+        ("failed", "0", 1),
+        ("running", "0", 1),
+        ("", "0", 1),
+        ("preempted", "100", 1),
+    ],
 )
 def test_nothing_else_is_requeued(cluster: Cluster, state: str, restarts: str, code: int) -> None:
     job = cluster.start(state, waits=False, SLURM_RESTART_COUNT=restarts)

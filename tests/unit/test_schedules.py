@@ -15,9 +15,13 @@ from utils.schedules import SCHEDULES, LearningRate, Progress, cosine, momentum_
 SCHEMA = declare(framework_options())
 
 
-def rate(name: str = "cosine", *, steps: int = 10, epochs: int = 10, **options: Any) -> LearningRate:
+def rate(
+    name: str = "cosine", *, steps: int = 10, epochs: int = 10, **options: Any
+) -> LearningRate:
     fixed = {"base": 1.0, "warmup_start": 0.0, "minimum": 0.0, "warmup_steps": 0}
-    return LearningRate(name, **{**fixed, **options}, total_steps=steps * epochs, steps_per_epoch=steps)
+    return LearningRate(
+        name, **{**fixed, **options}, total_steps=steps * epochs, steps_per_epoch=steps
+    )
 
 
 def plan_of(
@@ -38,7 +42,9 @@ def test_moco_holds_a_cosine_for_an_epoch() -> None:
     moco = rate(base=0.03, steps=7, epochs=200, per_epoch=True)
     for epoch in (0, 1, 57, 100, 199):
         expected = 0.03 * 0.5 * (1 + math.cos(math.pi * epoch / 200))
-        assert [moco.at(epoch * 7 + i) for i in range(7)] == pytest.approx([expected] * 7, rel=1e-12)
+        assert [moco.at(epoch * 7 + i) for i in range(7)] == pytest.approx(
+            [expected] * 7, rel=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,9 @@ def moby(step: int, base: float = 1e-3) -> float:
 
 def test_moby_warms_up_inside_the_horizon_and_drops_a_little_at_its_end() -> None:
     exact = rate(base=1e-3, warmup_start=5e-7, minimum=5e-6, warmup_steps=50, epochs=300)
-    assert [exact.at(s) for s in range(3001)] == pytest.approx([moby(s) for s in range(3001)], rel=1e-12)
+    assert [exact.at(s) for s in range(3001)] == pytest.approx(
+        [moby(s) for s in range(3001)], rel=1e-12
+    )
     assert exact.at(0) == 5e-7
     assert exact.at(49) < exact.at(50) < 1e-3
     assert exact.at(3000) == pytest.approx(5e-6)
@@ -107,7 +115,9 @@ def test_shifted_starts_the_cosine_after_the_warm_up() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("warmup_steps", [0, 1, 30, 99])
 @pytest.mark.parametrize("flags", [{}, {"shifted": True}, {"per_epoch": True}, {"lag": True}])
-def test_every_rate_is_between_its_ends(name: str, warmup_steps: int, flags: dict[str, bool]) -> None:
+def test_every_rate_is_between_its_ends(
+    name: str, warmup_steps: int, flags: dict[str, bool]
+) -> None:
     any_rate = rate(name, warmup_steps=warmup_steps, milestones=(3, 6), **flags)
     values = [any_rate.at(s) for s in range(100)]
     assert all(0 <= value <= 1 for value in values)
@@ -121,7 +131,9 @@ def test_an_unknown_schedule_is_refused_before_training_though_there_is_a_warm_u
     cfg.defrost()
     cfg.SCHEDULE.NAME = "cosin"
     with pytest.raises(ValueError, match=r"SCHEDULE\.NAME: 'cosin'.*cosine"):
-        make_plan(cfg.OPTIM, cfg.SCHEDULE, epochs=5, steps_per_epoch=3, global_batch=8, base_rates=[1.0])
+        make_plan(
+            cfg.OPTIM, cfg.SCHEDULE, epochs=5, steps_per_epoch=3, global_batch=8, base_rates=[1.0]
+        )
 
 
 def test_the_configuration_and_the_code_know_the_same_schedules() -> None:
@@ -129,7 +141,7 @@ def test_the_configuration_and_the_code_know_the_same_schedules() -> None:
         assert KEYS[f"{section}SCHEDULE.NAME"].choices == SCHEDULES
 
 
-# ---- the plan -------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 def test_rates_scale_with_the_global_batch_only_if_asked() -> None:
@@ -179,7 +191,7 @@ def test_clipping_reaches_the_plan() -> None:
     assert plan_of("OPTIM.CLIP_GRAD", "5").clip_grad == 5.0
 
 
-# ---- progress and momentum ------------------------------------------------------------------------------
+# ---- progress and momentum -----------------------------------------------------------------------
 
 
 def test_progress_says_where_a_run_stands() -> None:

@@ -27,7 +27,12 @@ from utils import distributed
     ],
 )
 def test_sizes_that_work(
-    saved: int, world: int, batch_size: int, accumulation: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    saved: int,
+    world: int,
+    batch_size: int,
+    accumulation: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resume, "world_size", lambda: world)
     plan = Plan(1, 1, batch_size * world * accumulation, accumulation, 0.0, ())

@@ -13,7 +13,9 @@ ROOT = Path(cli.__file__).parents[1]
 START = "import os, sys; from pathlib import Path; from utils.cli import run_main\n"
 
 
-def run(body: str, *, closed: tuple[int, ...] = (), **popen: object) -> "subprocess.CompletedProcess[str]":
+def run(
+    body: str, *, closed: tuple[int, ...] = (), **popen: object
+) -> "subprocess.CompletedProcess[str]":
     """Run a program whose main is `body`, with standard streams closed as by 2>&-."""
     script = START + f"def main():\n    {body}\nrun_main(main)"
     close = " ".join(f"{number}>&-" for number in closed)
@@ -25,7 +27,9 @@ def run(body: str, *, closed: tuple[int, ...] = (), **popen: object) -> "subproc
 
 @pytest.mark.parametrize("lines", [1, 10_000])  # fewer, and more, than a buffer holds
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_a_closed_pipe_leaves_the_work_and_the_exit_code(lines: int, code: int, tmp_path: Path) -> None:
+def test_a_closed_pipe_leaves_the_work_and_the_exit_code(
+    lines: int, code: int, tmp_path: Path
+) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = f"print('line\\n' * {lines}); Path(r'{tmp_path}/done').touch(); return {code}"

@@ -60,7 +60,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(place: Path, *more: str) -> int:
-    words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
+    words = (
+        f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
+    )
     return sweep.main([*words, "--lr-backbone", "0.01", "0.05", *more])
 
 
@@ -70,9 +72,7 @@ def sweep_process(place: Path, sleep: float) -> tuple[list[str], dict[str, str]]
     script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job\n"
     script += f"import sys; from pathlib import Path; sys.path.insert(0, {root!r}); from tools import sweep\n"
     script += f"sweep.ROOT = Path({str(place)!r}); sys.exit(sweep.main(sys.argv[1:]))"
-    words = (
-        f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3 --jobs 2".split()
-    )
+    words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3 --jobs 2".split()
     command = [sys.executable, "-c", script, *words, "--lr-backbone", "0.01", "0.05"]
     return command, dict(os.environ, FAKE=json.dumps({"sleep": sleep}))
 
@@ -89,11 +89,15 @@ def wait_for(place: Path, state: str, count: int) -> None:
 
 
 def folders(place: Path, part: str = "") -> list[Path]:
-    return sorted(p for p in (place / "out" / "c" / "default" / "semisup").glob(f"{part}*") if p.is_dir())
+    return sorted(
+        p for p in (place / "out" / "c" / "default" / "semisup").glob(f"{part}*") if p.is_dir()
+    )
 
 
 def calls(place: Path) -> list[str]:
-    return [line for folder in folders(place) for line in (folder / "calls").read_text().splitlines()]
+    return [
+        line for folder in folders(place) for line in (folder / "calls").read_text().splitlines()
+    ]
 
 
 def test_the_choice_is_by_validation_and_only_the_choice_sees_the_test_split(
@@ -103,21 +107,28 @@ def test_the_choice_is_by_validation_and_only_the_choice_sees_the_test_split(
     searched, chosen = folders(place, "search-"), folders(place, "chosen-")
     assert len(searched) == 4
     assert len(chosen) == 2
-    assert all("FINETUNE.HOLD_OUT 0.2 FINETUNE.TEST False" in (f / "calls").read_text() for f in searched)
-    assert all("FINETUNE.HOLD_OUT 0 FINETUNE.TEST True" in (f / "calls").read_text() for f in chosen)
+    assert all(
+        "FINETUNE.HOLD_OUT 0.2 FINETUNE.TEST False" in (f / "calls").read_text() for f in searched
+    )
+    assert all(
+        "FINETUNE.HOLD_OUT 0 FINETUNE.TEST True" in (f / "calls").read_text() for f in chosen
+    )
     assert all("LOG.TENSORBOARD False" in line for line in calls(place))
     assert all("lr0.05" in folder.name for folder in chosen)
     text = (place / "out/c/default/semisup/sweep.md").read_text()
     assert "| random | finetune | 1 % | 3 | 0.01 | 0.5 | 2 | 97.00 ± 1.41 |  |  |  |" in text
     assert (
-        "| random | finetune | 1 % | 3 | 0.05 | 0.5 | 2 | 101.00 ± 1.41 | yes | 91.00 ± 1.41 | 99.00" in text
+        "| random | finetune | 1 % | 3 | 0.05 | 0.5 | 2 | 101.00 ± 1.41 | yes | 91.00 ± 1.41 | 99.00"
+        in text
     )
     out = capsys.readouterr().out
     assert text in out
     assert out.count("main_semisup.py --run-name") == 6  # the exact commands
     rows = (place / "out/c/default/semisup/sweep.csv").read_text().splitlines()
     assert len(rows) == 3
-    assert not list(place.rglob("ckpt_*")), "checkpoints of finished runs are as large as the models"
+    assert not list(place.rglob("ckpt_*")), (
+        "checkpoints of finished runs are as large as the models"
+    )
 
 
 def test_what_is_finished_is_skipped_and_what_broke_goes_on(place: Path) -> None:
@@ -194,7 +205,9 @@ def test_seeds_that_diverged_apart_leave_no_candidate() -> None:
 def test_a_grid_that_diverged_is_chosen_from_once_a_point_is_there(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
+    words = (
+        f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3".split()
+    )
     monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0], "code": 3}))
     assert sweep.main([*words, "--lr-backbone", "0.05"]) == 1
     assert "start the same command again" not in capsys.readouterr().out  # it would diverge again
@@ -218,7 +231,9 @@ def test_a_choice_that_was_missing_leaves_the_others_alone(
     assert "freeze" in frozen.name
 
 
-def test_the_test_split_is_read_for_one_choice_only(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_split_is_read_for_one_choice_only(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(place) == 0
     (winner,) = folders(place, "search-random-1pct-finetune-lr0.05")
     (winner / "result.json").write_text(json.dumps({"last_val_top1": 1.0}))  # another would win now
@@ -229,7 +244,9 @@ def test_the_test_split_is_read_for_one_choice_only(place: Path, capsys: pytest.
     (chosen,) = folders(place, "chosen-")
     assert "lr0.05" in chosen.name
     assert len((chosen / "calls").read_text().splitlines()) == 1
-    assert "| 0.05 | 0.5 | 1 | 1.00 | yes |" in (place / "out/c/default/semisup/sweep.md").read_text()
+    assert (
+        "| 0.05 | 0.5 | 1 | 1.00 | yes |" in (place / "out/c/default/semisup/sweep.md").read_text()
+    )
 
 
 def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_the_next_one_waits(place: Path) -> None:
@@ -243,7 +260,9 @@ def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_the_next_one_waits(pl
     assert len(folders(place, "chosen-")) == 1
 
 
-def test_a_run_of_an_earlier_sweep_is_waited_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_an_earlier_sweep_is_waited_for(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(place) == 0
     folder = folders(place, "search-")[0]
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
@@ -294,7 +313,9 @@ def test_a_run_whose_sweep_died_before_it_began_does_not_begin() -> None:
     script += "sweep._end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"
     root = str(Path(sweep.__file__).parents[1])
     for other, begins in ((0, True), (1, False)):
-        child = subprocess.run([sys.executable, "-c", script, root, str(other)], capture_output=True)
+        child = subprocess.run(
+            [sys.executable, "-c", script, root, str(other)], capture_output=True
+        )
         assert (b"began" in child.stdout) == begins, child.stderr
 
 
@@ -308,7 +329,9 @@ def test_each_job_sees_its_own_gpu(place: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_runs_save_and_leaves_none_behind(place: Path, number: signal.Signals) -> None:
+def test_a_signal_lets_the_runs_save_and_leaves_none_behind(
+    place: Path, number: signal.Signals
+) -> None:
     command, env = sweep_process(place, sleep=60)
     job = subprocess.Popen(command, env=env)
     wait_for(place, "running", 2)
@@ -319,7 +342,7 @@ def test_a_signal_lets_the_runs_save_and_leaves_none_behind(place: Path, number:
     assert states == ["preempted", "preempted"]
 
 
-# ---- grid, choice, table ----------------------------------------------------------------------------------
+# ---- grid, choice, table -------------------------------------------------------------------------
 
 
 def test_epochs_may_depend_on_the_percentage() -> None:
@@ -332,7 +355,11 @@ def test_epochs_may_depend_on_the_percentage() -> None:
 def test_lists_and_percentages_reach_the_runs() -> None:
     point = Point(Setting("w.pt", "finetune", 10.0, 3, 0.1, 0.5), 4, 0.25)
     words = point.arguments(["--cfg", "c"], Path("splits"))
-    for flag, value in {"--subset": "splits/10percent.txt", "--pretrained": "w.pt", "--seed": "4"}.items():
+    for flag, value in {
+        "--subset": "splits/10percent.txt",
+        "--pretrained": "w.pt",
+        "--seed": "4",
+    }.items():
         assert words[words.index(flag) + 1] == value
 
 
@@ -343,14 +370,18 @@ def results(*values: tuple[Setting, int, float]) -> dict[Point, dict[str, Any]]:
 def test_the_mean_over_seeds_decides_and_groups_choose_apart() -> None:
     a, b = (Setting("none", "finetune", 1.0, 3, rate, 0.5) for rate in (0.1, 0.2))
     c = Setting("w.pt", "finetune", 1.0, 3, 0.1, 0.5)
-    found = results((a, 0, 90.0), (a, 1, 10.0), (b, 0, 60.0), (b, 1, 60.0), (c, 0, 5.0), (c, 1, 5.0))
+    found = results(
+        (a, 0, 90.0), (a, 1, 10.0), (b, 0, 60.0), (b, 1, 60.0), (c, 0, 5.0), (c, 1, 5.0)
+    )
     choice = choose(found, 2)
     assert choice == {b.group: b, c.group: c}
     rows = table(found, choice, {Point(b, 0, 0.0): {"last_test_top1": 7.0, "last_test_top5": 8.0}})
     assert [row["chosen"] for row in rows] == ["", "yes", "yes"]
     assert [row["test_top1"] for row in rows] == ["", "7.00", "failed"]
     assert markdown(rows).count("\n") == 5
-    assert as_csv(rows).splitlines()[1].startswith("random,finetune,1 %,3,0.1,0.5,2,50.00 ± 56.57,,")
+    assert (
+        as_csv(rows).splitlines()[1].startswith("random,finetune,1 %,3,0.1,0.5,2,50.00 ± 56.57,,")
+    )
 
 
 def test_no_cell_is_a_formula_or_two_cells() -> None:

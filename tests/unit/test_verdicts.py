@@ -28,7 +28,9 @@ class Tiny(nn.Module):
         return {"loss": self.second(self.first(views[0])).float().mean()}
 
 
-def play(module: nn.Module, precision: str, views: list[Tensor], scale: float = 1.0, **more: Any) -> Finding:
+def play(
+    module: nn.Module, precision: str, views: list[Tensor], scale: float = 1.0, **more: Any
+) -> Finding:
     kept = {"seed": 0, "step": 3, "progress": [3, 5, 10], "scale": scale, **more}
     indices = torch.arange(100, 100 + sum(map(len, views))).split(len(views[0]))
     part = {"rank": 0, "views": [[view] for view in views], "indices": list(indices)}
@@ -53,7 +55,8 @@ def test_a_gradient_that_overflows_behind_finite_outputs() -> None:
     assert not found.module
     assert found.parameter == "second.weight"  # the last layer's comes first
     assert (
-        "all outputs are finite; the first gradient that is not is that of second.weight" in found.describe()
+        "all outputs are finite; the first gradient that is not is that of second.weight"
+        in found.describe()
     )
     assert play(Tiny(), "fp32", [torch.ones(2, 4)], scale=1e6).finite
 
@@ -75,11 +78,19 @@ BAD, GOOD = Finding("bf16", NAN, module="a"), Finding("fp32", 1.0)
         ([BAD, GOOD], "7", False, 1, "the images are to blame, not the network: look at samples 7"),
         ([BAD, GOOD], "", False, 1, "leave the range of bf16, not that of fp32: --precision fp32"),
         ([BAD, Finding("fp32", NAN)], "", False, 1, "fp32 does not help"),
-        ([GOOD], "", False, 1, "not reproduced: this batch is finite on one process; if it comes again"),
+        (
+            [GOOD],
+            "",
+            False,
+            1,
+            "not reproduced: this batch is finite on one process; if it comes again",
+        ),
         ([GOOD], "", False, 2, "other processes took part"),
     ],
 )
-def test_verdicts(found: list[Finding], inputs: str, weights: bool, world: int, expected: str) -> None:
+def test_verdicts(
+    found: list[Finding], inputs: str, weights: bool, world: int, expected: str
+) -> None:
     assert expected in verdict(found, inputs, weights, world)
 
 
@@ -87,7 +98,11 @@ def test_a_state_read_a_step_late(tmp_path: Path) -> None:
     """On a GPU the next step has begun: the queue holds spoilt keys, and LARS has spoilt the weights."""
     keys = torch.ones(4, 2)
     keys[1] = NAN
-    kept = {"late": True, "framework": {"weight": torch.ones(2), "queue1.keys": keys}, "checkpoint": "c.pt"}
+    kept = {
+        "late": True,
+        "framework": {"weight": torch.ones(2), "queue1.keys": keys},
+        "checkpoint": "c.pt",
+    }
     weights = replay._weights(kept, tmp_path / "nonfinite_00000004.pt")
     assert weights["queue1.keys"].tolist() == [[1, 1], [0, 0], [1, 1], [1, 1]]
     assert replay._spoilt(weights) == []

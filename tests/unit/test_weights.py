@@ -34,7 +34,13 @@ def vit(**options: Any) -> VisionTransformer:
 
 def swin(**options: Any) -> SwinTransformer:
     """Return a small Swin of four stages whose windows of 4 fit every stage."""
-    settings = {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2, 2, 2)}
+    settings = {
+        "img_size": 64,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 2, 2, 2),
+    }
     heads = {"num_heads": (1, 2, 4, 8), "num_classes": 0}
     return randomised(SwinTransformer(**{**settings, **heads, **options}))
 
@@ -66,10 +72,12 @@ def loads(
     state, found = backbone_state(checkpoint, which)
     assert found == layout
     load_backbone(fresh, state, "file.pth")
-    assert all(torch.equal(value, original.state_dict()[key]) for key, value in fresh.state_dict().items())
+    assert all(
+        torch.equal(value, original.state_dict()[key]) for key, value in fresh.state_dict().items()
+    )
 
 
-# ---- layouts and both networks of a file ------------------------------------------------------------
+# ---- layouts and both networks of a file ---------------------------------------------------------
 
 
 def pair(online: State, target: State, names: tuple[str, str], ddp: str = "module.") -> State:
@@ -77,14 +85,17 @@ def pair(online: State, target: State, names: tuple[str, str], ddp: str = "modul
 
 
 BOTH: dict[str, Callable[[State, State], dict]] = {
-    "synco pretraining": lambda a, b: {"framework": pair(a, b, ("online.backbone.", "target.backbone."), "")},
+    "synco pretraining": lambda a, b: {
+        "framework": pair(a, b, ("online.backbone.", "target.backbone."), "")
+    },
     "moco": lambda a, b: {
         "state_dict": {**pair(a, b, ("encoder_q.", "encoder_k.")), "module.queue": torch.ones(2, 4)}
     },
     "moco-v3": lambda a, b: {
         "state_dict": {
             **pair(a, b, ("base_encoder.", "momentum_encoder.")),
-            "module.base_encoder.fc.0.encoder_layers.norm1.weight": torch.ones(3),  # BatchFormer, spec D2
+            # BatchFormer, spec D2
+            "module.base_encoder.fc.0.encoder_layers.norm1.weight": torch.ones(3),
             "module.encoder_global.encoder_layers.norm1.weight": torch.ones(3),
         }
     },
@@ -110,7 +121,12 @@ def test_either_network_of_a_pair_can_be_asked_for(layout: str, which: str) -> N
 def test_sit_without_wrapper_and_our_fine_tuned_classifier_load() -> None:
     original = vit()
     state = original.state_dict()
-    loads({"student": prefixed(state, "module."), "teacher": {}}, original, vit(), "student and teacher")
+    loads(
+        {"student": prefixed(state, "module."), "teacher": {}},
+        original,
+        vit(),
+        "student and teacher",
+    )
     tuned = {**prefixed(state, "backbone."), "heads.0.0.weight": torch.zeros(5, 48)}
     loads({"framework": tuned}, original, vit(), "synco fine-tuning")
 
@@ -136,7 +152,9 @@ def student_and_teacher(*heads: str) -> dict:
         (["head_recons.convTrans.weight"], "teacher", "teacher"),
     ],
 )
-def test_of_a_student_and_a_teacher_one_is_taken_and_said(heads: list[str], which: str, taken: str) -> None:
+def test_of_a_student_and_a_teacher_one_is_taken_and_said(
+    heads: list[str], which: str, taken: str
+) -> None:
     network = find_network(student_and_teacher(*heads), which)
     other = {"student": "teacher", "teacher": "student"}[taken]
     assert network.state["cls_token"].unique().tolist() == [float(taken == "student")]
@@ -148,7 +166,9 @@ def test_of_a_student_and_a_teacher_one_is_taken_and_said(heads: list[str], whic
 def test_a_lone_teacher_is_taken_and_its_student_is_refused_by_name() -> None:
     checkpoint = {"teacher": {"backbone.cls_token": torch.ones(1)}}
     assert find_network(checkpoint).taken == "teacher"
-    with pytest.raises(ValueError, match=r"--which online: a\.pth of .* no online network; use teacher$"):
+    with pytest.raises(
+        ValueError, match=r"--which online: a\.pth of .* no online network; use teacher$"
+    ):
         find_network(checkpoint, "online", "a.pth")
 
 
@@ -178,13 +198,15 @@ def test_a_probe_is_called_a_probe() -> None:
         backbone_state({"framework": {"weights.0": torch.ones(2, 2), "biases.0": torch.ones(2)}})
 
 
-# ---- other names of the same tensors ---------------------------------------------------------------
+# ---- other names of the same tensors -------------------------------------------------------------
 
 
 def merging_at_the_end(state: State) -> State:
     """Number the merging layers as Swin's own code and timm before 0.9: they close a stage."""
     return {
-        re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key): tensor
+        re.sub(
+            r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key
+        ): tensor
         for key, tensor in state.items()
     }
 
@@ -196,7 +218,9 @@ def test_both_numberings_of_swins_merging_load(numbering: str) -> None:
     if numbering == "old":
         state = merging_at_the_end(state)
         state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 16, 16)
-        state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+        state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(
+            16, 16, dtype=torch.int64
+        )
         assert "layers.0.downsample.norm.weight" in state
     published = {"model": {**prefixed(state, "encoder."), **prefixed(zeros(state), "encoder_k.")}}
     suffix = ", merging at the end of stages" if numbering == "old" else ""
@@ -207,7 +231,9 @@ def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
     """The published order is rotation, contrastive, patches (spec E1), which a plain forward here follows."""
     source = vit(reg_tokens=1).double()
     published = {
-        key: t.clone() for key, t in source.state_dict().items() if key not in ("cls_token", "reg_token")
+        key: t.clone()
+        for key, t in source.state_dict().items()
+        if key not in ("cls_token", "reg_token")
     }
     published["rot_token"], published["contrastive_token"] = torch.randn(2, 1, 1, 48).double()
     images = torch.randn(2, 3, 32, 32).double()
@@ -215,7 +241,11 @@ def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
         tokens = [published[name].expand(2, -1, -1) for name in ("rot_token", "contrastive_token")]
         x = torch.cat([*tokens, source.patch_embed(images)], dim=1) + published["pos_embed"]
         expected = source.norm(source.blocks(x))
-    heads = {"rot_head.weight": torch.ones(4, 48), "convTrans.weight": torch.ones(2), "rot_w": torch.ones(1)}
+    heads = {
+        "rot_head.weight": torch.ones(4, 48),
+        "convTrans.weight": torch.ones(2),
+        "rot_w": torch.ones(1),
+    }
     state, layout = backbone_state({"model": {**published, **heads}, "epoch": 1})
     assert layout == "model, SiT with rotation token"
     ours = vit(reg_tokens=1).double()
@@ -224,7 +254,8 @@ def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
     with torch.no_grad():
         features = ours.forward_features(images)
         torch.testing.assert_close(ours(images), expected[:, 1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(features[:, 0], expected[:, 1], rtol=0, atol=1e-5)  # class token: contrastive
+    # class token: contrastive
+    torch.testing.assert_close(features[:, 0], expected[:, 1], rtol=0, atol=1e-5)
     torch.testing.assert_close(features[:, 1], expected[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(features[:, 2:], expected[:, 2:], rtol=0, atol=1e-5)
 
@@ -232,14 +263,15 @@ def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
 def test_moco_v3s_convolutional_stem_loads() -> None:
     original = build_backbone("vit_conv_small", img_size=32)
     state = {
-        key.replace("patch_embed.stem", "patch_embed.proj"): t for key, t in original.state_dict().items()
+        key.replace("patch_embed.stem", "patch_embed.proj"): t
+        for key, t in original.state_dict().items()
     }
     published = {"state_dict": prefixed(state, "module.base_encoder.")}
     fresh = build_backbone("vit_conv_small", img_size=32)
     loads(published, original, fresh, "moco-v3, MoCo v3 convolutional stem")
 
 
-# ---- 12 heads and 6 ----------------------------------------------------------------------------------
+# ---- 12 heads and 6 ------------------------------------------------------------------------------
 
 
 def vit_small(num_heads: int, fixed: bool) -> Any:
@@ -273,7 +305,7 @@ def test_vit_small_with_its_own_heads_loads_fine_tuned_too(kind: tuple[int, bool
     load_backbone(vit_small(*kind), state, "a.pth")
 
 
-# ---- other image sizes -------------------------------------------------------------------------------
+# ---- other image sizes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -311,7 +343,7 @@ def test_a_second_token_is_not_invented() -> None:
         load_backbone(vit(reg_tokens=1), vit().state_dict(), "a.pth")
 
 
-# ---- whole pretraining states ------------------------------------------------------------------------
+# ---- whole pretraining states --------------------------------------------------------------------
 
 SMALL: dict[str, dict[str, Any]] = {
     "moco_v2": {"out_dim": 8, "queue_size": 32},
@@ -323,22 +355,37 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def framework(method: str, **options: Any) -> nn.Module:
-    return randomised(build_framework(method, {**SMALL[method], **options}, {"name": "resnet8"}, img_size=32))
+    return randomised(
+        build_framework(method, {**SMALL[method], **options}, {"name": "resnet8"}, img_size=32)
+    )
 
 
 def heads(state: State, ours: str, theirs: str, rename: Callable[[str], str]) -> State:
-    return {theirs + rename(key.removeprefix(ours)): t for key, t in state.items() if key.startswith(ours)}
+    return {
+        theirs + rename(key.removeprefix(ours)): t
+        for key, t in state.items()
+        if key.startswith(ours)
+    }
 
 
 def as_moco(state: State, transposed: bool, layers: int = 2) -> dict:
     published = {}
     for ours, theirs in (("online", "encoder_q"), ("target", "encoder_k")):
         published |= heads(state, f"{ours}.backbone.", f"{theirs}.", str)
-        rename = (lambda key: "fc." + key) if layers == 2 else (lambda key: "fc." + key.removeprefix("0."))
+        rename = (
+            (lambda key: "fc." + key)
+            if layers == 2
+            else (lambda key: "fc." + key.removeprefix("0."))
+        )
         published |= heads(state, f"{ours}.projector.", f"{theirs}.", rename)
     queue = state["queue.keys"]
     published |= {"queue": queue.T if transposed else queue, "queue_ptr": torch.tensor([16])}
-    return {"epoch": 200, "arch": "resnet8", "state_dict": prefixed(published, "module."), "optimizer": {}}
+    return {
+        "epoch": 200,
+        "arch": "resnet8",
+        "state_dict": prefixed(published, "module."),
+        "optimizer": {},
+    }
 
 
 def as_moby(state: State) -> dict:
@@ -374,7 +421,9 @@ def as_mocov3(state: State, batchformer: bool) -> dict:
         )
     published |= heads(state, "predictor.", "predictor.", str)
     if batchformer:
-        published |= heads(state, "online.batchformer.layers.0.", "encoder_global.encoder_layers.", str)
+        published |= heads(
+            state, "online.batchformer.layers.0.", "encoder_global.encoder_layers.", str
+        )
     return {"state_dict": prefixed(published, "module.")}
 
 

@@ -50,7 +50,13 @@ def vit(**options: Any) -> Any:
 
 
 def swin(**options: Any) -> Any:
-    settings = {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2, 2, 2)}
+    settings = {
+        "img_size": 64,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 2, 2, 2),
+    }
     heads = {"num_heads": (1, 2, 4, 8), "num_classes": 0}
     return shaken(SwinTransformer(**{**settings, **heads, **options}))
 
@@ -72,11 +78,13 @@ def same(first: Tensor, second: Tensor) -> None:
     torch.testing.assert_close(first / scale, second / scale, rtol=0, atol=1e-5)
 
 
-# ---- torchvision and timm ---------------------------------------------------------------------------
+# ---- torchvision and timm ------------------------------------------------------------------------
 
 
 def torchvision_vit() -> nn.Module:
-    model = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192)
+    model = torchvision.models.VisionTransformer(
+        32, 8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192
+    )
     model.heads = nn.Identity()
     return model.eval()
 
@@ -121,7 +129,11 @@ def test_torchvision_files_with_their_heads_come_in(kind: str) -> None:
     model = theirs()
     head = {"resnet": "fc", "vit": "heads.head", "swin": "head"}[kind]
     shaken(model)
-    published = {**model.state_dict(), f"{head}.weight": torch.ones(3, 2), f"{head}.bias": torch.ones(3)}
+    published = {
+        **model.state_dict(),
+        f"{head}.weight": torch.ones(3, 2),
+        f"{head}.bias": torch.ones(3),
+    }
     state, _ = backbone_state(published)
     backbone = ours()
     load_backbone(backbone, state, "torchvision.pth")
@@ -135,11 +147,13 @@ def test_what_torchvision_does_not_have_is_refused() -> None:
     state = {**resnet().state_dict(), "conv1.weight": torch.ones(64, 3, 3, 3)}
     with pytest.raises(ValueError, match=r"7x7 stem, this one 3x3 \(MODEL\.BACKBONE\.STEM\)"):
         to_torchvision(state)
-    with pytest.raises(ValueError, match=r"Detectron2 takes resnet here, not this backbone \(vit\)"):
+    with pytest.raises(
+        ValueError, match=r"Detectron2 takes resnet here, not this backbone \(vit\)"
+    ):
         to_detectron2(vit().state_dict())
 
 
-# ---- Hugging Face -----------------------------------------------------------------------------------
+# ---- Hugging Face --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["resnet18", "resnet50", "vit", "vit with two tokens", "swin"])
@@ -158,7 +172,9 @@ def test_transformers_load_the_folder_and_give_the_same_features(kind: str, tmp_
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     extra = {"add_pooling_layer": False} if kind.startswith("vit") else {}
-    model, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True, **extra)
+    model, info = transformers.AutoModel.from_pretrained(
+        tmp_path, output_loading_info=True, **extra
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     images = torch.randn(2, 3, size, size)
@@ -172,7 +188,7 @@ def test_a_swin_smaller_than_its_window_is_not_forced_into_transformers() -> Non
         to_huggingface(swin(img_size=32), 32)
 
 
-# ---- Detectron2: exact names and shapes --------------------------------------------------------------
+# ---- Detectron2: exact names and shapes ----------------------------------------------------------
 
 
 def published_names(blocks: tuple[int, ...]) -> set[str]:
@@ -199,20 +215,25 @@ def test_detectron2_gets_the_322_published_arrays() -> None:
     assert arrays["res2.0.shortcut.weight"].shape == (256, 64, 1, 1)
     assert arrays["stem.conv1.norm.num_batches_tracked"].shape == ()
     state = backbone.state_dict()
-    assert np.array_equal(arrays["res3.1.conv2.norm.running_var"], state["layer2.1.bn2.running_var"])
+    assert np.array_equal(
+        arrays["res3.1.conv2.norm.running_var"], state["layer2.1.bn2.running_var"]
+    )
     assert np.array_equal(arrays["res5.0.shortcut.norm.bias"], state["layer4.0.downsample.1.bias"])
     arrays["stem.conv1.weight"][:] = 0
     assert state["conv1.weight"].abs().sum() > 0  # a copy
 
 
 def test_only_mocos_heads_are_called_so() -> None:
-    assert moco_head({"0.weight": torch.ones(1), "0.bias": torch.ones(1)}).keys() == {"fc.weight", "fc.bias"}
+    assert moco_head({"0.weight": torch.ones(1), "0.bias": torch.ones(1)}).keys() == {
+        "fc.weight",
+        "fc.bias",
+    }
     assert moco_head({"0.weight": torch.ones(1), "1.weight": torch.ones(1)}) == {}
     exported = to_moco({"conv1.weight": torch.ones(1)}, {"fc.0.bias": torch.ones(1)})
     assert exported.keys() == {"module.encoder_q.conv1.weight", "module.encoder_q.fc.0.bias"}
 
 
-# ---- MMDetection and Swin's own code -----------------------------------------------------------------
+# ---- MMDetection and Swin's own code -------------------------------------------------------------
 
 
 class UnfoldMerging(nn.Module):
@@ -234,7 +255,9 @@ def test_mmdetections_merging_gets_its_own_order_of_channels() -> None:
     exported = to_mmdet(backbone.state_dict())
     merging = UnfoldMerging(16)
     prefix = "backbone.stages.0.downsample."
-    merging.load_state_dict({k.removeprefix(prefix): t for k, t in exported.items() if k.startswith(prefix)})
+    merging.load_state_dict(
+        {k.removeprefix(prefix): t for k, t in exported.items() if k.startswith(prefix)}
+    )
     x = torch.randn(2, 8, 8, 16)
     same(backbone.layers[1].downsample(x), merging(x))
 
@@ -252,11 +275,16 @@ def test_mmdetection_gets_its_names() -> None:
         "attn.w_msa.relative_position_index",
     }
     expected = {
-        f"backbone.stages.{i}.blocks.{j}.{name}" for i in range(4) for j in range(2) for name in block
+        f"backbone.stages.{i}.blocks.{j}.{name}"
+        for i in range(4)
+        for j in range(2)
+        for name in block
     }
     for name in ("reduction.weight", "norm.weight", "norm.bias"):
         expected |= {f"backbone.stages.{i}.downsample.{name}" for i in range(3)}
-    expected |= {f"backbone.patch_embed.{part}.{kind}" for part in ("projection", "norm") for kind in WB}
+    expected |= {
+        f"backbone.patch_embed.{part}.{kind}" for part in ("projection", "norm") for kind in WB
+    }
     assert exported.keys() == expected | {"backbone.norm.weight", "backbone.norm.bias"}
     table = exported["backbone.stages.2.blocks.1.attn.w_msa.relative_position_bias_table"]
     assert table.shape == (49, 4)
@@ -270,7 +298,9 @@ WB = ("weight", "bias")
 def test_swins_own_code_gets_the_merging_at_the_end_of_stages() -> None:
     state = swin().state_dict()
     exported = to_original_swin(state)
-    assert torch.equal(exported["layers.2.downsample.norm.bias"], state["layers.3.downsample.norm.bias"])
+    assert torch.equal(
+        exported["layers.2.downsample.norm.bias"], state["layers.3.downsample.norm.bias"]
+    )
     assert "layers.3.downsample.norm.bias" not in exported
     assert exported["layers.0.blocks.0.attn.relative_position_index"].shape == (16, 16)
 
@@ -285,11 +315,13 @@ def test_the_index_of_relative_positions_is_timms(window: int) -> None:
     )
 
 
-# ---- there and back -----------------------------------------------------------------------------------
+# ---- there and back ------------------------------------------------------------------------------
 
 
 def written_names(naming_index: int) -> State:
-    state = {"resnet": resnet, "vit": vit, "swin": swin}[KIND_OF[NAMINGS[naming_index].name]]().state_dict()
+    state = {"resnet": resnet, "vit": vit, "swin": swin}[
+        KIND_OF[NAMINGS[naming_index].name]
+    ]().state_dict()
     if NAMINGS[naming_index].name.startswith("SiT"):
         state = vit(reg_tokens=1).state_dict()
     if "convolutional" in NAMINGS[naming_index].name:
@@ -300,7 +332,11 @@ def written_names(naming_index: int) -> State:
 
 KIND_OF = {
     **{naming.name: "vit" for naming in NAMINGS},
-    **{naming.name: "swin" for naming in NAMINGS if "Swin" in naming.name or "merging" in naming.name},
+    **{
+        naming.name: "swin"
+        for naming in NAMINGS
+        if "Swin" in naming.name or "merging" in naming.name
+    },
     **{naming.name: "resnet" for naming in NAMINGS if "ResNet" in naming.name},
 }
 
@@ -329,7 +365,9 @@ def test_a_tensor_without_a_name_there_is_refused() -> None:
 
 
 def test_architectures_are_described() -> None:
-    assert describe(resnet("resnet50").state_dict()) == "ResNet, bottleneck blocks 3/4/6/3, width 2048"
+    assert (
+        describe(resnet("resnet50").state_dict()) == "ResNet, bottleneck blocks 3/4/6/3, width 2048"
+    )
     assert describe(vit(embed_dim=192).state_dict()).startswith(
         "ViT, width 192, 2 blocks, 3 heads by its learned"
     )

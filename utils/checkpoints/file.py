@@ -1,8 +1,8 @@
 """Keep checkpoints that are a promise: what is found again is what was saved, or it is refused.
 
-`ckpt_00001000.pt` is an ordinary torch file. `ckpt_00001000.json` beside it holds its sha256 and size, and
-the JSON's rename is the commit: a `.pt` without JSON never happened. A kill at any instant leaves the old or
-the new.
+`ckpt_00001000.pt` is an ordinary torch file. `ckpt_00001000.json` beside it holds its sha256 and
+size, and the JSON's rename is the commit: a `.pt` without JSON never happened. A kill at any
+instant leaves the old or the new.
 """
 
 import hashlib
@@ -50,8 +50,9 @@ class Found:
 def save(folder: Path, step: int, state: dict[str, Any], *, meta: dict[str, Any]) -> Path:
     """Commit `state` as ckpt_{step:08d}.pt and .json and return the path of the former.
 
-    `meta` (config digest, metrics, versions) goes into the JSON. CheckpointError: a tensor is not finite, or
-    a type would not load with weights_only=True. OSError: the disk failed; older checkpoints are intact.
+    `meta` (config digest, metrics, versions) goes into the JSON. CheckpointError: a tensor is not
+    finite, or a type would not load with weights_only=True. OSError: the disk failed; older
+    checkpoints are intact.
     """
     target = path_of(folder, step)
     if clash := set(meta) & set(_RESERVED):
@@ -63,12 +64,14 @@ def save(folder: Path, step: int, state: dict[str, Any], *, meta: dict[str, Any]
         written = write_synced(tmp, lambda file: torch.save(portable, file))
         record = {**finite_json(meta), "step": step, **written}
         if current := _current(target):
-            # The same step once more: the record accepts the old file too, so that no kill loses both.
+            # The same step once more: the record accepts the old file too, so that no kill loses
+            # both.
             _write_record(target, {**record, "replaces": current})
             os.replace(tmp, target)
         else:
             os.replace(tmp, target)
-            sync_folder(folder)  # the commit below must not become durable before what it vouches for
+            # the commit below must not become durable before what it vouches for
+            sync_folder(folder)
             with removed_on_error(target):
                 _write_record(target, record)
     sync_folder(folder)
@@ -84,7 +87,9 @@ def _portable(value: Any, key: str) -> Any:
             raise CheckpointError(
                 f"{key or 'state'}: key {odd[0]!r} is neither str nor int; a checkpoint holds only those"
             )
-        copy = type(value)((k, _portable(v, f"{key}.{k}" if key else str(k))) for k, v in value.items())
+        copy = type(value)(
+            (k, _portable(v, f"{key}.{k}" if key else str(k))) for k, v in value.items()
+        )
         if hasattr(value, "_metadata"):  # versions of a module's state_dict
             copy._metadata = value._metadata
         return copy
@@ -140,8 +145,8 @@ def evaluation_of(record: dict[str, Any]) -> dict[str, float]:
 def newest_valid(folder: Path) -> Found | None:
     """Return the newest checkpoint of `folder` that verifies, None if nothing was ever committed there.
 
-    Each one passed over is logged with its reason. CheckpointError: there are checkpoints but none verifies.
-    Changes nothing in the folder.
+    Each one passed over is logged with its reason. CheckpointError: there are checkpoints but none
+    verifies. Changes nothing in the folder.
     """
     rejected = []
     for path in committed(folder):
@@ -151,7 +156,9 @@ def newest_valid(folder: Path) -> Found | None:
             logger.warning("checkpoint passed over: %s", reason)
             rejected.append(str(reason))
         else:
-            return Found(path, record["step"], {k: v for k, v in record.items() if k not in _RESERVED})
+            return Found(
+                path, record["step"], {k: v for k, v in record.items() if k not in _RESERVED}
+            )
     if rejected:
         raise CheckpointError(
             f"{folder} holds {len(rejected)} checkpoint(s), none valid; not starting afresh silently:\n  "
@@ -159,14 +166,17 @@ def newest_valid(folder: Path) -> Found | None:
             + "\nRestore one from a copy; or, to start from step 0, move them away or use another folder."
         )
     for path in uncommitted(folder):
-        logger.warning("%s has no .json beside it: its save was never finished, so it does not count", path)
+        logger.warning(
+            "%s has no .json beside it: its save was never finished, so it does not count", path
+        )
     return None
 
 
 def load(path: Path) -> dict[str, Any]:
     """Return the dictionary of a torch file, on the CPU, after verifying its sha256 or its zip checksums.
 
-    CheckpointError: missing, a folder, truncated, damaged, not a torch file, or a file that needs unpickling.
+    CheckpointError: missing, a folder, truncated, damaged, not a torch file, or a file that needs
+    unpickling.
     """
     value, stand_ins = read(path)
     if stand_ins:
@@ -180,7 +190,9 @@ def load(path: Path) -> dict[str, Any]:
 def read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return what `load` does and the names of objects of other kinds, which stand there as data only."""
     if path.is_dir():
-        inside = sorted(item.name for item in path.iterdir() if item.suffix in (".pt", ".pth", ".tar"))
+        inside = sorted(
+            item.name for item in path.iterdir() if item.suffix in (".pt", ".pth", ".tar")
+        )
         example = f", e.g. {inside[-1]}" if inside else ""
         raise CheckpointError(f"{path} is a folder; name a checkpoint file in it{example}")
     if not path.exists():
@@ -211,7 +223,9 @@ def _verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is named after step {int(name[1])}, its .json says step {record['step']}"
         )
-    accepted = [(entry["bytes"], entry["sha256"]) for entry in (record, record.get("replaces")) if entry]
+    accepted = [
+        (entry["bytes"], entry["sha256"]) for entry in (record, record.get("replaces")) if entry
+    ]
     size = path.stat().st_size
     if size not in [entry[0] for entry in accepted]:
         raise CheckpointError(
@@ -240,7 +254,9 @@ def read_record(path: Path) -> dict[str, Any]:
         if any(type(entry["sha256"]) is not str for entry in entries):
             raise ValueError("a sha256 that is no text")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{source} is not a record of a checkpoint ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{source} is not a record of a checkpoint ({type(error).__name__})"
+        ) from error
     if seal != _seal(record):
         raise CheckpointError(f"{source} was damaged or edited: its seal does not match")
     return record
@@ -269,7 +285,9 @@ def is_valid(path: Path) -> bool:
 
 def _current(target: Path) -> dict[str, Any] | None:
     """Return size and sha256 of the committed file that a save is about to replace, None if there is none."""
-    return {"bytes": target.stat().st_size, "sha256": sha256_of(target)} if is_valid(target) else None
+    return (
+        {"bytes": target.stat().st_size, "sha256": sha256_of(target)} if is_valid(target) else None
+    )
 
 
 def record_path(path: Path) -> Path:
@@ -292,10 +310,13 @@ def step_of(path: Path) -> int:
 def _listed(folder: Path, suffix: str) -> list[Path]:
     """Return the .pt paths of the checkpoints of which a file with `suffix` exists, newest first."""
     names = [
-        name for path in folder.glob("ckpt_*") if (name := _NAME.fullmatch(path.name)) and name[2] == suffix
+        name
+        for path in folder.glob("ckpt_*")
+        if (name := _NAME.fullmatch(path.name)) and name[2] == suffix
     ]
     return [
-        folder / f"ckpt_{name[1]}.pt" for name in sorted(names, key=lambda name: int(name[1]), reverse=True)
+        folder / f"ckpt_{name[1]}.pt"
+        for name in sorted(names, key=lambda name: int(name[1]), reverse=True)
     ]
 
 

@@ -53,7 +53,8 @@ def prune(
 ) -> None:
     """Remove old checkpoints, each JSON first, but not the last ones, every `keep_every` steps, or `protect`.
 
-    At least two that verify always stay, whatever is asked for. A file that cannot be removed is a warning.
+    At least two that verify always stay, whatever is asked for. A file that cannot be removed is a
+    warning.
     """
     protected = {path.resolve() for path in protect}
     paths = committed(folder)
@@ -81,7 +82,8 @@ def prune(
 def best(folder: Path, metric: str) -> Path | None:
     """Return the checkpoint whose evaluation gave the best ``metric``: the highest, of a loss the lowest.
 
-    It follows from the JSON files alone, so that it survives a resume; of equals the earliest is it.
+    It follows from the JSON files alone, so that it survives a resume; of equals the earliest is
+    it.
     """
     values: list[tuple[float, Path]] = []
     for path in reversed(committed(folder)):

@@ -17,8 +17,9 @@ logger = logging.getLogger("synco")
 def read_torch(path: Path) -> dict[str, Any]:
     """Return the dictionary of a torch file, pickle of arrays or safetensors file, tensors on the CPU.
 
-    Objects other than tensors, arrays, containers and numbers come as `StandIn` and are named in the
-    log. Raises `CheckpointError` (a `ValueError`): missing, damaged, compressed, or asking for code.
+    Objects other than tensors, arrays, containers and numbers come as `StandIn` and are named in
+    the log. Raises `CheckpointError` (a `ValueError`): missing, damaged, compressed, or asking for
+    code.
     """
     if path.suffix == ".safetensors" and path.is_file():
         return dict(guarded(path, _read_safetensors))

@@ -1,9 +1,9 @@
 """Read pickles with Python's own unpickler, which finds only the names of a short list here.
 
 A pickle is a program: it names functions and calls them with what it holds. The names that files of
-weights need (tensors, arrays, ordered dictionaries) lead to our own functions, which check every size
-before they build anything. Any other name becomes a `StandIn`, which only remembers. Nothing that a
-file names is imported or called.
+weights need (tensors, arrays, ordered dictionaries) lead to our own functions, which check every
+size before they build anything. Any other name becomes a `StandIn`, which only remembers. Nothing
+that a file names is imported or called.
 """
 
 import pickle
@@ -61,7 +61,13 @@ _CODE = set(
     " nt operator _operator os pdb pickle _pickle cPickle pip platform posix profile pty runpy shutil"
     " signal site socket subprocess sys tempfile threading timeit trace types urllib webbrowser".split()
 )
-_TORCH_CODE = ("torch.hub", "torch.jit", "torch.package", "torch.serialization", "torch.utils.cpp_extension")
+_TORCH_CODE = (
+    "torch.hub",
+    "torch.jit",
+    "torch.package",
+    "torch.serialization",
+    "torch.utils.cpp_extension",
+)
 _HARMLESS = {"types.SimpleNamespace", "multiprocessing.Value"}
 _TYPES = {"dict", "list", "tuple", "slice", "range", "object", "int", "float", "str", "bool"}
 _SILENT = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # said only if called
@@ -69,7 +75,8 @@ _SILENT = {"numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter"}  # s
 # EXT reads a registry of this process, PERSID and the buffers objects outside of the pickle.
 _UNUSUAL = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 _MOST_OPERATIONS = 2_000_000  # a network of 1,000 tensors with its optimiser needs about 100,000
-# Keys that are no text can be chosen to collide, which costs their square. ImageNet-21k has 21,841 numbers.
+# Keys that are no text can be chosen to collide, which costs their square. ImageNet-21k has 21,841
+# numbers.
 _MOST_KEYS = 30_000
 _MOST_NAMES = 1_000
 
@@ -159,7 +166,9 @@ class _Unpickler(pickle._Unpickler):
                 " torch.save({'state_dict': tensors}, file)"
             )
         if module == "torch._utils":
-            raise ForeignFileError("holds a sparse, quantised or empty-shell tensor; save dense ones")
+            raise ForeignFileError(
+                "holds a sparse, quantised or empty-shell tensor; save dense ones"
+            )
 
     def _call(self, target: Any, arguments: Any) -> Any:
         known = isinstance(target, (FunctionType, MethodType))  # find_class gives only ours
@@ -171,11 +180,14 @@ class _Unpickler(pickle._Unpickler):
         for argument in arguments if known else ():
             self._spend(argument)
         if stand_in:
-            self._spend(arguments)  # the call copies them, and a file can repeat a call in five bytes
+            # the call copies them, and a file can repeat a call in five bytes
+            self._spend(arguments)
         return target(*arguments)
 
     def _spend(self, value: Any) -> None:
-        self.values_left -= len(value) if isinstance(value, (str, bytes, bytearray, list, tuple, dict)) else 1
+        self.values_left -= (
+            len(value) if isinstance(value, (str, bytes, bytearray, list, tuple, dict)) else 1
+        )
         if self.values_left < 0:
             raise ForeignFileError("would grow to many times its size")
 
@@ -218,7 +230,8 @@ class _Unpickler(pickle._Unpickler):
         """Return a key that is cheap to hash: a nested tuple can take for ever."""
         if type(key) is str:
             return key
-        self.keys_left -= 10 if isinstance(key, tuple) else 1  # the hashes of tuples are easily made equal
+        # the hashes of tuples are easily made equal
+        self.keys_left -= 10 if isinstance(key, tuple) else 1
         if self.keys_left < 0:
             raise ForeignFileError(f"has more than {_MOST_KEYS:,} keys that are no text")
         if isinstance(key, (StandIn, torch.dtype, np.generic)):
@@ -235,7 +248,9 @@ class _Unpickler(pickle._Unpickler):
     def _set(self, target: Any, pairs: Iterable[tuple[Any, Any]]) -> None:
         entries = target.entries if isinstance(target, StandIn) else target
         if not isinstance(entries, dict):
-            raise ForeignFileError("is a damaged or hostile pickle (an entry for what is no dictionary)")
+            raise ForeignFileError(
+                "is a damaged or hostile pickle (an entry for what is no dictionary)"
+            )
         for key, value in pairs:
             entries[self._key(key)] = value
 

@@ -1,7 +1,7 @@
 """Build tensors and arrays from what a pickle says of them: functions of ours that trust no size.
 
-Each one checks its arguments before it builds anything, and raises `ForeignFileError`, or `TypeError`
-for arguments that no such file has.
+Each one checks its arguments before it builds anything, and raises `ForeignFileError`, or
+`TypeError` for arguments that no such file has.
 """
 
 import math
@@ -62,7 +62,9 @@ def _array_bytes(shape: Any, dtype: Any, raw: Any) -> bytes:
     if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray)):
         raise ForeignFileError("holds an array of objects; only numbers and text are read")
     if dtype.itemsize == 0 or len(data) != math.prod(shape) * dtype.itemsize:
-        raise ForeignFileError(f"holds an array of shape {tuple(shape)} but {len(data)} bytes for it")
+        raise ForeignFileError(
+            f"holds an array of shape {tuple(shape)} but {len(data)} bytes for it"
+        )
     return bytes(data)
 
 
@@ -138,7 +140,9 @@ def _empty_array(*_: Any) -> np.ndarray:
     return np.empty(0, np.uint8)
 
 
-def fill_array(array: np.ndarray, _: int, shape: tuple, dtype: np.dtype, fortran: bool, raw: Any) -> None:
+def fill_array(
+    array: np.ndarray, _: int, shape: tuple, dtype: np.dtype, fortran: bool, raw: Any
+) -> None:
     """Give an array that `_empty_array` made its shape and values."""
     data = _array_bytes(shape, dtype, raw)
     array.__setstate__((1, tuple(shape), dtype, bool(fortran), data))  # type: ignore[arg-type]

@@ -28,7 +28,8 @@ _MOST_VALUES = 10_000_000  # that a walk through the contents may meet
 def read_file(path: Path, *, checksums: bool = True) -> tuple[Any, list[str]]:
     """Return the contents of a torch file or pickle and the names of objects that are only `StandIn`.
 
-    `checksums`: compare those of every entry of a zip file. Raises `ForeignFileError` naming the path.
+    `checksums`: compare those of every entry of a zip file. Raises `ForeignFileError` naming the
+    path.
     """
 
     def read(path: Path) -> tuple[Any, list[str]]:
@@ -50,7 +51,9 @@ def guarded(path: Path, read: Callable[[Path], Result]) -> Result:
         raise ForeignFileError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # hostile bytes make libraries raise nearly any type
         # no str(error): it may be the repr of a hostile value, which can have no end
-        raise ForeignFileError(f"{path} is damaged or truncated ({type(error).__name__})") from error
+        raise ForeignFileError(
+            f"{path} is damaged or truncated ({type(error).__name__})"
+        ) from error
 
 
 def refuse_special(path: Path) -> None:
@@ -84,25 +87,31 @@ def _weigh(value: Any, known: dict[int, int | None]) -> int:
             raise ForeignFileError("holds a container inside itself")
         return size
     known[id(value)] = None
-    size = 1 + sum(_weigh(item, known) for item in (value.values() if isinstance(value, dict) else value))
+    size = 1 + sum(
+        _weigh(item, known) for item in (value.values() if isinstance(value, dict) else value)
+    )
     if size > _MOST_VALUES:
         raise ForeignFileError(f"holds more than {_MOST_VALUES:,} values")
     known[id(value)] = size
     return size
 
 
-# ---- zip files: torch since 1.6 --------------------------------------------------------------------
+# ---- zip files: torch since 1.6 ------------------------------------------------------------------
 
 
 def _read_zip(path: Path, checksums: bool) -> tuple[Any, list[str]]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
-            raise ForeignFileError("unpacks to more bytes than it has; torch files are not compressed")
+            raise ForeignFileError(
+                "unpacks to more bytes than it has; torch files are not compressed"
+            )
         if len(set(names)) != len(names):
             raise ForeignFileError("holds two entries of the same name")
         if checksums and (damaged := archive.testzip()):
-            raise ForeignFileError(f"is damaged: {damaged!r} fails its checksum; copy or download it again")
+            raise ForeignFileError(
+                f"is damaged: {damaged!r} fails its checksum; copy or download it again"
+            )
         folder = _folder(archive, names)
         storages: dict[str, Tensor] = {}
 
@@ -122,7 +131,9 @@ def _folder(archive: zipfile.ZipFile, names: list[str]) -> str:
     """Return the folder of the archive in which a torch file's parts are."""
     entries = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
     if any("/code/" in name for name in names):
-        raise ForeignFileError("is a TorchScript archive, which is code; save its state_dict instead")
+        raise ForeignFileError(
+            "is a TorchScript archive, which is code; save its state_dict instead"
+        )
     if len(entries) != 1:
         raise ForeignFileError("is no torch file of weights; save its state_dict instead")
     folder = entries[0].removesuffix("data.pkl")
@@ -131,7 +142,7 @@ def _folder(archive: zipfile.ZipFile, names: list[str]) -> str:
     return folder
 
 
-# ---- files that begin with a pickle ----------------------------------------------------------------
+# ---- files that begin with a pickle --------------------------------------------------------------
 
 
 def _read_plain(path: Path) -> tuple[Any, list[str]]:
@@ -163,7 +174,11 @@ def _read_legacy(file: BinaryIO, most: int) -> tuple[Any, list[str]]:
 
     value, foreign = read_pickle_stream(file, locate)
     keys, _ = read_pickle_stream(file)
-    if not isinstance(keys, list) or not all(type(key) is str for key in keys) or set(keys) != set(storages):
+    if (
+        not isinstance(keys, list)
+        or not all(type(key) is str for key in keys)
+        or set(keys) != set(storages)
+    ):
         raise ForeignFileError("is damaged: its list of storages is not that of its tensors")
     for key in keys:
         flat, count = storages[key]

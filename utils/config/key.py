@@ -26,9 +26,10 @@ class Limits:
 class Key(Limits):
     """One configuration key: everything that is known about it.
 
-    `role` says what a changed value means when a run resumes. `identity`: it would be another run, so the
-    resume is refused. `tunable`: allowed and logged. `local`: allowed (paths, workers, logging). An identity
-    key is identity only for the `programs` whose result depends on it; for the others it is tunable.
+    `role` says what a changed value means when a run resumes. `identity`: it would be another run,
+    so the resume is refused. `tunable`: allowed and logged. `local`: allowed (paths, workers,
+    logging). An identity key is identity only for the `programs` whose result depends on it; for
+    the others it is tunable.
     """
 
     default: Value
@@ -37,7 +38,8 @@ class Key(Limits):
     programs: tuple[Program, ...] = field(default=ALL_PROGRAMS, kw_only=True)
 
 
-# Limits that options of methods share: `queue_size: Count = 65536` in a signature declares the option.
+# Limits that options of methods share: `queue_size: Count = 65536` in a signature declares the
+# option.
 Count = Annotated[int, Limits(least=1)]
 Fraction = Annotated[float, Limits(most=1.0)]
 Temperature = Annotated[float, Limits(least=1e-6)]

@@ -1,7 +1,7 @@
 """The configuration: yaml files with ``_BASE_``, overrides, and one kind of error; keys: ``schema.py``.
 
-Precedence: defaults < ``_BASE_`` files < yaml < ``--opts`` < explicit flags. The tree is frozen once; numbers
-derived from it live in ``engine.plan.Plan``.
+Precedence: defaults < ``_BASE_`` files < yaml < ``--opts`` < explicit flags. The tree is frozen
+once; numbers derived from it live in ``engine.plan.Plan``.
 """
 
 import difflib
@@ -39,7 +39,8 @@ def load_config(
 
     The first file names the run, unless ``NAME`` does; a ``None`` among them is passed over.
 
-    Raises ``ConfigError`` for an unknown key, a value of a wrong type or out of range, a bad or cyclic file.
+    Raises ``ConfigError`` for an unknown key, a value of a wrong type or out of range, a bad or
+    cyclic file.
     """
     paths = [Path(file) for file in files if file is not None]
     values: dict[str, Value] = {}
@@ -60,7 +61,9 @@ def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             following = next(words, None)
             if following is None:
-                raise ConfigError(f"--opts: {word}: its value is missing; give KEY VALUE or KEY=VALUE")
+                raise ConfigError(
+                    f"--opts: {word}: its value is missing; give KEY VALUE or KEY=VALUE"
+                )
             text = following
         yield key, text
 
@@ -113,9 +116,9 @@ def method_section(method: str) -> str:
 def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -> list[str]:
     """Return the tunable changes against the saved configuration; refuse a change of the ``task``'s identity.
 
-    Options of methods that are not selected are no part of a run. A key that the code did not have when it
-    saved had its default then: what a key adds is off by default. Raises ``ConfigError`` naming each identity
-    key with its old and new value.
+    Options of methods that are not selected are no part of a run. A key that the code did not have
+    when it saved had its default then: what a key adds is off by default. Raises ``ConfigError``
+    naming each identity key with its old and new value.
     """
     current = dict(leaves(tree))
     saved = {name: plain(key.default) for name, key in KEYS.items() if name in current}
@@ -141,11 +144,13 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
 def _of_another_method(key: str, method: str) -> bool:
     parts = key.split(".")
     return (
-        len(parts) == 3 and parts[0] == "MODEL" and parts[1] not in (*COMMON_SECTIONS, method_section(method))
+        len(parts) == 3
+        and parts[0] == "MODEL"
+        and parts[1] not in (*COMMON_SECTIONS, method_section(method))
     )
 
 
-# ---- values ---------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 def validate(tree: CfgNode, schema: Schema) -> None:
@@ -216,8 +221,14 @@ def _no_leaf(key: str, known: Mapping[str, Key]) -> str:
         return f"{key} is a section; set a key of it, e.g. {inside}"
     close = difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.5)
     if not close:  # the right name in the wrong section
-        close = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1].upper()][:2]
-    hint = f"; did you mean {' or '.join(close)}?" if close else "; see utils/config/schema.py for all keys"
+        close = [
+            name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1].upper()
+        ][:2]
+    hint = (
+        f"; did you mean {' or '.join(close)}?"
+        if close
+        else "; see utils/config/schema.py for all keys"
+    )
     return f"there is no key {key!r}{hint}"
 
 
@@ -230,11 +241,12 @@ def _set(tree: CfgNode, key: str, value: Value) -> None:
 
 def _nested(tree: CfgNode) -> dict[str, object]:
     return {
-        key: _nested(value) if isinstance(value, CfgNode) else plain(value) for key, value in tree.items()
+        key: _nested(value) if isinstance(value, CfgNode) else plain(value)
+        for key, value in tree.items()
     }
 
 
-# ---- files ----------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _read_chain(
@@ -267,7 +279,9 @@ def _read_yaml(file: Path) -> dict[str, object]:
         if not stat.S_ISREG(state.st_mode):
             raise ConfigError(f"{file}: is no regular file; check the path of --cfg or {BASE_KEY}")
         if state.st_size > _MAX_BYTES:
-            raise ConfigError(f"{file}: has {state.st_size} bytes; a configuration has at most {_MAX_BYTES}")
+            raise ConfigError(
+                f"{file}: has {state.st_size} bytes; a configuration has at most {_MAX_BYTES}"
+            )
         text = file.read_text(encoding="utf-8")
     except ConfigError:
         raise
@@ -279,7 +293,10 @@ def _read_yaml(file: Path) -> dict[str, object]:
 
 
 def _flatten(
-    values: Mapping[str, object], source: str, known: Mapping[str, Key] | None = None, prefix: str = ""
+    values: Mapping[str, object],
+    source: str,
+    known: Mapping[str, Key] | None = None,
+    prefix: str = "",
 ) -> Iterator[tuple[str, object]]:
     """Yield (dotted key, value); refuse a key that is given twice, dotted and nested."""
     seen: set[str] = set()

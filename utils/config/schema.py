@@ -45,7 +45,11 @@ class Schema(dict[str, Key]):
         """Return a copy that lacks these keys and sections."""
         prefixes = tuple(f"{name}." for name in names)
         return Schema(
-            {name: key for name, key in self.items() if name not in names and not name.startswith(prefixes)}
+            {
+                name: key
+                for name, key in self.items()
+                if name not in names and not name.startswith(prefixes)
+            }
         )
 
 
@@ -86,9 +90,13 @@ def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
         "BASE_LR": Key(0.03, "peak learning rate"),
         "WARMUP_LR": Key(0.0, "learning rate at the start of the warm-up"),
         "MIN_LR": Key(0.0, "learning rate at the end of the cosine"),
-        "LR_BATCH": Key(0, "multiply the three rates by global batch / this; 0: use them as they are"),
+        "LR_BATCH": Key(
+            0, "multiply the three rates by global batch / this; 0: use them as they are"
+        ),
         "WEIGHT_DECAY": Key(weight_decay, "weight decay"),
-        "WEIGHT_DECAY_END": Key(0.0, "weight decay at the last step, reached by a cosine; 0: constant"),
+        "WEIGHT_DECAY_END": Key(
+            0.0, "weight decay at the last step, reached by a cosine; 0: constant"
+        ),
         "EXCLUDE_1D": Key(False, "no weight decay, and no LARS scaling, for biases and norms"),
         "EXCLUDE_TOKENS": Key(False, "no weight decay for class tokens and positions"),
         "MOMENTUM": Key(0.9, "momentum of SGD and LARS", most=1.0),
@@ -156,15 +164,25 @@ def _finetune() -> dict[str, Key | Tree]:
         "LR_BACKBONE": Key(0.0, "peak learning rate of the backbone"),
         "LR_CLASSIFIER": Key(0.3, "peak learning rate of the head"),
         "EPOCHS": Key(100, "", least=1),
-        "BATCH_SIZE": Key(256, "per process; smaller where there are fewer images", least=1, role="tunable"),
+        "BATCH_SIZE": Key(
+            256, "per process; smaller where there are fewer images", least=1, role="tunable"
+        ),
         "TRAIN_PERCENT": Key(
             100.0, "of the labels of each class, drawn by (SEED, percent)", least=1e-6, most=100.0
         ),
         # the list's content is part of the data's fingerprint, so its path may change
-        "SUBSET": Key("", "file of image names in SimCLR's format, instead of the draw", role="local"),
-        "HOLD_OUT": Key(0.0, "share of these labels kept for validation; 0: use the test split", most=0.9),
-        "TEST": Key(True, "read the test split: once, at the end, if labels are held out", role="tunable"),
-        "EVAL_EPOCHS": Key(1, "epochs between evaluations; the last is always one", least=1, role="tunable"),
+        "SUBSET": Key(
+            "", "file of image names in SimCLR's format, instead of the draw", role="local"
+        ),
+        "HOLD_OUT": Key(
+            0.0, "share of these labels kept for validation; 0: use the test split", most=0.9
+        ),
+        "TEST": Key(
+            True, "read the test split: once, at the end, if labels are held out", role="tunable"
+        ),
+        "EVAL_EPOCHS": Key(
+            1, "epochs between evaluations; the last is always one", least=1, role="tunable"
+        ),
         "HEAD_INIT": Key("normal", "normal (std 0.01) | trunc (std 0.02)", choices=HEAD_INITS),
         "REPRESENTATION_SIZE": Key(0, "width of a tanh layer before the head; 0: none"),
         "DROP_PATH": Key(
@@ -229,7 +247,9 @@ _DATA: Tree = {
         role="tunable",
     ),
     "CACHE_MODE": Key("part", "zip only", choices=("no", "full", "part"), role="local"),
-    "INDEX_CACHE": Key("", "folder of image listings; empty: ~/.cache/synco; off: none", role="local"),
+    "INDEX_CACHE": Key(
+        "", "folder of image listings; empty: ~/.cache/synco; off: none", role="local"
+    ),
     "DOWNLOAD": Key(False, "download the data set where torchvision can", role="local"),
     "MAX_BAD_FRACTION": Key(
         1e-4,
@@ -238,7 +258,10 @@ _DATA: Tree = {
         role="tunable",
     ),
     "MAX_PIXELS": Key(
-        1 << 27, "an image of more pixels (about 134 million) is unreadable", least=1, role="tunable"
+        1 << 27,
+        "an image of more pixels (about 134 million) is unreadable",
+        least=1,
+        role="tunable",
     ),
     "TIMEOUT": Key(300.0, "seconds to wait for a loader worker", least=1.0, role="local"),
 }
@@ -252,7 +275,9 @@ _BACKBONE: Tree = {
     "NUM_TOKENS": Key(1, "tokens of plain ViTs before the patches; SiT reads two", least=1),
     "ZERO_INIT_RESIDUAL": Key(False, "last batch norm of a residual block starts at zero"),
     "FREEZE_PATCH_EMBED": Key(False, "MoCo v3: the patch embedding keeps its random start"),
-    "NORM_EPS": Key(0.0, "eps of the layer norms, except those before the MLPs; 0: the model's own"),
+    "NORM_EPS": Key(
+        0.0, "eps of the layer norms, except those before the MLPs; 0: the model's own"
+    ),
 }
 
 _TRAIN: Tree = {
@@ -306,7 +331,9 @@ _CHECKPOINT: Tree = {
     # at least two: the newest may be the one that a crash damaged
     "KEEP_LAST": Key(2, "checkpoints to keep", least=2, role="tunable"),
     "KEEP_EVERY_EPOCHS": Key(0, "keep these for good; 0: none", role="tunable"),
-    "KEEP_BEST": Key("", "keep the best by this evaluation, e.g. knn20_top1; empty: none", role="tunable"),
+    "KEEP_BEST": Key(
+        "", "keep the best by this evaluation, e.g. knn20_top1; empty: none", role="tunable"
+    ),
 }
 
 _TREE: Tree = {
@@ -314,8 +341,12 @@ _TREE: Tree = {
     "TAG": Key("default", "of the run's folder", role="local"),
     "OUTPUT": Key("output", "folder of all runs", role="local"),
     "SEED": Key(0, "of every random draw"),
-    "DEVICE": Key("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), role="local"),
-    "RESUME": Key("", "checkpoint to resume from; empty: the newest valid one of the run", role="local"),
+    "DEVICE": Key(
+        "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), role="local"
+    ),
+    "RESUME": Key(
+        "", "checkpoint to resume from; empty: the newest valid one of the run", role="local"
+    ),
     "DATA": _DATA,
     "MODEL": {
         "NAME": Key("moco_v2", "the method", programs=MODEL),
@@ -331,7 +362,9 @@ _TREE: Tree = {
     "SCHEDULE": _for(PRETRAIN, _schedule()),
     "TRAIN": _TRAIN,
     "KNN": _KNN,
-    "HELD_OUT": {"EVERY_EPOCHS": Key(0, "the method's losses on the val split; 0: never", role="tunable")},
+    "HELD_OUT": {
+        "EVERY_EPOCHS": Key(0, "the method's losses on the val split; 0: never", role="tunable")
+    },
     "CHECKPOINT": _CHECKPOINT,
     "LOG": {
         "PRINT_FREQ": Key(10, "steps between two log lines", least=1, role="local"),

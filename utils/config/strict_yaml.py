@@ -1,6 +1,7 @@
 """YAML as people mean it: 1.2 scalars, no duplicate keys, no aliases, no tags.
 
-PyYAML reads YAML 1.1, where ``2e-4`` is text, ``010`` is 8, ``no`` is False and the last of equal keys wins.
+PyYAML reads YAML 1.1, where ``2e-4`` is text, ``010`` is 8, ``no`` is False and the last of equal
+keys wins.
 """
 
 import re
@@ -47,7 +48,11 @@ for _tag, _pattern, _first in (
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)", "tTfF"),
     ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?",
+        "-+.0123456789",
+    ),
 ):
     _StrictLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(rf"{_pattern}\Z"), list(_first)

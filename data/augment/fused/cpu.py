@@ -1,7 +1,8 @@
 """The photometric operations of a view fused for a CPU; importing this imports numba, an optional package.
 
-Same draws, formulas and order as the batched torch operations of `ops.py`. A sample is the work
-of one thread, in an order of its own: its bits depend neither on the batch around it nor on the threads.
+Same draws, formulas and order as the batched torch operations of `ops.py`. A sample is the work of
+one thread, in an order of its own: its bits depend neither on the batch around it nor on the
+threads.
 """
 
 import functools
@@ -33,7 +34,11 @@ def run_on_cpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
     assert images.dtype == torch.uint8
     count, _, height, width = images.shape
     interleaved = images.stride(1) == 1 and images.is_contiguous(memory_format=torch.channels_last)
-    levels = (images.permute(0, 2, 3, 1) if interleaved else images.contiguous()).reshape(count, -1).numpy()
+    levels = (
+        (images.permute(0, 2, 3, 1) if interleaved else images.contiguous())
+        .reshape(count, -1)
+        .numpy()
+    )
     out = _aligned(count * 3 * height * width).reshape(count, 3, height, width)
     plan = programs(ops, draws, count)
     work = (plan.flips, plan.codes, plan.values, plan.taps, plan.reaches)
@@ -43,7 +48,8 @@ def run_on_cpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
         run(0, count)
     else:
         edges = [count * part // threads for part in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:  # made anew each time: threads do not survive a fork
+        # made anew each time: threads do not survive a fork
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, edges[:-1], edges[1:]))
     return torch.from_numpy(out)
 

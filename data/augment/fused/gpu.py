@@ -1,7 +1,8 @@
 """The photometric operations of a view in four kernels for a GPU; importing this imports Triton.
 
 Same draws, formulas and order as the batched torch operations of `ops.py`, which take hundreds of
-kernels. A view moves its bytes once in, once out and, where it is blurred, once more between the passes.
+kernels. A view moves its bytes once in, once out and, where it is blurred, once more between the
+passes.
 """
 
 import functools
@@ -30,7 +31,12 @@ def run_on_gpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
         return out
     ints, floats, blurred = tables(programs(ops, draws, count))
     plane, blocks = height * width, -(-height * width // BLOCK)
-    sizes = {"K": ints.shape[1] - HEADER, "INTS": ints.shape[1], "FLOATS": floats.shape[1], "BLOCK": BLOCK}
+    sizes = {
+        "K": ints.shape[1] - HEADER,
+        "INTS": ints.shape[1],
+        "FLOATS": floats.shape[1],
+        "BLOCK": BLOCK,
+    }
     sizes |= {"enable_fp_fusion": True}  # Triton's default changes with its version
     table, numbers = send(ints, images.device), send(floats, images.device)
     sums = torch.empty((count, blocks), device=images.device)

@@ -1,11 +1,12 @@
 """The compiled half of `data.augment.fused.cpu`; importing this imports numba, an optional package.
 
-A block of rows is loaded, taken through all operations up to the next one that needs the whole image (the
-mean of a contrast, the neighbours of a blur) and stored, so that it stays in the first-level cache. Every sum
-has an order that only the image's size fixes. Red, green and blue (n,) are the pixels of a block in [0,1].
+A block of rows is loaded, taken through all operations up to the next one that needs the whole
+image (the mean of a contrast, the neighbours of a blur) and stored, so that it stays in the
+first-level cache. Every sum has an order that only the image's size fixes. Red, green and blue (n,)
+are the pixels of a block in [0,1].
 
-Only `augment` is kept on disk, and numba looks for changes in this file alone: constants of other modules
-have to come as arguments.
+Only `augment` is kept on disk, and numba looks for changes in this file alone: constants of other
+modules have to come as arguments.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ Array: TypeAlias = np.ndarray
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SOLARIZE, BLUR, NOTHING, END = range(9)
 PAIR = 2  # a pass adds so many taps of a blur on each side
 
-# Where a block comes from: the uint8 image, what was kept of it, or of the output, or blurred along its rows.
+# Where a block comes from: the uint8 image, what was kept of it, or of the output, or blurred along
+# its rows.
 _LEVELS, _KEPT, _OUTPUT, _BLURRED = range(4)
 # Of fast-math only fused multiply-add, which changes no order.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -57,7 +59,8 @@ def augment(
     sums = np.empty(rows * width, dtype=np.float32)
     margin = taps.shape[1] - 1
     padded = np.empty(width + 2 * margin, dtype=np.float32)
-    # Kept or blurred rows, with margins for the blur; the output, which leaves the caches, is written once.
+    # Kept or blurred rows, with margins for the blur; the output, which leaves the caches, is
+    # written once.
     rest = np.empty((3, height + 2 * margin, width), dtype=np.float32)
     for i in range(start, stop):
         first, source, mean, mean_known = 0, _LEVELS, _ZERO, False
@@ -112,12 +115,23 @@ def _clamp(value: np.float32) -> np.float32:
 
 @_inner
 def _load(
-    levels: Array, interleaved: bool, flip: bool, height: int, width: int, top: int, bottom: int, block: Array
+    levels: Array,
+    interleaved: bool,
+    flip: bool,
+    height: int,
+    width: int,
+    top: int,
+    bottom: int,
+    block: Array,
 ) -> None:
     plane = height * width
     for y in range(top, bottom):
         at = (y - top) * width
-        red, green, blue = block[0, at : at + width], block[1, at : at + width], block[2, at : at + width]
+        red, green, blue = (
+            block[0, at : at + width],
+            block[1, at : at + width],
+            block[2, at : at + width],
+        )
         if interleaved:
             row = levels[3 * y * width : 3 * (y + 1) * width]
             if flip:
@@ -162,7 +176,12 @@ def _normalise(
 ) -> None:
     n = (bottom - top) * width
     for c in range(3):
-        kept, target, factor, offset = block[c, :n], image[c, top:bottom].reshape(n), scale[c], shift[c]
+        kept, target, factor, offset = (
+            block[c, :n],
+            image[c, top:bottom].reshape(n),
+            scale[c],
+            shift[c],
+        )
         for x in range(n):
             target[x] = kept[x] * factor - offset
 
@@ -182,7 +201,9 @@ def _total(sums: Array) -> float:
 
 
 @_inner
-def _point(code: int, value: np.float32, mean: np.float32, red: Array, green: Array, blue: Array) -> None:
+def _point(
+    code: int, value: np.float32, mean: np.float32, red: Array, green: Array, blue: Array
+) -> None:
     if code == BRIGHTNESS:
         _line(value, _ZERO, red, green, blue)
     elif code == CONTRAST:
@@ -300,7 +321,10 @@ def _convolve(source: Array, start: int, step: int, taps: Array, reach: int, tar
     n = len(target)
     centre, t0, t1, t2 = source[start : start + n], taps[0], taps[1], taps[2]
     a, b = source[start - step : start - step + n], source[start + step : start + step + n]
-    c, d = source[start - 2 * step : start - 2 * step + n], source[start + 2 * step : start + 2 * step + n]
+    c, d = (
+        source[start - 2 * step : start - 2 * step + n],
+        source[start + 2 * step : start + 2 * step + n],
+    )
     for x in range(n):
         target[x] = centre[x] * t0 + (a[x] + b[x]) * t1 + (c[x] + d[x]) * t2
     for near in range(3, reach + 1, 2):

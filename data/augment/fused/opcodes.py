@@ -27,7 +27,9 @@ PAIR = 2  # taps of a blur come in pairs on each side
 
 # x * SCALE - SHIFT is ImageNet's normalisation.
 SCALE = np.array([1 / std for std in IMAGENET_STD], dtype=np.float32)
-SHIFT = np.array([mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], np.float32)
+SHIFT = np.array(
+    [mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)], np.float32
+)
 
 
 Ops: TypeAlias = tuple[BatchOp, ...]
@@ -51,9 +53,14 @@ class _Writer:
         self.count = count
         self.flips = np.zeros(count, dtype=np.bool_)
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []  # codes and values, each (N,)
-        self.taps, self.reaches = np.ones((count, 1), dtype=np.float32), np.zeros(count, dtype=np.int64)
+        self.taps, self.reaches = (
+            np.ones((count, 1), dtype=np.float32),
+            np.zeros(count, dtype=np.int64),
+        )
 
-    def add(self, mask: np.ndarray, code: np.ndarray | int, value: np.ndarray | float = 0.0) -> None:
+    def add(
+        self, mask: np.ndarray, code: np.ndarray | int, value: np.ndarray | float = 0.0
+    ) -> None:
         """Add one operation to the samples in `mask`."""
         self.steps.append((np.where(mask, code, NOTHING), np.broadcast_to(value, self.count)))
 
@@ -100,7 +107,8 @@ WRITERS: dict[type, Callable[[BatchOp, Draws, _Writer], None]] = {
 def can_run(ops: Ops, device_type: str = "cpu") -> bool:
     """Tell whether the fused path of a device ("cpu" or "cuda") can run `ops`; else torch has to.
 
-    The GPU's kernels take the grey mean of a contrast before any blur, so a blur may not come first.
+    The GPU's kernels take the grey mean of a contrast before any blur, so a blur may not come
+    first.
     """
     kinds = [type(op) for op in ops]
     if not all(kind in WRITERS for kind in kinds):
@@ -129,7 +137,8 @@ def _taps(sigma: np.ndarray, max_sigma: float) -> tuple[np.ndarray, np.ndarray]:
     """Return half of the Gaussians (N,R+1) of `sigma` (N,), centre first, cut at four sigma, and reaches."""
     distance = np.arange(math.ceil(4.0 * max_sigma) + PAIR)
     weights = np.exp(-0.5 * (distance / sigma[:, None]) ** 2)
-    weights[(distance > np.ceil(4.0 * sigma)[:, None]) | (weights < 1e-12)] = 0.0  # denormals are slow
+    # denormals are slow
+    weights[(distance > np.ceil(4.0 * sigma)[:, None]) | (weights < 1e-12)] = 0.0
     reaches = np.count_nonzero(weights, axis=1) - 1
     weights /= weights[:, :1] + 2.0 * weights[:, 1:].sum(axis=1, keepdims=True)
     return weights.astype(np.float32), np.maximum(PAIR, -(-reaches // PAIR) * PAIR)

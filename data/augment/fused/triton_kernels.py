@@ -1,15 +1,16 @@
 """The compiled half of `gpu.py`; importing this imports Triton, which comes with torch for a GPU.
 
-Four kernels take a batch from uint8 to normalised float32: the grey means that contrasts need, all operations
-on single pixels, and the two passes of a blur. A program of a grid works on `BLOCK` pixels of one sample;
-every sum has an order that only the image's size fixes.
+Four kernels take a batch from uint8 to normalised float32: the grey means that contrasts need, all
+operations on single pixels, and the two passes of a blur. A program of a grid works on `BLOCK`
+pixels of one sample; every sum has an order that only the image's size fixes.
 
-`ints` (N, K+6) holds a sample's codes (K), then the place of its contrast in them (or -1), of its blur (or
-END) and of END, flip, reach, and the row of its blur in `between` (or -1). `floats` (N, K+T) holds its values
-(K) and its blur's taps (T).
+`ints` (N, K+6) holds a sample's codes (K), then the place of its contrast in them (or -1), of its
+blur (or END) and of END, flip, reach, and the row of its blur in `between` (or -1). `floats` (N,
+K+T) holds its values (K) and its blur's taps (T).
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202 - these are programs of Triton: pointers, blocks and numbers of its own
+# ruff: noqa: ANN001, ANN201, ANN202 - these are programs of Triton: pointers, blocks and numbers of
+# its own
 
 import triton
 import triton.language as tl
@@ -140,7 +141,14 @@ def points(
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < plane
     red, green, blue = _levels(
-        images + sample * by_image, pixel, inside, tl.load(ints + K + 3), width, by_channel, by_row, by_column
+        images + sample * by_image,
+        pixel,
+        inside,
+        tl.load(ints + K + 3),
+        width,
+        by_channel,
+        by_row,
+        by_column,
     )
     last = tl.load(ints + K + 1)
     red, green, blue = _run(ints, floats + sample * FLOATS, 0, last, mean, red, green, blue)
