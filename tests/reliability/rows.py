@@ -274,6 +274,164 @@ ROWS = (
         "20,000 steps of the engine with logs, checkpoints, TensorBoard and evaluations, on one process",
         _of("robust/test_long_run.py", "test_twenty_thousand_steps_without_growth"),
     ),
+    Row(
+        "weights that hang a reader or take memory",
+        "files of a few hundred bytes that declare gigabytes, nest, repeat calls or loop; safetensors "
+        "with untrue sizes; the bytes that are copied are counted; all under a limit of memory",
+        (
+            *_of(
+                "robust/test_hostile_weights.py",
+                "test_small_files_neither_hang_nor_take_memory",
+                "test_safetensors_are_read_in_proportion_to_their_size",
+                "test_safetensors_whose_sizes_are_untrue_are_refused",
+            ),
+            *_of(
+                "robust/test_hostile_calls.py",
+                "test_a_call_that_is_repeated_does_not_multiply_its_arguments",
+            ),
+            *_of(
+                "robust/test_foreign.py", "test_compressed_archives_are_refused_before_they_unpack"
+            ),
+        ),
+    ),
+    Row(
+        "images that start programs or never end",
+        "an EPS named .jpg, formats outside the list, JPEGs of thousands of scans, huge tiles in a small "
+        "TIFF, more pixels than DATA.MAX_PIXELS, files far larger than their pixels, deep images",
+        (
+            *_of(
+                "data/test_decode.py",
+                "test_an_eps_starts_no_program",
+                "test_other_formats_are_refused",
+                "test_jpegs_of_more_than_100_scans_are_refused",
+                "test_scans_cannot_be_hidden_from_the_count",
+                "test_a_small_tiff_of_a_huge_tile_is_refused",
+                "test_images_of_too_many_pixels_are_refused_from_their_header",
+                "test_deep_images_are_refused_not_clipped",
+            ),
+            *_of(
+                "data/test_bad_images.py",
+                "test_deep_images_are_named_and_replaced",
+                "test_images_above_max_pixels_are_named_and_replaced",
+                "test_no_batch_is_empty",
+            ),
+        ),
+    ),
+    Row(
+        "an odd image folder",
+        "folders without permission, links in circles and to one folder twice, FIFOs and devices, what "
+        "systems leave behind, a class that val lacks, unknown extensions",
+        ("data/test_odd_folders.py",),
+    ),
+    Row(
+        "a damaged or hostile archive or pack",
+        "damaged, cut and oversized entries, in every cache mode; other labels in val; odd headers and "
+        "indexes of a pack; files that are cut while they are mapped",
+        (
+            "data/test_archives.py",
+            *_of(
+                "data/test_packed.py",
+                "test_an_odd_header_is_one_clear_error",
+                "test_a_header_of_nested_lists_is_one_clear_error",
+                "test_an_odd_index_is_one_clear_error",
+                "test_no_flipped_bit_goes_unnoticed",
+                "test_a_pack_that_is_cut_while_in_use_ends_no_process",
+            ),
+            *_of(
+                "unit/test_feature_cache.py",
+                "test_features_that_are_cut_while_in_use_end_no_process",
+            ),
+        ),
+    ),
+    Row(
+        "an evaluation that fails, a kill around it",
+        "k-NN raises at the end of an epoch; killed before and after each write around an evaluation "
+        "and while later checkpoints are set aside; the logged means after a resume",
+        ("resume/test_evaluations.py",),
+    ),
+    Row(
+        "records and locks that are not as they should be",
+        "records of megabytes, with odd steps or odd values; file systems without locks; a lock file "
+        "that vanishes under a running job",
+        (
+            *_of(
+                _CHECKPOINT,
+                "test_a_record_of_megabytes_is_no_record",
+                "test_a_record_with_an_odd_step_is_no_record",
+                "test_a_sealed_record_that_replaces_something_odd_is_passed_over",
+                "test_only_numbers_of_a_record_are_an_evaluation",
+            ),
+            *_of(
+                "unit/test_run.py",
+                "test_a_file_system_without_locks_is_a_warning",
+                "test_a_lock_that_vanished_is_noticed_before_anything_is_written",
+                "test_a_lock_that_fails_otherwise_is_an_error_in_its_own_words",
+                "test_an_evaluation_is_not_noted_where_the_lock_vanished",
+            ),
+            *_of(
+                "unit/test_feature_cache.py",
+                "test_a_file_system_without_locks_is_said_and_waits_for_nobody",
+            ),
+            "resume/test_resume_file.py",
+        ),
+    ),
+    Row(
+        "one head of a grid diverges",
+        "a probe with a learning rate far too high beside good ones, resumed, and alone; a sweep whose "
+        "point diverges",
+        (
+            *_of(
+                "e2e/test_probe_grid.py",
+                "test_a_diverging_head_is_closed_and_leaves_the_others_alone",
+                "test_a_grid_with_a_closed_head_resumes_bit_identically",
+                "test_a_grid_whose_heads_all_diverge_stops",
+            ),
+            *_of("unit/test_sweep.py", "test_a_point_that_diverged_has_lost"),
+        ),
+    ),
+    Row(
+        "odd names and encodings",
+        "names with escapes, newlines and bytes that are no UTF-8, names that lead to other folders, "
+        "lists with byte order marks and in other encodings, cells that begin with =",
+        (
+            "unit/test_names.py",
+            "unit/test_reading.py",
+            *_of(
+                "unit/test_logger.py",
+                "test_a_name_is_one_visible_line_on_terminal_and_file",
+                "test_a_traceback_keeps_its_lines_but_no_control_characters",
+            ),
+            *_of("unit/test_sweep.py", "test_no_cell_is_a_formula_or_two_cells"),
+        ),
+    ),
+    Row(
+        "closed outputs, a failing TensorBoard",
+        "standard output or error closed, a closed pipe, a full disk below standard output, TensorBoard "
+        "that fails on import or while it writes",
+        (
+            "unit/test_streams.py",
+            *_of("robust/test_odd_places.py", "test_a_run_without_standard_output_and_error"),
+            *_of(
+                "unit/test_logger.py",
+                "test_a_closed_standard_error_is_no_reason_to_stop",
+                "test_a_tensorboard_that_fails_in_any_way_is_one_warning",
+            ),
+        ),
+    ),
+    Row(
+        "limits of the machine",
+        "/dev/shm too small for the loader's workers, a batch that cannot be sent, a tensor larger than "
+        "the memory",
+        (
+            *_of(
+                "data/test_bad_images.py",
+                "test_a_batch_that_cannot_be_sent_is_noticed_before_the_time_is_out",
+                "test_shared_memory_too_small_for_the_workers_is_refused_before_they_start",
+                "test_an_error_in_a_worker_is_one_line",
+            ),
+            *_of(_ERRORS, "test_a_tensor_too_large_for_the_memory_of_a_cpu_is_out_of_memory"),
+        ),
+    ),
 )
 
 NOT_TESTED = (
