@@ -23,11 +23,12 @@ from utils.cli import add_which, make_parser, parse, run_main
 if TYPE_CHECKING:
     import torch
 
+    from data.batch import Batch
     from data.features import FeatureLoader
-    from data.loader import Batch, GlobalLoader
+    from data.loader import GlobalLoader
     from data.sources.base import Source
-    from engine.loop import TrainState
     from engine.run import Run
+    from engine.state import TrainState
     from evaluation.features import Features, SharedFeatures
     from evaluation.probe import GridPoint
     from models.classifier import LinearHeads
@@ -310,7 +311,7 @@ def open_loader(
     }
     if cfg.LINEAR.CACHED_FEATURES:
         assert features is not None
-        return FeatureLoader(features, **batches)
+        return FeatureLoader(features.at, features.labels, features.indices, **batches)
     return GlobalLoader(
         source,
         build_recipe("linear", cfg.DATA.IMG_SIZE),
@@ -343,8 +344,8 @@ def open_state(
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
     import torch
 
-    from engine.loop import TrainState
     from engine.optim import build_optimizer
+    from engine.state import TrainState
 
     groups = [
         {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}

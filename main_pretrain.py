@@ -36,10 +36,11 @@ def main() -> int:
     from data.augment.preview import save_preview
     from data.augment.recipes import build_recipe
     from data.sources import open_split
-    from engine.loop import Outcome, TrainState, fit
+    from engine.loop import Outcome, fit
     from engine.optim import build_optimizer, parameter_groups
     from engine.plan import global_batch_size, make_plan
     from engine.run import start_run
+    from engine.state import TrainState
     from evaluation.accuracy import measure_throughput
     from models import framework_options
     from utils.config.load import load_config

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from data.loader import Batch, GlobalLoader
+    from data.batch import Batch
+    from data.loader import GlobalLoader
     from data.sources.base import Source
     from engine.run import Run
     from utils.schedules import Progress
@@ -220,9 +221,10 @@ def _train_and_test(
     from data.augment.mixing import Mixing
     from data.labels import write_subset
     from data.loader import evaluation_batches
-    from engine.loop import TrainState, fit
+    from engine.loop import fit
     from engine.optim import build_optimizer
     from engine.plan import make_plan
+    from engine.state import TrainState
     from evaluation.finetune import Frozen, accuracy, finetune_groups, summarise
     from models.classifier import Classifier, freeze, layer_ids, soft_loss
 

@@ -22,12 +22,14 @@ from benchmarks.reference import reference_transform
 from benchmarks.step import average_in_a_loop, show
 from data.augment.base import Recipe
 from data.augment.recipes import build_recipe
+from data.batch import Batch
 from data.decode import FORMATS
-from data.loader import Batch, GlobalLoader
+from data.loader import GlobalLoader
 from data.sources import build_source
 from data.sources.base import ArraySource, Source
-from engine.loop import TrainState, forward_and_backward
+from engine.loop import forward_and_backward
 from engine.precision import DTYPES, resolve_precision
+from engine.state import TrainState
 from models import build_framework
 from utils.schedules import Progress
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks.common import Side, measure, peak_memory, ratio
 from engine.guards import FiniteGuard
-from engine.loop import TrainState, forward_and_backward, set_rates, update
+from engine.loop import forward_and_backward, set_rates, update
 from engine.optim import build_optimizer
 from engine.plan import make_plan
+from engine.state import TrainState
 from evaluation.features import WholeFeatures
 from evaluation.knn import features_knn, vote
 from evaluation.probe import grid_points, head_accuracies

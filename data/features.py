@@ -1,42 +1,42 @@
 """Batches of features that stand for their images: the order of the images' own loader, without an image."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import utils.distributed as distributed
-from data.loader import Batch
+from data.batch import Batch
 from data.sampler import BatchPlan, RequestSampler
 from data.sources.base import Source
 from data.worker import BadImages, BadImagesError
-
-
-class Rows(Protocol):
-    """What the loader asks of features: labels, places in the data set, and rows by number."""
-
-    labels: Tensor
-    indices: Tensor
-
-    def at(self, numbers: Tensor) -> Tensor:
-        """Return features number (n,) on the device."""
 
 
 class FeatureLoader:
     """Endless supply of a run's batches of features, a pure function of (seed, step): `GlobalLoader`'s order.
 
     A batch is smaller than `global_batch` where there are fewer rows; an epoch's last one is filled
-    up from its start.
+    up from its start. `at` returns features number (n,) on the device; their `labels` and their
+    `indices` in the data set are on the host.
     """
 
-    def __init__(self, rows: Rows, *, global_batch: int, seed: int, accumulation: int = 1) -> None:
+    def __init__(
+        self,
+        at: Callable[[Tensor], Tensor],
+        labels: Tensor,
+        indices: Tensor,
+        *,
+        global_batch: int,
+        seed: int,
+        accumulation: int = 1,
+    ) -> None:
         world = distributed.world_size()
         share = world * accumulation
-        fitting = min(global_batch, max(len(rows.labels) // share, 1) * share)
-        self.rows, self.rank = rows, distributed.rank()
-        self.plan = BatchPlan(len(rows.labels), fitting, seed, world, accumulation, drop_last=False)
+        fitting = min(global_batch, max(len(labels) // share, 1) * share)
+        self.at, self.labels, self.indices = at, labels, indices
+        self.rank = distributed.rank()
+        self.plan = BatchPlan(len(labels), fitting, seed, world, accumulation, drop_last=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,10 +54,8 @@ class FeatureLoader:
 
     def _batch(self, numbers: np.ndarray) -> Batch:
         chosen = torch.from_numpy(numbers)
-        features = self.rows.at(chosen)
-        return Batch(
-            [features], self.rows.labels[chosen].to(features.device), self.rows.indices[chosen]
-        )
+        features = self.at(chosen)
+        return Batch([features], self.labels[chosen].to(features.device), self.indices[chosen])
 
 
 def refuse_missing(source: Source, indices: Tensor, max_fraction: float) -> None:

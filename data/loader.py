@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from operator import length_hint
@@ -27,6 +26,7 @@ from data.augment.base import Recipe, is_random, needs_pil, sample_keys
 from data.augment.crops import crop_batch, draw_boxes
 from data.augment.pipeline import choose_backend, draw_photometric, photometric
 from data.augment.recipes import build_recipe, check_view
+from data.batch import Batch
 from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.sources.base import Source
@@ -43,7 +43,6 @@ _PATIENCE = 6.0  # seconds for workers to end by themselves
 
 __all__ = [
     "BadImagesError",
-    "Batch",
     "GlobalLoader",
     "LoaderError",
     "evaluation_batches",
@@ -53,18 +52,6 @@ __all__ = [
 
 class LoaderError(RuntimeError):
     """A loader worker died or hung."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: `views`, each normalised float32 (N,3,S,S), `labels` and `indices` int64 (N,).
-
-    Views and labels are on the device, indices on the host.
-    """
-
-    views: list[Tensor]
-    labels: Tensor
-    indices: Tensor
 
 
 class GlobalLoader:

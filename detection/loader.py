@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from data import loader as batches
 from data.augment.base import sample_keys
+from data.batch import Batch
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.worker import BadImages, BadImagesError, replacement
 from detection.annotations import DetectionData, Objects
@@ -29,15 +30,14 @@ Target = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DetectionBatch:
-    """One micro-batch: `images` float32 (3,H,W) in [0, 1], resized, on the device; `indices` int64 (N,).
+class DetectionBatch(Batch):
+    """One micro-batch: `views` are the images, each float32 (3,H,W) in [0, 1], resized.
 
     `targets` hold boxes float32 (n,4), labels int64 (n,) and, for Mask R-CNN, masks uint8 (n,H,W).
+    An image as a whole has no label: `labels` are -1.
     """
 
-    images: list[Tensor]
     targets: list[Target]
-    indices: Tensor
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ class DetectionLoader:
             {name: tensor.to(self.device, non_blocking=True) for name, tensor in target.items()}
             for target in item["targets"]
         ]
-        return DetectionBatch(images, targets, item["indices"])
+        indices = item["indices"]
+        return DetectionBatch(images, torch.full_like(indices, -1), indices, targets)
 
 
 def to_float(image: Tensor, device: torch.device) -> Tensor:

@@ -44,10 +44,11 @@ def main() -> int:
     from detection.evaluation import coco_api, evaluate
     from detection.loader import DetectionLoader
     from detection.model import build_detector
-    from engine.loop import Outcome, TrainState, fit
+    from engine.loop import Outcome, fit
     from engine.optim import build_optimizer, parameter_groups
     from engine.plan import global_batch_size
     from engine.run import start_run
+    from engine.state import TrainState
     from evaluation.accuracy import measure_throughput
     from evaluation.probe import find_weights, weights_fingerprint
     from models.weights.load import find_network
@@ -90,7 +91,7 @@ def main() -> int:
 
     def step(batch: "DetectionBatch", progress: "Progress") -> "dict[str, Tensor]":
         with run.autocast():
-            losses = state.model(batch.images, batch.targets)
+            losses = state.model(batch.views, batch.targets)
         return {**losses, "loss": sum(losses.values())}
 
     measured: dict[str, float] = {}

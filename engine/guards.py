@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from utils.distributed import any_rank
 
 logger = logging.getLogger("synco")
@@ -23,14 +23,6 @@ _ECHO_SECONDS = 3.0
 _MAX_OVERFLOWS = 20  # steps in a row that a gradient scaler may skip
 
 
-class HasIndices(Protocol):
-    """What a message needs of a micro-batch: its samples' places in the data set, on the host."""
-
-    @property
-    def indices(self) -> Tensor:
-        """Return the indices (N,) int64."""
-
-
 class NonFiniteError(RuntimeError):
     """A gradient that is not finite: training stops before it can reach weights, target and queue.
 
@@ -39,7 +31,7 @@ class NonFiniteError(RuntimeError):
     """
 
     step = 0
-    batches: Sequence[HasIndices] = ()
+    batches: Sequence[Batch] = ()
     loss = float("nan")
 
 
@@ -94,10 +86,10 @@ class FiniteGuard:
     def __init__(self, scaler: bool = False) -> None:
         self._allowed = _MAX_OVERFLOWS if scaler else 0
         self._in_a_row = 0
-        self._pending: tuple[Tensor, int, Sequence[HasIndices], Tensor | None] | None = None
+        self._pending: tuple[Tensor, int, Sequence[Batch], Tensor | None] | None = None
 
     def check(
-        self, norm: Tensor, step: int, batches: Sequence[HasIndices], loss: Tensor | None = None
+        self, norm: Tensor, step: int, batches: Sequence[Batch], loss: Tensor | None = None
     ) -> None:
         """Note the norm of ``step``; raise ``NonFiniteError`` if it, or the pending one, is not finite.
 
@@ -116,7 +108,7 @@ class FiniteGuard:
             self._raise_if_bad(*pending)
 
     def _raise_if_bad(
-        self, norm: Tensor, step: int, batches: Sequence[HasIndices], loss: Tensor | None
+        self, norm: Tensor, step: int, batches: Sequence[Batch], loss: Tensor | None
     ) -> None:
         self._in_a_row = 0 if torch.isfinite(norm) else self._in_a_row + 1
         if self._in_a_row > self._allowed:
@@ -132,7 +124,7 @@ class FiniteGuard:
             raise error
 
 
-def sample_names(batches: Sequence[HasIndices], most: int = 16) -> str:
+def sample_names(batches: Sequence[Batch], most: int = 16) -> str:
     """Return the first indices of a step's samples, and how many there are."""
     indices = [int(index) for batch in batches for index in batch.indices]
     return ", ".join(map(str, indices[:most])) + (

@@ -3,38 +3,35 @@
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from data.batch import Batch
 from engine.gradients import AveragedGradients
 from engine.guards import FiniteGuard, StopFlag
 from engine.plan import Plan
 from engine.replay import kept_for_replay
 from engine.run import Run
+from engine.state import TrainState
 from utils import heartbeat
 from utils.distributed import rank
 from utils.randomness import keyed_seed
 from utils.schedules import Progress
 
-
-class Framework(Protocol):
-    """What the engine asks of a method: an update that is no gradient step."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Update what follows the optimiser step: target, queue."""
+B = TypeVar("B", bound=Batch)
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
 
-class Loader(Protocol):
+class Loader(Protocol[B_co]):
     """What the engine asks of a loader."""
 
-    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Any]]]:
-        """Yield (optimiser step, its micro-batches) from ``step`` on."""
+    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, Sequence[B_co]]]:
+        """Yield (optimiser step, its micro-batches) from `step` on."""
 
 
-StepFunction = Callable[[Any, Progress], dict[str, Tensor]]
+StepFunction = Callable[[B, Progress], dict[str, Tensor]]
 Evaluation = Callable[[Progress], dict[str, float]]
 
 
@@ -45,47 +42,10 @@ class Outcome(enum.Enum):
     PREEMPTED = 75  # EX_TEMPFAIL: start me again
 
 
-@dataclass
-class TrainState:
-    """All that a checkpoint restores, and ``model``: the module as it is called, its gradients averaged."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    model: nn.Module
-    scaler: torch.amp.GradScaler | None = None
-    step: int = 0
-    best: dict[str, float] = field(default_factory=dict)  # highest value of each evaluation so far
-    clip_groups: Sequence[Sequence[nn.Parameter]] | None = None  # clipped apart; None: all together
-    # (G,) int64: the step at which a group diverged and was closed, -1 while it is open. None: a
-    # norm that is not finite stops the run.
-    closed_at: Tensor | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
-        return {
-            "framework": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else {},
-            "step": self.step,
-            "best": dict(self.best),
-        } | ({} if self.closed_at is None else {"closed_at": self.closed_at})
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a checkpoint; every key and shape must match."""
-        self.module.load_state_dict(state["framework"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        self.best = dict(state["best"])
-        if self.closed_at is not None and "closed_at" in state:  # older checkpoints lack it
-            self.closed_at.copy_(state["closed_at"])
-
-
 def fit(
     state: TrainState,
-    loader: Loader,
-    step: StepFunction,
+    loader: Loader[B],
+    step: StepFunction[B],
     plan: Plan,
     run: Run,
     evaluate: Evaluation | None = None,
@@ -108,7 +68,7 @@ def fit(
             set_rates(state.optimizer, plan, index)
             out = forward_and_backward(state, micro_batches, step, progress)
             out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
-            state.module.after_step(progress)  # type: ignore[operator]
+            state.module.after_step(progress)
             state.step = index + 1
             run.meter.log(progress, out, plan)
             if run.due(state.step, plan):
@@ -153,7 +113,7 @@ def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
 
 
 def forward_and_backward(
-    state: TrainState, micro_batches: list[Any], step: StepFunction, progress: Progress
+    state: TrainState, micro_batches: Sequence[B], step: StepFunction[B], progress: Progress
 ) -> dict[str, Tensor]:
     """Accumulate the gradient of the mean loss over micro-batches; return the last one's outputs, the loss
     averaged.
@@ -176,7 +136,7 @@ def update(
     state: TrainState,
     plan: Plan,
     guard: FiniteGuard,
-    micro_batches: list[Any],
+    micro_batches: Sequence[Batch],
     loss: Tensor | None = None,
 ) -> Tensor:
     """Clip, check and apply the gradient; return its norm before clipping.

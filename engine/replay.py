@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.guards import NonFiniteError
+from engine.plan import Plan
 from engine.precision import DTYPES
+from engine.run import Run
+from engine.state import TrainState
 from utils import distributed
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_file
@@ -24,11 +27,6 @@ from utils.checkpoints.folder import remove
 from utils.config.load import to_yaml
 from utils.randomness import keyed_seed
 from utils.schedules import Progress
-
-if TYPE_CHECKING:
-    from engine.loop import TrainState
-    from engine.plan import Plan
-    from engine.run import Run
 
 logger = logging.getLogger("synco")
 
@@ -49,7 +47,7 @@ _NEEDED = {
 
 
 @contextmanager
-def kept_for_replay(run: "Run", state: "TrainState", plan: "Plan") -> Iterator[None]:
+def kept_for_replay(run: Run, state: TrainState, plan: Plan) -> Iterator[None]:
     """Keep the batch of a ``NonFiniteError`` that leaves the block; whatever fails there is a warning."""
     try:
         yield
@@ -67,9 +65,9 @@ def kept_for_replay(run: "Run", state: "TrainState", plan: "Plan") -> Iterator[N
         raise
 
 
-def _keep(run: "Run", state: "TrainState", plan: "Plan", error: NonFiniteError) -> Path | None:
+def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Path | None:
     """Write the file on rank 0 and return its path there; ``None`` where there is nothing to replay."""
-    if run.task != "pretrain" or not all(hasattr(batch, "views") for batch in error.batches):
+    if run.task != "pretrain":
         return None
     parts = _gather(_own_part(error))
     if not distributed.is_main():
@@ -102,13 +100,12 @@ def _keep(run: "Run", state: "TrainState", plan: "Plan", error: NonFiniteError) 
 
 
 def _own_part(error: NonFiniteError) -> dict[str, Any]:
-    batches: Any = error.batches
     return {
         "rank": distributed.rank(),
         "loss": error.loss,
-        "views": [[view.detach().cpu() for view in batch.views] for batch in batches],
-        "indices": [batch.indices.cpu() for batch in batches],
-        "labels": [batch.labels.cpu() if hasattr(batch, "labels") else None for batch in batches],
+        "views": [[view.detach().cpu() for view in batch.views] for batch in error.batches],
+        "indices": [batch.indices.cpu() for batch in error.batches],
+        "labels": [batch.labels.cpu() for batch in error.batches],
     }
 
 
@@ -173,9 +170,7 @@ class Finding:
         )
 
 
-def replay(
-    run: "Run", framework: torch.nn.Module, kept: dict[str, Any], path: Path
-) -> list[Finding]:
+def replay(run: Run, framework: torch.nn.Module, kept: dict[str, Any], path: Path) -> list[Finding]:
     """Play each part in the run's precision and again in fp32, log what was found and return it."""
     step, world = kept["step"], kept["world"]
     versions = kept.get("versions", {})
@@ -260,7 +255,7 @@ def _weights(kept: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _play(
-    run: "Run",
+    run: Run,
     framework: torch.nn.Module,
     kept: dict[str, Any],
     part: dict[str, Any],

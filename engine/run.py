@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from engine import checkpointing as resume
 from engine.meter import Meter, keep_best
 from engine.plan import Plan
 from engine.precision import Precision, choose_device
+from engine.state import TrainState
 from utils import distributed, heartbeat
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints import folder as retention
@@ -29,9 +30,6 @@ from utils.locks import try_lock
 from utils.logger import Metrics, setup_logger
 from utils.names import visible
 from utils.randomness import keyed_seed
-
-if TYPE_CHECKING:
-    from engine.loop import TrainState
 
 logger = logging.getLogger("synco")
 
@@ -125,7 +123,7 @@ class Run(Precision):
                 logger.warning("cannot write %s (%s)", self.folder / name, error)
 
     @contextmanager
-    def reporting(self, state: "TrainState") -> Iterator[None]:
+    def reporting(self, state: TrainState) -> Iterator[None]:
         """Write the configuration, now accepted, and keep ``status.json`` true while a block trains."""
         self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
         self.finish("running", state.step)
@@ -203,7 +201,7 @@ class Run(Precision):
         """Tell whether the checkpoint of ``step`` is committed."""
         return self._saved_step == step
 
-    def evaluated(self, state: "TrainState", plan: Plan, values: dict[str, float]) -> bool:
+    def evaluated(self, state: TrainState, plan: Plan, values: dict[str, float]) -> bool:
         """Log an evaluation and note it beside the checkpoint of its step, if there is one.
 
         Tells whether it is the best so far by ``CHECKPOINT.KEEP_BEST``. Raises ``ValueError`` if
@@ -225,7 +223,7 @@ class Run(Precision):
         self.meter.record(plan.progress(state.step), values, state.best)
         return is_best
 
-    def _note_evaluation(self, state: "TrainState", plan: Plan) -> None:
+    def _note_evaluation(self, state: TrainState, plan: Plan) -> None:
         self._check_lock()
         path = checkpoint.path_of(self.folder, state.step)
         try:
@@ -236,7 +234,7 @@ class Run(Precision):
                 "the evaluation of step %d is not noted in its checkpoint (%s)", state.step, error
             )
 
-    def checkpoint(self, state: "TrainState", plan: Plan) -> None:
+    def checkpoint(self, state: TrainState, plan: Plan) -> None:
         """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
         payload = {
             **state.state_dict(),
@@ -279,7 +277,7 @@ class Run(Precision):
         keep_every = keep.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
         retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
 
-    def resume(self, state: "TrainState", plan: Plan) -> bool:
+    def resume(self, state: TrainState, plan: Plan) -> bool:
         """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was
         one.
 

@@ -7,33 +7,18 @@ the size of the last batch and the chunking change nothing.
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.batch import Batch
 from evaluation.features import compute_features
 from utils.distributed import all_reduce_sum, rank, world_size
 from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
-
-
-class LabelledBatch(Protocol):
-    """Describe what evaluation needs of a batch: one view, labels, and places in the data set."""
-
-    @property
-    def views(self) -> Sequence[Tensor]:
-        """Return the views, (N, 3, S, S) each; only the first is used."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Return the labels, (N,) int64."""
-
-    @property
-    def indices(self) -> Tensor:
-        """Return the indices into the data set, (N,) int64."""
 
 
 def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
@@ -72,7 +57,7 @@ def held_out_losses(
 
 @torch.no_grad()
 def extract_features(
-    backbone: Callable[[Tensor], Tensor], batches: Iterable[LabelledBatch]
+    backbone: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> tuple[Tensor, Tensor]:
     """Return float32 features (M, F) and labels (M,) of all ranks' batches in the order of the data set.
 

@@ -4,15 +4,12 @@ same on any number of processes.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from utils.distributed import gather_rows, gather_uneven, rank, world_size
-
-if TYPE_CHECKING:
-    from evaluation.accuracy import LabelledBatch
 
 _CHUNK_BYTES = 1 << 26  # of features on the device at a time
 _TILE_ELEMENTS = 1 << 24  # of similarities, 64 MiB
@@ -150,7 +147,7 @@ class WholeFeatures(Features):
 
 @torch.no_grad()
 def compute_features(
-    backbone: Callable[[Tensor], Tensor], batches: Iterable["LabelledBatch"]
+    backbone: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> SharedFeatures:
     """Return float32 features of all processes' batches; each keeps its own on the host.
 

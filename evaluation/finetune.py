@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from data.batch import Batch
 from engine.optim import parameter_groups
 from engine.run import Run
-from evaluation.accuracy import LabelledBatch, topk_correct
+from evaluation.accuracy import topk_correct
 from evaluation.probe import weights_label
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
@@ -153,7 +154,7 @@ class Frozen:
 @torch.no_grad()
 def accuracy(
     predict: Callable[[Tensor], Tensor],
-    batches: Iterable[LabelledBatch],
+    batches: Iterable[Batch],
     prefix: str,
     device: torch.device,
 ) -> dict[str, float]:

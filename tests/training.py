@@ -1,17 +1,18 @@
 """A few optimiser steps through the engine, on one process or several, in float64."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data.batch import Batch
 from engine import loop as engine
 from engine.guards import FiniteGuard
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan
 from engine.run import Run
+from engine.state import TrainState
 from models import FRAMEWORKS, framework_options
 from models.parts.backbones import build_backbone
 from models.parts.norm import convert_sync_batch_norm
@@ -56,14 +57,6 @@ class LayerNormBackbone(nn.Module):
         return nn.functional.gelu(self.mlp(tokens)).mean(1)
 
 
-@dataclass
-class MicroBatch:
-    """What the engine and the step function read of a batch."""
-
-    views: list[Tensor]
-    indices: Tensor
-
-
 def build(method: str, options: dict[str, Any], batch_norm: bool) -> Any:
     """Build a framework in float64 from the same draws on every process."""
     torch.manual_seed(7)
@@ -85,19 +78,19 @@ def joint_views(step: int) -> list[Tensor]:
     ]
 
 
-def micro_batches(step: int, accumulation: int) -> list[MicroBatch]:
+def micro_batches(step: int, accumulation: int) -> list[Batch]:
     """Cut this process's rows out of the global batch: contiguous, since queues keep rank order."""
     share = BATCH // distributed.world_size()
     mine = torch.arange(share) + distributed.rank() * share
     return [
-        MicroBatch([view[rows] for view in joint_views(step)], rows)
+        Batch([view[rows] for view in joint_views(step)], torch.full_like(rows, -1), rows)
         for rows in mine.chunk(accumulation)
     ]
 
 
 def prepare(
     method: str, options: dict[str, Any], batch_norm: bool, accumulation: int = 1
-) -> tuple[engine.TrainState, Plan]:
+) -> tuple[TrainState, Plan]:
     """Return what ``fit`` works on: framework, optimiser, DDP, a plan of 8 steps with clipping."""
     cfg = declare(framework_options()).defaults()
     run = Run(cfg, Path("unused"), torch.device("cpu"))
@@ -105,10 +98,10 @@ def prepare(
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))
     rate = LearningRate("constant", 0.1, 0.0, 0.0, 0, 8, 2)
     plan = Plan(4, 2, BATCH, accumulation, 0.5, (rate,))
-    return engine.TrainState(framework, optimizer, run.wrap(framework)), plan
+    return TrainState(framework, optimizer, run.wrap(framework)), plan
 
 
-def train_step(state: engine.TrainState, plan: Plan) -> dict[str, Tensor]:
+def train_step(state: TrainState, plan: Plan) -> dict[str, Tensor]:
     """Do one step in the order of ``fit``."""
     progress = plan.progress(state.step)
     batches = micro_batches(state.step, plan.accumulation)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.parts.batchformer import BatchFormer
 from models.parts.heads import Encoder
 from utils.distributed import gather_rows
+from utils.schedules import Progress
 
 
 class MomentumFramework(nn.Module):
@@ -34,6 +35,10 @@ class MomentumFramework(nn.Module):
     can_stack_views = False  # True: a backbone may take both views in one pass
     needs_batchformer = False  # True: BatchFormer is a part of the method
     sums_batchformer_pairs = False  # True: the method has MODEL.BATCHFORMER.LOSS sum
+
+    def after_step(self, progress: Progress) -> None:
+        """Update target and queue after an optimiser step, without gradient."""
+        raise NotImplementedError
 
     def attach_batchformer(self, batchformer: BatchFormer) -> None:
         """Put BatchFormer before the projector of both encoders; the target's copy is averaged.

@@ -183,7 +183,7 @@ def drawn(
         (step, int(index)): (image, target)
         for step, batches in loader.from_step(first, last)
         for batch in batches
-        for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True)
+        for image, target, index in zip(batch.views, batch.targets, batch.indices, strict=True)
     }
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ from torch import Tensor
 import evaluation.feature_cache
 import evaluation.features
 from utils.distributed import rank, world_size
+from data.batch import Batch
 from evaluation.feature_cache import cached_features
 from evaluation.features import SharedFeatures, WholeFeatures, compute_features
 from evaluation.knn import features_knn, nearest
 
 TOTAL, QUERIES, WIDTH = 203, 61, 24
-
-
-@dataclass
-class Batch:
-    views: list[Tensor]
-    labels: Tensor
-    indices: Tensor
 
 
 def images(total: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ def long_run(root: str, steps: int, every: int) -> None:
     from engine.optim import build_optimizer, parameter_groups
     from engine.plan import make_plan
     from engine.run import start_run
+    from engine.state import TrainState
     from models import FRAMEWORKS, framework_options
     from utils.config.load import load_config
     from utils.config.schema import declare
@@ -62,7 +63,7 @@ def long_run(root: str, steps: int, every: int) -> None:
         global_batch=BATCH, base_rates=[0.01],
     )  # fmt: skip
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))
-    state = engine.TrainState(framework, optimizer, run.wrap(framework))
+    state = TrainState(framework, optimizer, run.wrap(framework))
     run.describe(framework, plan, len(source))
     seen: list[tuple[int, float, int, int]] = []
     seed_step = engine.seed_step

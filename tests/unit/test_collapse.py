@@ -20,6 +20,7 @@ from engine.guards import FiniteGuard
 from engine.meter import Meter
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import make_plan
+from engine.state import TrainState
 from models import framework_options
 from models.parts.losses import cosine_regression, unit
 from utils.config.load import load_config, method_section
@@ -130,7 +131,7 @@ def course(method: str, broken: str, seed: int, steps: int, every: int, batch: i
         base_rates=[0.05],
     )
     optimizer = build_optimizer(cfg.OPTIM, parameter_groups(framework, cfg.OPTIM))
-    state = engine.TrainState(framework, optimizer, framework)
+    state = TrainState(framework, optimizer, framework)
     meter, verdicts = Meter(Metrics(None), every), []
 
     def step(batch: Any, progress: Any) -> dict[str, Tensor]:

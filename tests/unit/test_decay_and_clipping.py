@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from engine.guards import FiniteGuard
-from engine.loop import TrainState, set_rates, update
+from engine.loop import set_rates, update
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, held_out_batch, make_plan
+from engine.state import TrainState
 from models import framework_options
 from utils.config.load import load_config
 from utils.config.schema import declare

@@ -1,6 +1,5 @@
 """Evaluation counts exactly and agrees with slow and obvious twins."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.batch import Batch
 from engine.collapse import effective_rank, embedding_std
 from evaluation.accuracy import (
     _fit_logistic,
@@ -19,13 +19,6 @@ from evaluation.accuracy import (
     topk_correct,
 )
 from evaluation.knn import knn_accuracy, weighted_knn
-
-
-@dataclass
-class Batch:
-    views: list[Tensor]
-    labels: Tensor
-    indices: Tensor
 
 
 def make_batches(indices: Tensor, size: int) -> list[Batch]:

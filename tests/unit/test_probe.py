@@ -217,7 +217,8 @@ def test_batches_of_features_come_in_the_order_of_images() -> None:
     images = GlobalLoader(
         source, build_recipe("eval", 8), drop_last=False, device=torch.device("cpu"), **batches
     )
-    features = FeatureLoader(WholeFeatures.of(rows, labels), **batches)
+    whole = WholeFeatures.of(rows, labels)
+    features = FeatureLoader(whole.at, whole.labels, whole.indices, **batches)
     assert features.steps_per_epoch == images.steps_per_epoch == 4
     pairs = zip(images.from_step(2, 9), features.from_step(2, 9), strict=True)
     for (step, ours), (other, theirs) in pairs:
@@ -229,11 +230,9 @@ def test_batches_of_features_come_in_the_order_of_images() -> None:
 
 
 def test_few_features_make_smaller_batches() -> None:
+    whole = WholeFeatures.of(torch.zeros(11, 2), torch.zeros(11))
     loader = FeatureLoader(
-        WholeFeatures.of(torch.zeros(11, 2), torch.zeros(11)),
-        global_batch=64,
-        accumulation=2,
-        seed=0,
+        whole.at, whole.labels, whole.indices, global_batch=64, accumulation=2, seed=0
     )
     assert (loader.plan.global_batch, loader.steps_per_epoch) == (10, 2)
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from engine import guards
 from engine.guards import FiniteGuard, NonFiniteError, StopFlag
-from engine.loop import TrainState
 from engine.run import Run
+from engine.state import TrainState
 from models import framework_options
 from models.classifier import freeze
 from utils.checkpoints import file as checkpoint
