@@ -44,14 +44,14 @@ def main() -> int:
     """Probe the pretrained weights, and random ones if asked; print one table; return the exit code."""
     args, flags = parse(_parser())
 
-    from evaluation.probe import find_weights, refuse_contradictions, show_probes
+    from evaluation.probe import check_linear, find_weights, show_probes
     from models import framework_options
     from utils.config.load import load_config
     from utils.config.schema import declare
 
     protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
     cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
-    refuse_contradictions(cfg.LINEAR)
+    check_linear(cfg.LINEAR)
     weights = find_weights(cfg, args.pretrained)
     results = []
     for path in [weights, None] if args.random_baseline else [weights]:
@@ -105,7 +105,7 @@ def _parser() -> Any:
 
 
 @dataclass
-class Frozen:
+class ProbeInputs:
     """What the probes of one set of weights share: the network, the images, their features."""
 
     backbone: "Backbone"
@@ -164,7 +164,7 @@ def frozen_backbone(
     return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0), taken
 
 
-def freeze_network(cfg: Any, run: "Run", weights: Path | None, which: str) -> Frozen:
+def freeze_network(cfg: Any, run: "Run", weights: Path | None, which: str) -> ProbeInputs:
     """Return the frozen backbone and the features that do not change while heads train."""
     from data.augment.recipes import build_recipe
     from data.features import refuse_missing
@@ -212,11 +212,11 @@ def freeze_network(cfg: Any, run: "Run", weights: Path | None, which: str) -> Fr
     bank = features_of("train", train) if cfg.KNN.K or cached else None
     if cached and bank is not None:
         refuse_missing(train, bank.indices, cfg.DATA.MAX_BAD_FRACTION)
-    return Frozen(backbone, name, train, bank, queries)
+    return ProbeInputs(backbone, name, train, bank, queries)
 
 
 def train_heads(
-    cfg: Any, args: argparse.Namespace, run: "Run", frozen: Frozen, label: str, percent: float
+    cfg: Any, args: argparse.Namespace, run: "Run", frozen: ProbeInputs, label: str, percent: float
 ) -> tuple[dict[str, Any], int]:
     """Train the grid of heads on ``percent`` of the labels; return the results and an exit code."""
     import torch
@@ -278,7 +278,7 @@ def train_heads(
 
 
 def labelled_images(
-    frozen: Frozen, percent: float, seed: int
+    frozen: ProbeInputs, percent: float, seed: int
 ) -> tuple["Source", "Features | None"]:
     """Return the training images with labels, and their features: few labels are few for heads and k-NN."""
     import torch
@@ -326,7 +326,9 @@ def open_loader(
     )
 
 
-def draw_heads(cfg: Any, run: "Run", frozen: Frozen, points: list["GridPoint"]) -> "LinearHeads":
+def draw_heads(
+    cfg: Any, run: "Run", frozen: ProbeInputs, points: list["GridPoint"]
+) -> "LinearHeads":
     """Return a head for each point of the grid, drawn from a key: alike whatever was computed before."""
     import torch
 

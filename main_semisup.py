@@ -173,7 +173,7 @@ def finetune(
     """Train from ``weights`` (``None``: random ones); return the results and an exit code."""
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
-    from evaluation.finetune import refuse_contradictions, run_name
+    from evaluation.finetune import check_finetune, run_name
     from evaluation.probe import weights_fingerprint, weights_label
     from models.classifier import pretrained_backbone
     from models.weights.load import find_network
@@ -182,7 +182,7 @@ def finetune(
     from utils.names import folder_name
 
     node = cfg.FINETUNE
-    refuse_contradictions(node)
+    check_finetune(node)
     name = (
         folder_name(args.run_name, "--run-name")
         if args.run_name
@@ -225,7 +225,7 @@ def _train_and_test(
     from engine.optim import build_optimizer
     from engine.plan import make_plan
     from engine.state import TrainState
-    from evaluation.finetune import Frozen, accuracy, finetune_groups, summarise
+    from evaluation.finetune import FrozenCheck, accuracy, finetune_groups, summarise
     from models.classifier import Classifier, freeze, layer_ids, soft_loss
 
     node, frozen = cfg.FINETUNE, cfg.FINETUNE.WEIGHTS == "freeze"
@@ -263,7 +263,7 @@ def _train_and_test(
     state = TrainState(classifier, optimizer, run.wrap(classifier), run.scaler())
     # The reference is what training starts from, not a checkpoint, which may hold a backbone that
     # moved.
-    unmoved = Frozen(backbone) if frozen and train else None
+    unmoved = FrozenCheck(backbone) if frozen and train else None
     if not run.resume(state, plan) and not train:
         others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"
         raise ValueError(

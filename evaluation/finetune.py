@@ -30,7 +30,7 @@ logger = logging.getLogger("synco")
 BACKBONE, CLASSIFIER = 0, 1
 
 
-def refuse_contradictions(node: CfgNode) -> None:
+def check_finetune(node: CfgNode) -> None:
     """Raise ``ValueError`` for a ``FINETUNE`` section that would train or measure nothing."""
     if node.WEIGHTS == "finetune" and not node.LR_BACKBONE:
         raise ValueError(
@@ -132,7 +132,7 @@ def _split(group: dict[str, Any], scale: Mapping[nn.Parameter, float]) -> list[d
     ]
 
 
-class Frozen:
+class FrozenCheck:
     """Remember a frozen module, to prove afterwards that nothing in it has moved."""
 
     def __init__(self, module: nn.Module) -> None:

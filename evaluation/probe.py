@@ -91,7 +91,7 @@ def grid_points(linear: CfgNode) -> list[GridPoint]:
     return points
 
 
-def refuse_contradictions(linear: CfgNode) -> None:
+def check_linear(linear: CfgNode) -> None:
     """Raise ``ValueError`` for a ``LINEAR`` section whose features or subsets contradict each other."""
     few = [percent for percent in linear.LABEL_PERCENTS if percent < 100]
     if few and not linear.CACHED_FEATURES:

@@ -19,7 +19,7 @@ from utils.logger import setup_logger
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenBackbone:
     """A frozen backbone, the run that it belongs to and the name of its weights."""
 
     backbone: Backbone
@@ -33,7 +33,7 @@ class Frozen:
         return folder
 
 
-def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
+def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> FrozenBackbone:
     """Build the backbone that the flags of a main name, on the run's newest weights or ``args.pretrained``.
 
     Raises ``ValueError`` without data path or weights.
@@ -55,4 +55,4 @@ def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> Frozen:
     )
     label = weights_label(weights, args.which)
     label += f"-{checkpoint.digest(weights)[:8]}" if weights else ""  # two files of one name
-    return Frozen(freeze(run.prepare(backbone)), run, label)
+    return FrozenBackbone(freeze(run.prepare(backbone)), run, label)

@@ -26,7 +26,7 @@ from data.decode import decode_rgb, open_image
 from data.sources.scan import PassedOver, is_folder, read_folder
 from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple
-from tools.frozen import Frozen, open_frozen
+from tools.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
@@ -87,7 +87,9 @@ def read_list(path: Path) -> list[str]:
     return [folder_name(name, str(path)) for name in names]
 
 
-def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: int) -> list[Path]:
+def carry(
+    frozen: FrozenBackbone, frames: Path, truth: Path, target: Path, short_side: int
+) -> list[Path]:
     """Write the masks <frame>.png of a video to ``target``, the first one as it is given; return their paths.
 
     Raises ``ValueError`` if frames or the first mask are missing, or the backbone cannot take the
@@ -119,7 +121,7 @@ def carry(frozen: Frozen, frames: Path, truth: Path, target: Path, short_side: i
 
 
 def soft_labels(
-    frozen: Frozen, paths: list[Path], first: Tensor, size: tuple[int, int]
+    frozen: FrozenBackbone, paths: list[Path], first: Tensor, size: tuple[int, int]
 ) -> Iterator[Tensor]:
     """Yield the soft labels (C, h, w) of the second frame and those after it; ``first`` (H, W) is the first
     mask.

@@ -22,7 +22,7 @@ from evaluation.accuracy import extract_features
 from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
 from models.parts.backbones import Backbone
 from models.parts.resolution import at_size, size_multiple
-from tools.frozen import Frozen, open_frozen
+from tools.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def evaluate_set(
-    frozen: Frozen, folder: Path, scales: Sequence[float], crop: bool
+    frozen: FrozenBackbone, folder: Path, scales: Sequence[float], crop: bool
 ) -> dict[str, float]:
     """Return the scores of one set in `folder`, whose name is that of the set.
 
@@ -80,7 +80,7 @@ def evaluate_set(
 
 
 def image_features(
-    frozen: Frozen,
+    frozen: FrozenBackbone,
     folder: Path,
     names: list[str],
     boxes: Sequence[Box | None],

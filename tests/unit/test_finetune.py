@@ -237,7 +237,7 @@ def test_a_batch_that_cannot_be_is_refused(images: int, wanted: int, even: bool,
 )
 def test_contradictions_are_refused(opts: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        finetune.refuse_contradictions(config(*opts.split()).FINETUNE)
+        finetune.check_finetune(config(*opts.split()).FINETUNE)
 
 
 # ---- accuracies and the frozen backbone ----------------------------------------------------------
@@ -256,7 +256,7 @@ def test_accuracy_counts_images_not_batches() -> None:
 def test_a_moved_weight_or_statistic_is_noticed() -> None:
     for name in ("weight", "running_mean"):
         norm = nn.BatchNorm1d(3)
-        frozen = finetune.Frozen(norm)
+        frozen = finetune.FrozenCheck(norm)
         frozen.check()
         getattr(norm, name).data[1] += 1e-7
         with pytest.raises(RuntimeError, match=name):

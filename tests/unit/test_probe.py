@@ -22,10 +22,10 @@ from evaluation.accuracy import topk_correct
 from evaluation.features import WholeFeatures
 from evaluation.probe import (
     GridPoint,
+    check_linear,
     grid_points,
     head_accuracies,
     probe_folder,
-    refuse_contradictions,
     show_probes,
     write_result,
 )
@@ -90,8 +90,8 @@ def test_features_and_labels_that_do_not_fit_are_refused(
     keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        refuse_contradictions(section(**keys))
-    refuse_contradictions(section(CACHED_FEATURES=True, LABEL_PERCENTS=[1.0, 100.0]))
+        check_linear(section(**keys))
+    check_linear(section(CACHED_FEATURES=True, LABEL_PERCENTS=[1.0, 100.0]))
 
 
 @pytest.mark.parametrize("percents", [[], [0.0], [101.0]])
