@@ -41,7 +41,7 @@ def main() -> int:
     from engine.plan import global_batch_size, make_plan
     from engine.run import start_run
     from engine.state import TrainState
-    from evaluation.accuracy import measure_throughput
+    from evaluation.accuracy import held_out_names, measure_throughput
     from models import framework_options
     from utils.config.load import load_config
     from utils.config.schema import declare
@@ -86,7 +86,13 @@ def main() -> int:
     optimizer = build_optimizer(
         cfg.OPTIM, parameter_groups(framework, cfg.OPTIM), fused=run.scaler() is None
     )
-    state = TrainState(framework, optimizer, run.wrap(framework), run.scaler())
+    state = TrainState(
+        framework,
+        optimizer,
+        run.wrap(framework),
+        run.scaler(),
+        lower_is_better=held_out_names(framework.lower_is_better),
+    )
     resumed = run.resume(state, plan)
     run.describe(framework, plan, len(source))
     evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, at_once=args.eval)
@@ -105,7 +111,7 @@ def main() -> int:
                 f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
             )
         progress = plan.progress(state.step)
-        run.meter.record(progress, evaluate(progress), state.best)
+        run.meter.record(progress, evaluate(progress), state)
         return 0
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))

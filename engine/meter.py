@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +9,12 @@ from torch import Tensor
 
 from engine.collapse import EARLY, HEALTHY, CollapseMonitor
 from engine.plan import Plan
+from engine.state import TrainState
 from utils import distributed
 from utils.logger import Metrics, ProgressLine, format_duration
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
-
-
-def keep_best(best: dict[str, float], values: Mapping[str, float]) -> None:
-    """Update the best value of each evaluation so far: of a loss the lowest."""
-    for name, value in values.items():
-        best[name] = (min if "loss" in name else max)(best.get(name, value), value)
 
 
 class Meter:
@@ -98,16 +92,14 @@ class Meter:
         )
         self._restart_clock()
 
-    def record(self, progress: Progress, values: dict[str, float], best: dict[str, float]) -> None:
-        """Log an epoch's evaluation, if there was one; ``best`` keeps the best of each value: of a loss the
-        lowest.
-        """
+    def record(self, progress: Progress, values: dict[str, float], state: TrainState) -> None:
+        """Log an epoch's evaluation, if there was one, beside the best values so far."""
         if not values:
             return
-        keep_best(best, values)
+        state.keep_best(values)
         self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
         shown = ", ".join(
-            f"{name} {value:.2f} (best {best[name]:.2f})"
+            f"{name} {value:.2f} (best {state.best[name]:.2f})"
             for name, value in values.items()
             if "/" not in name
         )

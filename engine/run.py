@@ -16,7 +16,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from engine import checkpointing as resume
-from engine.meter import Meter, keep_best
+from engine.meter import Meter
 from engine.plan import Plan
 from engine.precision import Precision, choose_device
 from engine.state import TrainState
@@ -212,15 +212,15 @@ class Run(Precision):
         if values and self.task != "pretrain":
             retention.require(metric, values)
         is_best = metric in values and retention.improves(
-            metric, values[metric], state.best.get(metric)
+            values[metric], state.best.get(metric), metric in state.lower_is_better
         )
         self._evaluated = (state.step, values)
-        keep_best(state.best, values)
+        state.keep_best(values)
         # not --resume's file from elsewhere
         own = self._own == checkpoint.path_of(self.folder, state.step)
         if values and own:  # noted before it is logged: a resume logs what is noted
             distributed.on_main(lambda: self._note_evaluation(state, plan))
-        self.meter.record(plan.progress(state.step), values, state.best)
+        self.meter.record(plan.progress(state.step), values, state)
         return is_best
 
     def _note_evaluation(self, state: TrainState, plan: Plan) -> None:
@@ -228,7 +228,7 @@ class Run(Precision):
         path = checkpoint.path_of(self.folder, state.step)
         try:
             checkpoint.amend(path, evaluated=self._evaluated[1], best=dict(state.best))
-            self._prune(plan)
+            self._prune(state, plan)
         except (OSError, checkpoint.CheckpointError) as error:
             logger.error(
                 "the evaluation of step %d is not noted in its checkpoint (%s)", state.step, error
@@ -243,15 +243,16 @@ class Run(Precision):
             "dataset": self.fingerprint,
             "global_batch": plan.global_batch,
         }
-        problem = distributed.on_main(lambda: self._save(state.step, payload, plan))
+        problem = distributed.on_main(lambda: self._save(state, payload, plan))
         if not problem:
             self._saved_step = state.step
             self._own = checkpoint.path_of(self.folder, state.step)
         elif distributed.is_main():
             logger.error("%s", problem)
 
-    def _save(self, step: int, payload: dict[str, Any], plan: Plan) -> str:
+    def _save(self, state: TrainState, payload: dict[str, Any], plan: Plan) -> str:
         self._check_lock()
+        step = state.step
         meta = {
             "torch": torch.__version__,
             "best": payload["best"],
@@ -261,7 +262,7 @@ class Run(Precision):
         }
         try:
             path = checkpoint.save(self.folder, step, payload, meta=meta)
-            self._prune(plan)
+            self._prune(state, plan)
         except OSError as error:
             return (
                 f"checkpoint of step {step} failed ({error}); the older ones are intact. "
@@ -270,9 +271,10 @@ class Run(Precision):
         logger.info("checkpoint %s", path)
         return ""
 
-    def _prune(self, plan: Plan) -> None:
-        keep = self.cfg.CHECKPOINT
-        best = retention.best(self.folder, keep.KEEP_BEST) if keep.KEEP_BEST else None
+    def _prune(self, state: TrainState, plan: Plan) -> None:
+        keep, metric = self.cfg.CHECKPOINT, self.cfg.CHECKPOINT.KEEP_BEST
+        lower = metric in state.lower_is_better
+        best = retention.best(self.folder, metric, lower) if metric else None
         protect = [path for path in (self._resumed_from, best) if path]
         keep_every = keep.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
         retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
@@ -300,7 +302,7 @@ class Run(Precision):
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
         self.known_evaluation = distributed.on_main(lambda: resume.evaluation_of(path))
-        keep_best(state.best, self.known_evaluation)
+        state.keep_best(self.known_evaluation)
         logger.info("resumed from %s at step %d", path, state.step)
         if not self.training:
             return True

@@ -33,10 +33,17 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)  # best value of each evaluation so far
+    lower_is_better: frozenset[str] = frozenset()  # the evaluations whose lowest value is the best
     clip_groups: Sequence[Sequence[nn.Parameter]] | None = None  # clipped apart; None: all together
     # (G,) int64: the step at which a group diverged and was closed, -1 while it is open. None: a
     # norm that is not finite stops the run.
     closed_at: Tensor | None = None
+
+    def keep_best(self, values: Mapping[str, float]) -> None:
+        """Update the best values with those of an evaluation."""
+        for name, value in values.items():
+            better = min if name in self.lower_is_better else max
+            self.best[name] = better(self.best.get(name, value), value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""

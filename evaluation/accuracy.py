@@ -55,6 +55,11 @@ def held_out_losses(
     return {f"held_out_{name}": value for name, value in zip(names, means.tolist(), strict=True)}
 
 
+def held_out_names(names: Iterable[str]) -> frozenset[str]:
+    """Return the names that `held_out_losses` gives to a method's scalars."""
+    return frozenset(f"held_out_{name}" for name in names)
+
+
 @torch.no_grad()
 def extract_features(
     backbone: Callable[[Tensor], Tensor], batches: Iterable[Batch]

@@ -111,6 +111,8 @@ class SiT(MomentumFramework):
     did before July 2021.
     """
 
+    lower_is_better = ("loss", *(f"loss_{task}" for task in TASKS))
+
     def __init__(
         self,
         backbone: Backbone,

@@ -66,6 +66,19 @@ def small(
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "more"), [*((name, {}) for name in FRAMEWORKS), ("sit", {"variant": "gmml"})]
+)
+def test_a_method_declares_which_of_its_scalars_are_better_when_lower(
+    method: str, more: dict[str, str]
+) -> None:
+    framework = small(method, more=more)
+    out = framework(views(0), Progress(0, 4, 8))
+    scalars = {name for name, value in out.items() if value.ndim == 0}
+    losses = {name for name in scalars if name.startswith("loss")}
+    assert losses == scalars & set(framework.lower_is_better)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", FRAMEWORKS)
 def test_two_steps(method: str, family: str) -> None:

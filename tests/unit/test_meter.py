@@ -7,6 +7,7 @@ import torch
 
 from engine.meter import Meter
 from engine.plan import Plan
+from engine.state import TrainState
 from utils.logger import Metrics
 from utils.schedules import LearningRate, Progress
 
@@ -35,9 +36,10 @@ def test_means_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) ->
 
 def test_best_is_kept_and_no_evaluation_is_no_line(tmp_path: Path) -> None:
     meter = Meter(Metrics(tmp_path, tensorboard=False), every=1)
-    best: dict[str, float] = {}
+    module = torch.nn.Linear(1, 1)
+    state = TrainState(module, torch.optim.SGD(module.parameters(), 0.1), module)
     for epoch, value in ((1, 10.0), (2, 30.0), (3, 20.0)):
-        meter.record(Progress(4 * epoch, 4, 12), {"top1": value}, best)
-    meter.record(Progress(12, 4, 12), {}, best)
-    assert best == {"top1": 30.0}
+        meter.record(Progress(4 * epoch, 4, 12), {"top1": value}, state)
+    meter.record(Progress(12, 4, 12), {}, state)
+    assert state.best == {"top1": 30.0}
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3

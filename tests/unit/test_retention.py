@@ -7,6 +7,8 @@ import runs
 import torch
 
 import main_pretrain
+from engine.state import TrainState
+from evaluation.accuracy import held_out_names
 from utils.checkpoints.file import committed, save, step_of
 from utils.checkpoints.folder import best, improves, prune
 from utils.logger import close_logger
@@ -30,7 +32,7 @@ def test_the_best_is_the_highest_and_of_a_loss_the_lowest(tmp_path: Path) -> Non
         make(tmp_path, step, knn5_top1=top1, held_out_loss=loss)
     make(tmp_path, 5)  # between two evaluations
     assert best(tmp_path, METRIC) == tmp_path / "ckpt_00000002.pt"  # of equals the first
-    assert best(tmp_path, "held_out_loss") == tmp_path / "ckpt_00000004.pt"
+    assert best(tmp_path, "held_out_loss", lower_is_better=True) == tmp_path / "ckpt_00000004.pt"
     assert best(tmp_path, "other") is None
 
 
@@ -55,19 +57,30 @@ def test_the_best_is_kept_beside_the_last_and_a_worse_one_goes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "so_far", "expected"),
+    ("lower_is_better", "value", "so_far", "expected"),
     [
-        (METRIC, 1.0, None, True),
-        (METRIC, 1.0, 1.0, False),
-        (METRIC, 2.0, 1.0, True),
-        ("held_out_loss", 2.0, 1.0, False),
-        ("held_out_loss", 0.5, 1.0, True),
-        (METRIC, float("nan"), 1.0, False),
-        (METRIC, float("nan"), None, False),
+        (False, 1.0, None, True),
+        (False, 1.0, 1.0, False),
+        (False, 2.0, 1.0, True),
+        (True, 2.0, 1.0, False),
+        (True, 0.5, 1.0, True),
+        (False, float("nan"), 1.0, False),
+        (False, float("nan"), None, False),
     ],
 )
-def test_what_is_better(metric: str, value: float, so_far: float | None, expected: bool) -> None:
-    assert improves(metric, value, so_far) == expected
+def test_what_is_better(
+    lower_is_better: bool, value: float, so_far: float | None, expected: bool
+) -> None:
+    assert improves(value, so_far, lower_is_better) == expected
+
+
+def test_the_direction_of_a_metric_is_declared_and_not_read_from_its_name() -> None:
+    module = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    state = TrainState(module, optimizer, module, lower_is_better=held_out_names(("error",)))
+    for error, loss_avoided in ((3.0, 1.0), (2.0, 5.0), (4.0, 2.0)):
+        state.keep_best({"held_out_error": error, "held_out_loss_avoided": loss_avoided})
+    assert state.best == {"held_out_error": 2.0, "held_out_loss_avoided": 5.0}
 
 
 def train(

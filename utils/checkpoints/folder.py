@@ -79,11 +79,10 @@ def prune(
             remove(path)
 
 
-def best(folder: Path, metric: str) -> Path | None:
-    """Return the checkpoint whose evaluation gave the best ``metric``: the highest, of a loss the lowest.
+def best(folder: Path, metric: str, lower_is_better: bool = False) -> Path | None:
+    """Return the checkpoint whose evaluation gave the best `metric`, the earliest of equal ones.
 
-    It follows from the JSON files alone, so that it survives a resume; of equals the earliest is
-    it.
+    It follows from the JSON files alone, so that it survives a resume.
     """
     values: list[tuple[float, Path]] = []
     for path in reversed(committed(folder)):
@@ -92,7 +91,7 @@ def best(folder: Path, metric: str) -> Path | None:
         except (CheckpointError, OSError):
             continue  # damaged
         if not math.isnan(value):  # nan also: saved at a step without an evaluation
-            values.append((-value if "loss" in metric else value, path))
+            values.append((-value if lower_is_better else value, path))
     return max(values, key=lambda entry: entry[0])[1] if values else None
 
 
@@ -103,11 +102,11 @@ def require(metric: str, measured: Collection[str]) -> None:
         raise ValueError(f"CHECKPOINT.KEEP_BEST: {metric!r} is not measured in this run; {choice}")
 
 
-def improves(metric: str, value: float, so_far: float | None) -> bool:
-    """Tell whether ``value`` is better than the best one before; not a number never is."""
+def improves(value: float, so_far: float | None, lower_is_better: bool = False) -> bool:
+    """Tell whether `value` is better than the best one before; not a number never is."""
     if so_far is None:
         return value == value
-    return value < so_far if "loss" in metric else value > so_far
+    return value < so_far if lower_is_better else value > so_far
 
 
 def remove(path: Path) -> None:
