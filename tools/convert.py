@@ -154,7 +154,7 @@ def export_file(args: argparse.Namespace) -> None:
     print(f"{load_backbone(backbone, network.state, str(source))} ({network})")
     own = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     if args.to == "huggingface":
-        from tools.model_card import write_huggingface
+        from tools.parts.model_card import write_huggingface
 
         write_huggingface(args.output, backbone, cfg, checkpoint, args, source)
     elif args.to == "detectron2":

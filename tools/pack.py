@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.packing import SKIPPED, Partial, Progress, difference  # noqa: E402
+from tools.parts.packing import SKIPPED, Partial, Progress, difference  # noqa: E402
 from utils.names import OneLine, visible  # noqa: E402
 from utils.streams import guard_streams  # noqa: E402
 

@@ -26,7 +26,7 @@ from data.decode import decode_rgb, open_image
 from data.sources.scan import PassedOver, is_folder, read_folder
 from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
 from models.parts.resolution import at_size, dense_features, size_multiple
-from tools.frozen import FrozenBackbone, open_frozen
+from tools.parts.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name

@@ -29,7 +29,7 @@ from evaluation.knn import knn_accuracy
 from models import framework_options
 from models.parts.backbones import build_backbone
 from models.weights.load import backbone_state, load_backbone
-from tools.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
+from tools.parts.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch

@@ -22,7 +22,7 @@ from evaluation.accuracy import extract_features
 from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
 from models.parts.backbones import Backbone
 from models.parts.resolution import at_size, size_multiple
-from tools.frozen import FrozenBackbone, open_frozen
+from tools.parts.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name

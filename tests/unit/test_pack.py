@@ -17,7 +17,8 @@ from PIL import Image
 from data.sources import build_source
 from data.sources.packed import PackedSource
 from tests import forked
-from tools import pack, packing
+from tools import pack
+from tools.parts import packing
 
 COUNT = 13
 

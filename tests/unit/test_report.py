@@ -17,7 +17,8 @@ from data.sources.base import ArraySource
 from engine import precision as device
 from engine.run import Run
 from models import build_framework, framework_options
-from tools import demo, pictures, report
+from tools import demo, report
+from tools.parts import pictures
 from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
 from utils.config.load import ConfigError, load_config, section_options

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tools import sweep
-from tools.sweep_points import Point, Setting, as_csv, choose, markdown, table
+from tools.parts import sweep_runs
+from tools.parts.sweep_points import Point, Setting, as_csv, choose, markdown, table
 
 FAKE = """
 import json, os, signal, sys, time
@@ -54,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a place where main_semisup.py is a stand-in that ends at once."""
     (tmp_path / "main_semisup.py").write_text(textwrap.dedent(FAKE))
     (tmp_path / "c.yaml").write_text("SEED: 0\n")
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_runs, "ROOT", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
@@ -71,7 +72,8 @@ def sweep_process(place: Path, sleep: float) -> tuple[list[str], dict[str, str]]
     root = str(Path(sweep.__file__).parents[1])
     script = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job\n"
     script += f"import sys; from pathlib import Path; sys.path.insert(0, {root!r}); from tools import sweep\n"
-    script += f"sweep.ROOT = Path({str(place)!r}); sys.exit(sweep.main(sys.argv[1:]))"
+    script += "from tools.parts import sweep_runs\n"
+    script += f"sweep_runs.ROOT = Path({str(place)!r}); sys.exit(sweep.main(sys.argv[1:]))"
     words = f"--cfg {place}/c.yaml --output {place}/out --device cpu --start random --epochs 3 --jobs 2".split()
     command = [sys.executable, "-c", script, *words, "--lr-backbone", "0.01", "0.05"]
     return command, dict(os.environ, FAKE=json.dumps({"sleep": sleep}))
@@ -309,8 +311,8 @@ def test_a_run_that_finished_while_it_was_waited_for_is_not_run_again(place: Pat
 
 
 def test_a_run_whose_sweep_died_before_it_began_does_not_begin() -> None:
-    script = "import os, sys; sys.path.insert(0, sys.argv[1]); from tools import sweep; "
-    script += "sweep._end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"
+    script = "import os, sys; sys.path.insert(0, sys.argv[1]); from tools.parts import sweep_runs; "
+    script += "sweep_runs.end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"
     root = str(Path(sweep.__file__).parents[1])
     for other, begins in ((0, True), (1, False)):
         child = subprocess.run(
@@ -323,7 +325,7 @@ def test_each_job_sees_its_own_gpu(place: Path) -> None:
     folder = place / "out" / "c" / "default" / "semisup"
     setting = Setting("none", "finetune", 1.0, 3, 0.05, 0.5)
     shared = ["--cfg", f"{place}/c.yaml", "--output", str(place / "out")]
-    runner = sweep.Runner(folder, shared, None, ["5", "7"])
+    runner = sweep_runs.Runner(folder, shared, None, ["5", "7"])
     assert len(runner.run([Point(setting, seed, 0.2) for seed in range(4)])) == 4
     assert {line.split()[0] for line in calls(place)} == {"5", "7"}
 

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 COLUMNS = (
     "start",
@@ -23,11 +22,12 @@ COLUMNS = (
 )
 Group = tuple[str, str, float]  # start, mode, percentage: what one choice is made among
 TESTS = ("test_top1", "test_top5")
+Result = dict[str, float]  # of result.json; its words are not looked at
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A point of the grid, whatever the seed; ``start`` is a file of weights or ``none``."""
+    """A point of the grid, whatever the seed; `start` is a file of weights or `none`."""
 
     start: str
     mode: str
@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """One run: a setting with a seed, on a part of its labels (``hold_out``) or, chosen, on all of them."""
+    """One run: a setting, a seed, and the share of the labels held out (0 once it is chosen)."""
 
     setting: Setting
     seed: int
@@ -83,10 +83,10 @@ class Point:
         return f"{part}-{start}-{s.percent:g}pct-{s.mode}-{rates}-seed{self.seed}-{digest}"
 
 
-def choose(found: dict[Point, dict[str, Any]], seeds: int) -> dict[Group, Setting]:
+def choose(found: dict[Point, Result], seeds: int) -> dict[Group, Setting]:
     """Return for each group the setting with the best mean validation top-1 of the last epoch.
 
-    Ties go to the first. Settings without all their ``seeds`` are no candidates: their mean is
+    Ties go to the first. Settings without all their `seeds` are no candidates: their mean is
     another's.
     """
     means: dict[Setting, float] = {}
@@ -101,16 +101,16 @@ def choose(found: dict[Point, dict[str, Any]], seeds: int) -> dict[Group, Settin
     return best
 
 
-def _of(found: dict[Point, dict[str, Any]], setting: Setting) -> list[dict[str, Any]]:
+def _of(found: dict[Point, Result], setting: Setting) -> list[Result]:
     return [result for point, result in found.items() if point.setting == setting]
 
 
 def table(
-    found: dict[Point, dict[str, Any]],
+    found: dict[Point, Result],
     choice: dict[Group, Setting],
-    tests: dict[Point, dict[str, Any]],
+    tests: dict[Point, Result],
 ) -> list[dict[str, str]]:
-    """Return a row for each setting: mean and deviation over seeds, and the test accuracies of the chosen."""
+    """Return a row for each setting: mean and deviation over seeds; if chosen, the test's too."""
     rows = []
     for setting in dict.fromkeys(point.setting for point in found):
         results = _of(found, setting)
