@@ -147,7 +147,7 @@ def frozen_backbone(
 ) -> tuple["Backbone", str]:
     """Build the backbone, load `weights` if any, freeze it; return it and the network that was taken."""
     from models.classifier import freeze, pretrained_backbone
-    from models.weights.load import find_network
+    from models.weights.find import find_network
     from utils.checkpoints.foreign import read_torch
     from utils.config.load import section_options
 
@@ -160,7 +160,8 @@ def frozen_backbone(
         img_size=cfg.DATA.IMG_SIZE,
         drop_path=cfg.LINEAR.DROP_PATH,
     )
-    taken = find_network(checkpoint, which).taken if checkpoint else "online"
+    own = backbone.state_dict()
+    taken = find_network(checkpoint, which, own=own).taken if checkpoint else "online"
     return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0), taken
 
 

@@ -176,7 +176,7 @@ def finetune(
     from evaluation.finetune import check_finetune, run_name
     from evaluation.probe import weights_fingerprint, weights_label
     from models.classifier import pretrained_backbone
-    from models.weights.load import find_network
+    from models.weights.find import find_network
     from utils.checkpoints.foreign import read_torch
     from utils.config.load import section_options
     from utils.names import folder_name
@@ -207,7 +207,8 @@ def finetune(
         backbone = run.prepare(backbone).eval()
         measure_throughput(backbone, cfg.DATA.IMG_SIZE, node.BATCH_SIZE, run.device)
         return {}, 0
-    taken = find_network(checkpoint, args.which).taken if checkpoint else "online"
+    own = backbone.state_dict()
+    taken = find_network(checkpoint, args.which, own=own).taken if checkpoint else "online"
     start = weights_fingerprint(weights, taken)
     return _train_and_test(
         cfg, run, backbone, weights_label(weights, args.which), start, train=not args.eval

@@ -40,7 +40,7 @@ def convert(source: Path, target: Path, which: str = "") -> int:
     ResNet.
     """
     from models.weights.export import to_detectron2
-    from models.weights.load import find_network
+    from models.weights.find import find_network
     from utils.checkpoints.atomic import write_file
     from utils.checkpoints.foreign import read_torch
 
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, which: str = "") -> int:
     state = network.state
     if "layer4.0.conv1.weight" not in state or "conv1.weight" not in state:
         raise ValueError(
-            f"{source}: its backbone ({network.layout}) is no ResNet of four stages; convert a ResNet"
+            f"{source}: its backbone ({network}) is no ResNet of four stages; convert a ResNet"
         )
     arrays = to_detectron2(state)
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}

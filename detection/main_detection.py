@@ -51,7 +51,7 @@ def main() -> int:
     from engine.state import TrainState
     from evaluation.accuracy import measure_throughput
     from evaluation.probe import find_weights, weights_fingerprint
-    from models.weights.load import find_network
+    from models.weights.find import find_network
     from utils.checkpoints.foreign import read_torch
 
     cfg = load_detection_config([args.cfg], args.opts, flags)

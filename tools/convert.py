@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def inspect_file(args: argparse.Namespace) -> None:
     """Print what a file holds: entries, layout, number of tensors and values, the likely architecture."""
     from models.weights.export import describe
-    from models.weights.load import find_network, tensors_of
+    from models.weights.find import find_network, tensors_of
 
     checkpoint = _read(args.source)
     print(
@@ -111,7 +111,8 @@ def inspect_file(args: argparse.Namespace) -> None:
 
 def import_file(args: argparse.Namespace) -> None:
     """Write a foreign file as one of ours, after loading it into the configured model."""
-    from models.weights.load import find_network, load_backbone
+    from models.weights.find import find_network
+    from models.weights.load import load_backbone
     from models.weights.pretraining_state import framework_state
 
     cfg = _config(args)
@@ -122,18 +123,19 @@ def import_file(args: argparse.Namespace) -> None:
             state = framework_state(checkpoint, own)
         except ValueError as error:
             raise ValueError(f"{args.source} {error}") from error
-        layout, said, which = "whole pretraining state", "layout: whole pretraining state", "online"
+        said, which = "whole pretraining state", "online"
         note = f"{len(own)} tensors"
         framework = {key: state[key] for key in own}
     else:
         backbone = _backbone(cfg)
-        network = find_network(checkpoint, args.which, str(args.source))
-        layout, said, which = network.layout, str(network), network.taken
-        note = _listing(load_backbone(backbone, network.state, str(args.source)))
+        source = str(args.source)
+        network = find_network(checkpoint, args.which, source, backbone.state_dict())
+        said, which = str(network), network.taken
+        note = _listing(load_backbone(backbone, network.state, source, network.beside))
         framework = {
             f"online.backbone.{key}": tensor for key, tensor in backbone.state_dict().items()
         }
-    origin = {"file": args.source.name, "layout": layout, "which": which}
+    origin = {"file": args.source.name, "layout": said, "which": which}
     origin["norm_eps"] = cfg.MODEL.BACKBONE.NORM_EPS
     _save({"framework": framework, "imported": origin}, args.output)
     print(f"{said}\n{note}\nwrote {args.output}: give it to any --pretrained")
@@ -142,16 +144,17 @@ def import_file(args: argparse.Namespace) -> None:
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
     from models.weights import export as weights_out
-    from models.weights.load import check_norm_eps, find_network, load_backbone
+    from models.weights.find import find_network
+    from models.weights.load import check_norm_eps, load_backbone
 
     source = _checkpoint_of(args.source)
     cfg = _config(args)
     checkpoint = _read(source)
     check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(source))
-    network = find_network(checkpoint, args.which, str(source))
-    args.which = network.taken  # what the model card and the head go by
     backbone = _backbone(cfg)
-    print(f"{load_backbone(backbone, network.state, str(source))} ({network})")
+    network = find_network(checkpoint, args.which, str(source), backbone.state_dict())
+    args.which = network.taken  # what the model card and the head go by
+    print(f"{load_backbone(backbone, network.state, str(source), network.beside)} ({network})")
     own = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     if args.to == "huggingface":
         from tools.parts.model_card import write_huggingface
@@ -207,7 +210,7 @@ def norm_eps_note(eps: float) -> str:
 def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
     """Return the projector of one of our MoCo checkpoints as ``fc.*``; empty for other files."""
     from models.weights.export import moco_head
-    from models.weights.load import tensors_of
+    from models.weights.find import tensors_of
 
     prefix = f"{which}.projector."
     tensors = tensors_of(checkpoint.get("framework"))
@@ -217,8 +220,10 @@ def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
 
 
 def _listing(report: Any) -> str:
+    from models.weights.find import listed
+
     lines = [f"matched: {report.matched}", f"missing: {', '.join(report.missing) or 'none'}"]
-    lines.append(f"unexpected, left out: {', '.join(report.unexpected) or 'none'}")
+    lines.append(f"left out: {listed(report.unexpected) or 'none'}")
     return "\n".join(lines + [f"resized: {', '.join(report.resized)}"] * bool(report.resized))
 
 

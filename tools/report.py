@@ -28,7 +28,7 @@ from evaluation.accuracy import extract_features, few_label_accuracy, logistic_p
 from evaluation.knn import knn_accuracy
 from models import framework_options
 from models.parts.backbones import build_backbone
-from models.weights.load import backbone_state, load_backbone
+from models.weights.load import load_network
 from tools.parts.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
@@ -123,8 +123,7 @@ def representations(run: Run, train: Source, val: Source, path: Path) -> dict[st
     """Return raw pixels, features of the random and of the trained backbone, for both splits."""
     backbone = run.prepare(build_online(run.cfg))
     random = extract(run, train, val, backbone)
-    state, _ = backbone_state(read_torch(path))
-    load_backbone(backbone, state, str(path))
+    load_network(backbone, read_torch(path), str(path))
     return {
         "raw pixels": pixel_split(run, train, val),
         "random backbone": random,

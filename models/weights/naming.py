@@ -180,7 +180,7 @@ MMDET_SWIN = Naming(
 
 DETECTRON2_RESNET = Naming(
     "Detectron2 ResNet",
-    "stem.conv1.weight",
+    "res2.0.conv1.weight",  # NFNets have a `stem.conv1` too
     (
         *(
             (f"layer{i}.#.{ours}", f"res{i + 1}.#.{theirs}")
@@ -295,24 +295,24 @@ NAMINGS = (
     ORIGINAL_SWIN,
     MOCOV3_CONV_STEM,
 )
-_WRAPPERS = ("", "backbone.", "vit.", "deit.", "swin.", "resnet.")  # of detectors and classifiers
 
 
-def find_naming(state: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
-    """Return the naming whose signature the state holds and the wrapper's prefix; None: names are ours."""
+def to_our_names(state: Mapping[str, Tensor]) -> tuple[State, dict[str, str]]:
+    """Return the state in our names, and each place that was renamed with its naming.
+
+    A naming is found wherever its signature stands, behind any prefix. The prefix stays.
+    """
+    found: dict[str, Naming] = {}
     for naming in NAMINGS:
-        for wrapper in _WRAPPERS:
-            if wrapper + naming.signature in state:
-                return naming, wrapper
-    return None
-
-
-def in_our_names(state: Mapping[str, Tensor]) -> tuple[State, str]:
-    """Return the state in our names and the name of the naming that was found, "" for ours."""
-    found = find_naming(state)
-    if found is None:
-        return dict(state), ""
-    naming, wrapper = found
-    return naming.to_ours(
-        {key.removeprefix(wrapper): tensor for key, tensor in state.items()}
-    ), naming.name
+        for key in state:
+            place = key.removesuffix(naming.signature)
+            # Hugging Face's Swin has a Swin of the original's names behind `encoder.`: the first
+            # naming wins, for all that lies inside its place.
+            inside = any(place.startswith(outer) for outer in found)
+            if place != key and (not place or place.endswith(".")) and not inside:
+                found[place] = naming
+    result = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(found))}
+    for place, naming in found.items():
+        theirs = {k.removeprefix(place): t for k, t in state.items() if k.startswith(place)}
+        result.update({place + key: tensor for key, tensor in naming.to_ours(theirs).items()})
+    return result, {place: naming.name for place, naming in found.items()}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from models.weights.load import tensors_of
-from models.weights.naming import in_our_names
+from models.weights.find import all_paths
+from models.weights.naming import to_our_names
 
 Rename = Callable[[str], str]
 
@@ -20,14 +20,14 @@ def framework_state(
     Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL. A queue may be (D,
     K) or (K, D). Raises ``ValueError`` listing what is missing, left over or of another shape.
     """
-    tensors = tensors_of(checkpoint.get("state_dict")) or tensors_of(checkpoint.get("model"))
-    if any(key.startswith("encoder_q.") for key in tensors):
+    paths = all_paths(checkpoint)
+    if tensors := _beside("encoder_q", paths):
         found = _encoders(tensors, {"encoder_q.": "online.", "encoder_k.": "target."}, _moco_head)
-    elif any(key.startswith("base_encoder.") for key in tensors):
+    elif tensors := _beside("base_encoder", paths):
         pairs = {"base_encoder.": "online.", "momentum_encoder.": "target."}
         found = _encoders(tensors, pairs, _mocov3_head(tensors))
         found.update({key: t for key, t in tensors.items() if key.startswith("predictor.")})
-    elif any(key.startswith("encoder.") for key in tensors):
+    elif tensors := _beside("encoder", paths):
         found = _encoders(tensors, {"encoder.": "online.", "encoder_k.": "target."}, lambda key: "")
         found.update(_moby_heads(tensors))
     else:
@@ -42,6 +42,16 @@ def framework_state(
     return found
 
 
+def _beside(encoder: str, paths: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an encoder and of all that lies next to it, behind any wrappers."""
+    for path in paths:
+        words = path.split(".")
+        if encoder in words:
+            place = "".join(f"{word}." for word in words[: words.index(encoder)])
+            return {p.removeprefix(place): t for p, t in paths.items() if p.startswith(place)}
+    return {}
+
+
 def _encoders(
     tensors: Mapping[str, Tensor], sides: Mapping[str, str], head_name: Rename
 ) -> dict[str, Tensor]:
@@ -52,7 +62,7 @@ def _encoders(
             key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
         }
         backbone = {key: tensor for key, tensor in state.items() if not head_name(key)}
-        for key, tensor in in_our_names(backbone)[0].items():
+        for key, tensor in to_our_names(backbone)[0].items():
             result[f"{side}backbone.{key}"] = tensor
         result.update(
             {side + head_name(key): tensor for key, tensor in state.items() if head_name(key)}

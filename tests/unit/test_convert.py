@@ -23,7 +23,8 @@ from yacs.config import CfgNode
 from models.classifier import pretrained_backbone
 from models.parts import backbones
 from models.parts.backbones import build_backbone
-from models.weights.load import backbone_state, load_backbone
+from models.weights.find import find_network
+from models.weights.load import load_backbone
 from tools import compare_checkpoints, convert
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_pickle, read_torch
@@ -65,7 +66,7 @@ def shaken(backbone: Any) -> Any:
 
 
 def imported(path: Path) -> State:
-    return backbone_state(read_torch(path))[0]
+    return find_network(read_torch(path)).state
 
 
 def contents(path: Path) -> Any:
@@ -150,11 +151,8 @@ def test_moby_with_its_pickled_configuration_is_imported(
     cfg = yaml_file(tmp_path, "deit_tiny", 32)
     run("import", tmp_path / "moby.pth", "--cfg", cfg, "--output", tmp_path / "a.pt")
     out = capsys.readouterr().out
-    assert (
-        "layout: moby / synco-v2; took online, the file also holds: target (--which target)\n"
-        in out
-    )
-    assert "\nmatched: 150\nmissing: none\nunexpected, left out: none\n" in out
+    assert "from model.encoder; took online, the file also holds: target (--which target)\n" in out
+    assert "\nmatched: 150\nmissing: none\nleft out: projector, queue1\n" in out
     identical(imported(tmp_path / "a.pt"), original)
     run(
         "import",

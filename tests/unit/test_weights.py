@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from models import build_framework
 from models.parts.backbones import build_backbone
 from models.parts.mocov3_vit import sincos_positions
-from models.weights.load import backbone_state, find_network, load_backbone
+from models.weights.find import find_network
+from models.weights.load import load_backbone
 from models.weights.pretraining_state import framework_state
 
 State = dict[str, Tensor]
@@ -67,11 +68,11 @@ def zeros(state: State) -> State:
 
 
 def loads(
-    checkpoint: dict, original: nn.Module, fresh: nn.Module, layout: str, which: str = "online"
+    checkpoint: dict, original: nn.Module, fresh: nn.Module, place: str, which: str = "online"
 ) -> None:
-    state, found = backbone_state(checkpoint, which)
-    assert found == layout
-    load_backbone(fresh, state, "file.pth")
+    network = find_network(checkpoint, which, own=fresh.state_dict())
+    assert f"{network.place}, {network.naming}".removesuffix(", ") == place
+    load_backbone(fresh, network.state, "file.pth")
     assert all(
         torch.equal(value, original.state_dict()[key]) for key, value in fresh.state_dict().items()
     )
@@ -110,12 +111,21 @@ BOTH: dict[str, Callable[[State, State], dict]] = {
 }
 
 
+PLACES = {
+    "synco pretraining": ("framework.online.backbone", "framework.target.backbone"),
+    "moco": ("state_dict.module.encoder_q", "state_dict.module.encoder_k"),
+    "moco-v3": ("state_dict.module.base_encoder", "state_dict.module.momentum_encoder"),
+    "moby / synco-v2": ("model.encoder", "model.encoder_k"),
+    "student and teacher": ("student.module.backbone", "teacher.module.backbone"),
+}
+
+
 @pytest.mark.parametrize("layout", BOTH)
 @pytest.mark.parametrize("which", ["online", "target"])
 def test_either_network_of_a_pair_can_be_asked_for(layout: str, which: str) -> None:
     networks = {"online": vit(), "target": vit()}
     checkpoint = BOTH[layout](*(network.state_dict() for network in networks.values()))
-    loads(checkpoint, networks[which], vit(), layout, which)
+    loads(checkpoint, networks[which], vit(), PLACES[layout][which == "target"], which)
 
 
 def test_sit_without_wrapper_and_our_fine_tuned_classifier_load() -> None:
@@ -125,10 +135,10 @@ def test_sit_without_wrapper_and_our_fine_tuned_classifier_load() -> None:
         {"student": prefixed(state, "module."), "teacher": {}},
         original,
         vit(),
-        "student and teacher",
+        "student.module",
     )
     tuned = {**prefixed(state, "backbone."), "heads.0.0.weight": torch.zeros(5, 48)}
-    loads({"framework": tuned}, original, vit(), "synco fine-tuning")
+    loads({"framework": tuned}, original, vit(), "framework.backbone")
 
 
 def student_and_teacher(*heads: str) -> dict:
@@ -155,21 +165,23 @@ def student_and_teacher(*heads: str) -> dict:
 def test_of_a_student_and_a_teacher_one_is_taken_and_said(
     heads: list[str], which: str, taken: str
 ) -> None:
-    network = find_network(student_and_teacher(*heads), which)
+    network = find_network(student_and_teacher(*heads), which, own=["cls_token"])
     other = {"student": "teacher", "teacher": "student"}[taken]
     assert network.state["cls_token"].unique().tolist() == [float(taken == "student")]
     assert str(network) == (
-        f"layout: student and teacher; took {taken}, the file also holds: {other} (--which {other})"
+        f"from {taken}.module.backbone; took {taken}, "
+        f"the file also holds: {other} (--which {other})"
     )
+    assert network.beside == tuple(heads)
 
 
 def test_a_lone_teacher_is_taken_and_its_student_is_refused_by_name() -> None:
     checkpoint = {"teacher": {"backbone.cls_token": torch.ones(1)}}
-    assert find_network(checkpoint).taken == "teacher"
+    assert find_network(checkpoint, own=["cls_token"]).taken == "teacher"
     with pytest.raises(
-        ValueError, match=r"--which online: a\.pth of .* no online network; use teacher$"
+        ValueError, match=r"--which online: a\.pth keeps no online network; use teacher$"
     ):
-        find_network(checkpoint, "online", "a.pth")
+        find_network(checkpoint, "online", "a.pth", own=["cls_token"])
 
 
 def test_our_own_files_and_moco_s_give_the_online_network_as_ever() -> None:
@@ -183,19 +195,19 @@ def test_our_own_files_and_moco_s_give_the_online_network_as_ever() -> None:
     [
         (
             {"state_dict": {"conv1.weight": torch.ones(1)}},
-            "layout state_dict keeps no target network; use online",
+            "this file keeps no target network; use online",
         ),
-        ({"student": {"a": torch.ones(1)}}, "no target network"),
+        ({"student": {"conv1.weight": torch.ones(1)}}, "no target network; use student"),
     ],
 )
 def test_a_target_that_is_not_there_is_refused(checkpoint: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        backbone_state(checkpoint, "target")
+        find_network(checkpoint, "target", own=["conv1.weight"])
 
 
 def test_a_probe_is_called_a_probe() -> None:
     with pytest.raises(ValueError, match="a probe keeps its linear heads only"):
-        backbone_state({"framework": {"weights.0": torch.ones(2, 2), "biases.0": torch.ones(2)}})
+        find_network({"framework": {"weights.0": torch.ones(2, 2), "biases.0": torch.ones(2)}})
 
 
 # ---- other names of the same tensors -------------------------------------------------------------
@@ -224,7 +236,7 @@ def test_both_numberings_of_swins_merging_load(numbering: str) -> None:
         assert "layers.0.downsample.norm.weight" in state
     published = {"model": {**prefixed(state, "encoder."), **prefixed(zeros(state), "encoder_k.")}}
     suffix = ", merging at the end of stages" if numbering == "old" else ""
-    loads(published, original, swin(), f"moby / synco-v2{suffix}")
+    loads(published, original, swin(), f"model.encoder{suffix}")
 
 
 def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
@@ -246,10 +258,10 @@ def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
         "convTrans.weight": torch.ones(2),
         "rot_w": torch.ones(1),
     }
-    state, layout = backbone_state({"model": {**published, **heads}, "epoch": 1})
-    assert layout == "model, SiT with rotation token"
     ours = vit(reg_tokens=1).double()
-    report = load_backbone(ours, state, "sit.pth")
+    network = find_network({"model": {**published, **heads}, "epoch": 1}, own=ours.state_dict())
+    assert (network.place, network.naming) == ("model", "SiT with rotation token")
+    report = load_backbone(ours, network.state, "sit.pth")
     assert report.unexpected == ("convTrans.weight", "rot_head.weight", "rot_w")
     with torch.no_grad():
         features = ours.forward_features(images)
@@ -268,7 +280,7 @@ def test_moco_v3s_convolutional_stem_loads() -> None:
     }
     published = {"state_dict": prefixed(state, "module.base_encoder.")}
     fresh = build_backbone("vit_conv_small", img_size=32)
-    loads(published, original, fresh, "moco-v3, MoCo v3 convolutional stem")
+    loads(published, original, fresh, "state_dict.module.base_encoder, MoCo v3 convolutional stem")
 
 
 # ---- 12 heads and 6 ------------------------------------------------------------------------------
@@ -334,7 +346,7 @@ def test_relative_tables_of_another_window_are_interpolated() -> None:
 def test_positions_that_are_no_square_or_another_width_are_refused() -> None:
     state = vit().state_dict()
     for bad in (torch.zeros(1, 13, 48), torch.zeros(1, 26, 32)):
-        with pytest.raises(ValueError, match=r"1 wrong shape \(pos_embed"):
+        with pytest.raises(ValueError, match=r"1 of another shape or type \(pos_embed"):
             load_backbone(vit(), {**state, "pos_embed": bad}, "a.pth")
 
 

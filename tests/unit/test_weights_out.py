@@ -27,8 +27,9 @@ from models.weights.export import (
     to_original_swin,
     to_torchvision,
 )
-from models.weights.load import backbone_state, load_backbone
-from models.weights.naming import NAMINGS, in_our_names
+from models.weights.find import find_network
+from models.weights.load import load_backbone
+from models.weights.naming import NAMINGS, to_our_names
 
 State = dict[str, Tensor]
 
@@ -134,9 +135,9 @@ def test_torchvision_files_with_their_heads_come_in(kind: str) -> None:
         f"{head}.weight": torch.ones(3, 2),
         f"{head}.bias": torch.ones(3),
     }
-    state, _ = backbone_state(published)
     backbone = ours()
-    load_backbone(backbone, state, "torchvision.pth")
+    network = find_network(published, own=backbone.state_dict())
+    load_backbone(backbone, network.state, "torchvision.pth")
     images = torch.randn(2, 3, size, size)
     same(backbone(images), model(images))
 
@@ -346,17 +347,18 @@ def test_every_naming_is_found_again_and_leads_back_bit_by_bit(index: int) -> No
     state = written_names(index)
     theirs = NAMINGS[index].to_theirs(state)
     assert NAMINGS[index].signature in theirs
-    back, name = in_our_names(theirs)
-    assert name == NAMINGS[index].name
+    back, names = to_our_names(theirs)
+    assert names == {"": NAMINGS[index].name}
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
-    wrapped, again = in_our_names({f"backbone.{key}": tensor for key, tensor in theirs.items()})
-    assert (again, wrapped.keys()) == (name, state.keys())
+    wrapped, names = to_our_names({f"odd.module.{key}": t for key, t in theirs.items()})
+    assert names == {"odd.module.": NAMINGS[index].name}
+    assert wrapped.keys() == {f"odd.module.{key}" for key in state}
 
 
 def test_our_own_names_are_no_foreign_ones() -> None:
     for state in (resnet().state_dict(), vit().state_dict(), swin().state_dict()):
-        assert in_our_names(state)[1] == ""
+        assert to_our_names(state)[1] == {}
 
 
 def test_a_tensor_without_a_name_there_is_refused() -> None:
