@@ -57,10 +57,12 @@ def fit(
     between finishes the evaluation when it starts again.
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
+    checkpoints = run.checkpoints
     with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
         first = state.step
         if evaluate is not None and first and first % plan.steps_per_epoch == 0:
-            run.evaluated(state, plan, run.known_evaluation or evaluate(plan.progress(first)))
+            known = checkpoints.known_evaluation or evaluate(plan.progress(first))
+            checkpoints.evaluated(state, plan, known)
         for index, micro_batches in loader.from_step(first, plan.total_steps):
             run.begin_step(index, first)
             progress = plan.progress(index)
@@ -71,14 +73,14 @@ def fit(
             state.module.after_step(progress)
             state.step = index + 1
             run.meter.log(progress, out, plan)
-            if run.due(state.step, plan):
+            if checkpoints.due(state.step, plan):
                 save(state, plan, run, guard)
             is_best = False
             if evaluate is not None and state.step % plan.steps_per_epoch == 0:
                 heartbeat.beat(f"the evaluation after {state.step} steps")
-                is_best = run.evaluated(state, plan, evaluate(progress.next))
+                is_best = checkpoints.evaluated(state, plan, evaluate(progress.next))
             stopping = stop.agreed()
-            if (stopping or is_best) and not run.is_saved(state.step):
+            if (stopping or is_best) and not checkpoints.is_saved(state.step):
                 save(state, plan, run, guard)
             if stopping:
                 run.preempted(state.step, stop.received or "a signal to another rank")

@@ -15,14 +15,12 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from engine import checkpointing as resume
+from engine.checkpointing import Checkpoints
 from engine.meter import Meter
 from engine.plan import Plan
 from engine.precision import Precision, choose_device
 from engine.state import TrainState
 from utils import distributed, heartbeat
-from utils.checkpoints import file as checkpoint
-from utils.checkpoints import folder as retention
 from utils.checkpoints.atomic import write_text
 from utils.cli import lost_processes
 from utils.config.load import to_yaml
@@ -56,15 +54,9 @@ class Run(Precision):
         self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD)
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
-        self._resumed_from: Path | None = None
-        # the --resume file that the folder's checkpoints descend from
-        self._origin: str | None = None
-        self._saved_step: int | None = None
-        # the checkpoint of this folder that was saved or resumed last
-        self._own: Path | None = None
-        self.known_evaluation: dict[str, float] = {}  # of the step that the run resumed at
-        # after which step, with what result
-        self._evaluated: tuple[int, dict[str, float]] = (0, {})
+        self.checkpoints = Checkpoints(
+            cfg, folder, self.meter, task=task, training=training, check_lock=self._check_lock
+        )
 
     # ---- the folder ------------------------------------------------------------------------------
 
@@ -142,7 +134,7 @@ class Run(Precision):
 
     def preempted(self, step: int, signal_name: str) -> None:
         """Say that the run stopped on request, and from where it will go on."""
-        if self._saved_step == step:
+        if self.checkpoints.is_saved(step):
             outcome = "saved"
         else:
             outcome = "NOT saved, it will go on from the checkpoint before"
@@ -161,7 +153,7 @@ class Run(Precision):
 
     def done(self, step: int) -> None:
         """Say that the run is complete; raise ``OSError`` if its last checkpoint could not be written."""
-        if self._saved_step != step:
+        if not self.checkpoints.is_saved(step):
             error = OSError(
                 f"{self.folder}: training is complete, but its last checkpoint was not saved"
             )
@@ -190,132 +182,13 @@ class Run(Precision):
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
-    def due(self, step: int, plan: Plan) -> bool:
-        """Tell whether a checkpoint is due after ``step`` steps."""
-        every = self.cfg.CHECKPOINT
-        by_epoch = every.EVERY_EPOCHS and step % (every.EVERY_EPOCHS * plan.steps_per_epoch) == 0
-        by_step = every.EVERY_STEPS and step % every.EVERY_STEPS == 0
-        return bool(by_epoch or by_step or step == plan.total_steps)
-
-    def is_saved(self, step: int) -> bool:
-        """Tell whether the checkpoint of ``step`` is committed."""
-        return self._saved_step == step
-
-    def evaluated(self, state: TrainState, plan: Plan, values: dict[str, float]) -> bool:
-        """Log an evaluation and note it beside the checkpoint of its step, if there is one.
-
-        Tells whether it is the best so far by ``CHECKPOINT.KEEP_BEST``. Raises ``ValueError`` if
-        that names nothing that was measured.
-        """
-        metric = self.cfg.CHECKPOINT.KEEP_BEST
-        # which has told at once, and measures now this, now that
-        if values and self.task != "pretrain":
-            retention.require(metric, values)
-        is_best = metric in values and retention.improves(
-            values[metric], state.best.get(metric), metric in state.lower_is_better
-        )
-        self._evaluated = (state.step, values)
-        state.keep_best(values)
-        # not --resume's file from elsewhere
-        own = self._own == checkpoint.path_of(self.folder, state.step)
-        if values and own:  # noted before it is logged: a resume logs what is noted
-            distributed.on_main(lambda: self._note_evaluation(state, plan))
-        self.meter.record(plan.progress(state.step), values, state)
-        return is_best
-
-    def _note_evaluation(self, state: TrainState, plan: Plan) -> None:
-        self._check_lock()
-        path = checkpoint.path_of(self.folder, state.step)
-        try:
-            checkpoint.amend(path, evaluated=self._evaluated[1], best=dict(state.best))
-            self._prune(state, plan)
-        except (OSError, checkpoint.CheckpointError) as error:
-            logger.error(
-                "the evaluation of step %d is not noted in its checkpoint (%s)", state.step, error
-            )
-
     def checkpoint(self, state: TrainState, plan: Plan) -> None:
-        """Commit the state (rank 0); a failing disk leaves the older checkpoints and lets the run go on."""
-        payload = {
-            **state.state_dict(),
-            "meter": self.meter.state_dict(),
-            "config": to_yaml(self.cfg),
-            "dataset": self.fingerprint,
-            "global_batch": plan.global_batch,
-        }
-        problem = distributed.on_main(lambda: self._save(state, payload, plan))
-        if not problem:
-            self._saved_step = state.step
-            self._own = checkpoint.path_of(self.folder, state.step)
-        elif distributed.is_main():
-            logger.error("%s", problem)
-
-    def _save(self, state: TrainState, payload: dict[str, Any], plan: Plan) -> str:
-        self._check_lock()
-        step = state.step
-        meta = {
-            "torch": torch.__version__,
-            "best": payload["best"],
-            "name": f"{self.cfg.NAME}/{self.cfg.TAG}",
-            "origin": self._origin,
-            "evaluated": self._evaluated[1] if self._evaluated[0] == step else {},
-        }
-        try:
-            path = checkpoint.save(self.folder, step, payload, meta=meta)
-            self._prune(state, plan)
-        except OSError as error:
-            return (
-                f"checkpoint of step {step} failed ({error}); the older ones are intact. "
-                "Free space: the run goes on"
-            )
-        logger.info("checkpoint %s", path)
-        return ""
-
-    def _prune(self, state: TrainState, plan: Plan) -> None:
-        keep, metric = self.cfg.CHECKPOINT, self.cfg.CHECKPOINT.KEEP_BEST
-        lower = metric in state.lower_is_better
-        best = retention.best(self.folder, metric, lower) if metric else None
-        protect = [path for path in (self._resumed_from, best) if path]
-        keep_every = keep.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
-        retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
+        """Commit the state, and that it is of this run's data."""
+        self.checkpoints.save(state, plan, self.fingerprint)
 
     def resume(self, state: TrainState, plan: Plan) -> bool:
-        """Restore ``RESUME``, or the newest checkpoint of the folder that verifies; tell whether there was
-        one.
-
-        Raises ``ValueError`` if the checkpoint belongs to another configuration or data set, or if
-        there are checkpoints and none verifies.
-        """
-        found = distributed.on_main(
-            lambda: resume.find_checkpoint(self.folder, self.cfg.RESUME, self.training)
-        )
-        if found is None:
-            if self.training:
-                # of a run that was killed before its first checkpoint
-                self.metrics.truncate_after(0)
-            return False
-        path, self._origin = found
-        saved, changes = distributed.on_all(
-            lambda: resume.load_own(path, self.cfg, self.task, self.fingerprint, plan)
-        )
-        for change in changes:
-            logger.warning("resuming with a changed %s", change)
-        state.load_state_dict(saved)
-        self.known_evaluation = distributed.on_main(lambda: resume.evaluation_of(path))
-        state.keep_best(self.known_evaluation)
-        logger.info("resumed from %s at step %d", path, state.step)
-        if not self.training:
-            return True
-        self._resumed_from, self._saved_step = path, state.step
-        if path.resolve().parent == self.folder.resolve():
-            self._own = checkpoint.path_of(self.folder, state.step)
-        # later ones belong to another course of the run, and would be taken for newer
-        if self._origin:
-            distributed.on_main(lambda: retention.set_aside(self.folder, after=state.step))
-        if "meter" in saved:  # older checkpoints lack it
-            self.meter.load_state_dict(saved["meter"])
-        self.metrics.truncate_after(state.step, evaluation_too=True)  # fit writes it again
-        return True
+        """Restore the checkpoint to go on from; tell whether there was one."""
+        return self.checkpoints.resume(state, plan, self.fingerprint)
 
     # ---- what a person sees ----------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from utils.schedules import Progress
+
+State: TypeAlias = dict[str, Any]  # what a checkpoint holds: tensors, numbers, text, nested
 
 
 class Framework(Protocol):
@@ -16,7 +18,7 @@ class Framework(Protocol):
     def after_step(self, progress: Progress) -> None:
         """Update what follows the optimiser step without a gradient: target, queue."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return parameters and buffers."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> object:
@@ -45,7 +47,7 @@ class TrainState:
             better = min if name in self.lower_is_better else max
             self.best[name] = better(self.best.get(name, value), value)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a checkpoint holds."""
         state = {
             "framework": self.module.state_dict(),
@@ -58,7 +60,7 @@ class TrainState:
             state["closed_at"] = self.closed_at
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore a checkpoint."""
         self.module.load_state_dict(state["framework"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -43,11 +43,11 @@ def records(folder: Path) -> dict[str, Any]:
 def kill_in_evaluation(rank: int, *, epoch: int, where: str) -> None:
     """SIGKILL before the evaluation after an epoch, or just before its result is noted or logged."""
     from engine import meter
-    from engine.run import Run
+    from engine.checkpointing import Checkpoints
 
     owner, name = {
-        "before": (Run, "evaluated"),
-        "noting": (Run, "_note_evaluation"),
+        "before": (Checkpoints, "evaluated"),
+        "noting": (Checkpoints, "_note_evaluation"),
         "logging": (meter.Meter, "record"),
     }[where]
     original, count = getattr(owner, name), 0

@@ -110,7 +110,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return recorder
 
     monkeypatch.setattr(utils.config.load, "load_config", load_recording)
-    monkeypatch.setattr(engine.run, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
+    for module in (engine.run, engine.checkpointing):
+        monkeypatch.setattr(module, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
     monkeypatch.setattr(
         engine.checkpointing,
         "compare_for_resume",

@@ -241,7 +241,7 @@ def test_an_evaluation_is_not_noted_where_the_lock_vanished(run: Run) -> None:
     before = record.read_bytes()
     (run.folder / ".lock").unlink()
     with pytest.raises(ValueError, match="is not the one that this run locked"):
-        run.evaluated(state, PLAN, {"knn5_top1": 50.0})
+        run.checkpoints.evaluated(state, PLAN, {"knn5_top1": 50.0})
     assert record.read_bytes() == before
     run.close()
 
@@ -262,6 +262,6 @@ def test_the_evaluation_of_a_file_from_elsewhere_is_noted_in_no_record_of_the_fo
     state = trained(again, 0, 0.0)
     assert again.resume(state, PLAN)
     before = mine.with_suffix(".json").read_bytes()
-    again.evaluated(state, PLAN, {"knn5_top1": 50.0})
+    again.checkpoints.evaluated(state, PLAN, {"knn5_top1": 50.0})
     assert (mine.with_suffix(".json").read_bytes() != before) == ours
     run.close()
