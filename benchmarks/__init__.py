@@ -1,1 +1,1 @@
-"""One benchmark a module: ``add_arguments(parser)`` and ``run(args)``, which returns figures by name."""
+"""Measure speed. A module has `add_arguments(parser)` and `run(args)`: figures by name."""

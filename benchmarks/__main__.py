@@ -1,7 +1,9 @@
-"""Measure ratios in one run: both sides interleaved, medians over rounds; the last line is JSON.
+"""Measure one thing beside another in turn; print a table, then one line of JSON.
 
-On a CPU times are thread CPU time on one thread, so a busy neighbour changes little; on a GPU,
-device events. The reference side is our own plain transcription of the published computation.
+Example: python -m benchmarks --rounds 3 loss --batch 32
+
+On a CPU times are those of one thread, so a busy neighbour changes little; on a GPU, device events.
+The other side is our own plain version of the published computation.
 """
 
 import argparse
@@ -12,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.cli import run_main
+
 COMMANDS = {
-    "decode": "one core's JPEGs a second: PIL, torchvision, simplejpeg, ours",
-    "views": "two augmented views from a JPEG: the published pipeline, ours for a device, ours on a CPU",
+    "decode": "JPEGs a second on one core: PIL, torchvision, simplejpeg, ours",
+    "views": "two augmented views of a JPEG: published, ours for a device, ours on a CPU",
     "augment": "photometric operations of a batch: torch's batched ones, fused",
     "loss": "MoCo's and SynCo's losses, forward and backward: published, ours",
     "step": "target average and optimiser; a training step of a small CNN",
@@ -26,10 +30,26 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Run one benchmark; print a table, then one line of JSON."""
+def main() -> int:
+    """Run one benchmark; return the exit code."""
+    args = parse_args()
+
+    import torch
+
+    torch.set_num_threads(args.threads)
+    figures = {name: round(value, 3) for name, value in args.run(args).items()}
+    on_gpu = args.device.startswith("cuda")
+    machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {args.threads} thread(s)"
+    print(json.dumps({**figures, "machine": machine, "torch": torch.__version__}))
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments, and as `run` what to measure with them."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that is not")
@@ -39,21 +59,20 @@ def main() -> None:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == chosen:  # the others' libraries need not be there
-            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
-    args = parser.parse_args()
+            _complete(name, command)
+    return parser.parse_args()
 
-    import torch
 
-    torch.set_num_threads(args.threads)
-    result = importlib.import_module(f"benchmarks.{args.command}").run(args)
-    where = (
-        torch.cuda.get_device_name()
-        if args.device.startswith("cuda")
-        else f"CPU, {args.threads} thread(s)"
-    )
-    figures = {name: round(value, 3) for name, value in result.items()}
-    print(json.dumps({**figures, "machine": where, "torch": torch.__version__}))
+def _complete(name: str, command: argparse.ArgumentParser) -> None:
+    if name == "corruption":
+        module = importlib.import_module("benchmarks.augment")
+        module.add_corruption_arguments(command)
+        command.set_defaults(run=module.run_corruption)
+    else:
+        module = importlib.import_module(f"benchmarks.{name}")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

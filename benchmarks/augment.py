@@ -1,21 +1,24 @@
-"""The photometric operations of a batch of uint8 crops: the batched operations of torch, and the fused ones.
+"""Operations on a batch of images: photometric ones and SiT's corruption.
 
-On a GPU also how many kernels each launches, and whether both agree.
+On a GPU also how many kernels the photometric operations launch.
 """
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import Side, measure, ratio
-from benchmarks.step import show
+from benchmarks.common import Side, measure, ratio, show
 from data.augment.base import sample_keys
 from data.augment.pipeline import choose_backend, draw_photometric, photometric
 from data.augment.recipes import build_recipe
+from models.parts.corruption import corrupt_at_once, corrupt_plain, draw_corruption
 
 BACKENDS = ("torch", "fused")
 
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Compare the backends on the views of a recipe."""
+    """Compare torch's batched operations with the fused ones on the views of a recipe."""
     device = torch.device(args.device)
     choose_backend("fused", device)  # an error here rather than a comparison with itself
     generator = torch.Generator().manual_seed(0)
@@ -59,10 +62,42 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 def _kernels(run: Callable[[], object]) -> int:
     """Return how many kernels and copies a call launches on the GPU."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         run()
         torch.cuda.synchronize()
     return sum(event.device_type == DeviceType.CUDA for event in trace.events() or [])
+
+
+# ---- SiT's corruption ----------------------------------------------------------------------------
+
+
+def add_corruption_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes."""
+    parser.add_argument("--batch", type=int, default=72)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 224])
+
+
+def run_corruption(args: argparse.Namespace) -> dict[str, float]:
+    """Compare SiT's corruption of a batch, drawing included: at once, or image by image."""
+    device, result = torch.device(args.device), {}
+    for size in args.sizes:
+        torch.manual_seed(0)
+        images = torch.randn(args.batch, 3, size, size, device=device)
+        sides = [
+            Side("a loop over images", _corruption(corrupt_plain, images)),
+            Side("all at once", _corruption(corrupt_at_once, images)),
+        ]
+        times = measure(sides, args.rounds, device)
+        result[f"corruption_speedup_{size}"] = ratio(times, sides[0].name, sides[1].name)
+        for name, values in times.items():
+            median = statistics.median(values)
+            print(f"{args.batch} images of {size}: {name:20s} {median:9.1f} ms")
+    return result
+
+
+def _corruption(function: Callable[..., Tensor], images: Tensor) -> Callable[[], None]:
+    def once() -> None:
+        drawn = draw_corruption(len(images), *images.shape[-2:])
+        function(images, drawn, torch.randn_like(images))
+
+    return once

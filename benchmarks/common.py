@@ -1,4 +1,4 @@
-"""What all benchmarks share: sides that take turns, times of the thread or the device, ratios and memory."""
+"""What all benchmarks share: sides that take turns, their times, ratios and memory."""
 
 import statistics
 import time
@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from engine.precision import DTYPES
 
 
 class Side(NamedTuple):
@@ -30,7 +33,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Time every side once a round, in turn, after one untimed round; milliseconds by side.
 
-    ``wall``: by the clock, for what also waits for other processes.
+    `wall`: by the clock, for what also waits for other processes or for a disk.
     """
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
@@ -49,6 +52,7 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end)
+    # the time of this thread alone: a busy neighbour changes it little
     begin = time.thread_time()
     run()
     return (time.thread_time() - begin) * 1e3
@@ -56,10 +60,12 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
 
 def _wall_time(run: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
-    run()
+    result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) * 1e3
+    elapsed = (time.perf_counter() - begin) * 1e3
+    del result  # not earlier: freeing a list of a million files takes time
+    return elapsed
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
@@ -67,15 +73,25 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
+def show(times: dict[str, list[float]]) -> None:
+    """Print each side's median."""
+    for name, values in times.items():
+        print(f"{name:44s} {statistics.median(values):9.1f} ms")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context of a precision; that of fp32 does nothing."""
+    dtype = DTYPES.get(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """Return the most memory (MiB) that ``run`` held at once, beyond what existed before."""
+    """Return the most memory (MiB) that `run` held at once, beyond what existed before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.common import Side, measure, ratio
 from data.decode import FORMATS, decode_rgb, fast_jpeg
@@ -37,7 +38,8 @@ class Photos(NamedTuple):
     def describe(self) -> str:
         """Return a line for the head of a table."""
         size = statistics.mean(map(len, self.files)) / 1e3
-        return f"{len(self.files)} JPEGs ({self.origin}), mean {self.megapixels():.2f} megapixels, {size:.0f} kB"
+        mean = f"mean {self.megapixels():.2f} megapixels, {size:.0f} kB"
+        return f"{len(self.files)} JPEGs ({self.origin}), {mean}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +77,6 @@ def _pil(data: bytes) -> np.ndarray:
 
 
 def _torchvision(data: bytes) -> torch.Tensor:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
@@ -93,9 +93,10 @@ def interleaved(
     files: list[bytes],
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Time the sides chunk by chunk in turn; milliseconds of each of `rounds` passes over all files, by side.
+    """Time the sides chunk by chunk in turn; return milliseconds by side, one for each round.
 
-    A side is called with the number of its pass, the place of the chunk and the chunk.
+    A round is a pass over all files. A side is called with the number of its
+    pass, the place of the chunk and the chunk.
     """
     places = [slice(start, start + CHUNK) for start in range(0, len(files), CHUNK)]
 
@@ -123,7 +124,7 @@ def rate(times: list[float], photos: Photos) -> float:
 
 
 def print_rates(times: dict[str, list[float]], photos: Photos, reference: str) -> None:
-    """Print images a second, milliseconds an image and how many times the reference, a line for each side."""
+    """Print a line for each side: images a second, milliseconds an image, times the reference."""
     width = max(map(len, times))
     for name, passes in times.items():
         each = statistics.median(passes) / len(photos.files)

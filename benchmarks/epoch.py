@@ -1,4 +1,4 @@
-"""Images a second of real steps, data included, over those of the bare step on batches that lie ready.
+"""Images a second of real steps, data included, over those of bare steps on ready batches.
 
 Without --data: CIFAR-10 (--cifar FOLDER, or random images), ResNet-18, images resident on the
 device. With --data FOLDER of class folders: ResNet-50 (or --backbone) on JPEGs through workers,
@@ -8,18 +8,18 @@ against the published pipeline as well: PIL transforms in workers, float32, NCHW
 import argparse
 import itertools
 import statistics
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common import Side, measure, ratio, repeated
+from benchmarks.common import Side, autocast, measure, ratio, repeated, show
 from benchmarks.loss import published_loss
-from benchmarks.reference import reference_transform
-from benchmarks.step import average_in_a_loop, show
+from benchmarks.step import average_in_a_loop
+from benchmarks.views import reference_transform
 from data.augment.base import Recipe
 from data.augment.recipes import build_recipe
 from data.batch import Batch
@@ -28,9 +28,10 @@ from data.loader import GlobalLoader
 from data.sources import build_source
 from data.sources.base import ArraySource, Source
 from engine.loop import forward_and_backward
-from engine.precision import DTYPES, resolve_precision
+from engine.precision import resolve_precision
 from engine.state import TrainState
 from models import build_framework
+from models.moco import MoCoV2
 from utils.schedules import Progress
 
 _EPOCHS = 200  # of which the time is derived for CIFAR-10
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Measure the bare step, the real one and, with ``--data``, the published pipeline."""
+    """Measure the bare step, the real one and, with `--data`, the published pipeline."""
     device = torch.device(args.device)
     size = args.size or (224 if args.data else 32)
     recipe = build_recipe("moco_v2" if args.data else "cifar", size)
@@ -71,6 +72,34 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     stem = "cifar" if size <= 64 else "imagenet"
     backbone = {"name": args.backbone or ("resnet50" if args.data else "resnet18"), "stem": stem}
     ours = _Ours(args, backbone, device)
+    supply = _batches(args, source, recipe, device)
+    ready = next(supply)
+    sides = [
+        repeated("bare step", lambda: ours.step(ready), args.steps),
+        repeated("real step, data included", lambda: ours.step(next(supply)), args.steps),
+    ]
+    if args.data:
+        sides.append(_published(args, backbone, source, recipe, device))
+    # with workers the thread's own time leaves out what the loader costs
+    times = measure(sides, args.rounds, device, wall=args.workers > 0 or device.type == "cuda")
+    supply.close()
+    show(times)
+    network = f"{backbone['name']}, {size} px"
+    print(f"{len(source)} images, {network}, batch {args.batch}, {ours.precision}")
+    bare, real, *published = (side.name for side in sides)
+    rate = 1e3 * args.steps * args.batch / statistics.median(times[real])
+    result = {"epoch_over_step": ratio(times, bare, real), "images_per_s": rate}
+    result["data_wait_share"] = max(0.0, 1.0 - result["epoch_over_step"])
+    if published:
+        result["epoch_speedup"] = ratio(times, published[0], real)
+    else:
+        result["cifar_minutes_200_epochs"] = _EPOCHS * 50_000 / rate / 60.0
+    return result
+
+
+def _batches(
+    args: argparse.Namespace, source: Source, recipe: Recipe, device: torch.device
+) -> Generator[Batch, None, None]:
     loader = GlobalLoader(
         source,
         recipe,
@@ -81,32 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         decode=args.decode,
         backend=args.backend,
     )
-    supply = (batches[0] for _, batches in loader.from_step(0, 1 << 40))
-    ready = next(supply)
-    sides = [
-        repeated("bare step", lambda: ours.step(ready), args.steps),
-        repeated("real step, data included", lambda: ours.step(next(supply)), args.steps),
-    ]
-    if args.data:
-        sides.append(_published(args, backbone, source, recipe, device))
-    times = measure(sides, args.rounds, device, wall=args.workers > 0 or device.type == "cuda")
-    supply.close()
-    show(times)
-    images = args.steps * args.batch
-    rate = {side.name: 1e3 * images / statistics.median(times[side.name]) for side in sides}
-    print(
-        f"{len(source)} images, {backbone['name']}, {size} px, batch {args.batch}, {ours.precision}"
-    )
-    result = {
-        "epoch_over_step": ratio(times, *(s.name for s in sides[:2])),
-        "images_per_s": rate[sides[1].name],
-    }
-    result["data_wait_share"] = max(0.0, 1.0 - result["epoch_over_step"])
-    if args.data:
-        result["epoch_speedup"] = ratio(times, sides[2].name, sides[1].name)
-    else:
-        result["cifar_minutes_200_epochs"] = _EPOCHS * 50_000 / result["images_per_s"] / 60.0
-    return result
+    return (batches[0] for _, batches in loader.from_step(0, 1 << 40))
 
 
 def _source(args: argparse.Namespace) -> Source:
@@ -125,12 +129,12 @@ class _Ours:
     """MoCo v2's step as the engine does it, in the precision that suits the device."""
 
     def __init__(
-        self, args: argparse.Namespace, backbone: dict[str, Any], device: torch.device
+        self, args: argparse.Namespace, backbone: dict[str, str], device: torch.device
     ) -> None:
         options = {"queue_size": args.queue, "symmetric": args.symmetric}
         self.device, self.precision = device, resolve_precision("auto", device)
         module = build_framework("moco_v2", options, backbone).to(device)
-        self.module: Any = module.to(memory_format=torch.channels_last)
+        self.module = module.to(memory_format=torch.channels_last)
         if args.compile:
             module.compile_backbones(cuda_graphs=args.compile == "graphs")
         optimizer = torch.optim.SGD(module.online.parameters(), lr=1e-3, momentum=0.9, fused=True)
@@ -144,8 +148,7 @@ class _Ours:
         self.module.after_step(progress)
 
     def _forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        dtype = DTYPES.get(self.precision)
-        with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(self.device, self.precision):
             views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
             return self.module(views, progress)
 
@@ -164,15 +167,13 @@ class _TwoViews(Dataset[list[Tensor]]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        from PIL import Image
-
         image = Image.open(self.names[index], formats=FORMATS).convert("RGB")
         return [transform(image) for transform in self.transforms]
 
 
 def _published(
     args: argparse.Namespace,
-    backbone: dict[str, Any],
+    backbone: dict[str, str],
     source: Source,
     recipe: Recipe,
     device: torch.device,
@@ -188,7 +189,8 @@ def _published(
         persistent_workers=args.workers > 0,
     )
     supply: Iterator[list[Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
-    framework: Any = build_framework("moco_v2", {"queue_size": args.queue}, backbone).to(device)
+    framework = build_framework("moco_v2", {"queue_size": args.queue}, backbone).to(device)
+    assert isinstance(framework, MoCoV2)
     online, target, queue = framework.online, framework.target, framework.queue
     optimizer = torch.optim.SGD(online.parameters(), lr=1e-3, momentum=0.9, foreach=False)
 

@@ -1,20 +1,21 @@
-"""Listing a large image folder the plain way, by our scan and by its index; opening a pack of as many images.
+"""Listing a large image folder: a plain walk, our scan, our index; opening a pack as large.
 
 The tree is of empty files in a temporary folder. Times are wall clock, since waiting for the file
 system counts; imports are not in them.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from benchmarks.common import ratio
+from benchmarks.common import Side, measure, ratio
 from data.sources import build_source
 from data.sources import folder_index as listing
 from data.sources.base import PackedStrings
@@ -40,13 +41,14 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         cache, pack = root / "cache", root / "train.pack"
         known = build_source("imagefolder", made, "train", index_cache=str(cache))
         _write_pack(pack, known.labels.numpy(), known.classes)
-        sides: dict[str, Callable[[], object]] = {
-            "plain walk": lambda: plain_walk(root / "train"),
-            "our scan": lambda: build_source("imagefolder", made, "train"),
-            "our index": lambda: build_source("imagefolder", made, "train", index_cache=str(cache)),
-            "a pack": lambda: PackedSource(pack),
-        }
-        times = _measure(sides, args.rounds)
+        scan = functools.partial(build_source, "imagefolder", made, "train")
+        sides = [
+            Side("plain walk", lambda: plain_walk(root / "train")),
+            Side("our scan", scan),
+            Side("our index", functools.partial(scan, index_cache=str(cache))),
+            Side("a pack", lambda: PackedSource(pack)),
+        ]
+        times = measure(sides, args.rounds, torch.device("cpu"), wall=True)
         size = next(cache.iterdir()).stat().st_size
     print(f"{args.files} files in {args.classes} folders; the index has {size / 2**20:.1f} MiB")
     medians = {name: statistics.median(each) for name, each in times.items()}
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 def plain_walk(folder: Path) -> list[tuple[str, int]]:
-    """List (path, label) as torchvision's ImageFolder does: a walk and a Python object for each file."""
+    """List (path, label) as torchvision's ImageFolder does: a Python object for each file."""
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     samples = []
     for label, name in enumerate(classes):
@@ -73,20 +75,6 @@ def plain_walk(folder: Path) -> list[tuple[str, int]]:
                 if path.lower().endswith(IMG_EXTENSIONS):
                     samples.append((path, label))
     return samples
-
-
-def _measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time every side once a round, in turn, after one untimed round; wall milliseconds by side."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, side in sides.items():
-            begin = time.perf_counter()
-            result = side()
-            elapsed = (time.perf_counter() - begin) * 1e3
-            del result
-            if number:
-                times[name].append(elapsed)
-    return times
 
 
 def _build(root: Path, files: int, classes: int) -> None:

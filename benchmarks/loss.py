@@ -1,4 +1,4 @@
-"""Contrastive losses, forward and backward: the published computation, ours, and with synthetic negatives."""
+"""Contrastive losses with and without synthetic negatives: the published computation and ours."""
 
 import argparse
 import statistics
@@ -30,18 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def published_loss(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, config: SyntheticConfig | None
 ) -> Tensor:
-    """Compute the loss the published way: queue clone, one concatenation a type, an autograd call a
-    synthetic.
-    """
+    """Compute the loss the published way: clone, concatenate, ask autograd for each synthetic."""
     queue = queue.clone().detach()
     positive = torch.einsum("nc,nc->n", queries, keys)[:, None]
     negatives = torch.einsum("nc,kc->nk", queries, queue)
     logits = torch.cat([positive, negatives], dim=1)
     if config is not None:
         fixed = queries.detach()
-        for draw in draw_synthetics(
-            config, hardest(negatives.clone().detach(), config.num_hard), fixed
-        ):
+        hard = hardest(negatives.clone().detach(), config.num_hard)
+        for draw in draw_synthetics(config, hard, fixed):
             vectors = _vectors_with_loops(draw, fixed, queue)
             logits = torch.cat([logits, torch.einsum("bd,bnd->bn", queries, vectors)], dim=1)
     labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
@@ -62,16 +59,17 @@ def _vectors_with_loops(draw: Synthetics, queries: Tensor, queue: Tensor) -> Ten
     return torch.stack(vectors, dim=1)
 
 
+def _unit(rows: int, dim: int, device: torch.device) -> Tensor:
+    return F.normalize(torch.randn(rows, dim, device=device), dim=1)
+
+
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Compare four losses, forward and backward: MoCo and SynCo, published way and ours."""
     device = torch.device(args.device)
     torch.manual_seed(0)
-    unit = lambda *shape: F.normalize(torch.randn(*shape, device=device), dim=1)  # noqa: E731
-    queries, keys, queue = (
-        unit(args.batch, args.dim).requires_grad_(),
-        unit(args.batch, args.dim),
-        unit(args.queue, args.dim),
-    )
+    queries = _unit(args.batch, args.dim, device).requires_grad_()
+    keys = _unit(args.batch, args.dim, device)
+    queue = _unit(args.queue, args.dim, device)
     config = SyntheticConfig(args.num_hard, tuple(args.counts))
 
     def side(name: str, ours: bool, synthetics: SyntheticConfig | None) -> Side:
@@ -93,9 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     ]
     times = measure(sides, args.rounds, device)
     memory = {s.name: peak_memory(s.run, device) for s in sides}
-    print(
-        f"B {args.batch}, K {args.queue}, D {args.dim}, hard {args.num_hard}, counts {args.counts}, {device}"
-    )
+    sizes = f"B {args.batch}, K {args.queue}, D {args.dim}, hard {args.num_hard}"
+    print(f"{sizes}, counts {args.counts}, {device}")
     for s in sides:
         print(f"{s.name:22s} {statistics.median(times[s.name]):9.1f} ms  {memory[s.name]:8.1f} MiB")
     return {

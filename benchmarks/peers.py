@@ -9,7 +9,6 @@ import copy
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +16,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.common import Side, measure, ratio, repeated
-from benchmarks.step import show
+from benchmarks.common import Side, autocast, measure, ratio, repeated, show
+from benchmarks.step import method_step
 from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources.base import ArraySource
-from engine.precision import DTYPES, resolve_precision
+from engine.precision import resolve_precision
 from models import build_framework
 from models.parts.backbones import build_backbone
-from utils.schedules import Progress
 
+_KEYS = 4096  # of the queue, and of lightly's memory bank
 DIFFERENCES = """what differs:
-- head and loss: lightly normalises and concatenates logits; its memory bank has 4096 keys, as ours here
-- target: lightly averages parameter by parameter before the forward, ours all at once after the step
+- head and loss: lightly normalises and concatenates logits; both keep 4096 keys here
+- target: lightly averages each parameter before the forward, ours all at once after the step
 - memory format: lightly's examples keep NCHW; both sides run it channels last here
 - data, end to end: lightly's transform on PIL images through a DataLoader; ours on uint8 tensors"""
 
@@ -50,7 +49,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     device = torch.device(args.device)
     torch.manual_seed(0)
     precision = resolve_precision("auto", device)
-    theirs, ours = _Lightly(args, device, precision), _Ours(args, device, precision)
+    theirs = _Lightly(args, device, precision)
+    options = {"queue_size": _KEYS}
+    framework = build_framework("moco_v2", options, _backbone(args), img_size=args.size)
+    ours = method_step(framework, device, precision)
     views = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(2)]
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
     pixels = np.random.default_rng(0).integers(
@@ -88,30 +90,6 @@ def _backbone(args: argparse.Namespace) -> dict[str, str]:
     return {"name": args.backbone, "stem": "cifar" if args.size <= 64 else "imagenet"}
 
 
-class _Ours:
-    """A step as our framework does it."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, precision: str) -> None:
-        self.device, self.dtype = device, DTYPES.get(precision)
-        framework = build_framework(
-            "moco_v2", {"queue_size": 4096}, _backbone(args), img_size=args.size
-        )
-        self.framework: Any = framework.to(device).to(memory_format=torch.channels_last)
-        parameters = self.framework.online.parameters()
-        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
-
-    def __call__(self, views: list[Tensor]) -> None:
-        progress = Progress(0, 100, 1000)
-        with torch.autocast(
-            self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
-        ):
-            loss = self.framework(views, progress)["loss"]
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.framework.after_step(progress)
-
-
 class _Lightly:
     """A step of lightly's documented MoCo, in the same precision, memory format and optimiser."""
 
@@ -124,26 +102,20 @@ class _Lightly:
             raise SystemExit(
                 f"error: peers needs lightly ({error}): pip install lightly"
             ) from error
-        self.device, self.dtype, self.update_momentum = (
-            device,
-            DTYPES.get(precision),
-            update_momentum,
-        )
+        self.device, self.precision = device, precision
+        self.update_momentum = update_momentum
         backbone = build_backbone(**_backbone(args), img_size=args.size)  # type: ignore[arg-type]
         width = backbone.num_features
         online = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
         self.online = online.to(device).to(memory_format=torch.channels_last)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(4096, 128)).to(device)
-        self.optimizer = torch.optim.SGD(
-            self.online.parameters(), lr=1e-3, momentum=0.9, fused=True
-        )
+        self.criterion = NTXentLoss(temperature=0.2, memory_bank_size=(_KEYS, 128)).to(device)
+        parameters = self.online.parameters()
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
 
     def __call__(self, views: list[Tensor]) -> None:
         self.update_momentum(self.online, self.target, 0.999)
-        with torch.autocast(
-            self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None
-        ):
+        with autocast(self.device, self.precision):
             queries = self.online(views[0])
             with torch.no_grad():
                 keys = self.target(views[1])
@@ -167,7 +139,9 @@ def _our_views(
         yield [view.contiguous(memory_format=torch.channels_last) for view in batches[0].views]
 
 
-class _Transformed(Dataset[Any]):
+class _Transformed(Dataset[list[Tensor]]):
+    """Pixels through lightly's own transform of PIL images."""
+
     def __init__(self, pixels: np.ndarray, size: int) -> None:
         from lightly.transforms import MoCoV2Transform
 
@@ -176,7 +150,7 @@ class _Transformed(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> list[Tensor]:
         return self.transform(Image.fromarray(self.pixels[index]))
 
 

@@ -1,16 +1,15 @@
-"""The linear probe: a grid of learning rates over a single one, and k-NN in pieces over k-NN at once."""
+"""The linear probe (a grid of learning rates over a single one) and k-NN in pieces or at once."""
 
 import argparse
 import statistics
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Side, measure, peak_memory, ratio
+from benchmarks.common import Side, autocast, measure, peak_memory, ratio, show
+from data.batch import Batch
 from engine.guards import FiniteGuard
 from engine.loop import forward_and_backward, set_rates, update
 from engine.optim import build_optimizer
@@ -58,11 +57,10 @@ def _grids(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     images = images.contiguous(memory_format=torch.channels_last)
     kept = torch.randn(args.batch, backbone.num_features, device=device)
 
+    precision = "bf16" if device.type == "cuda" else "fp32"
+
     def look() -> Tensor:
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
-        ):
+        with torch.no_grad(), autocast(device, precision):
             return backbone(images).float()
 
     counts = {"one rate": 1, f"{args.rates} rates": args.rates}
@@ -72,13 +70,11 @@ def _grids(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
         for name, count in counts.items()
     ]
     times = measure(sides, args.rounds, device)
-    precision = "bf16" if device.type == "cuda" else "fp32"
     print(
-        f"{args.backbone}, {args.size} px, {precision}, {args.classes} classes, epochs of {args.steps} steps "
-        f"of {args.batch} images, one evaluated for {_EVALUATED} trained on"
+        f"{args.backbone}, {args.size} px, {precision}, {args.classes} classes, epochs of "
+        f"{args.steps} steps of {args.batch} images, one evaluated for {_EVALUATED} trained on"
     )
-    for side in sides:
-        print(f"{side.name:20s} {statistics.median(times[side.name]):9.1f} ms")
+    show(times)
     one, grid = counts
     return {
         "grid_cost": ratio(times, f"{grid}, images", f"{one}, images"),
@@ -93,7 +89,7 @@ def _epoch(
     look: Callable[[], Tensor],
     device: torch.device,
 ) -> Callable[[], None]:
-    """Return an epoch of main_linear.py: its heads, groups, steps and evaluation, without loading images."""
+    """Return an epoch of main_linear.py but for the images: heads, steps and evaluation."""
     lrs = [0.01 * 1.5**number for number in range(rates)]
     linear = load_config(declare(framework_options()), flags={"LINEAR.LRS": lrs}).LINEAR
     points, total = grid_points(linear), args.steps * args.batch
@@ -113,11 +109,11 @@ def _epoch(
         base_rates=lrs,
     )
     labels = torch.randint(args.classes, (args.batch,), device=device)
-    batch: Any = SimpleNamespace(labels=labels, indices=torch.arange(args.batch))
+    batch = Batch([], labels, torch.arange(args.batch))
     queries = torch.randn(max(1, total // _EVALUATED), width, device=device)
     blocks = [(queries, torch.randint(args.classes, (len(queries),), device=device))]
 
-    def step(batch: Any, progress: object) -> dict[str, Tensor]:
+    def step(batch: Batch, progress: object) -> dict[str, Tensor]:
         return {"loss": grid_loss(state.model(look()), batch.labels).sum()}
 
     def epoch() -> None:
@@ -137,10 +133,10 @@ def _epoch(
 def knn_at_once(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, num_classes: int, k: int
 ) -> float:
-    """Return percent top-1 with the whole bank normalised on the device and 2**26 similarities at a time."""
+    """Return percent top-1 with the whole bank on the device."""
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     right = 0
-    size = max(1, (1 << 26) // len(bank))
+    size = max(1, (1 << 26) // len(bank))  # 2**26 similarities at a time
     for part, target in zip(queries.split(size), labels.split(size), strict=True):
         similarity, rows = (part @ bank.T).topk(min(k, len(bank)), dim=1)
         ranking = vote(similarity, bank_labels[rows], num_classes, (k,), 0.07)[k]
@@ -166,10 +162,8 @@ def _neighbours(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     times = measure(sides, args.rounds, device)
     memory = {side.name: peak_memory(side.run, device) for side in sides}
     print(f"{args.queries} queries, a bank of {args.bank} x {args.width}, k 200")
-    for side in sides:
-        print(
-            f"{side.name:20s} {statistics.median(times[side.name]):9.1f} ms  {memory[side.name]:8.1f} MiB"
-        )
+    for name, values in times.items():
+        print(f"{name:20s} {statistics.median(values):9.1f} ms  {memory[name]:8.1f} MiB")
     first, second = (side.name for side in sides)
     return {
         "knn_speedup": ratio(times, first, second),

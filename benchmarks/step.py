@@ -1,19 +1,19 @@
-"""What a step costs beside forward and backward (target average, optimiser), and a step of a small CNN."""
+"""What a step costs beside forward and backward, and whole steps."""
 
 import argparse
 import copy
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Side, measure, ratio
+from benchmarks.common import Side, autocast, measure, ratio, show
 from engine.optim import build_optimizer, parameter_groups
-from engine.precision import DTYPES, resolve_precision
+from engine.precision import resolve_precision
 from models import build_framework, framework_options
 from models.parts.backbones import build_backbone
+from models.parts.momentum import MomentumFramework
 from utils.config.load import load_config
 from utils.config.schema import declare
 from utils.schedules import Progress
@@ -39,17 +39,11 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-def show(times: dict[str, list[float]]) -> None:
-    """Print each side's median."""
-    for name, values in times.items():
-        print(f"{name:44s} {statistics.median(values):9.1f} ms")
-
-
 # ---- target average and optimiser ----------------------------------------------------------------
 
 
 def update_speedup(device: torch.device, rounds: int) -> dict[str, float]:
-    """Compare the published loops over ResNet-50's parameters with multi-tensor operations; AdamW."""
+    """Compare the published loops over ResNet-50's parameters with multi-tensor operations."""
 
     def side(name: str, average: Callable[[nn.Module, nn.Module], None], fused: bool) -> Side:
         online = build_backbone("resnet50").to(device)
@@ -86,7 +80,7 @@ def average_in_a_loop(online: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def average_at_once(online: nn.Module, target: nn.Module) -> None:
-    """Average as ``MomentumFramework.update_target`` does."""
+    """Average as `MomentumFramework.update_target` does."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - MOMENTUM)
 
 
@@ -94,7 +88,7 @@ def average_at_once(online: nn.Module, target: nn.Module) -> None:
 
 
 def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
-    """Compare forward, backward and SGD of a ResNet-18 at 32 px in several precisions and memory formats."""
+    """Compare steps of a ResNet-18 at 32 px in several precisions and memory formats."""
     images = torch.randn(batch, 3, 32, 32, device=device)
     auto = resolve_precision("auto", device)
 
@@ -103,10 +97,9 @@ def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
         net = build_backbone("resnet18", stem="cifar").to(device).to(memory_format=layout)
         views = images.contiguous(memory_format=layout)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, foreach=False)
-        dtype = DTYPES.get(precision)
 
         def once() -> None:
-            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            with autocast(device, precision):
                 features = net(views)
             features.float().square().mean().backward()
             optimizer.step()
@@ -115,13 +108,10 @@ def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
         return Side(name, once)
 
     plain = "ResNet-18 step, fp32 NCHW"
-    best, ours = (
-        "ResNet-18 step, bf16 channels last",
-        f"ResNet-18 step, {auto} channels last (auto)",
-    )
+    best = "ResNet-18 step, bf16 channels last"
     sides = [side(plain, "fp32", False), side(best, "bf16", True)]
     if auto != "bf16":
-        sides.append(side(ours, auto, True))
+        sides.append(side(f"ResNet-18 step, {auto} channels last (auto)", auto, True))
     times = measure(sides, rounds, device)
     show(times)
     print(f"precision auto is {auto} here")
@@ -129,32 +119,39 @@ def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
     return result | {"cnn_step_auto_speedup": ratio(times, plain, sides[-1].name)}
 
 
+def method_step(
+    framework: MomentumFramework, device: torch.device, precision: str
+) -> Callable[[list[Tensor]], None]:
+    """Return a method's training step on two views, channels last, with SGD."""
+    framework = framework.to(device).to(memory_format=torch.channels_last)
+    parameters = framework.online.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
+    progress = Progress(0, 10, 100)
+
+    def step(views: list[Tensor]) -> None:
+        with autocast(device, precision):
+            loss: Tensor = framework(views, progress)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        framework.after_step(progress)
+
+    return step
+
+
 def whole_steps(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
-    """Time whole ResNet-50 steps at 224 px in bf16, channels last: MoCo v2, SynCo, MoCo v2 compiled."""
-    views = [
-        torch.randn(batch, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
-        for _ in range(2)
-    ]
+    """Time ResNet-50 steps at 224 px in bf16: MoCo v2, SynCo, MoCo v2 compiled."""
+    images = torch.randn(2, batch, 3, 224, 224, device=device)
+    views = [view.contiguous(memory_format=torch.channels_last) for view in images]
 
     def side(name: str, method: str, compiled: bool = False) -> Side:
+        # SynCo makes no synthetic negatives while it warms up
         options = {"warmup_epochs": 0} if method == "synco" else {}
-        framework: Any = build_framework(method, options, {"name": "resnet50"})
-        framework = framework.to(device).to(memory_format=torch.channels_last)
+        framework = build_framework(method, options, {"name": "resnet50"})
         if compiled:
             framework.compile_backbones()
-        optimizer = torch.optim.SGD(
-            framework.online.parameters(), lr=1e-3, momentum=0.9, fused=True
-        )
-
-        def once() -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss: Tensor = framework(views, Progress(0, 10, 100))["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            framework.after_step(Progress(0, 10, 100))
-
-        return Side(name, once)
+        step = method_step(framework, device, "bf16")
+        return Side(name, lambda: step(views))
 
     sides = [
         side("MoCo v2 ResNet-50 step", "moco_v2"),

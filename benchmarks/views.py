@@ -1,4 +1,4 @@
-"""Two augmented views of 224 pixels from JPEGs in memory, on one core: the published pipeline and ours.
+"""Augmented views from JPEGs in memory, on one core: the published pipeline and ours.
 
 The reference is PIL's decoder and torchvision's transforms of PIL images, to normalised float32.
 "For a device" is what a worker does where a GPU augments: decode once, two crops of uint8, ready to
@@ -8,25 +8,52 @@ be handed over. "All on a CPU" adds the photometric operations, to normalised fl
 import argparse
 import io
 import resource
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
+from timm.data.random_erasing import RandomErasing as TimmErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from benchmarks.common import ratio
 from benchmarks.decode import add_arguments as add_data_arguments
 from benchmarks.decode import interleaved, load_photos, print_rates, rate
-from benchmarks.reference import reference_transform
-from data.augment.base import sample_keys
-from data.augment.pipeline import choose_backend, draw_photometric, photometric
+from data.augment.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PhotometricOp,
+    SpatialOp,
+    View,
+    sample_keys,
+    view_size,
+)
+from data.augment.crops import CenterCrop, RandomCropPad, RandomResizedCrop, Resize
+from data.augment.ops import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    RandomErasing,
+    Solarize,
+)
+from data.augment.pipeline import (
+    choose_backend,
+    draw_photometric,
+    photometric,
+    view_interpolation,
+)
+from data.augment.randaugment import RandAugment, rand_augmenter
 from data.augment.recipes import build_recipe
 from data.decode import FORMATS, decode_rgb
 from data.sampler import Request
 from data.sources.base import Source
 from data.worker import Fetcher
 
+# torchvision and timm have no common type: of a PIL image, of its tensor after ToTensor
+Transform = Callable[..., object]
 _SEED = 0
 _HAND_OVER = 32  # images of a batch that is handed over
 
@@ -90,9 +117,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         photos.files,
         args.rounds,
     )
-    print(
-        f"{photos.describe()}; {len(recipe)} views of {args.size}, recipe {args.recipe}, one core"
-    )
+    views = f"{len(recipe)} views of {args.size}, recipe {args.recipe}"
+    print(f"{photos.describe()}; {views}, one core")
     print_rates(times, photos, "reference")
     return {
         "views_speedup": ratio(times, names[0], names[1]),
@@ -108,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 
 class _Ready(Dataset[list[Tensor]]):
-    """Views that cost nothing but to be handed over: uint8 as they are, or made float32 by the worker."""
+    """Views of one type that cost nothing but to be handed over."""
 
     def __init__(self, views: int, size: int, dtype: torch.dtype) -> None:
         self.views = [torch.zeros((_HAND_OVER, 3, size, size), dtype=dtype) for _ in range(views)]
@@ -118,7 +144,7 @@ class _Ready(Dataset[list[Tensor]]):
 
 
 def _hand_over(views: int, size: int) -> dict[str, float]:
-    """Return the processor's milliseconds, on both sides, to hand over the views of an image, by type."""
+    """Return the processor's milliseconds, on both sides, to hand over an image, by type."""
     result = {}
     for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
         dataset = _Ready(views, size, dtype)
@@ -140,3 +166,63 @@ def _processor_time(dataset: Dataset[list[Tensor]], batches: int) -> float:
 def _used() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+# ---- the published pipeline ----------------------------------------------------------------------
+
+
+def reference_transform(view: View) -> transforms.Compose:
+    """Build the pipeline from PIL images to normalised (3,S,S) that `view` stands for.
+
+    It draws from the global generators of torch, `random` and NumPy, as the originals do.
+    """
+    normalise = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    before = [_reference_op(op, view) for op in view if not isinstance(op, RandomErasing)]
+    after = [_reference_op(op, view) for op in view if isinstance(op, RandomErasing)]
+    return transforms.Compose([*before, *normalise, *after])
+
+
+def _reference_op(op: SpatialOp | PhotometricOp, view: View) -> Transform:
+    modes = transforms.InterpolationMode
+    match op:
+        case RandomResizedCrop():
+            return transforms.RandomResizedCrop(
+                op.size, op.scale, op.ratio, modes(op.interpolation)
+            )
+        case Resize():
+            return transforms.Resize(op.size, modes(op.interpolation))
+        case CenterCrop():
+            return transforms.CenterCrop(op.size)
+        case RandomCropPad():
+            return transforms.RandomCrop(op.size, padding=op.padding)
+        case HorizontalFlip():
+            return transforms.RandomHorizontalFlip(op.p)
+        case ColorJitter():
+            jitter = transforms.ColorJitter(op.brightness, op.contrast, op.saturation, op.hue)
+            return transforms.RandomApply([jitter], op.p)
+        case Grayscale():
+            return transforms.RandomGrayscale(op.p)
+        case GaussianBlur():
+            return transforms.RandomApply([_PILBlur(op.sigma)], op.p)
+        case Solarize():
+            return transforms.RandomSolarize(op.threshold, op.p)
+        case RandAugment():
+            return rand_augmenter(op.config, view_size(view), view_interpolation(view))
+        case RandomErasing():
+            return _erasing(op.p)
+    raise TypeError(f"torchvision and timm have no {type(op).__name__}")
+
+
+def _erasing(p: float) -> Transform:
+    return TimmErasing(p, mode="pixel", max_count=1, num_splits=0, device="cpu")
+
+
+class _PILBlur:
+    """Blur a PIL image with radius = sigma, as every published pipeline of this family does."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        radius = float(torch.empty(1).uniform_(*self.sigma))
+        return image.filter(ImageFilter.GaussianBlur(radius=radius))
