@@ -36,6 +36,7 @@ def measure(
     `wall`: by the clock, for what also waits for other processes or for a disk.
     """
     times: dict[str, list[float]] = {side.name: [] for side in sides}
+    # in turn, so that what slows the machine for a while slows all sides alike
     for number in range(rounds + 1):
         for side in sides:
             elapsed = _wall_time(side.run, device) if wall else _time_once(side.run, device)
@@ -70,6 +71,7 @@ def _wall_time(run: Callable[[], object], device: torch.device) -> float:
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     """Return the median over rounds of slow / fast."""
+    # of ratios, not a ratio of medians: both times of a round saw the same machine
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
@@ -92,6 +94,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    # a CPU has no counter of its peak: the profiler sees each allocation and each release
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]

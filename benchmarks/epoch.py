@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     backbone = {"name": args.backbone or ("resnet50" if args.data else "resnet18"), "stem": stem}
     ours = _Ours(args, backbone, device)
     supply = _batches(args, source, recipe, device)
-    ready = next(supply)
+    ready = next(supply)  # one batch, used again and again
     sides = [
         repeated("bare step", lambda: ours.step(ready), args.steps),
         repeated("real step, data included", lambda: ours.step(next(supply)), args.steps),
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         sides.append(_published(args, backbone, source, recipe, device))
     # with workers the thread's own time leaves out what the loader costs
     times = measure(sides, args.rounds, device, wall=args.workers > 0 or device.type == "cuda")
-    supply.close()
+    supply.close()  # ends the workers
     show(times)
     network = f"{backbone['name']}, {size} px"
     print(f"{len(source)} images, {network}, batch {args.batch}, {ours.precision}")
@@ -191,6 +191,7 @@ def _published(
     supply: Iterator[list[Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
     framework = build_framework("moco_v2", {"queue_size": args.queue}, backbone).to(device)
     assert isinstance(framework, MoCoV2)
+    # only its networks and queue: loss and average are the published ones below
     online, target, queue = framework.online, framework.target, framework.queue
     optimizer = torch.optim.SGD(online.parameters(), lr=1e-3, momentum=0.9, foreach=False)
 
@@ -206,6 +207,6 @@ def _published(
         optimizer.step()
         queue.hold(keys)
         queue.flush()
-        loss.item()
+        loss.item()  # the published loop reads the loss at every step
 
     return repeated("published pipeline and step", once, args.steps)

@@ -31,6 +31,7 @@ def published_loss(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, config: SyntheticConfig | None
 ) -> Tensor:
     """Compute the loss the published way: clone, concatenate, ask autograd for each synthetic."""
+    # as published: the queue changes after the step, so the graph needs a copy
     queue = queue.clone().detach()
     positive = torch.einsum("nc,nc->n", queries, keys)[:, None]
     negatives = torch.einsum("nc,kc->nk", queries, queue)

@@ -91,7 +91,7 @@ def _backbone(args: argparse.Namespace) -> dict[str, str]:
 
 
 class _Lightly:
-    """A step of lightly's documented MoCo, in the same precision, memory format and optimiser."""
+    """A step of the MoCo in lightly's examples, in the same precision, memory format, optimiser."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, precision: str) -> None:
         try:

@@ -157,6 +157,7 @@ def _neighbours(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     def in_pieces() -> float:
         return features_knn(shared, blocks, args.classes, (200,))["knn200_top1"]
 
+    # both must find the same; the last digit of a similarity may differ
     assert abs(at_once() - in_pieces()) < 0.5
     sides = [Side("k-NN at once", at_once), Side("k-NN in pieces", in_pieces)]
     times = measure(sides, args.rounds, device)

@@ -148,6 +148,7 @@ def _hand_over(views: int, size: int) -> dict[str, float]:
     result = {}
     for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
         dataset = _Ready(views, size, dtype)
+        # The difference leaves out what it costs to start a worker.
         few, many = (_processor_time(dataset, batches) for batches in (2, 18))
         result[f"hand_over_{name}_ms"] = (many - few) / (16 * _HAND_OVER) * 1e3
         print(f"hand-over of {name:8s} {result[f'hand_over_{name}_ms']:8.2f} ms an image")

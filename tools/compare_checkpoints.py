@@ -1,17 +1,20 @@
-"""Tell whether two checkpoints hold bit-identical state: python tools/compare_checkpoints.py A.pt B.pt
+"""Tell whether two checkpoints hold bit-identical state.
 
-Compares weights, target, queues, optimiser, scaler and step, but not the configuration: the folder
-differs.
+Example: python tools/compare_checkpoints.py A.pt B.pt
+
+Compares weights, target, queues, optimiser, scaler and step, but not the configuration, which names
+the folder.
 """
 
+import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from collections.abc import Iterator, Mapping
+
+import torch
 
 from utils.checkpoints import file as checkpoint
 from utils.cli import run_main
@@ -21,25 +24,28 @@ _STATE = ("framework", "optimizer", "scaler", "step", "best")
 
 def main() -> int:
     """Print the entries that differ; return 0 if none do."""
-    if len(sys.argv) != 3:
-        print(__doc__)
-        return 2
-    first, second = (compared(Path(path)) for path in sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("first", type=Path, metavar="A.pt")
+    parser.add_argument("second", type=Path, metavar="B.pt")
+    args = parser.parse_args()
+    first, second = compared(args.first), compared(args.second)
     different = sorted(first.keys() ^ second.keys())
     different += [key for key in first.keys() & second.keys() if not same(first[key], second[key])]
     if different:
-        print(
-            f"{len(different)} of {len(first)} entries differ, e.g. {', '.join(sorted(different)[:5])}"
-        )
+        some = ", ".join(sorted(different)[:5])
+        print(f"{len(different)} of {len(first)} entries differ, e.g. {some}")
         return 1
     tensors = sum(isinstance(value, torch.Tensor) for value in first.values())
-    print(
-        f"identical: {len(first)} entries, {tensors} of them tensors, at step {first.get('step', 'unknown')}"
-    )
+    step = first.get("step", "unknown")
+    print(f"identical: {len(first)} entries, {tensors} of them tensors, at step {step}")
     return 0
 
 
-def compared(path: Path) -> dict[str, Any]:
+def compared(path: Path) -> dict[str, object]:
     """Return the leaves of a checkpoint to compare; `ValueError` if it has none."""
     found = dict(entries(checkpoint.load(path)))
     if not found:
@@ -47,9 +53,9 @@ def compared(path: Path) -> dict[str, Any]:
     return found
 
 
-def entries(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def entries(state: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield every leaf of the compared part of a checkpoint with its path."""
-    if isinstance(state, dict):
+    if isinstance(state, Mapping):
         for key, value in state.items():
             if prefix or key in _STATE:
                 yield from entries(value, f"{prefix}.{key}" if prefix else str(key))
@@ -60,7 +66,7 @@ def entries(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, state
 
 
-def same(first: Any, second: Any) -> bool:
+def same(first: object, second: object) -> bool:
     """Compare two leaves, tensors by type, shape and every bit."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)

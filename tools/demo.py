@@ -1,7 +1,9 @@
-"""Pretrain a small backbone on images that come inside a package, probe it, and show what it has learned.
+"""Pretrain a small backbone on images of an installed package, and show what it has learned.
 
-python tools/demo.py; an interrupted demo goes on where it stopped, a finished one shows its report
-again.
+Example: python tools/demo.py
+
+An interrupted demo goes on where it stopped; a finished one shows its report again. Other flags go
+to main_pretrain.py and tools/report.py.
 """
 
 import argparse
@@ -23,7 +25,11 @@ THREADS = 8  # more do not make this network faster
 
 def main() -> int:
     """Run the mains as a person would; return the exit code of the first that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--fresh", action="store_true", help="start over, beside the demos there are"
     )
@@ -45,7 +51,7 @@ def main() -> int:
 
 
 def choose_tag(folder: Path, fresh: bool) -> str:
-    """Return the newest demo's tag (demo1, demo2, ...), or the next one if there is none or ``fresh``."""
+    """Return the newest demo's tag (demo1, demo2, ...); the next one if `fresh` or if none is."""
     numbers = [int(path.name[4:]) for path in folder.glob("demo*") if path.name[4:].isdigit()]
     newest = max(numbers, default=0)
     return f"demo{newest + 1 if fresh or not newest else newest}"
@@ -64,12 +70,12 @@ def run(script: str, flags: list[str]) -> int:
     while True:
         try:
             return child.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the script has it too and saves; wait on
             continue
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the environment with a thread a core, at most ``threads``, unless the user has chosen."""
+    """Return the environment with a thread a core, at most `threads`; the user's choice wins."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

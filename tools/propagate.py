@@ -1,19 +1,21 @@
-"""Carry the masks of a video's first frame through it with frozen features, in the way of DAVIS 2017.
+"""Carry the masks of a video's first frame through it with frozen features, as DAVIS 2017 does.
 
-python tools/propagate.py --cfg configs/byol_vit_small.yaml --data-path DAVIS --output O --tag T
-[--pretrained FILE] reads ImageSets/2017/val.txt, JPEGImages/480p/<video> and
-Annotations/480p/<video>, writes indexed PNGs to O/<name>/T/propagation/<weights>/<video>/ and,
-where later frames are annotated too, prints J and F. --pretrained none uses the untrained backbone.
+Example: python tools/propagate.py --cfg configs/byol_vit_small.yaml --data-path DAVIS --output O
+
+Reads ImageSets/2017/val.txt, JPEGImages/480p/<video> and Annotations/480p/<video> with the newest
+weights of the run, writes indexed PNGs to O/<name>/<tag>/propagation/<weights>/<video>/ and, where
+later frames are annotated too, prints J and F.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import numpy as np
 import torch
@@ -34,12 +36,14 @@ from utils.reading import read_text
 
 logger = logging.getLogger("synco")
 
-SIDE_MULTIPLE = 64  # the longer side is cut down to a multiple of this
+SIDE_MULTIPLE = 64  # the longer side is rounded down to a multiple of this
+
+FLAGS = ("--data-path", "--output", "--tag", "--seed", "--device")
 
 
 def main() -> int:
     """Carry the masks through every video of the list, print the quality; return the exit code."""
-    parser = make_parser(__doc__ or "")
+    parser = make_parser(__doc__ or "", flags=FLAGS)
     parser.add_argument(
         "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
     )
@@ -52,9 +56,6 @@ def main() -> int:
         "--short-side", type=int, default=480, help="frames are brought to this many pixels"
     )
     args, flags = parse(parser)
-    if args.eval or args.throughput:
-        raise ValueError("--eval and --throughput belong to the mains; this tool takes neither")
-
     frozen = open_frozen(args, flags)
     root = Path(frozen.run.cfg.DATA.PATH)
     names = read_list(root / args.list)
@@ -76,7 +77,7 @@ def main() -> int:
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the videos that a list names; ``ValueError`` if it is missing, empty or names another place."""
+    """Return the videos of a list; `ValueError` if it is missing, empty or leaves its folder."""
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: --data-path must be the folder of DAVIS; see --list"
@@ -90,10 +91,10 @@ def read_list(path: Path) -> list[str]:
 def carry(
     frozen: FrozenBackbone, frames: Path, truth: Path, target: Path, short_side: int
 ) -> list[Path]:
-    """Write the masks <frame>.png of a video to ``target``, the first one as it is given; return their paths.
+    """Write a video's masks <frame>.png to `target`, the first as it is given; return their paths.
 
-    Raises ``ValueError`` if frames or the first mask are missing, or the backbone cannot take the
-    frames' size.
+    Raises `ValueError` if frames or the first mask are missing, or for a size that the backbone
+    cannot take.
     """
     passed = PassedOver()
     names = read_folder(frames, passed).images if is_folder(frames) else []
@@ -104,7 +105,7 @@ def carry(
         raise ValueError(f"a video needs frames in {frames} and the first one's mask, {missing}")
     masks = [target / f"{path.stem}.png" for path in paths]
     first, palette = read_mask(truth / masks[0].name)
-    first[first == 255] = 0  # void
+    first[first == 255] = 0  # void: DAVIS marks pixels so that belong to no object
     height, width = first.shape
     size = frame_size(height, width, short_side)
     step = size_multiple(frozen.backbone)
@@ -123,11 +124,10 @@ def carry(
 def soft_labels(
     frozen: FrozenBackbone, paths: list[Path], first: Tensor, size: tuple[int, int]
 ) -> Iterator[Tensor]:
-    """Yield the soft labels (C, h, w) of the second frame and those after it; ``first`` (H, W) is the first
-    mask.
-    """
+    """Yield soft labels (C, h, w) from the second frame on; `first` (H, W) is the first mask."""
     body, device = at_size(frozen.backbone, size), frozen.run.device
     with torch.no_grad():
+        # one at a time: the maps of a long video do not fit in memory
         maps = (dense_features(body, read_frame(path, size).to(device))[0] for path in paths)
         begin = next(maps)
         cells = (begin.shape[1], begin.shape[2])
@@ -136,9 +136,7 @@ def soft_labels(
 
 
 def frame_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Return the (height, width) to which a frame is brought: the shorter side given, the other a multiple of
-    64.
-    """
+    """Return (height, width) of a resized frame: the longer side is a multiple of 64."""
     longer = max(height, width) * short_side // min(height, width) // SIDE_MULTIPLE * SIDE_MULTIPLE
     longer = max(longer, short_side)
     return (short_side, longer) if height <= width else (longer, short_side)
@@ -151,7 +149,7 @@ def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def read_mask(path: Path) -> tuple[Tensor, list[int] | None]:
-    """Return an index mask (H, W) uint8 and its palette; ``ValueError`` if the PNG is not indexed or grey."""
+    """Return a mask (H, W) uint8 and its palette; `ValueError` for a PNG of colours."""
     with open_image(path.read_bytes()) as image:
         if image.mode not in ("P", "L"):
             raise ValueError(f"{path} is of mode {image.mode}; a mask is an indexed or a grey PNG")
@@ -167,7 +165,7 @@ def write_mask(path: Path, mask: Tensor, palette: list[int] | None) -> None:
 
 
 def judge(masks: list[Path], truth: Path) -> dict[str, dict[str, float]]:
-    """Return J and F in percent of every object of a video; nothing if later frames have no annotation."""
+    """Return J and F in percent of every object; nothing if later frames have no annotation."""
     real = [truth / path.name for path in masks]
     if len(masks) < 2 or not all(path.is_file() for path in real):
         return {}
@@ -179,7 +177,7 @@ def judge(masks: list[Path], truth: Path) -> dict[str, dict[str, float]]:
 
 
 def summarise(quality: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the means of J and F over all objects, and the mean of both; empty where there is nothing."""
+    """Return the means of J and F over all objects, and the mean of both; empty without objects."""
     if not quality:
         return {}
     means = {

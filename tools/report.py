@@ -1,22 +1,24 @@
-"""Say what a pretraining run has learned: one table against raw pixels and a random backbone, and pictures.
+"""Say what a pretraining run has learned: a table beside raw pixels and a random backbone.
 
-python tools/report.py --cfg configs/demo.yaml --output O --tag T (the flags of the run) writes
-report.md, report.json, learning_curve.png and neighbours.png into the run's folder. The few-label
-columns are where pretraining shows: all rows see the same labels.
+Example: python tools/report.py --cfg configs/demo.yaml --output O --tag T
+
+Takes the flags of the run and writes report.md, report.json, learning_curve.png and neighbours.png
+into its folder. The few-label columns are where pretraining shows: all rows see the same labels.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 import json
 import logging
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from data.loader import evaluation_batches
@@ -54,13 +56,15 @@ COLUMNS = {
     "labels1": "1 label/class",
 }
 NOTES = (
-    f"Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest training images "
-    "by cosine. Linear: logistic regression on frozen features. Few labels: the same, mean ± standard "
-    f"deviation over {DRAWS} draws of the labelled images, equal for all rows. Raw pixels: the evaluation "
-    f"view, at most {PIXEL_SIDE} pixels a side, minus the mean image ({PIXEL_COMPONENTS} principal "
-    f"components for more than {MANY_IMAGES:,} images). Random backbone: the run's network before its first "
-    "step, batch norms as initialised (statistics of the data change its k-NN by about a point and lower its "
-    "probes)."
+    "Top-1 accuracy on the test images, percent. "
+    f"k-NN: weighted vote of the {KNN_K} nearest training images by cosine. "
+    "Linear: logistic regression on frozen features. "
+    f"Few labels: the same, mean ± standard deviation over {DRAWS} draws of the labelled images, "
+    "equal for all rows. "
+    f"Raw pixels: the evaluation view, at most {PIXEL_SIDE} pixels a side, minus the mean image "
+    f"({PIXEL_COMPONENTS} principal components for more than {MANY_IMAGES:,} images). "
+    "Random backbone: the run's network before its first step, batch norms as initialised "
+    "(statistics of the data change its k-NN by about a point and lower its probes)."
 )
 
 # column -> (mean, standard deviation over draws)
@@ -89,20 +93,21 @@ def main() -> int:
 
 
 def report(run: Run) -> str:
-    """Probe a run's newest valid checkpoint, write report and pictures into its folder; return what to show.
+    """Probe a run's newest valid checkpoint, write report and pictures; return what to show.
 
-    Raises ``ValueError`` if the run has no checkpoint or its data no labels.
+    Raises `ValueError` if the run has no checkpoint or its data no labels.
     """
     found = checkpoint.newest_valid(run.folder)
     if found is None:
         raise ValueError(
-            f"{run.folder} holds no checkpoint to report on; run main_pretrain.py with the same --cfg, "
-            "--output and --tag first"
+            f"{run.folder} holds no checkpoint to report on; run main_pretrain.py with the same "
+            "--cfg, --output and --tag first"
         )
     train, val = (open_split(run.cfg.DATA, split, labelled=True) for split in ("train", "val"))
     splits = representations(run, train, val, found.path)
     scores = {name: evaluate(split, train.num_classes, run.seed) for name, split in splits.items()}
-    title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {len(train)} training and {len(val)} test images"
+    images = f"{len(train)} training and {len(val)} test images"
+    title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {images}"
     record = {
         "checkpoint": found.path.name,
         "step": found.step,
@@ -135,12 +140,12 @@ def build_online(cfg: CfgNode) -> nn.Module:
     """Build the run's backbone as pretraining does, with its weights of step 0."""
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # as start_run does before anything is built
     options = section_options(cfg.MODEL.BACKBONE)
-    del options["target_drop_path"]
+    del options["target_drop_path"]  # of the target network, which is not built here
     return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], at most PIXEL_SIDE pixels a side."""
+    """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], made small."""
     mean, std = (
         torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
     )
@@ -151,8 +156,10 @@ def raw_pixels(images: Tensor) -> Tensor:
 
 
 def pixel_split(run: Run, train: Source, val: Source) -> Split:
-    """Return raw pixels minus the mean training image: the cosine of plain levels compares brightness."""
+    """Return raw pixels minus the mean training image."""
+    # the cosine of plain levels would compare little but brightness
     split = extract(run, train, val, raw_pixels)
+    # three equal channels would only cost time
     width = split.bank.shape[1] // 3 if _is_grey(split.bank) else split.bank.shape[1]
     bank, queries = split.bank[:, :width], split.queries[:, :width]
     mean = bank.mean(0)
@@ -162,6 +169,7 @@ def pixel_split(run: Run, train: Source, val: Source) -> Split:
 
 def principal(split: Split, num: int) -> Split:
     """Project centred features on the ``num`` principal components of the bank."""
+    # eigh sorts upwards, so the largest are the last
     axes = torch.linalg.eigh(split.bank.T @ split.bank).eigenvectors[:, -num:]
     return split._replace(bank=split.bank @ axes, queries=split.queries @ axes)
 
@@ -223,14 +231,12 @@ def _cells(scores: dict[str, Scores], best: str, other: str) -> list[list[str]]:
     }
     table = [["", *COLUMNS.values()]]
     for name, row in scores.items():
-        cells = [(_number(row[column]), row[column]) for column in COLUMNS]
-        marks = [
-            best if value and value[0] == top[c] else other
-            for (_, value), c in zip(cells, COLUMNS, strict=True)
-        ]
-        table.append(
-            [name, *(mark.format(text) for mark, (text, _) in zip(marks, cells, strict=True))]
-        )
+        cells = [name]
+        for column in COLUMNS:
+            value = row[column]
+            mark = best if value and value[0] == top[column] else other
+            cells.append(mark.format(_number(value)))
+        table.append(cells)
     return table
 
 
@@ -242,16 +248,14 @@ def _number(value: tuple[float, float | None] | None) -> str:
 
 def _aligned(table: list[list[str]]) -> list[list[str]]:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        for row in table
-    ]
+    rows = []
+    for name, *cells in table:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        rows.append([name.ljust(widths[0]), *right])
+    return rows
 
 
-def _plain(scores: dict[str, Scores]) -> dict[str, Any]:
+def _plain(scores: dict[str, Scores]) -> dict[str, object]:
     return {
         name: {
             column: value and {"mean": value[0], "std": value[1]} for column, value in row.items()

@@ -1,16 +1,18 @@
-"""Image retrieval with frozen features: mAP and mP@k on revisited Oxford and Paris.
+"""Measure image retrieval with frozen features: mAP and mP@k on revisited Oxford and Paris.
 
-python tools/retrieval.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T
-[--pretrained FILE] reads D/<set>/gnd_<set>.pkl and D/<set>/jpg/*.jpg for each of --sets and writes
-O/<name>/T/retrieval/<weights>-<sets>.json. --pretrained none measures the untrained backbone.
+Example: python tools/retrieval.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O
+
+Reads D/<set>/gnd_<set>.pkl and D/<set>/jpg/*.jpg for each of --sets, with the newest weights of the
+run O/<name>/<tag>, and writes O/<name>/<tag>/retrieval/<weights>-<sets>.json.
 """
 
-import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
+
+import json
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,13 +29,15 @@ from utils.checkpoints.atomic import write_text
 from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
 
-SETS = ("roxford5k", "rparis6k")
 MULTI_SCALE = (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)
+
+SETS = ("roxford5k", "rparis6k")
+FLAGS = ("--data-path", "--output", "--tag", "--seed", "--device", "--batch-size")
 
 
 def main() -> int:
     """Measure every set that is asked for, print one table; return the exit code."""
-    parser = make_parser(__doc__ or "", renamed={"--batch-size": "LINEAR.BATCH_SIZE"})
+    parser = make_parser(__doc__ or "", {"--batch-size": "LINEAR.BATCH_SIZE"}, FLAGS)
     parser.add_argument(
         "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
     )
@@ -44,9 +48,6 @@ def main() -> int:
     )
     parser.add_argument("--crop-queries", action="store_true", help="cut queries to their building")
     args, flags = parse(parser)
-    if args.eval or args.throughput:
-        raise ValueError("--eval and --throughput belong to the mains; retrieval takes neither")
-
     frozen = open_frozen(args, flags)
     scales = MULTI_SCALE if args.multi_scale else (1.0,)
     root = Path(frozen.run.cfg.DATA.PATH)
@@ -66,10 +67,7 @@ def main() -> int:
 def evaluate_set(
     frozen: FrozenBackbone, folder: Path, scales: Sequence[float], crop: bool
 ) -> dict[str, float]:
-    """Return the scores of one set in `folder`, whose name is that of the set.
-
-    Raises ``ValueError`` where files are missing.
-    """
+    """Return the scores of the set `folder.name`; `ValueError` where files are missing."""
     truth = read_ground_truth(folder / f"gnd_{folder.name}.pkl")
     boxes = truth.boxes if crop else [None] * len(truth.queries)
     bank = image_features(frozen, folder / "jpg", truth.images, [None] * len(truth.images), scales)
@@ -126,8 +124,9 @@ class BoxedSource(FileSource):
 def scaled_features(
     backbone: Backbone, img_size: int, scales: Sequence[float]
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function from images (N, 3, S, S) to the mean of their features (N, F) over `scales` of S."""
+    """Return a function from images (N, 3, S, S) to their mean features (N, F) over scales of S."""
     step = size_multiple(backbone)
+    # a backbone takes only multiples of its patch or window size
     sides = [
         max(step, round(img_size * scale / step) * step) if scale != 1 else img_size
         for scale in scales
@@ -150,9 +149,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
     rows = [head]
     for name, scores in results.items():
         for level in ("easy", "medium", "hard"):
-            rows.append(
-                [name, level, *(f"{scores[f'{level}/{column}']:.2f}" for column in head[2:])]
-            )
+            figures = [f"{scores[f'{level}/{column}']:.2f}" for column in head[2:]]
+            rows.append([name, level, *figures])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows

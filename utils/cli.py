@@ -9,7 +9,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn, cast
 
 from utils.limits import LIMITS, error_number, first_line, worker_failure
@@ -55,6 +55,10 @@ _SWITCHES = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written: an example stays one line to copy."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
@@ -72,12 +76,19 @@ class _Parser(argparse.ArgumentParser):
         return args
 
 
-def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Parser:
-    """Return the parser of the shared flags; ``renamed`` maps a flag to another key (the probe's epochs)."""
+def make_parser(
+    description: str,
+    renamed: dict[str, str] | None = None,
+    flags: Collection[str] | None = None,
+) -> _Parser:
+    """Return the parser of the shared flags; with `flags` of --cfg, --opts and those only.
+
+    `renamed` maps a flag to another key (the probe's epochs).
+    """
     parser = _Parser(
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--cfg", metavar="FILE", help="yaml configuration, see configs/")
     parser.add_argument(
@@ -89,10 +100,14 @@ def make_parser(description: str, renamed: dict[str, str] | None = None) -> _Par
         help="override any configuration key",
     )
     for flag, (key, kind, text) in _VALUES.items():
+        if flags is not None and flag not in flags:
+            continue
         key = (renamed or {}).get(flag, key)
         parser.add_argument(
             flag, dest=key, type=kind, default=argparse.SUPPRESS, help=f"{text} [{key}]"
         )
+    if flags is not None:
+        return parser
     for flag, (key, value, text) in _SWITCHES.items():
         parser.add_argument(
             flag,

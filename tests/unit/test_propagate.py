@@ -297,3 +297,14 @@ def test_a_list_that_names_another_place_is_refused(name: str, tmp_path: Path) -
     (tmp_path / "val.txt").write_text(f"bear\n{name}\n")
     with pytest.raises(ValueError, match=r"val\.txt: .* is no name of a folder"):
         tool.read_list(tmp_path / "val.txt")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--epochs", "--resume", "--use-checkpoint", "--precision", "--eval"]
+)
+def test_a_shared_flag_that_would_do_nothing_is_refused(
+    flag: str, davis: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_tool(davis, monkeypatch, flag)
+    assert f"unknown argument '{flag}'" in capsys.readouterr().err

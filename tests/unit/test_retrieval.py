@@ -248,3 +248,14 @@ def test_multi_scale_is_the_mean_over_sizes() -> None:
     found = scaled_features(vit, 64, MULTI_SCALE)(torch.rand(1, 3, 64, 64))
     assert found.shape == (1, 192)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--epochs", "--resume", "--use-checkpoint", "--precision", "--eval"]
+)
+def test_a_shared_flag_that_would_do_nothing_is_refused(
+    flag: str, oxford: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_tool(oxford, monkeypatch, flag)
+    assert f"unknown argument '{flag}'" in capsys.readouterr().err

@@ -1,9 +1,11 @@
-"""What the tools that measure frozen features share: a backbone on its weights, and where results go."""
+"""What tools for frozen features share: flags, a backbone on its weights, a folder for results."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from engine.precision import choose_device
 from engine.run import Run
@@ -13,9 +15,11 @@ from models.classifier import freeze, pretrained_backbone
 from models.parts.backbones import Backbone
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_torch
+from utils.config.key import Value
 from utils.config.load import load_config, section_options
 from utils.config.schema import declare
 from utils.logger import setup_logger
+from utils.randomness import keyed_seed
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class FrozenBackbone:
         return folder
 
 
-def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> FrozenBackbone:
-    """Build the backbone that the flags of a main name, on the run's newest weights or ``args.pretrained``.
+def open_frozen(args: argparse.Namespace, flags: Mapping[str, Value]) -> FrozenBackbone:
+    """Build the backbone that the flags name, on `args.pretrained` or the run's newest weights.
 
-    Raises ``ValueError`` without data path or weights.
+    Raises `ValueError` without data path or weights.
     """
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     setup_logger(None, is_main=True)
@@ -44,6 +48,7 @@ def open_frozen(args: argparse.Namespace, flags: dict[str, Any]) -> FrozenBackbo
         raise ValueError("DATA.PATH (--data-path) is empty: name the folder of the data")
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
+    torch.manual_seed(keyed_seed("model", cfg.SEED))  # `--pretrained none`: as before step 1
     options = section_options(cfg.MODEL.BACKBONE)
     backbone = pretrained_backbone(
         options,

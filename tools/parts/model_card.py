@@ -1,18 +1,20 @@
-"""Write a backbone as a Hugging Face folder: weights, configurations, and a card that says what they are."""
+"""Write a backbone as a Hugging Face folder: weights, configurations, a model card."""
 
 import argparse
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
+from torch import nn
+from yacs.config import CfgNode
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from models.weights.export import to_huggingface
 from utils.checkpoints.atomic import sync_folder, write_file, write_text
 
+Result = dict[str, object]  # what a result.json holds
 PAPERS = {
     "moco_v2": ("MoCo v2", "2003.04297"),
     "synco": ("SynCo", "2410.02401"),
@@ -27,15 +29,15 @@ PAPERS = {
 
 def write_huggingface(
     folder: Path,
-    backbone: Any,
-    cfg: Any,
-    checkpoint: Mapping[str, Any],
+    backbone: nn.Module,
+    cfg: CfgNode,
+    checkpoint: Mapping[str, object],
     args: argparse.Namespace,
     source: Path,
 ) -> None:
-    """Write model.safetensors, config.json, preprocessor_config.json and README.md into ``folder``.
+    """Write model.safetensors, config.json, preprocessor_config.json and README.md into `folder`.
 
-    ``source`` is the file that the weights are of.
+    `source` is the file that holds the weights.
     """
     if folder.is_file():
         raise ValueError(f"--output: {folder} is a file; --to huggingface writes a folder")
@@ -43,7 +45,7 @@ def write_huggingface(
     weights = save(
         {key: tensor.contiguous() for key, tensor in state.items()}, metadata={"format": "pt"}
     )
-    # what stands beside a run was measured with its online network
+    # the results beside a run were measured with its online network
     averaged = args.which in ("target", "teacher")
     measured = {} if averaged and not args.results else found_results(source, args.results)
     card = model_card(cfg, checkpoint, config, args.which, measured)
@@ -58,8 +60,8 @@ def write_huggingface(
     write_text(folder / "config.json", json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
-def preprocessing(cfg: Any) -> dict[str, Any]:
-    """Return the configuration of transformers' image processor that repeats our evaluation view."""
+def preprocessing(cfg: CfgNode) -> dict[str, object]:
+    """Return the configuration of transformers' image processor that gives our evaluation view."""
     size = cfg.DATA.IMG_SIZE
     return {
         "image_processor_type": "BitImageProcessor",
@@ -76,7 +78,7 @@ def preprocessing(cfg: Any) -> dict[str, Any]:
     }
 
 
-def found_results(source: Path, given: Path | None) -> dict[str, dict[str, Any]]:
+def found_results(source: Path, given: Path | None) -> dict[str, Result]:
     """Return the results of a checkpoint beside it in its run, or those in the given file, by name.
 
     A sweep's searches are left out: they chose, the chosen run measured.
@@ -98,47 +100,20 @@ def found_results(source: Path, given: Path | None) -> dict[str, dict[str, Any]]
 
 
 def model_card(
-    cfg: Any,
-    checkpoint: Mapping[str, Any],
-    config: Mapping[str, Any],
+    cfg: CfgNode,
+    checkpoint: Mapping[str, object],
+    config: Mapping[str, object],
     which: str,
-    results: Mapping[str, Any],
+    results: Mapping[str, Result],
 ) -> str:
     """Return the card: what it is, how it was trained, what we measured, the licence."""
-    name, paper = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
-    source = f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
-    imported, framework = checkpoint.get("imported"), checkpoint.get("framework", {})
-    origin = (
-        f"Imported from {imported['file']} ({imported['layout']})."
-        if isinstance(imported, dict)
-        else ""
-    )
-    if isinstance(imported, dict):
+    name, _ = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
+    imported, origin = checkpoint.get("imported"), ""
+    if isinstance(imported, Mapping):
         which = imported.get("which", which)
-    tuned = any(str(key).startswith("backbone.") for key in framework)
-    node = cfg.FINETUNE if tuned else cfg
-    labels = f"{node.SUBSET or f'{node.TRAIN_PERCENT:g} %'} of the labels" if tuned else "no labels"
-    rate = (
-        f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}"
-        if tuned
-        else f"{cfg.OPTIM.BASE_LR:g}"
-    )
-    eps = cfg.MODEL.BACKBONE.NORM_EPS
-    network = "fine-tuned" if tuned else f"the {which} one"
-    epochs = cfg.FINETUNE.EPOCHS if tuned else cfg.TRAIN.EPOCHS
-    rows = {
-        "method": f"{name}{source}",
-        "network": f"{cfg.MODEL.BACKBONE.NAME}, {network}, without heads",
-        "data": f"{cfg.DATA.DATASET}{f' ({Path(cfg.DATA.PATH).name})' if cfg.DATA.PATH else ''}, {labels}",
-        "layer norms": f"eps {eps:g}, but before the MLPs the model's own"
-        if eps
-        else "the model's own",
-        "image size": f"{cfg.DATA.IMG_SIZE}",
-        "epochs": f"{epochs}, {checkpoint.get('step', 'unknown')} steps done",
-        "optimiser": f"{node.OPTIM.NAME}, weight decay {node.OPTIM.WEIGHT_DECAY:g}",
-        "base learning rate": rate,
-        "batch": f"{checkpoint.get('global_batch', 'unknown')} images a step",
-    }
+        origin = f"Imported from {imported['file']} ({imported['layout']})."
+    tuned = _is_tuned(checkpoint)
+    rows = _training(cfg, checkpoint, "fine-tuned" if tuned else f"the {which} one")
     no_pooler = ", add_pooling_layer=False" if config["model_type"] in ("vit", "deit") else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
@@ -176,22 +151,56 @@ features = model(pixel_values).{_output(config)}
 """
 
 
-def _output(config: Mapping[str, Any]) -> str:
+def _is_tuned(checkpoint: Mapping[str, object]) -> bool:
+    """Tell whether the weights come from main_semisup.py, whose model is a classifier."""
+    framework = checkpoint.get("framework")
+    keys = framework if isinstance(framework, Mapping) else ()
+    return any(str(key).startswith("backbone.") for key in keys)
+
+
+def _training(cfg: CfgNode, checkpoint: Mapping[str, object], network: str) -> dict[str, str]:
+    """Return the rows of the card's table."""
+    name, paper = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
+    link = f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+    place = f" ({Path(cfg.DATA.PATH).name})" if cfg.DATA.PATH else ""
+    eps = cfg.MODEL.BACKBONE.NORM_EPS
+    norms = f"eps {eps:g}, but before the MLPs the model's own" if eps else "the model's own"
+    if _is_tuned(checkpoint):
+        node, epochs = cfg.FINETUNE, cfg.FINETUNE.EPOCHS
+        labels = f"{node.SUBSET or f'{node.TRAIN_PERCENT:g} %'} of the labels"
+        rate = f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}"
+    else:
+        node, epochs = cfg, cfg.TRAIN.EPOCHS
+        labels, rate = "no labels", f"{cfg.OPTIM.BASE_LR:g}"
+    return {
+        "method": f"{name}{link}",
+        "network": f"{cfg.MODEL.BACKBONE.NAME}, {network}, without heads",
+        "data": f"{cfg.DATA.DATASET}{place}, {labels}",
+        "layer norms": norms,
+        "image size": f"{cfg.DATA.IMG_SIZE}",
+        "epochs": f"{epochs}, {checkpoint.get('step', 'unknown')} steps done",
+        "optimiser": f"{node.OPTIM.NAME}, weight decay {node.OPTIM.WEIGHT_DECAY:g}",
+        "base learning rate": rate,
+        "batch": f"{checkpoint.get('global_batch', 'unknown')} images a step",
+    }
+
+
+def _output(config: Mapping[str, object]) -> str:
     if config["model_type"] in ("vit", "deit"):
         return "last_hidden_state[:, 0]"
     return "pooler_output" + (".flatten(1)" if config["model_type"] == "resnet" else "")
 
 
-def _result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def _result_table(results: Mapping[str, Result]) -> str:
     """Return one line an evaluation: those of its figures that are numbers, in percent."""
     if not results:
         return "None measured with these weights yet."
     lines = ["| evaluation | figures, percent |", "|---|---|"]
     for name, result in results.items():
-        figures = {
-            k: v for k, v in result.items() if isinstance(v, float) and re.search(r"top\d+$", k)
-        }
-        lines.append(
-            f"| {name} | {', '.join(f'{key} {value:.2f}' for key, value in figures.items())} |"
-        )
+        figures = [
+            f"{key} {value:.2f}"
+            for key, value in result.items()
+            if isinstance(value, float) and re.search(r"top\d+$", key)
+        ]
+        lines.append(f"| {name} | {', '.join(figures)} |")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""Pictures of a run: how it learned, and what it takes for similar."""
+"""Pictures of a run: its learning curve, and the nearest neighbours of some images."""
 
 import importlib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ _RIGHT, _WRONG, _QUERY = (46, 160, 67), (207, 34, 46), (110, 119, 129)
 
 
 def read_metrics(folder: Path, name: str) -> tuple[list[float], list[float]]:
-    """Return epochs and values of the metric ``name`` of a run, empty where it was never written."""
+    """Return epochs and values of the metric `name` of a run; empty if it was never written."""
     file = folder / METRICS_FILE
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     rows = [
@@ -31,7 +31,7 @@ def read_metrics(folder: Path, name: str) -> tuple[list[float], list[float]]:
     return [row["epoch"] for row in rows], [row[name] for row in rows]
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _parse(line: str) -> dict[str, float]:
     try:
         row = json.loads(line)
     except ValueError:  # torn by a kill
@@ -42,7 +42,7 @@ def _parse(line: str) -> dict[str, Any]:
 def save_learning_curve(
     path: Path, folder: Path, accuracy: str, baselines: dict[str, float] | None = None
 ) -> bool:
-    """Draw a run's loss, and its evaluation ``accuracy`` with ``baselines`` (percent), over the epochs.
+    """Draw a run's loss, and its evaluation `accuracy` with `baselines` (percent), over the epochs.
 
     Tell whether there was something to draw with: without matplotlib this is a warning, and no
     picture.
@@ -74,13 +74,13 @@ def save_learning_curve(
     return True
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     importlib.import_module("matplotlib").use("Agg")  # a file, not a window
     return importlib.import_module("matplotlib.pyplot")
 
 
 def pick_queries(labels: Tensor, num: int, seed: int) -> Tensor:
-    """Draw ``num`` indices of ``labels`` (N,), of as many classes as possible; a function of the seed."""
+    """Draw `num` indices of `labels` (N,), of as many classes as possible, by the seed."""
     generator = torch.Generator().manual_seed(keyed_seed("neighbours", seed))
     order = torch.randperm(len(labels), generator=generator)[:1000]
     drawn = labels.cpu()[order]
@@ -89,7 +89,7 @@ def pick_queries(labels: Tensor, num: int, seed: int) -> Tensor:
 
 
 def nearest(bank: Tensor, queries: Tensor, num: int) -> Tensor:
-    """Return the ``num`` rows of ``bank`` (M, F) most similar to each of ``queries`` (Q, F), best first."""
+    """Return the `num` rows of `bank` (M, F) nearest to each of `queries` (Q, F), best first."""
     similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
     return similarity.topk(min(num, len(bank)), dim=1).indices
 
@@ -97,9 +97,9 @@ def nearest(bank: Tensor, queries: Tensor, num: int) -> Tensor:
 def save_neighbours(
     path: Path, queries: Source, chosen: Tensor, bank: Source, neighbours: Tensor
 ) -> None:
-    """Draw one row a query: the image, then its neighbours, framed green where the class is right, else red.
+    """Draw one row a query: the image, then its neighbours, framed green if of its class, else red.
 
-    ``chosen`` (Q,) are indices of ``queries``, ``neighbours`` (Q, n) of ``bank``.
+    `chosen` (Q,) are indices of `queries`, `neighbours` (Q, n) of `bank`.
     """
     cell = _TILE + _GAP
     width, height = cell * (neighbours.shape[1] + 1) + 3 * _GAP, cell * len(chosen) + _GAP
@@ -116,6 +116,6 @@ def save_neighbours(
 def _tile(source: Source, index: int, color: tuple[int, int, int]) -> Image.Image:
     image = Image.fromarray(source.load(index).permute(1, 2, 0).contiguous().cpu().numpy())
     side = _TILE - 2 * _FRAME
-    small = max(image.size) < side
+    small = max(image.size) < side  # its pixels stay squares: a blur would hide them
     method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
     return ImageOps.expand(ImageOps.fit(image, (side, side), method), _FRAME, color)
