@@ -1,12 +1,11 @@
-"""Bring weights in and out.
+"""Bring weights in and out. Nothing of a file is executed.
 
-python tools/convert.py inspect FILE python tools/convert.py import FILE --cfg configs/C.yaml
---output OUT.pt [--full] [--which target] python tools/convert.py export RUN_OR_FILE [--cfg
-configs/C.yaml] --to FORMAT --output OUT [--which target]
+Example: python tools/convert.py import moco.pth --cfg configs/moco_v2_resnet50.yaml --output w.pt
 
-import reads the published files of MoCo, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2, BYOL and SiT,
-and torchvision, timm, Detectron2, MMDetection and Hugging Face ones, and writes a file that every
---pretrained takes; --full keeps target, heads and queue too. Nothing of a file is executed.
+inspect shows what a file holds. import reads the published files of MoCo, SynCo, MoCo v3,
+BatchFormer, MoBY, SynCo-v2, BYOL and SiT, and those of torchvision, timm, Detectron2, MMDetection
+and Hugging Face; it writes a file that every --pretrained takes. export writes a run's backbone, or
+a file's, for another library.
 """
 
 import argparse
@@ -21,14 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import add_which, run_main
 
+HELP = {
+    "inspect": "show what a file holds",
+    "import": "make a file that every --pretrained takes",
+    "export": "write a backbone for another library",
+}
 FORMATS = ("timm", "torchvision", "detectron2", "mmdet", "swin", "huggingface", "moco", "plain")
 TIMM_NAMES = {
-    **{f"deit_{size}": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")},
-    **{f"vit_{size}": f"vit_{size}_patch16_224" for size in ("small", "base")},
-    **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")},
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
 }
 HINTS = {
-    "torchvision": "torchvision's model.load_state_dict(state, strict=False): only its head is missing",
+    "torchvision": "torchvision's model.load_state_dict(state, strict=False): no head in the file",
     "detectron2": "MODEL.WEIGHTS, with PIXEL_STD and RGB as in detection/configs",
     "mmdet": "init_cfg=dict(type='Pretrained', checkpoint=FILE) of the backbone",
     "swin": "the 'model' entry, as Swin's own detection and segmentation codes read it",
@@ -58,8 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("inspect", "import", "export"):
-        command = commands.add_parser(name, allow_abbrev=False)
+    for name in HELP:
+        command = commands.add_parser(name, help=HELP[name], allow_abbrev=False)
         command.add_argument(
             "source", type=Path, metavar="FILE", help="file of weights, or a run's folder"
         )
@@ -84,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def inspect_file(args: argparse.Namespace) -> None:
-    """Print what a file holds: entries, layout, number of tensors and values, the likely architecture."""
+    """Print what a file holds: entries, layout, sizes, the likely architecture."""
     from models.weights.export import describe
     from models.weights.find import find_network, tensors_of
 
@@ -103,9 +112,8 @@ def inspect_file(args: argparse.Namespace) -> None:
     network = find_network(checkpoint, source=str(args.source))
     state = network.state
     print(network)
-    print(
-        f"backbone and its head: {len(state)} tensors, {sum(t.numel() for t in state.values()):,} values"
-    )
+    values = sum(tensor.numel() for tensor in state.values())
+    print(f"backbone and its head: {len(state)} tensors, {values:,} values")
     print(f"architecture: {describe(state)}")
 
 
@@ -162,6 +170,7 @@ def export_file(args: argparse.Namespace) -> None:
         write_huggingface(args.output, backbone, cfg, checkpoint, args, source)
     elif args.to == "detectron2":
         arrays = weights_out.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
+        # Detectron2 matches names by their endings if the file asks for it.
         content = {"model": arrays, "__author__": "SynCo", "matching_heuristics": True}
         _write(args.output, lambda file: pickle.dump(content, file))
     else:
@@ -203,12 +212,13 @@ def _hint(to: str, cfg: Any) -> str:
 
 
 def norm_eps_note(eps: float) -> str:
-    """Say what no layout can: the eps of the layer norms. Another one moves the features by about 1e-5."""
-    return f"set eps to {eps:g} in every layer norm but those before the MLPs, to get the same features"
+    """Say the layer norms' eps, which no layout holds; another one moves features by about 1e-5."""
+    norms = "every layer norm but those before the MLPs"
+    return f"set eps to {eps:g} in {norms}, to get the same features"
 
 
-def _moco_head(checkpoint: Mapping[str, Any], which: str) -> dict[str, Any]:
-    """Return the projector of one of our MoCo checkpoints as ``fc.*``; empty for other files."""
+def _moco_head(checkpoint: Mapping[str, object], which: str) -> dict[str, Any]:
+    """Return the projector of one of our MoCo checkpoints as `fc.*`; empty for other files."""
     from models.weights.export import moco_head
     from models.weights.find import tensors_of
 
@@ -243,7 +253,7 @@ def _backbone(cfg: Any) -> Any:
     from utils.config.load import section_options
 
     options = section_options(cfg.MODEL.BACKBONE)
-    del options["target_drop_path"]
+    del options["target_drop_path"]  # of the target network, which is not built here
     return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE).eval()
 
 
@@ -271,7 +281,7 @@ def _checkpoint_of(source: Path) -> Path:
     return found.path
 
 
-def _read(source: Path) -> Mapping[str, Any]:
+def _read(source: Path) -> Mapping[str, object]:
     from utils.checkpoints.foreign import read_torch
 
     source = _checkpoint_of(source)
@@ -298,11 +308,10 @@ def _is_queue(name: str, tensor: Any) -> bool:
     return "queue" in name and tensor.ndim == 2
 
 
-def _short(value: Any) -> str:
-    text = (
-        json.dumps(value, default=str) if isinstance(value, (str, int, float, type(None))) else ""
-    )
-    return text[:70] if text else type(value).__name__
+def _short(value: object) -> str:
+    if value is None or isinstance(value, (str, int, float)):
+        return json.dumps(value)[:70]
+    return type(value).__name__
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Pack a data set into one file that training reads (DATA.DATASET packed).
 
-python tools/pack.py --data-path D --split train --output P/train.pack --short-side 256 --workers 16
-python tools/pack.py --data-path D --split val --output P/val.pack --short-side 256 --workers 16
-python main_pretrain.py --dataset packed --data-path P ...
+Example: python tools/pack.py --data-path D --split train --output P/train.pack --short-side 256
+
+The same with --split val; then main_pretrain.py --dataset packed --data-path P reads both.
 
 Images whose shorter side is above --short-side are resized (antialiased) and encoded anew as JPEG;
-smaller ones, and all with --short-side 0, keep their bytes. --raw stores pixels instead. The file
-appears under its name only when it is complete and has been read back. The same command goes on
-where it was stopped, whatever stopped it, and writes the same bytes.
+smaller ones, and all with --short-side 0, keep their bytes. The file appears under its name only
+when it is complete and has been read back. The same command goes on where it was stopped, and
+writes the same bytes.
 """
 
 import argparse
@@ -85,7 +85,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-pixels", type=int, default=0, help="as DATA.MAX_PIXELS; 0: its default"
     )
     parser.add_argument(
-        "--raw", action="store_true", help="store pixels: four times as fast to read, larger"
+        "--raw",
+        action="store_true",
+        help="store pixels, not JPEGs: four times as fast to read, larger",
     )
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; 0: this one"
@@ -164,14 +166,14 @@ def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> None:
-    """Accept a pack of the same settings that is there already; ``ValueError`` for any other file."""
+    """Accept a pack of the same settings; `ValueError` for any other file."""
     from data.sources.packed import PackedSource
 
     found = PackedSource(output).header.get("settings")
     if found != settings:
         raise ValueError(
-            f"--output {output} exists and was packed otherwise ({difference(found, settings)}): choose "
-            "another name or remove it"
+            f"--output {output} exists and was packed otherwise "
+            f"({difference(found, settings)}): choose another name or remove it"
         )
     # of a call that was killed after its last step
     Partial.journal_of(output).unlink(missing_ok=True)
@@ -198,8 +200,8 @@ def _encode_rest(
                 if reason and not args.skip_unreadable:
                     partial.commit()
                     raise ValueError(
-                        f"cannot read {source.name(index)}: {reason}. Repair or remove it, or leave such "
-                        "images out with --skip-unreadable"
+                        f"cannot read {source.name(index)}: {reason}. "
+                        "Repair or remove it, or leave such images out with --skip-unreadable"
                     )
                 partial.add(None if reason else data, height, width)
                 progress.show(index + 1)
@@ -234,7 +236,7 @@ def _index(partial: "Partial", source: "Source") -> "PackIndex":
 
 
 def verify(path: Path) -> None:
-    """Read a whole pack and compare it with its checksums; ``ValueError`` names what is wrong."""
+    """Read a whole pack and compare it with its checksums; `ValueError` names what is wrong."""
     from data.sources.packed import PackedSource
 
     source = PackedSource(path)
@@ -252,7 +254,7 @@ def verify(path: Path) -> None:
 
 
 class Encoder:
-    """Turns image indices into records, in a worker; (bytes, height, width, why it cannot be read) each."""
+    """Turns image indices into records: (bytes, height, width, why it cannot be read)."""
 
     def __init__(self, source: "Source", settings: dict[str, Any]) -> None:
         self.source, self.settings = source, settings

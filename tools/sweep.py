@@ -1,16 +1,13 @@
-"""Sweep main_semisup.py over learning rates, epochs, labels and seeds, choose on held-out labels, test once.
+"""Sweep main_semisup.py over a grid, choose on held-out labels, read the test split once.
 
-python tools/sweep.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
---train-percent 1 10
-    --epochs 1:60 10:30 --lr-backbone 0.005 0.01 0.02 0.05 0.1 --lr-classifier 0.5 --seeds 0 1 2
-    --start pretrained random -- --opts DATA.NUM_WORKERS 4
+Example: python tools/sweep.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
+             --train-percent 1 10 --epochs 1:60 10:30 --seeds 0 1 2 -- --opts DATA.NUM_WORKERS 4
 
-Each point is one run of main_semisup.py on one GPU (or on the CPU), with a share of its labels held
-out. When all points are there, the best mean validation accuracy of each start, mode and percentage
-is chosen, and the choice is written down for good. Only then is the chosen point trained again on
-all the labels and the test split read, once. A point that failed is run again by the same command;
-one that diverged (code 3) has lost. What is finished is skipped and what was interrupted goes on.
-What follows -- goes to every run.
+Each point of the grid is one run of main_semisup.py on one GPU (or on the CPU), with a share of its
+labels held out. When all points are there, the best mean validation accuracy of each start, mode
+and percentage is chosen, and the choice is written down for good. Only then is the chosen point
+trained again on all labels and the test split read. The same command goes on after a stop and tries
+failed points again; a point that diverged (code 3) has lost. What follows -- goes to every run.
 """
 
 import argparse
@@ -23,7 +20,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from yacs.config import CfgNode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,6 +40,9 @@ from tools.parts.sweep_runs import Runner  # noqa: E402
 from utils.checkpoints.atomic import write_text  # noqa: E402
 from utils.names import folder_name  # noqa: E402
 from utils.streams import guard_streams  # noqa: E402
+
+# flags of main_semisup.py that the sweep hands on
+HANDED_ON = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for point, reason in runner.failed.items():
         print(f"FAILED {point}: {reason}")
     if runner.failed.keys() - runner.diverged and not choice:
-        print(
-            "points are missing: nothing is chosen, no test split read; start the same command again"
-        )
+        print("points are missing: nothing is chosen, no test split read")
+        print("start the same command again")
     return 1 if runner.failed else 0
 
 
@@ -87,6 +87,7 @@ def recorded_choice(
     which every point diverged has no choice yet: a later call may make it.
     """
     path = runner.folder / "sweep.choice.json"  # the same file whatever --name the table has
+    # the grid is known by its runs, whose names have a digest of all that they depend on
     names = sorted(runner.command(point)[0] for point in grid)
     key = hashlib.sha256("\n".join(names).encode()).hexdigest()
     records = json.loads(path.read_bytes()) if path.exists() else {}
@@ -100,9 +101,7 @@ def recorded_choice(
     here = {runner.command(point)[0] for point in found} | runner.diverged
     if here.issuperset(names) and best.keys() - kept.keys():
         if records.keys() - {key}:
-            print(
-                f"note: {path} has the choice of another grid, whose test accuracies were read before"
-            )
+            print(f"note: {path} has the choice of another grid; its test accuracies were read")
         kept = best | kept
         records[key] = [asdict(setting) for setting in kept.values()]
         write_text(path, json.dumps(records, indent=1))  # before the test split is read
@@ -114,17 +113,18 @@ def _interrupt(*_: object) -> None:
 
 
 def settings(args: argparse.Namespace, weights: str) -> Iterator[Setting]:
-    """Yield the grid; a frozen backbone has no learning rate of its own."""
+    """Yield the grid, without its seeds."""
     starts = [{"pretrained": weights, "random": "none"}[start] for start in args.start]
     heads = args.lr_classifier
     for start, mode, percent in itertools.product(starts, args.weights, args.train_percent):
+        # one point: with a frozen backbone all rates are the same run
         rates = [0.0] if mode == "freeze" else args.lr_backbone
         for epochs, rate, head in itertools.product(epochs_of(args.epochs, percent), rates, heads):
             yield Setting(start, mode, percent, epochs, rate, head)
 
 
 def epochs_of(words: Sequence[str], percent: float) -> list[int]:
-    """Return the epochs to try for ``percent``: words ``60`` are for all, ``1:60`` for 1 % only."""
+    """Return the epochs to try for `percent`: words `60` are for all, `1:60` for 1 % only."""
     pairs = [word.rpartition(":") for word in words]
     chosen = [int(epochs) for only, _, epochs in pairs if not only or float(only) == percent]
     if not chosen:
@@ -145,46 +145,23 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for flag in (
-        "--cfg",
-        "--data-path",
-        "--output",
-        "--tag",
-        "--dataset",
-        "--device",
-        "--protocol",
-    ):
-        parser.add_argument(flag, help="as in main_semisup.py")
-    parser.add_argument("--batch-size", type=int, help="as in main_semisup.py")
-    parser.add_argument(
-        "--pretrained", help="weights or a run's folder; default: the run's own newest"
-    )
-    parser.add_argument(
-        "--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"]
-    )
-    parser.add_argument(
-        "--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"]
-    )
-    parser.add_argument("--train-percent", nargs="+", type=float, default=[1.0])
-    parser.add_argument(
-        "--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn"
-    )
-    parser.add_argument(
-        "--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%"
-    )
-    parser.add_argument(
-        "--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1]
-    )
-    parser.add_argument("--lr-classifier", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--hold-out", type=float, default=0.2, help="share of the labels for validation"
-    )
-    parser.add_argument(
-        "--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU"
-    )
-    parser.add_argument("--name", default="sweep", help="of the table's files")
-    parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs")
+    add = parser.add_argument
+    for name in HANDED_ON:
+        kind = int if name == "batch_size" else str
+        add(f"--{name.replace('_', '-')}", type=kind, help="as in main_semisup.py")
+    add("--pretrained", help="weights or a run's folder; default: the run's own newest")
+    add("--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"])
+    add("--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"])
+    add("--train-percent", nargs="+", type=float, default=[1.0])
+    add("--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn")
+    add("--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%")
+    add("--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1])
+    add("--lr-classifier", nargs="+", type=float, default=[0.5])
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--hold-out", type=float, default=0.2, help="share of the labels for validation")
+    add("--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU")
+    add("--name", default="sweep", help="of the table's files")
+    add("--keep-checkpoints", action="store_true", help="of finished runs")
     args = parser.parse_args(words[:at])
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out {args.hold_out}: a choice needs validation labels; use e.g. 0.2")
@@ -193,8 +170,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str], str, str]:
-    """Return the folder of the runs, the flags they share, the weights, fixed for the whole sweep, and a
-    digest of the files' contents.
+    """Return the runs' folder, the flags they share, the weights, and a digest of what files say.
+
+    The weights are looked for once: a checkpoint that appears later does not change the sweep.
     """
     from evaluation.probe import find_weights
     from models import framework_options
@@ -202,8 +180,7 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     from utils.config.load import load_config
     from utils.config.schema import declare
 
-    named = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
-    given = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in HANDED_ON if getattr(args, name) is not None}
     shared = [
         str(part)
         for name, value in given.items()
@@ -211,6 +188,7 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     ]
     place = [name for name in ("cfg", "output", "tag") if name in given]
     known = [part for name in place for part in (f"--{name}", given[name])]
+    # what the runs are given after -- decides their folder too
     parsed, _ = make_parser("sweep").parse_known_args([*known, *extra])
     flags = {key: value for key, value in vars(parsed).items() if key in ("OUTPUT", "TAG")}
     cfg = load_config(declare(framework_options()), [parsed.cfg], parsed.opts, flags)
@@ -219,7 +197,7 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     return folder, [*shared, *extra], weights, _content(cfg, args, weights)
 
 
-def _content(cfg: Any, args: argparse.Namespace, weights: str) -> str:
+def _content(cfg: CfgNode, args: argparse.Namespace, weights: str) -> str:
     """Digest what files say: the yaml's values, the protocol, the weights, the lists of labels.
 
     A finished run is skipped by its name, so the name has to change with any of them.

@@ -1,4 +1,4 @@
-"""What a pack in the making leaves on the disk, so that a kill at any instant loses only the last seconds."""
+"""An unfinished pack on the disk: a kill at any instant loses only the last seconds."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -16,26 +16,32 @@ from utils.locks import try_lock
 if TYPE_CHECKING:
     from data.sources.packed import PackIndex
 
+Settings = dict[str, object]  # all that the bytes of a pack depend on
 SKIPPED = -1  # the length of an image that was left out
 _ROW = np.dtype(
     [
-        *(("index", "<i8"), ("length", "<i8")),  # of the image in the source; of its record
-        *(("checksum", "<u4"), ("height", "<u4"), ("width", "<u4"), ("unused", "<u4")),
+        ("index", "<i8"),  # of the image in the source
+        ("length", "<i8"),  # of its record
+        ("checksum", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("unused", "<u4"),
     ]
 )
-_COMMIT_BYTES = 64 << 20  # forced to the disk together, or what was written within
+# After as many bytes or seconds, whichever comes first, what was written is forced to the disk.
+_COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 10.0
 _LINE_SECONDS = 20.0  # between lines where there is no terminal
 
 
 @dataclass
 class Partial:
-    """A pack in the making: its records in order, and a journal with a row for each that is on the disk."""
+    """An unfinished pack: its records in order, and a journal with a row for each on the disk."""
 
     path: Path
     journal_path: Path
-    data: Any
-    journal: Any
+    data: IO[bytes]
+    journal: IO[bytes]
     rows: np.ndarray
     done: int  # images of the source with a row
     committed: int = 0
@@ -48,8 +54,8 @@ class Partial:
         return output.with_name(f"{output.name}.partial.journal")
 
     @classmethod
-    def open(cls, output: Path, settings: dict[str, Any], count: int, skip: bool) -> "Partial":
-        """Go on with what is there, or begin; ``ValueError`` if it is another's or of other settings."""
+    def open(cls, output: Path, settings: Settings, count: int, skip: bool) -> "Partial":
+        """Go on with what is there, or begin; `ValueError` if it is of other settings or in use."""
         from data.sources.packed import HEAD
 
         path = output.with_name(f"{output.name}.partial")
@@ -61,6 +67,7 @@ class Partial:
                 f"{path} was begun with --skip-unreadable: give it again, or remove {path}"
             )
         data = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        # Records are on the disk before their rows, but a damaged disk may have lost some.
         ends = len(HEAD) + np.cumsum(np.maximum(found["length"], 0))
         found = found[: np.searchsorted(ends, os.fstat(data.fileno()).st_size, side="right")]
         line = json.dumps(settings).encode() + b"\n"
@@ -90,7 +97,8 @@ class Partial:
             self.commit()
 
     def commit(self) -> None:
-        """Force the records to the disk, then their rows: a row never speaks of what is not there."""
+        """Force the records to the disk, then their rows."""
+        # in this order: a row of a record that is not there would be believed
         self.data.flush()
         os.fsync(self.data.fileno())
         self.journal.write(self.rows[self.committed : self.done].tobytes())
@@ -98,7 +106,7 @@ class Partial:
         os.fsync(self.journal.fileno())
         self.committed, self.pending, self.since = self.done, 0, time.monotonic()
 
-    def close_file(self, index: "PackIndex", described: dict[str, Any]) -> None:
+    def close_file(self, index: "PackIndex", described: dict[str, object]) -> None:
         """Write what stands behind the records."""
         from data.sources.packed import closing
 
@@ -114,14 +122,14 @@ class Partial:
                 file.close()
 
 
-def _lock(journal: Any, path: Path) -> None:
-    """Refuse to write beside another process; the lock is not inherited by workers, which may outlive it."""
+def _lock(journal: IO[bytes], path: Path) -> None:
+    """Refuse to write beside another process."""
     if not try_lock(journal, path):
         raise ValueError(f"{path} is being written by another process; wait for it")
 
 
-def _read_journal(journal: Any, path: Path, settings: dict[str, Any]) -> np.ndarray:
-    """Return the whole rows of a journal; ``ValueError`` if it is of other settings."""
+def _read_journal(journal: IO[bytes], path: Path, settings: Settings) -> np.ndarray:
+    """Return the whole rows of a journal; `ValueError` if it is of other settings."""
     journal.seek(0)
     content = journal.read()
     line, newline, rest = content.partition(b"\n")
@@ -130,15 +138,16 @@ def _read_journal(journal: Any, path: Path, settings: dict[str, Any]) -> np.ndar
     found = json.loads(line)
     if found != settings:
         raise ValueError(
-            f"{path} was begun otherwise ({difference(found, settings)}): repeat that command, or remove "
-            f"{path} and {journal.name}"
+            f"{path} was begun otherwise ({difference(found, settings)}): repeat that command, "
+            f"or remove {path} and {journal.name}"
         )
+    # a kill may have cut off the last row
     rows = np.frombuffer(rest, dtype=_ROW, count=len(rest) // _ROW.itemsize)
     wrong = np.flatnonzero((rows["index"] != np.arange(len(rows))) | (rows["length"] == 0))
     return rows[: wrong[0]] if len(wrong) else rows
 
 
-def difference(old: Any, new: dict[str, Any]) -> str:
+def difference(old: object, new: Settings) -> str:
     """Say which settings differ."""
     old = old if isinstance(old, dict) else {}
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -162,7 +171,8 @@ class Progress:
         rate = (done - self.start) / max(now - self.began, 1e-9)
         left = (self.count - done) / max(rate, 1e-9)
         share = done / max(self.count, 1)
-        text = f"{self.verb} {done}/{self.count} {share:4.0%} {rate:.0f} images/s, {left / 60:.1f} min left"
+        text = f"{self.verb} {done}/{self.count} {share:4.0%} {rate:.0f} images/s"
+        text += f", {left / 60:.1f} min left"
         if self.terminal:
             bar = "#" * int(30 * share)
             print(f"\r[{bar:<30}] {text}\x1b[K", end="\n" if last else "", flush=True)
