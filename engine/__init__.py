@@ -1,1 +1,1 @@
-"""How any model trains: loop, optimisers, precision, checkpointing. Knows no method and no data set."""
+"""How any model trains; knows no method and no data set."""

@@ -8,7 +8,7 @@ and does not grow is an alarm.
 
 import math
 from collections import deque
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ _CHECKS = 3  # looks after the first small one
 _ROWS = 1024
 _ELEMENTS = 1 << 18  # rows x dimensions that are decomposed: a few milliseconds
 _EVERY_ON_GPU = 5  # looks: the decomposition waits for the device
+
+
+class CollapseState(TypedDict):
+    """What a checkpoint holds of a `CollapseMonitor`."""
+
+    embeddings: list[Tensor]
+    looks: int
 
 
 class CollapseMonitor:
@@ -41,18 +48,19 @@ class CollapseMonitor:
         while len(self._rows) > 1 and sum(map(len, self._rows)) - len(self._rows[0]) >= most:
             self._rows.popleft()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the newest embeddings, if they are finite, and the number of looks."""
+    def state_dict(self) -> CollapseState:
+        """Return the newest embeddings and the number of looks."""
+        # a checkpoint refuses tensors that are not finite
         rows = [row for row in self._rows if torch.isfinite(row).all()]
         return {"embeddings": rows, "looks": self._looks}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``."""
+    def load_state_dict(self, state: CollapseState) -> None:
+        """Go on from `state_dict`."""
         self._rows, self._looks = deque(state["embeddings"]), state["looks"]
 
     def look(self) -> dict[str, float]:
-        """Return spread and, now and then, effective rank of what was noted, as metrics to be logged."""
-        # the spread of one embedding is 0, and no collapse
+        """Return the spread and, now and then, the effective rank of what was noted."""
+        # One embedding has a spread of 0, which is no collapse.
         if not self._rows or len(self._rows[-1]) < 2:
             return {}
         values = {"embedding_std": float(embedding_std(self._rows[-1]))}
@@ -77,11 +85,7 @@ class CollapseMonitor:
 
 
 class _Watched:
-    """A number that should not be small: alarming when it is, and has not grown, over several looks.
-
-    An alarm lasts until the number is large, or half as large again: noise does not end and repeat
-    it.
-    """
+    """Track a number and raise an alarm if it stays small for several looks."""
 
     def __init__(self, least: float) -> None:
         self._least = least
@@ -92,8 +96,10 @@ class _Watched:
         """Note a look."""
         self._seen.append(value)
         if self._alarm_at is not None:
+            # Half as large again ends the alarm: noise must not end and repeat it.
             if value >= self._least or value > 1.5 * self._alarm_at:
                 self._alarm_at = None
+        # A small number that grows is a network that learns.
         elif max(self._seen) < self._least and value <= 1.05 * self._seen[0]:
             self._alarm_at = value
 
@@ -115,12 +121,12 @@ class _Watched:
 
 @torch.no_grad()
 def effective_rank(embedding: Tensor) -> Tensor:
-    """Return the uncentred effective rank of (N, D), a scalar on its device: 1 collapsed, min(N, D) at best.
+    """Return the effective rank of (N, D), a scalar: 1 if collapsed, min(N, D) at best.
 
     RankMe (Garrido et al. 2023, arXiv:2210.02885): the exponential of the entropy of the singular
-    values. Not centred, since centring hides a collapse to one point. NaN if the input is not
-    finite. On CUDA the decomposition itself waits for the device, so call it when logging.
+    values. NaN if the input is not finite. On CUDA it waits for the device.
     """
+    # Not centred: centring would hide a collapse to one point.
     values = torch.linalg.svdvals(embedding.float().nan_to_num())
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     rank = torch.special.entr(share).sum().exp()

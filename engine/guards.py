@@ -1,6 +1,4 @@
-"""What stops a run in time: stop signals that all ranks obey at the same step, and gradients that are not
-finite.
-"""
+"""What stops a run in time: signals, and gradients that are not finite."""
 
 import logging
 import signal
@@ -26,7 +24,7 @@ _MAX_OVERFLOWS = 20  # steps in a row that a gradient scaler may skip
 class NonFiniteError(RuntimeError):
     """A gradient that is not finite: training stops before it can reach weights, target and queue.
 
-    ``step``, ``batches`` (this process's micro-batches of that step) and ``loss`` say what to
+    `step`, `batches` (this process's micro-batches of that step) and `loss` say what to
     replay.
     """
 
@@ -36,12 +34,7 @@ class NonFiniteError(RuntimeError):
 
 
 class StopFlag:
-    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag; a second signal, three seconds later, stops at once.
-
-    Handlers only set the flag: a save inside a handler would catch the state between two lines. A
-    sooner second signal is an echo: Ctrl-C under torchrun reaches a worker from the terminal and
-    from the agent.
-    """
+    """Turn SIGTERM, SIGUSR1 and SIGINT into a flag; a second signal stops at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -49,7 +42,8 @@ class StopFlag:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopFlag":
-        """Install the handlers; Python allows them only in the main thread, so elsewhere there are none."""
+        """Install the handlers."""
+        # Python allows them only in the main thread.
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
@@ -63,8 +57,11 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag is set: a save inside a handler would catch the state between two lines.
         if self.received is None:
             self.received, self._first = signal.Signals(number).name, time.monotonic()
+        # A second signal within seconds is the same Ctrl-C: under torchrun it reaches a worker from
+        # the terminal and from the agent.
         elif time.monotonic() - self._first >= _ECHO_SECONDS:
             raise KeyboardInterrupt(f"second {signal.Signals(number).name}: stopping at once")
 
@@ -74,13 +71,10 @@ class StopFlag:
 
 
 class FiniteGuard:
-    """Stop on a gradient norm that is not finite, which all ranks see alike once gradients are averaged.
+    """Stop on a gradient norm that is not finite. All ranks see the same averaged gradient.
 
-    On a CPU it is read before the update. On a GPU it is read one step late, so that no step waits
-    for the device; the spoilt step is never saved, since checkpoints refuse tensors that are not
-    finite. Until then its batch is held: as much memory as one batch of views. With a gradient
-    ``scaler``, which skips such steps itself while it finds its scale, only many in a row are an
-    error.
+    A CPU's norm is read before the update, a GPU's one step late. With a gradient `scaler`, which
+    skips such steps itself while it finds its scale, only many in a row are an error.
     """
 
     def __init__(self, scaler: bool = False) -> None:
@@ -91,13 +85,15 @@ class FiniteGuard:
     def check(
         self, norm: Tensor, step: int, batches: Sequence[Batch], loss: Tensor | None = None
     ) -> None:
-        """Note the norm of ``step``; raise ``NonFiniteError`` if it, or the pending one, is not finite.
+        """Note the norm of `step`; raise `NonFiniteError` if it, or the pending one, is not finite.
 
-        ``batches`` and ``loss`` are this process's own, read only for the error.
+        `batches` and `loss` are this process's own, read only for the error.
         """
         if norm.device.type == "cpu":
             self._raise_if_bad(norm, step, batches, loss)
             return
+        # Read one step late, so that no step waits for the device. That holds one batch of views
+        # longer. The spoilt step is never saved: `save` flushes first.
         self.flush()
         self._pending = (norm, step, batches, loss)
 
@@ -115,9 +111,10 @@ class FiniteGuard:
             often = f", for the {self._in_a_row}th step in a row" if self._allowed else ""
             own = "" if loss is None else f" (this process's loss: {float(loss):.4g})"
             error = NonFiniteError(
-                f"step {step}: the gradient norm is {float(norm)}{often}{own}; stopped, and the last "
-                f"checkpoint is intact. Samples of this rank: {sample_names(batches)}. Remedies: a lower "
-                "OPTIM.BASE_LR, a longer SCHEDULE.WARMUP_EPOCHS, OPTIM.CLIP_GRAD, or --precision fp32"
+                f"step {step}: the gradient norm is {float(norm)}{often}{own}; stopped, and the "
+                f"last checkpoint is intact. Samples of this rank: {sample_names(batches)}. "
+                "Remedies: a lower OPTIM.BASE_LR, a longer SCHEDULE.WARMUP_EPOCHS, "
+                "OPTIM.CLIP_GRAD, or --precision fp32"
             )
             error.step, error.batches = step, batches
             error.loss = float("nan") if loss is None else float(loss)

@@ -1,4 +1,4 @@
-"""One optimiser step after another: what stays the same when the method changes."""
+"""The training loop: one optimiser step after another, the same for every method."""
 
 import enum
 from collections.abc import Callable, Iterator, Sequence
@@ -50,16 +50,15 @@ def fit(
     run: Run,
     evaluate: Evaluation | None = None,
 ) -> Outcome:
-    """Train from ``state.step`` to the end of the plan, or until a stop signal.
+    """Train from `state.step` to the end of the plan, or until a stop signal.
 
-    No hooks: the order of things is the order of the lines. ``evaluate`` runs at the end of each
-    epoch, after its checkpoint: an evaluation that fails costs no epoch. A run that was killed in
-    between finishes the evaluation when it starts again.
+    `evaluate` runs at the end of each epoch.
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
     checkpoints = run.checkpoints
     with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
         first = state.step
+        # A run that was killed between a checkpoint and its evaluation finishes the evaluation now.
         if evaluate is not None and first and first % plan.steps_per_epoch == 0:
             known = checkpoints.known_evaluation or evaluate(plan.progress(first))
             checkpoints.evaluated(state, plan, known)
@@ -75,10 +74,12 @@ def fit(
             run.meter.log(progress, out, plan)
             if checkpoints.due(state.step, plan):
                 save(state, plan, run, guard)
+            # After the checkpoint: an evaluation that fails costs no epoch.
             is_best = False
             if evaluate is not None and state.step % plan.steps_per_epoch == 0:
                 heartbeat.beat(f"the evaluation after {state.step} steps")
                 is_best = checkpoints.evaluated(state, plan, evaluate(progress.next))
+            # All ranks leave at the same step: the others would wait in the next collective.
             stopping = stop.agreed()
             if (stopping or is_best) and not checkpoints.is_saved(state.step):
                 save(state, plan, run, guard)
@@ -98,15 +99,15 @@ def save(state: TrainState, plan: Plan, run: Run, guard: FiniteGuard) -> None:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Key the step's draws (drop path, synthetic negatives) to (seed, step, rank): no generator state is
-    saved.
-    """
+    """Key the step's draws, such as drop path and synthetic negatives, to (seed, step, rank)."""
+    # So a checkpoint needs no state of a generator, and a resumed run draws the same.
     torch.manual_seed(keyed_seed("step", seed, step, rank()))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
-    """Give each parameter group the learning rate and weight decay of ``step``; its ``rate`` says which
-    schedule, its ``lr_scale`` (layer decay) how much of it.
+    """Give each parameter group the learning rate and weight decay of `step`.
+
+    A group's `rate` says which schedule it follows, its `lr_scale` (layer decay) how much of it.
     """
     for group in optimizer.param_groups:
         group["lr"] = plan.rates[group.get("rate", 0)].at(step) * group.get("lr_scale", 1.0)
@@ -117,8 +118,7 @@ def set_rates(optimizer: torch.optim.Optimizer, plan: Plan, step: int) -> None:
 def forward_and_backward(
     state: TrainState, micro_batches: Sequence[B], step: StepFunction[B], progress: Progress
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of the mean loss over micro-batches; return the last one's outputs, the loss
-    averaged.
+    """Accumulate the gradient over micro-batches; return the last one's outputs and the mean loss.
 
     Gradients travel between processes once, with the last micro-batch.
     """
@@ -130,7 +130,7 @@ def forward_and_backward(
             loss = out["loss"] / len(micro_batches)
             (state.scaler.scale(loss) if state.scaler else loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
+    assert total is not None  # there is at least one micro-batch
     return {**out, "loss": total}
 
 
@@ -143,7 +143,7 @@ def update(
 ) -> Tensor:
     """Clip, check and apply the gradient; return its norm before clipping.
 
-    ``micro_batches`` and their ``loss`` are for the message about a norm that is not finite.
+    `micro_batches` and their `loss` are for the message about a norm that is not finite.
     """
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
@@ -202,19 +202,17 @@ def close_diverged(
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Let the device itself skip an update whose gradient norm is not finite, where the optimiser can.
+    """Let the device skip an update whose gradient norm is not finite, where the optimiser can.
 
-    The host reads the norm a step later; until then the weights stay those of the step before. It
-    is the interface through which a gradient scaler speaks to fused SGD and AdamW.
+    The host reads the norm a step later; until then the weights stay those of the step before.
     """
+    # A gradient scaler tells fused SGD and AdamW through the same attribute.
     if any(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
 
 
 def clip_gradient(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a global L2 norm of at most ``max_norm`` (0: leave them) and return the norm
-    before.
-    """
+    """Scale the gradients to an L2 norm of at most `max_norm` (0: any); return the norm before."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     if max_norm > 0:

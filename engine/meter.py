@@ -1,13 +1,13 @@
-"""What a person sees of a run: means of its metrics, progress, time left, and a warning when it collapses."""
+"""What a person sees of a run: mean metrics, progress, time left, a warning of collapse."""
 
 import logging
 import time
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from engine.collapse import EARLY, HEALTHY, CollapseMonitor
+from engine.collapse import EARLY, HEALTHY, CollapseMonitor, CollapseState
 from engine.plan import Plan
 from engine.state import TrainState
 from utils import distributed
@@ -15,6 +15,14 @@ from utils.logger import Metrics, ProgressLine, format_duration
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
+
+
+class MeterState(TypedDict):
+    """What a checkpoint holds of a `Meter`."""
+
+    names: list[str]
+    rows: list[list[list[float]]]  # processes x steps x metrics
+    collapse: CollapseState
 
 
 class Meter:
@@ -31,21 +39,20 @@ class Meter:
         self._verdict = HEALTHY
 
     def start(self, total_steps: int) -> None:
-        """Begin to measure the pace of a run of ``total_steps``."""
+        """Begin to measure the pace of a run of `total_steps`."""
         self._line = ProgressLine(total_steps) if distributed.is_main() else None
         self._restart_clock()
 
     def _restart_clock(self) -> None:
         self._window_start, self._timed = time.perf_counter(), 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> MeterState:
         """Return what a resumed run needs to log what an uninterrupted one logs.
 
-        That is, of each process, the metrics since the last line. They are lists of numbers: a
-        checkpoint refuses tensors that are not finite, and a metric may be. On rank 0 also the
-        newest embeddings.
+        That is the metrics of each process since the last line, and rank 0's newest embeddings.
         """
         names = sorted(self._window[-1]) if self._window else []
+        # Lists, since a checkpoint refuses tensors that are not finite, and a metric may be so.
         rows = self._table(names).tolist() if names else []
         return {
             "names": names,
@@ -53,8 +60,8 @@ class Meter:
             "collapse": self._collapse.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``; on another number of processes each takes the mean of all."""
+    def load_state_dict(self, state: MeterState) -> None:
+        """Go on from `state_dict`; on another number of processes each takes the mean of all."""
         parts = state["rows"]
         if parts and parts[0]:
             tables = torch.tensor(parts)  # (processes, steps, metrics)
@@ -69,7 +76,7 @@ class Meter:
             self._line.close()
 
     def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
-        """Note a step's scalars; write means over steps and processes every ``LOG.PRINT_FREQ`` steps."""
+        """Note a step's scalars; every `LOG.PRINT_FREQ` steps write their means."""
         self._timed += 1
         self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
         if "embedding" in out and distributed.is_main():
@@ -137,7 +144,8 @@ class Meter:
         """Warn when the embeddings begin to collapse; the line of each look has the verdict too."""
         if verdict not in (HEALTHY, EARLY, self._verdict):
             logger.warning(
-                "the embeddings are %s, and it does not get better: the method, its learning rate or its "
+                "the embeddings are %s, and it does not get better: the method, its learning rate "
+                "or its "
                 "augmentation is broken",
                 f"in {verdict}" if verdict.startswith("dimensional") else verdict,
             )

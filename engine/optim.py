@@ -1,25 +1,27 @@
-"""Optimisers and their parameter groups (spec sections 5, A4, C4)."""
+"""Optimisers and their parameter groups."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and options of any type
+
 _TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table")
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as MoCo v3 and BYOL use it.
+    """Layer-wise adaptive rate scaling (arXiv:1708.03888) as MoCo v3 and BYOL use it.
 
     Matrices: g <- g + wd w; g <- g * trust |w| / |g| (1 if either norm is 0). Groups with
-    ``adapt=False`` (biases and norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
+    `adapt=False` (biases and norms) get neither. Then mu <- momentum mu + g; w <- w - lr mu.
     """
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[Group],
         lr: float = 0.0,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
@@ -45,6 +47,7 @@ class LARS(torch.optim.Optimizer):
             if group["adapt"]:
                 grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
                 torch._foreach_mul_(grads, self._trust(params, grads, group["trust_coefficient"]))
+            # One call for all tensors of a group: a loop would launch a kernel for each.
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -58,16 +61,17 @@ class LARS(torch.optim.Optimizer):
         weight_norms = torch.stack(torch._foreach_norm(params))
         grad_norms = torch.stack(torch._foreach_norm(grads))
         ratio = coefficient * weight_norms / grad_norms
+        # A norm of 0 would give 0 or infinity: such a matrix keeps the plain rate.
         usable = (weight_norms > 0) & (grad_norms > 0)
         return list(torch.where(usable, ratio, torch.ones_like(ratio)).unbind())
 
 
-def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     """Split the trainable parameters into those that decay and those that do not.
 
-    LARS always exempts one-dimensional parameters; the others only with ``EXCLUDE_1D``.
-    ``EXCLUDE_TOKENS`` adds class tokens, positions and relative position tables, which the
-    published MoBY code decays (spec V7).
+    LARS always exempts one-dimensional parameters; the others only with `EXCLUDE_1D`.
+    `EXCLUDE_TOKENS` adds class tokens, positions and relative position tables, which the
+    published MoBY code (arXiv:2105.04553) decays.
     """
     exempt_1d = node.EXCLUDE_1D or node.NAME == "lars"
     decay: list[nn.Parameter] = []
@@ -79,7 +83,7 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
         is_token = name.rsplit(".", 1)[-1] in _TOKENS
         no_decay = (exempt_1d and is_1d) or (node.EXCLUDE_TOKENS and is_token)
         (exempt if no_decay else decay).append(parameter)
-    groups: list[dict[str, Any]] = [
+    groups: list[Group] = [
         {"params": decay},
         {"params": exempt, "weight_decay": 0.0, "exempt": True},
     ]
@@ -89,13 +93,12 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    node: CfgNode, groups: list[dict[str, Any]], *, fused: bool = True
+    node: CfgNode, groups: list[Group], *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """Build the optimiser of an ``OPTIM`` section; the engine sets the learning rate before each step.
-
-    ``fused`` must be False under a gradient scaler, which then skips a step that overflowed itself:
-    fused SGD returns early and leaves a fresh momentum buffer uninitialised.
-    """
+    """Build the optimiser of an `OPTIM` section; `fused` must be False under a gradient scaler."""
+    # With a scaler a fused optimiser skips a step that overflowed by itself, and fused SGD then
+    # leaves a fresh momentum buffer uninitialised.
+    # The engine sets the learning rate before each step.
     common = {"lr": 0.0, "weight_decay": node.WEIGHT_DECAY}
     match node.NAME:
         case "sgd":

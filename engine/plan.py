@@ -30,11 +30,11 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     def progress(self, step: int) -> Progress:
-        """Return where optimiser step ``step`` stands."""
+        """Return where optimiser step `step` stands."""
         return Progress(step, self.steps_per_epoch, self.total_steps)
 
     def weight_decay_at(self, step: int) -> float:
-        """Return the weight decay of optimiser step ``step`` of what decays at all."""
+        """Return the weight decay of optimiser step `step` of what decays at all."""
         if not self.weight_decay_end:
             return self.weight_decay
         return cosine(step / self.total_steps, self.weight_decay, self.weight_decay_end)
@@ -43,9 +43,10 @@ class Plan:
         """Say in one line what will be done."""
         rates = ", ".join(f"{rate.base:.4g}" for rate in self.rates)
         return (
-            f"{self.epochs} epochs x {self.steps_per_epoch} steps = {self.total_steps} steps, global batch "
-            f"{self.global_batch} = {world_size()} process(es) x {self.accumulation} micro-batch(es) x "
-            f"{self.global_batch // (self.accumulation * world_size())}, peak lr {rates}"
+            f"{self.epochs} epochs x {self.steps_per_epoch} steps = {self.total_steps} steps, "
+            f"global batch {self.global_batch} = {world_size()} process(es) x {self.accumulation} "
+            f"micro-batch(es) x {self.global_batch // (self.accumulation * world_size())}, peak lr "
+            f"{rates}"
         )
 
 
@@ -55,18 +56,18 @@ def global_batch_size(batch_size: int, accumulation: int = 1) -> int:
 
 
 def held_out_batch(num_images: int, batch_size: int) -> int:
-    """Return the global batch, up to ``batch_size`` on each process, whose multiples leave out fewest images.
+    """Return the global batch, at most `batch_size` on each process, that leaves out fewest images.
 
-    In-batch losses need batches of one size: fewer images than there are batches and processes stay
-    out. Raises ``ValueError`` where there is not one image for each process.
+    Raises `ValueError` where there is not one image for each process.
     """
+    # All batches have one size, since in-batch losses depend on it. So a few images stay out.
     share = num_images // world_size()
     num_batches = -(-share // batch_size)
     per_process = share // num_batches if num_batches else 0
     if not per_process:
         raise ValueError(
-            f"HELD_OUT.EVERY_EPOCHS: the val split has {num_images} images for {world_size()} processes; "
-            "set it to 0"
+            f"HELD_OUT.EVERY_EPOCHS: the val split has {num_images} images for {world_size()} "
+            "processes; set it to 0"
         )
     return per_process * world_size()
 
@@ -82,14 +83,14 @@ def make_plan(
     accumulation: int = 1,
     section: str = "",
 ) -> Plan:
-    """Derive the plan from an ``OPTIM`` and a ``SCHEDULE`` section; ``LR_BATCH`` may scale the rates.
+    """Derive the plan from an `OPTIM` and a `SCHEDULE` section; `LR_BATCH` may scale the rates.
 
-    ``section`` is what both stand in (``LINEAR.``), for messages.
+    `section` is what both stand in (`LINEAR.`), for messages.
     """
     if schedule.WARMUP_EPOCHS >= epochs and schedule.WARMUP_EPOCHS > 0:
         raise ValueError(
-            f"{section}SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} epochs; "
-            "lower it"
+            f"{section}SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} "
+            "epochs; lower it"
         )
     scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
     rates = tuple(

@@ -1,4 +1,4 @@
-"""Which device a process uses, and which arithmetic: what the configuration says, or what is fast there."""
+"""Which device a process uses, and in which precision it computes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +16,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return ``name``, or for ``auto`` the fastest of fp32, bf16 and fp16 that is native to the device."""
+    """Return `name`, or for `auto` the fastest precision that is native to the device."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -25,17 +25,15 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Tell whether the processor multiplies bf16: emulated by oneDNN, it trains two to three times slower.
-
-    ``torch.ops.mkldnn._is_mkldnn_bf16_supported`` is no help: it is true of every AVX-512
-    processor.
-    """
+    """Tell whether the processor itself multiplies bf16."""
+    # oneDNN emulates bf16 elsewhere, and training is then two to three times slower.
+    # torch.ops.mkldnn._is_mkldnn_bf16_supported is no help: it is true of every AVX-512 processor.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def choose_device(name: str) -> torch.device:
-    """Return this process's device for ``auto``, ``cpu`` or ``cuda``; an absent GPU is refused by name."""
+    """Return this process's device for `auto`, `cpu` or `cuda`; refuse an absent GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -43,8 +41,8 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if distributed.local_rank() >= count:
             raise ValueError(
-                f"--device {name}: this process has local rank {distributed.local_rank()}, the machine "
-                f"{count} GPU(s); lower --nproc_per_node, or use --device cpu"
+                f"--device {name}: this process has local rank {distributed.local_rank()}, the "
+                f"machine {count} GPU(s); lower --nproc_per_node, or use --device cpu"
             )
         device = torch.device("cuda", distributed.local_rank())
         torch.cuda.set_device(device)
@@ -52,10 +50,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def refuse_wrong_gradients(module: nn.Module) -> None:
-    """Let each convolution of ``module`` refuse a map for which a CPU's bf16 gradients are wrong.
+    """Let each convolution of `module` refuse a map for which a CPU's bf16 gradients are wrong.
 
     Where the stride exceeds the map's width, the weight's gradient is what was in memory before
-    (oneDNN, seen with torch 2.15). The ``ValueError`` comes in the forward.
+    (oneDNN, seen with torch 2.15). The `ValueError` comes in the forward.
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Conv2d) and part.stride[1] > 1 and part.kernel_size[1] > 1:
@@ -73,8 +71,9 @@ class _Refusal:
         width, stride = inputs[0].shape[-1], conv.stride[1]
         if width < stride and torch.is_grad_enabled() and conv.weight.requires_grad:
             raise ValueError(
-                f"TRAIN.PRECISION: bf16 on a CPU gives {self.name}, a convolution of stride {stride} over a "
-                f"map {width} wide, wrong gradients; use --precision fp32, or a larger DATA.IMG_SIZE"
+                f"TRAIN.PRECISION: bf16 on a CPU gives {self.name}, a convolution of stride "
+                f"{stride} over a map {width} wide, wrong gradients; use --precision fp32, or a "
+                "larger DATA.IMG_SIZE"
             )
 
 
@@ -87,7 +86,7 @@ class Precision:
         self.channels_last = channels_last
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward in ``TRAIN.PRECISION``."""
+        """Return the context of a forward in `TRAIN.PRECISION`."""
         dtype = DTYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
@@ -123,12 +122,10 @@ class Precision:
 
     @contextmanager
     def evaluating(self, module: M) -> Iterator[M]:
-        """Put a module into eval mode, under autocast and without gradients, and each part back as it was.
-
-        Every rank evaluates with rank 0's running statistics, those that a checkpoint holds: the
-        others' may differ.
-        """
+        """Evaluate a module under autocast, without gradients; then put each part's mode back."""
+        # Parts are noted one by one: a frozen backbone stays in eval mode while its head trains.
         was_training = [(part, part.training) for part in module.modules()]
+        # Running statistics may differ between ranks. A checkpoint holds those of rank 0.
         for buffer in module.buffers():
             distributed.broadcast(buffer)
         module.eval()
@@ -141,6 +138,7 @@ class Precision:
 
 
 def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which compiled parts run as they are: an evaluation's shapes would compile anew."""
+    """Return a context in which compiled parts run eagerly."""
+    # The shapes of an evaluation would compile anew.
     compiled = any(part._compiled_call_impl is not None for part in module.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -1,6 +1,6 @@
 """Keep the batch that a run stopped on, and say what went wrong when it is played again.
 
-``nonfinite_<step>.pt`` in the run's folder holds the weights before the update, the views as they
+`nonfinite_<step>.pt` in the run's folder holds the weights before the update, the views as they
 were fed, and all that keys the draws; rank 0 writes it, the other processes send their part. It is
 an ordinary torch file of tensors, numbers and text.
 """
@@ -48,7 +48,7 @@ _NEEDED = {
 
 @contextmanager
 def kept_for_replay(run: Run, state: TrainState, plan: Plan) -> Iterator[None]:
-    """Keep the batch of a ``NonFiniteError`` that leaves the block; whatever fails there is a warning."""
+    """Keep the batch of a `NonFiniteError` that leaves the block; whatever fails there is a warning."""
     try:
         yield
     except NonFiniteError as error:
@@ -66,7 +66,7 @@ def kept_for_replay(run: Run, state: TrainState, plan: Plan) -> Iterator[None]:
 
 
 def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Path | None:
-    """Write the file on rank 0 and return its path there; ``None`` where there is nothing to replay."""
+    """Write the file on rank 0 and return its path there; `None` where there is nothing to replay."""
     if run.task != "pretrain":
         return None
     parts = _gather(_own_part(error))
@@ -112,7 +112,7 @@ def _own_part(error: NonFiniteError) -> dict[str, Any]:
 def _gather(part: dict[str, Any]) -> list[dict[str, Any]]:
     """Return on rank 0 the parts of the processes whose loss is not finite, of all if it is on each.
 
-    One travels at a time, and as many as ``_MOST_BYTES`` allow, at least one.
+    One travels at a time, and as many as `_MOST_BYTES` allow, at least one.
     """
     size = sum(view.nbytes for views in part["views"] for view in views)
     told = distributed.all_objects((torch.isfinite(torch.tensor(part["loss"])).item(), size))
@@ -127,7 +127,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def load_kept(path: Path) -> dict[str, Any]:
-    """Return what ``kept_for_replay`` wrote; ``CheckpointError`` if the file is something else or damaged."""
+    """Return what `kept_for_replay` wrote; `CheckpointError` if the file is something else or damaged."""
     kept = checkpoint.load(path)
     if missing := _NEEDED - set(kept):
         raise checkpoint.CheckpointError(

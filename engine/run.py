@@ -1,4 +1,4 @@
-"""A run: its device, folder, log, checkpoints and precision. Knows no method and no data set."""
+"""A run: its folder with lock, log and status, and the process that it runs in."""
 
 import json
 import logging
@@ -75,9 +75,10 @@ class Run(Precision):
             ) from error
         if not ours:
             raise ValueError(
-                f"--output: another run is using {self.folder}; wait for it, or choose another --tag"
+                f"--output: another run is using {self.folder}; wait for it, or choose another "
+                "--tag"
             )
-        # e.g. preempted: a start that fails must not be requeued
+        # Else the state stays e.g. preempted, and a start that fails is requeued for ever.
         if self._status().get("state") != "done":
             self.finish("starting", 0)
 
@@ -96,8 +97,9 @@ class Run(Precision):
         if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
             self.training = False  # nothing more is written there, not even status.json
             raise ValueError(
-                f"--output: {self.folder}/.lock is not the one that this run locked: the folder was moved or "
-                "removed, or another run uses it. Nothing was written. Move the folder back and start again"
+                f"--output: {self.folder}/.lock is not the one that this run locked: the folder "
+                "was moved or removed, or another run uses it. Nothing was written. Move the "
+                "folder back and start again"
             )
 
     def _status(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class Run(Precision):
             return {}
 
     def write_extra(self, name: str, write: Callable[[Path], object]) -> None:
-        """Let rank 0 ``write(path)`` a file that the run can do without: a disk that fails is a warning."""
+        """Let rank 0 write a file that the run can do without: a disk that fails is a warning."""
         if distributed.is_main():
             try:
                 write(self.folder / name)
@@ -116,7 +118,7 @@ class Run(Precision):
 
     @contextmanager
     def reporting(self, state: TrainState) -> Iterator[None]:
-        """Write the configuration, now accepted, and keep ``status.json`` true while a block trains."""
+        """Write the accepted configuration; keep `status.json` true while the block trains."""
         self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
         self.finish("running", state.step)
         try:
@@ -127,8 +129,9 @@ class Run(Precision):
             raise
 
     def begin_step(self, step: int, resumed_at: int) -> None:
-        """Note the step for the other processes; after the first one, which compiles, waits are limited."""
+        """Note the step for the other processes."""
         heartbeat.beat(f"step {step}")
+        # The first step may compile for minutes, so waits are limited from the second on.
         if step == resumed_at + 1:
             distributed.limit_waits(self.cfg.TRAIN.RANK_TIMEOUT)
 
@@ -143,7 +146,7 @@ class Run(Precision):
         logger.warning(message, signal_name, step, outcome)
 
     def stop_before_training(self, number: int, frame: FrameType | None) -> NoReturn:
-        """Leave as preempted: a signal while data are listed and the model is built loses nothing."""
+        """Leave as preempted: before the first step nothing is lost."""
         status = self._status()
         if status.get("state") == "starting":
             self.finish(
@@ -152,7 +155,7 @@ class Run(Precision):
         raise SystemExit(75)
 
     def done(self, step: int) -> None:
-        """Say that the run is complete; raise ``OSError`` if its last checkpoint could not be written."""
+        """Say that the run is complete; raise `OSError` if its last checkpoint was not written."""
         if not self.checkpoints.is_saved(step):
             error = OSError(
                 f"{self.folder}: training is complete, but its last checkpoint was not saved"
@@ -162,7 +165,7 @@ class Run(Precision):
         self.finish("done", step)
 
     def finish(self, state: str, step: int, reason: str = "") -> None:
-        """Write ``status.json``, which a requeue script reads.
+        """Write `status.json`, which a requeue script reads.
 
         The state is starting, running, done, preempted (the same command goes on from here) or
         failed. The reason may hold a file's name: whoever prints it prints no control characters.
@@ -208,14 +211,14 @@ class Run(Precision):
 def start_run(
     cfg: CfgNode, subfolder: str = "", task: str = "pretrain", training: bool = True
 ) -> Run:
-    """Join the processes, seed, choose the device and open ``OUTPUT/NAME/TAG[/subfolder]``.
+    """Join the processes, seed, choose the device and open `OUTPUT/NAME/TAG[/subfolder]`.
 
-    Without ``training`` (``--eval``, ``--throughput``) nothing is locked or written.
+    Without `training` (`--eval`, `--throughput`) nothing is locked or written.
     """
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights
-    # imports the compiler
+    # asked first, since to set it imports the compiler
     if cfg.TRAIN.DETERMINISTIC != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
     if device.type == "cuda":

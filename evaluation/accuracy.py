@@ -1,4 +1,4 @@
-"""Judge features: exact top-k counts and few-label probes; k-NN: ``evaluation.knn``.
+"""Judge features: exact top-k counts and few-label probes; k-NN: `evaluation.knn`.
 
 Accuracies are percentages. Counts are summed before they are divided, so that the number of ranks,
 the size of the last batch and the chunking change nothing.
@@ -39,7 +39,7 @@ def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
 def held_out_losses(
     forward: Callable[[list[Tensor]], dict[str, Tensor]], batches: Iterable[list[Tensor]], seed: int
 ) -> dict[str, float]:
-    """Return a method's scalars as ``held_out_<name>``, means over batches of views and over processes.
+    """Return a method's scalars as `held_out_<name>`, means over batches of views and over processes.
 
     Each batch draws from a key of its own, so that two evaluations compare.
     """
@@ -180,7 +180,7 @@ def measure_throughput(
     device: torch.device,
     seconds: float = 5.0,
 ) -> float:
-    """Log and return the images/s of ``backbone`` on random images, after a warm-up, in inference."""
+    """Log and return the images/s of `backbone` on random images, after a warm-up, in inference."""
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     rate = 0.0
     with torch.inference_mode():

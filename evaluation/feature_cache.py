@@ -1,6 +1,6 @@
 """Features on the disk: computed once for the same weights and images, found again by a digest, verified.
 
-``features_train_<digest>.npy`` holds the float32 rows, mapped into memory when read. The JSON
+`features_train_<digest>.npy` holds the float32 rows, mapped into memory when read. The JSON
 beside it names what they are features of and the sha256 of the file; its rename is the commit.
 """
 
@@ -47,10 +47,10 @@ def cached_features(
     compute: Callable[[], SharedFeatures],
     write: bool = True,
 ) -> Features:
-    """Return the features of a split from ``folder``, or ``compute`` them and, to ``write``, keep them there.
+    """Return the features of a split from `folder`, or `compute` them and, to `write`, keep them there.
 
-    ``key`` (JSON values) is all that they are a function of, ``labels`` (N,) are those of the data
-    set. Raises ``OSError`` on all processes if the disk fails.
+    `key` (JSON values) is all that they are a function of, `labels` (N,) are those of the data
+    set. Raises `OSError` on all processes if the disk fails.
     """
     key = json.loads(json.dumps({"version": _VERSION, "split": split, **key}, sort_keys=True))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -69,7 +69,7 @@ def cached_features(
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one run at a time fill ``folder``; the next finds what it left."""
+    """Let one run at a time fill `folder`; the next finds what it left."""
     held: list[IO[str]] = []
 
     def locked() -> bool:
@@ -170,7 +170,7 @@ def _open(path: Path, labels: Tensor, device: torch.device) -> WholeFeatures:
 
 
 def _check_size(file: BinaryIO, path: Path, expected: int) -> None:
-    """Raise ``ValueError`` if the file was cut: reading a mapped page that is gone ends the process."""
+    """Raise `ValueError` if the file was cut: reading a mapped page that is gone ends the process."""
     size = os.fstat(file.fileno()).st_size
     if size < expected:
         raise ValueError(

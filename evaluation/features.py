@@ -17,7 +17,7 @@ _MOST_ROWS = 1 << 16
 
 
 def chunk_rows(width: int) -> int:
-    """Return how many features of ``width`` numbers a chunk holds: 64 MiB of them, at most 65536."""
+    """Return how many features of `width` numbers a chunk holds: 64 MiB of them, at most 65536."""
     return max(1, min(_MOST_ROWS, _CHUNK_BYTES // (4 * width)))
 
 
@@ -45,7 +45,7 @@ class Features:
         return self.rows.shape[1]
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Return features ``start`` to ``stop`` on the device of every process, which all call it."""
+        """Return features `start` to `stop` on the device of every process, which all call it."""
         raise NotImplementedError
 
     def at(self, numbers: Tensor) -> Tensor:
@@ -53,13 +53,13 @@ class Features:
         raise NotImplementedError
 
     def chunks(self, size: int | None = None) -> Iterator[Tensor]:
-        """Yield all features in order, ``size`` (64 MiB) at a time; all processes do so together."""
+        """Yield all features in order, `size` (64 MiB) at a time; all processes do so together."""
         size = size or chunk_rows(self.width)
         for start in range(0, len(self), size):
             yield self.chunk(start, min(start + size, len(self)))
 
     def select(self, indices: Tensor) -> "Features":
-        """Return those of the images at ``indices`` of the data set, as far as they could be read."""
+        """Return those of the images at `indices` of the data set, as far as they could be read."""
         raise NotImplementedError
 
     def blocks(self) -> list[tuple[Tensor, Tensor]]:
@@ -97,7 +97,7 @@ class SharedFeatures(Features):
         return torch.empty_like(gathered).index_copy_(0, places, gathered)
 
     def select(self, indices: Tensor) -> "SharedFeatures":
-        """Return those of the images at ``indices`` of the data set, as far as they could be read."""
+        """Return those of the images at `indices` of the data set, as far as they could be read."""
         kept = torch.isin(self.indices, indices)
         mine = kept[self.places]
         places = (kept.cumsum(0) - 1)[self.places[mine]]
@@ -138,7 +138,7 @@ class WholeFeatures(Features):
         return rows.to(self.device)
 
     def select(self, indices: Tensor) -> "WholeFeatures":
-        """Return those of the images at ``indices`` of the data set, as far as they could be read."""
+        """Return those of the images at `indices` of the data set, as far as they could be read."""
         chosen = torch.nonzero(torch.isin(self.indices, indices)).flatten()
         rows = self.chosen[chosen] if len(self.chosen) else chosen
         labels, indices = self.labels[chosen], self.indices[chosen]
@@ -152,7 +152,7 @@ def compute_features(
     """Return float32 features of all processes' batches; each keeps its own on the host.
 
     Samples that several processes got to fill up their shards count once. The caller sets the eval
-    mode. Raises ``ValueError`` where a process has no batch.
+    mode. Raises `ValueError` where a process has no batch.
     """
     features, labels, indices = [], [], []
     for batch in batches:

@@ -31,7 +31,7 @@ BACKBONE, CLASSIFIER = 0, 1
 
 
 def check_finetune(node: CfgNode) -> None:
-    """Raise ``ValueError`` for a ``FINETUNE`` section that would train or measure nothing."""
+    """Raise `ValueError` for a `FINETUNE` section that would train or measure nothing."""
     if node.WEIGHTS == "finetune" and not node.LR_BACKBONE:
         raise ValueError(
             "FINETUNE.LR_BACKBONE (--lr-backbone): 0 would not fine-tune; give a rate such as 0.01, or use "
@@ -83,10 +83,10 @@ def _digest(cfg: CfgNode, weights: Path | None) -> str:
 
 
 def fitting_batch(num_images: int, wanted: int, share: int, even: bool = False) -> int:
-    """Return the global batch: ``wanted`` images, or as many as there are, a multiple of ``share``.
+    """Return the global batch: `wanted` images, or as many as there are, a multiple of `share`.
 
-    ``share`` is processes x micro-batches; ``even``: the images of one micro-batch are paired.
-    Raises ``ValueError`` if the images are too few, or ``wanted`` cannot be paired.
+    `share` is processes x micro-batches; `even`: the images of one micro-batch are paired.
+    Raises `ValueError` if the images are too few, or `wanted` cannot be paired.
     """
     unit = 2 * share if even else share
     if wanted % unit:
@@ -105,10 +105,10 @@ def fitting_batch(num_images: int, wanted: int, share: int, even: bool = False) 
 def finetune_groups(
     backbone: nn.Module, heads: nn.Module, node: CfgNode, layers: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of an ``OPTIM`` section: backbone and heads follow a rate each.
+    """Return the parameter groups of an `OPTIM` section: backbone and heads follow a rate each.
 
-    With ``layers`` (parameter name -> number of its layer, the last one highest) a layer's
-    ``lr_scale`` is that of the next times ``FINETUNE.LAYER_DECAY``, the heads' being 1 (Bao et al.
+    With `layers` (parameter name -> number of its layer, the last one highest) a layer's
+    `lr_scale` is that of the next times `FINETUNE.LAYER_DECAY`, the heads' being 1 (Bao et al.
     2021, arXiv:2106.08254).
     """
     groups = [{**group, "rate": BACKBONE} for group in parameter_groups(backbone, node.OPTIM)]
@@ -140,7 +140,7 @@ class FrozenCheck:
         self._before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
     def check(self) -> None:
-        """Raise ``RuntimeError`` unless every parameter and buffer is bit-identical."""
+        """Raise `RuntimeError` unless every parameter and buffer is bit-identical."""
         now = self._module.state_dict()
         moved = [
             name for name, tensor in self._before.items() if not torch.equal(tensor, now[name])
@@ -160,7 +160,7 @@ def accuracy(
 ) -> dict[str, float]:
     """Return percent top-1 and top-5 over the batches of all ranks, which share no image.
 
-    Counts are summed before they are divided, so the number of ranks changes nothing. ``predict``
+    Counts are summed before they are divided, so the number of ranks changes nothing. `predict`
     gives logits (N, C) and is in eval mode.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)
@@ -179,9 +179,9 @@ def summarise(
     best: Mapping[str, float],
     write: bool = True,
 ) -> dict[str, Any]:
-    """Return the results of a run, and ``write`` them to ``result.json`` (of a finished one); close the run.
+    """Return the results of a run, and `write` them to `result.json` (of a finished one); close the run.
 
-    ``images`` are those trained on and held out; ``accuracies`` are of the last epoch's weights.
+    `images` are those trained on and held out; `accuracies` are of the last epoch's weights.
     The best over epochs stands apart: on the test split it is how the published scripts report, and
     optimistic.
     """

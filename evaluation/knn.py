@@ -24,7 +24,7 @@ def nearest(
     """Return for each block of queries (q, D) cosines and rows (q, min(k, M)) of the nearest of the bank.
 
     The bank comes as chunks (m, D) in order. Best first; of equals the smaller row. Raises
-    ``ValueError`` for NaN or infinity, on all processes for one's queries.
+    `ValueError` for NaN or infinity, on all processes for one's queries.
     """
     queries = [block.float() for block in queries]
     lengths = [_lengths(block) for block in queries]
@@ -62,7 +62,7 @@ def _lengths(features: Tensor) -> Tensor:
 def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest (q, k) and their columns, of equals the smaller column first.
 
-    ``topk`` is free in its choice among equals: where the last place is disputed the row is sorted
+    `topk` is free in its choice among equals: where the last place is disputed the row is sorted
     instead.
     """
     k = min(k, similarity.shape[1])
@@ -82,7 +82,7 @@ def vote(
 ) -> dict[int, Tensor]:
     """Return for each k the top min(5, C) classes (q, 5), best first: a neighbour's vote is exp(cosine / T).
 
-    ``similarity`` and ``classes`` (q, max k) are of the neighbours, best first. Ties go to the
+    `similarity` and `classes` (q, max k) are of the neighbours, best first. Ties go to the
     smaller class.
     """
     # A common factor changes no order, and without it a small temperature overflows.
@@ -107,7 +107,7 @@ def weighted_knn(
 ) -> dict[int, Tensor]:
     """Return for each k the top min(5, C) classes (Q, 5) of queries (Q, D) among the bank (M, D), best first.
 
-    k > M means M. ``chunk`` rows of either side are compared at a time, as many as fit if None.
+    k > M means M. `chunk` rows of either side are compared at a time, as many as fit if None.
     """
     size, whole = chunk or block_rows(bank.shape[1]), WholeFeatures.of(bank, bank_labels)
     found = _ranking(list(queries.split(size)), whole, num_classes, ks, temperature, chunk)
@@ -145,7 +145,7 @@ def features_knn(
 ) -> dict[str, float]:
     """Return {"knn10_top1": percent, "knn10_top5": percent, ...} of this process's and all others' queries.
 
-    ``queries`` are the blocks of ``Features.blocks``. The bank passes by in chunks: beyond what it
+    `queries` are the blocks of `Features.blocks`. The bank passes by in chunks: beyond what it
     holds of both, a process needs at most about 0.5 GiB, whatever their sizes, and max(ks) numbers
     a query.
     """
@@ -167,7 +167,7 @@ def knn_accuracy(
     ks: Sequence[int] = KNN_KS,
     temperature: float = 0.07,
 ) -> dict[str, float]:
-    """Return what ``features_knn`` returns for a bank that is whole here; queries may be sharded."""
+    """Return what `features_knn` returns for a bank that is whole here; queries may be sharded."""
     size = block_rows(bank.shape[1])
     blocks = list(zip(queries.split(size), query_labels.split(size), strict=True))
     return features_knn(WholeFeatures.of(bank, bank_labels), blocks, num_classes, ks, temperature)

@@ -26,8 +26,8 @@ _LOGITS = 1 << 24  # of all heads at a time, 64 MiB
 
 
 def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
-    """Return ``pretrained`` (a file, or a run's folder), or the newest valid checkpoint of
-    ``OUTPUT/NAME/TAG``.
+    """Return `pretrained` (a file, or a run's folder), or the newest valid checkpoint of
+    `OUTPUT/NAME/TAG`.
     """
     folder = Path(pretrained) if pretrained else Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG
     if pretrained and not folder.is_dir():
@@ -69,7 +69,7 @@ class GridPoint(NamedTuple):
 def grid_points(linear: CfgNode) -> list[GridPoint]:
     """Return learning rates x weight decays; a name says the weight decay only where there are several.
 
-    Raises ``ValueError`` where a point stands twice or its weight decay is not its own.
+    Raises `ValueError` where a point stands twice or its weight decay is not its own.
     """
     decays = linear.WEIGHT_DECAYS or [linear.OPTIM.WEIGHT_DECAY]
     if linear.WEIGHT_DECAYS and linear.OPTIM.WEIGHT_DECAY_END:
@@ -92,7 +92,7 @@ def grid_points(linear: CfgNode) -> list[GridPoint]:
 
 
 def check_linear(linear: CfgNode) -> None:
-    """Raise ``ValueError`` for a ``LINEAR`` section whose features or subsets contradict each other."""
+    """Raise `ValueError` for a `LINEAR` section whose features or subsets contradict each other."""
     few = [percent for percent in linear.LABEL_PERCENTS if percent < 100]
     if few and not linear.CACHED_FEATURES:
         raise ValueError(
@@ -107,9 +107,9 @@ def check_linear(linear: CfgNode) -> None:
 
 
 def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
-    """Return the folder of a probe below that of its run: ``linear/<weights>[-cached][-<percent>pct]``.
+    """Return the folder of a probe below that of its run: `linear/<weights>[-cached][-<percent>pct]`.
 
-    Raises ``ValueError`` for the name of a file that would lead elsewhere, such as ``...pt``.
+    Raises `ValueError` for the name of a file that would lead elsewhere, such as `...pt`.
     """
     subset = f"-{percent:g}pct" if percent < 100 else ""
     place = folder_name(label, "--pretrained: the name of the weights' file, without its ending")
@@ -148,10 +148,10 @@ def _say_closed(name: str, step: int) -> None:
 def head_accuracies(
     heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Mapping[int, GridPoint]
 ) -> dict[str, float]:
-    """Return percent top-1 and top-5 of each head (``lr30/top1``) and of the best one (``top1``, ``top5``).
+    """Return percent top-1 and top-5 of each head (`lr30/top1`) and of the best one (`top1`, `top5`).
 
-    ``blocks`` are this process's (features, labels), on its device; the counts of all processes are
-    summed. ``points`` are those to report, by their place in the grid.
+    `blocks` are this process's (features, labels), on its device; the counts of all processes are
+    summed. `points` are those to report, by their place in the grid.
     """
     num_heads = len(list(heads.parameters())) // 2  # a weight and a bias each
     counts = torch.zeros(
@@ -184,10 +184,10 @@ def write_result(
     points: Sequence[GridPoint],
     closed_at: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Write ``result.json`` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
+    """Write `result.json` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
     point.
 
-    ``what`` was probed stands first. Weight decays are named where there are several. Heads that
+    `what` was probed stands first. Weight decays are named where there are several. Heads that
     diverged are listed with their step and have no accuracy.
     """
     closed = diverged(points, closed_at)

@@ -30,7 +30,7 @@ def propagate(
 ) -> Iterator[Tensor]:
     """Yield the soft labels (C, h, w) of the second frame and those after it.
 
-    ``features`` gives a map (F, h, w) a frame, the first frame's included; ``first`` (C, h, w) are
+    `features` gives a map (F, h, w) a frame, the first frame's included; `first` (C, h, w) are
     its labels. What is carried on is soft.
     """
     config = config or PropagationConfig()
@@ -50,9 +50,9 @@ def carry_labels(
 ) -> Tensor:
     """Return the labels (C, h, w) of a frame from those of T others.
 
-    ``target`` (F, h, w) and ``sources`` (T, F, h, w) have features of length 1, ``labels`` are (T,
-    C, h, w). A cell takes the mean of the labels of the cells within ``radius`` that are among its
-    ``topk`` most similar (ties included), weighted by exp(cosine / temperature).
+    `target` (F, h, w) and `sources` (T, F, h, w) have features of length 1, `labels` are (T,
+    C, h, w). A cell takes the mean of the labels of the cells within `radius` that are among its
+    `topk` most similar (ties included), weighted by exp(cosine / temperature).
     """
     height, width = target.shape[1:]
     cells = height * width
@@ -107,7 +107,7 @@ def region_similarity(mask: Tensor, truth: Tensor) -> float:
 def contour_accuracy(mask: Tensor, truth: Tensor, tolerance: float = 0.008) -> float:
     """Return F, the harmonic mean of precision and recall of the contours of boolean masks (H, W).
 
-    A contour pixel is right if the other contour comes within ``tolerance`` diagonals of the image,
+    A contour pixel is right if the other contour comes within `tolerance` diagonals of the image,
     rounded up.
     """
     reach = math.ceil(tolerance * math.hypot(*mask.shape))

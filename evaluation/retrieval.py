@@ -75,9 +75,9 @@ def _box(values: Any) -> Box | None:
 def retrieval_scores(
     ranking: np.ndarray, lists: Sequence[Mapping[str, np.ndarray]], ks: Sequence[int] = KS
 ) -> dict[str, float]:
-    """Return percent mAP and mP@k by difficulty (``medium/mAP``, ``hard/mP@10``).
+    """Return percent mAP and mP@k by difficulty (`medium/mAP`, `hard/mP@10`).
 
-    ``ranking`` (D, Q) holds database indices, the best first, a column a query. A difficulty in
+    `ranking` (D, Q) holds database indices, the best first, a column a query. A difficulty in
     which no query has a positive gives NaN.
     """
     scores = {}
