@@ -103,7 +103,7 @@ class Checkpoints:
         keep, metric = self.cfg.CHECKPOINT, self.cfg.CHECKPOINT.KEEP_BEST
         lower = metric in state.lower_is_better
         best = retention.best(self.folder, metric, lower) if metric else None
-        # The checkpoint that the run resumed from stays until this run has saved enough of its own.
+        # The checkpoint that the run resumed from stays: it may be the last that is known to work.
         protect = [path for path in (self._resumed_from, best) if path]
         keep_every = keep.KEEP_EVERY_EPOCHS * plan.steps_per_epoch or None
         retention.prune(self.folder, keep.KEEP_LAST, keep_every, protect)
