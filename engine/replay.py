@@ -6,20 +6,20 @@ an ordinary torch file of tensors, numbers and text.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from engine.guards import NonFiniteError
 from engine.plan import Plan
 from engine.precision import DTYPES
 from engine.run import Run
-from engine.state import TrainState
+from engine.state import State, TrainState
 from utils import distributed
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_file
@@ -32,30 +32,20 @@ logger = logging.getLogger("synco")
 
 _KEEP = 2  # files in a folder: a job that is started again and again must not fill the disk
 _MOST_BYTES = 2 << 30  # of views in one file
-_NEEDED = {
-    "step",
-    "world",
-    "seed",
-    "config",
-    "precision",
-    "scale",
-    "progress",
-    "framework",
-    "parts",
-    "late",
-}
+_NEEDED = {"step", "world", "seed", "config", "precision", "scale", "progress"}
+_NEEDED |= {"framework", "parts", "late"}
 
 
 @contextmanager
 def kept_for_replay(run: Run, state: TrainState, plan: Plan) -> Iterator[None]:
-    """Keep the batch of a `NonFiniteError` that leaves the block; whatever fails there is a warning."""
+    """Keep the batch of a `NonFiniteError` that leaves the block; a failure to is a warning."""
     try:
         yield
     except NonFiniteError as error:
         try:
             path = _keep(run, state, plan, error)
-        # a full disk, a lost process: the first error is the one to tell
         except Exception as problem:
+            # A full disk or a lost process: the first error is the one to tell.
             logger.warning(
                 "the batch of step %d is not kept for --replay (%s)", error.step, problem
             )
@@ -66,7 +56,7 @@ def kept_for_replay(run: Run, state: TrainState, plan: Plan) -> Iterator[None]:
 
 
 def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Path | None:
-    """Write the file on rank 0 and return its path there; `None` where there is nothing to replay."""
+    """Write the file on rank 0 and return its path there; `None` if there is nothing to replay."""
     if run.task != "pretrain":
         return None
     parts = _gather(_own_part(error))
@@ -74,13 +64,13 @@ def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Pat
         return None
     progress = plan.progress(error.step)
     payload = {
-        **{
-            "step": error.step,
-            "message": str(error),
-            "parts": parts,
-            "late": state.step > error.step,
-        },
-        **{"world": distributed.world_size(), "global_batch": plan.global_batch, "seed": run.seed},
+        "step": error.step,
+        "message": str(error),
+        "parts": parts,
+        "late": state.step > error.step,
+        "world": distributed.world_size(),
+        "global_batch": plan.global_batch,
+        "seed": run.seed,
         "config": to_yaml(run.cfg),
         "precision": run.precision,
         "scale": state.scaler.get_scale() if state.scaler else 1.0,
@@ -99,7 +89,7 @@ def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Pat
     return path
 
 
-def _own_part(error: NonFiniteError) -> dict[str, Any]:
+def _own_part(error: NonFiniteError) -> State:
     return {
         "rank": distributed.rank(),
         "loss": error.loss,
@@ -109,14 +99,12 @@ def _own_part(error: NonFiniteError) -> dict[str, Any]:
     }
 
 
-def _gather(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return on rank 0 the parts of the processes whose loss is not finite, of all if it is on each.
-
-    One travels at a time, and as many as `_MOST_BYTES` allow, at least one.
-    """
+def _gather(part: State) -> list[State]:
+    """Gather to rank 0 the parts of the ranks whose loss is not finite (all if none is)."""
     size = sum(view.nbytes for views in part["views"] for view in views)
     told = distributed.all_objects((torch.isfinite(torch.tensor(part["loss"])).item(), size))
     wanted = [rank for rank, (finite, _) in enumerate(told) if not finite] or list(range(len(told)))
+    # One part travels at a time, so that rank 0 never holds more than the file will.
     fitting = max(1, int(_MOST_BYTES // max(size, 1)))
     found = [distributed.to_main(part, src=rank) for rank in wanted[:fitting]]
     return [one for one in found if one is not None]
@@ -126,13 +114,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def load_kept(path: Path) -> dict[str, Any]:
-    """Return what `kept_for_replay` wrote; `CheckpointError` if the file is something else or damaged."""
+def load_kept(path: Path) -> State:
+    """Return what `kept_for_replay` wrote; `CheckpointError` for any other or a damaged file."""
     kept = checkpoint.load(path)
     if missing := _NEEDED - set(kept):
         raise checkpoint.CheckpointError(
-            f"--replay: {path} holds no batch (no {', '.join(sorted(missing))}); name a nonfinite_*.pt file "
-            "of a run's folder"
+            f"--replay: {path} holds no batch (no {', '.join(sorted(missing))}); name a "
+            "nonfinite_*.pt file of a run's folder"
         )
     return kept
 
@@ -142,7 +130,7 @@ def load_kept(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Finding:
-    """What one forward and backward of a part gave: the first thing that is not finite, in words."""
+    """The first thing that is not finite in the forward and backward of a part."""
 
     precision: str
     loss: float
@@ -160,41 +148,31 @@ class Finding:
         """Say it in one line."""
         if self.finite:
             return f"{self.precision}: loss {self.loss:.4g}, all outputs and gradients are finite"
-        where = (
-            f"the first output that is not finite is that of {self.module}"
-            if self.module
-            else f"all outputs are finite; the first gradient that is not is that of {self.parameter}"
-        )
-        return f"{self.precision}: loss {self.loss:.4g}; {where}" + (
-            f"; samples {self.samples}" if self.samples else ""
-        )
+        where = f"the first output that is not finite is that of {self.module}"
+        if not self.module:
+            where = "all outputs are finite; the first gradient that is not is that of "
+            where += self.parameter
+        samples = f"; samples {self.samples}" if self.samples else ""
+        return f"{self.precision}: loss {self.loss:.4g}; {where}{samples}"
 
 
-def replay(run: Run, framework: torch.nn.Module, kept: dict[str, Any], path: Path) -> list[Finding]:
+def replay(run: Run, framework: torch.nn.Module, kept: State, path: Path) -> list[Finding]:
     """Play each part in the run's precision and again in fp32, log what was found and return it."""
     step, world = kept["step"], kept["world"]
     versions = kept.get("versions", {})
     logger.info("replay of step %d: %s", step, kept.get("message", ""))
-    logger.info(
-        "it ran on %d process(es) of %s with torch %s, this is %s with torch %s",
-        *(
-            world,
-            versions.get("device"),
-            versions.get("torch"),
-            _device_name(run.device),
-            torch.__version__,
-        ),
-    )
+    then = f"{versions.get('device')} with torch {versions.get('torch')}"
+    now = f"{_device_name(run.device)} with torch {torch.__version__}"
+    logger.info("it ran on %d process(es) of %s, this is %s", world, then, now)
     weights = _weights(kept, path)
     findings = []
     for part in kept["parts"]:
         bad_inputs = _bad_inputs(part)
+        count, inputs = sum(map(len, part["indices"])), "all inputs are finite"
+        if bad_inputs:
+            inputs = f"NOT FINITE in the input: samples {bad_inputs}"
         logger.info(
-            "rank %d: %d images, its loss was %.4g; %s",
-            *(part["rank"], sum(map(len, part["indices"])), part["loss"]),
-            f"NOT FINITE in the input: samples {bad_inputs}"
-            if bad_inputs
-            else "all inputs are finite",
+            "rank %d: %d images, its loss was %.4g; %s", part["rank"], count, part["loss"], inputs
         )
         found = []
         for precision in dict.fromkeys((kept["precision"], "fp32")):
@@ -207,32 +185,40 @@ def replay(run: Run, framework: torch.nn.Module, kept: dict[str, Any], path: Pat
 
 
 def verdict(found: list[Finding], bad_inputs: str, bad_weights: bool, world: int) -> str:
-    """Say in words what is wrong and what to do, from the findings in the run's precision and in fp32."""
+    """Say what is wrong and what to do, from the findings in the run's precision and in fp32."""
     first, last = found[0], found[-1]
     if bad_weights:
-        return "the weights are not finite, before any forward; resume from an older checkpoint (--resume FILE)"
-    if bad_inputs:
-        return f"the images are to blame, not the network: look at samples {bad_inputs} of the data set"
-    if first.finite:
-        other = " other processes took part (batch statistics, gathered keys): see their parts;" * (
-            world > 1
-        )
         return (
-            f"not reproduced: this batch is finite on one process;{other} if it comes again, suspect the "
-            "device (memory errors) and its kernels (TRAIN.DETERMINISTIC True)"
+            "the weights are not finite, before any forward; "
+            "resume from an older checkpoint (--resume FILE)"
+        )
+    if bad_inputs:
+        return (
+            "the images are to blame, not the network: "
+            f"look at samples {bad_inputs} of the data set"
+        )
+    if first.finite:
+        other = ""
+        if world > 1:
+            other = " other processes took part (batch statistics, gathered keys): see their parts;"
+        return (
+            f"not reproduced: this batch is finite on one process;{other} if it comes again, "
+            "suspect the device (memory errors) and its kernels (TRAIN.DETERMINISTIC True)"
         )
     if last.finite:
         return (
             f"the numbers leave the range of {first.precision}, not that of fp32: --precision fp32"
-            f"{' or bf16' if first.precision == 'fp16' else ''}, or a lower OPTIM.BASE_LR, OPTIM.CLIP_GRAD"
+            f"{' or bf16' if first.precision == 'fp16' else ''}, or a lower OPTIM.BASE_LR, "
+            "OPTIM.CLIP_GRAD"
         )
     return (
-        "fp32 does not help: the weights have grown too large; resume from an older checkpoint with a lower "
-        "OPTIM.BASE_LR (a run of its own: another --tag), a longer SCHEDULE.WARMUP_EPOCHS or OPTIM.CLIP_GRAD"
+        "fp32 does not help: the weights have grown too large; resume from an older checkpoint "
+        "with a lower OPTIM.BASE_LR (a run of its own: another --tag), a longer "
+        "SCHEDULE.WARMUP_EPOCHS or OPTIM.CLIP_GRAD"
     )
 
 
-def _weights(kept: dict[str, Any], path: Path) -> dict[str, Any]:
+def _weights(kept: State, path: Path) -> State:
     """Return the state to play from, and say where it is not that of the step.
 
     On a GPU a step is read when the next one has begun: the queue then holds the spoilt step's
@@ -257,33 +243,28 @@ def _weights(kept: dict[str, Any], path: Path) -> dict[str, Any]:
 def _play(
     run: Run,
     framework: torch.nn.Module,
-    kept: dict[str, Any],
-    part: dict[str, Any],
+    kept: State,
+    part: State,
     precision: str,
 ) -> Finding:
     """Run forward and backward of one process's step."""
     finding = Finding(precision, 0.0)
     scale = kept["scale"] if precision == "fp16" else 1.0
-    watched = [
-        *(
-            module.register_forward_hook(_watch_output(name, finding))
-            for name, module in _named(framework)
-        ),
-        *(
-            _watch_gradient(name, p, finding)
-            for name, p in framework.named_parameters()
-            if p.requires_grad
-        ),
-    ]
+    watched = []
+    for name, module in framework.named_modules():
+        called = f"{name or 'the method itself'} ({type(module).__name__})"
+        watched.append(module.register_forward_hook(_watch_output(called, finding)))
+    for name, parameter in framework.named_parameters():
+        if parameter.requires_grad:
+            watched.append(_watch_gradient(name, parameter, finding))
     framework.train().zero_grad(set_to_none=True)
+    # the draws of the step that failed, see engine.loop.seed_step
     torch.manual_seed(keyed_seed("step", kept["seed"], kept["step"], part["rank"]))
     dtype = DTYPES.get(precision)
     try:
         for views, finding.indices in zip(part["views"], part["indices"], strict=True):
             images = [run.views(view.to(run.device)) for view in views]
-            with torch.autocast(
-                run.device.type, dtype or torch.bfloat16, enabled=dtype is not None
-            ):
+            with torch.autocast(run.device.type, dtype) if dtype else nullcontext():
                 out = framework(images, Progress(*kept["progress"]))
             loss = out["loss"] / len(part["views"])
             (loss * scale).backward()
@@ -294,21 +275,15 @@ def _play(
     return finding
 
 
-def _named(framework: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    for name, module in framework.named_modules():
-        yield f"{name or 'the method itself'} ({type(module).__name__})", module
+def _watch_output(name: str, finding: Finding) -> Callable[[torch.nn.Module, object, object], None]:
+    """Return a forward hook that notes the module with the first output that is not finite."""
 
-
-def _watch_output(name: str, finding: Finding) -> Any:
-    """Return a forward hook that notes the module if its output is the first that is not finite."""
-
-    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
         bad = next((t for t in _tensors(output) if not _is_finite(t)), None)
         if bad is None or finding.module:
             return
-        given = (
-            "" if all(map(_is_finite, _tensors(inputs))) else ", whose input is already not finite"
-        )
+        clean = all(map(_is_finite, _tensors(inputs)))
+        given = "" if clean else ", whose input is already not finite"
         count = int((~torch.isfinite(bad)).sum())
         finding.module = f"{name}: {count} of {bad.numel()} values{given}"
         finding.samples = _rows(bad, finding.indices)
@@ -316,7 +291,7 @@ def _watch_output(name: str, finding: Finding) -> Any:
     return hook
 
 
-def _watch_gradient(name: str, parameter: torch.nn.Parameter, finding: Finding) -> Any:
+def _watch_gradient(name: str, parameter: torch.nn.Parameter, finding: Finding) -> RemovableHandle:
     def hook(done: Tensor) -> None:
         if not finding.parameter and done.grad is not None and not _is_finite(done.grad):
             finding.parameter = name
@@ -324,7 +299,7 @@ def _watch_gradient(name: str, parameter: torch.nn.Parameter, finding: Finding) 
     return parameter.register_post_accumulate_grad_hook(hook)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -335,20 +310,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _is_finite(value: Any) -> bool:
-    return not (isinstance(value, Tensor) and value.is_floating_point()) or bool(
-        torch.isfinite(value).all()
-    )
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    return bool(torch.isfinite(value).all())
 
 
-def _spoilt(weights: dict[str, Any]) -> list[str]:
-    """Return what is not finite of a state, but for running statistics, which no training step reads."""
+def _spoilt(weights: State) -> list[str]:
+    """Return the names of a state's tensors that are not finite."""
+    # No training step reads the running statistics.
     return [
         name for name, value in weights.items() if "running_" not in name and not _is_finite(value)
     ]
 
 
-def _bad_inputs(part: dict[str, Any]) -> str:
+def _bad_inputs(part: State) -> str:
     """Return the samples of which a view is not finite."""
     bad: set[int] = set()
     for views, indices in zip(part["views"], part["indices"], strict=True):
@@ -358,7 +334,7 @@ def _bad_inputs(part: dict[str, Any]) -> str:
 
 
 def _rows(bad: Tensor, indices: Tensor | None) -> str:
-    """Return the samples whose rows of an output (N, ...) are not finite; nothing if rows are no samples."""
+    """Return the samples whose rows of an output (N, ...) are not finite, if rows are samples."""
     if bad.ndim < 2 or indices is None or len(bad) != len(indices):
         return ""
     rows = ~torch.isfinite(bad.detach()).flatten(1).all(1).cpu()
@@ -366,6 +342,5 @@ def _rows(bad: Tensor, indices: Tensor | None) -> str:
 
 
 def _listed(samples: list[int]) -> str:
-    return ", ".join(map(str, samples[:16])) + (
-        f", ... ({len(samples)})" if len(samples) > 16 else ""
-    )
+    more = f", ... ({len(samples)})" if len(samples) > 16 else ""
+    return ", ".join(map(str, samples[:16])) + more

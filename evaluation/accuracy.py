@@ -7,7 +7,6 @@ the size of the last batch and the chunking change nothing.
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,10 @@ logger = logging.getLogger("synco")
 
 
 def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
-    """Count the rows of logits (..., N, C) whose label (N,) is among the k largest: int64 (..., len(ks)).
+    """Count the rows of logits (..., N, C) whose label (N,) is among the k largest.
 
-    Ties go to the smaller class index, NaN ranks above all, a label of -1 is never right; k > C
-    means C.
+    Returns int64 (..., len(ks)). Ties go to the smaller class index, NaN ranks above all, a label
+    of -1 is never right; k > C means C.
     """
     known = labels >= 0
     places = labels.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1)
@@ -39,12 +38,10 @@ def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
 def held_out_losses(
     forward: Callable[[list[Tensor]], dict[str, Tensor]], batches: Iterable[list[Tensor]], seed: int
 ) -> dict[str, float]:
-    """Return a method's scalars as `held_out_<name>`, means over batches of views and over processes.
-
-    Each batch draws from a key of its own, so that two evaluations compare.
-    """
+    """Return a method's scalars as `held_out_<name>`: means over batches and processes."""
     rows: list[dict[str, Tensor]] = []
     for number, views in enumerate(batches):
+        # Two evaluations draw the same, so that their losses compare.
         torch.manual_seed(keyed_seed("held out", seed, number, rank()))
         rows.append(
             {name: value.float() for name, value in forward(views).items() if value.ndim == 0}
@@ -64,7 +61,7 @@ def held_out_names(names: Iterable[str]) -> frozenset[str]:
 def extract_features(
     backbone: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> tuple[Tensor, Tensor]:
-    """Return float32 features (M, F) and labels (M,) of all ranks' batches in the order of the data set.
+    """Return features (M, F) and labels (M,) of all ranks, in the order of the data set.
 
     Samples that several ranks got to fill up their shards count once. The caller sets the eval
     mode.
@@ -75,7 +72,7 @@ def extract_features(
 def logistic_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, num_classes: int, l2: float = 1e-2
 ) -> Tensor:
-    """Return logits (Q, C) for test_x (Q, D) of a logistic regression on train_x (N, D), train_y (N,).
+    """Return logits (Q, C) for test_x (Q, D) of a logistic regression on train_x (N, D).
 
     Minimises mean cross-entropy + l2/2 |W|^2, features standardised by train_x; full batch,
     deterministic.
@@ -96,11 +93,11 @@ def few_label_accuracy(
     seed: int,
     l2: float = 1e-2,
 ) -> tuple[float, float]:
-    """Return mean and standard deviation (percent) over `draws` of a probe with `per_class` labels a class.
+    """Return mean and standard deviation (percent) of probes with `per_class` labels a class.
 
-    Features are standardised by all of train_x, which needs no labels. A draw is a function of
-    (seed, per_class, draw).
+    There are `draws` of them; a draw is a function of (seed, per_class, draw).
     """
+    # Standardised by all of train_x, which needs no labels.
     mean, scale = _moments(train_x)
     # (R, n)
     chosen = class_balanced_draws(train_y, num_classes, per_class, draws, seed).to(train_x.device)
@@ -118,13 +115,14 @@ def few_label_accuracy(
 def class_balanced_draws(
     labels: Tensor, num_classes: int, per_class: int, draws: int, seed: int
 ) -> Tensor:
-    """Return indices (draws, num_classes * per_class), `per_class` of each class; ValueError if too few."""
+    """Return indices (draws, num_classes * per_class); `ValueError` if a class has too few."""
     labels = labels.cpu()
     counts = torch.bincount(labels[labels >= 0], minlength=num_classes)
     if len(counts) > num_classes or counts.min() < per_class:
         raise ValueError(
-            f"cannot draw {per_class} labels of each of {num_classes} classes: class {int(counts.argmin())}"
-            f" has {int(counts.min())}, the largest label is {len(counts) - 1}; draw fewer or use more data"
+            f"cannot draw {per_class} labels of each of {num_classes} classes: class "
+            f"{int(counts.argmin())} has {int(counts.min())}, the largest label is "
+            f"{len(counts) - 1}; draw fewer or use more data"
         )
     rows = []
     for draw in range(draws):
@@ -135,17 +133,18 @@ def class_balanced_draws(
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (D,) in float64; a constant feature, which says nothing, gets 1."""
+    """Return mean and standard deviation (D,) in float64."""
     scale, mean = torch.std_mean(x.double(), dim=0, correction=0)
+    # a constant feature says nothing: it is not divided by its deviation of 0
     return mean, torch.where(scale > 1e-6, scale, torch.ones_like(scale))
 
 
 def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Fit (..., n, D), (..., n) for all leading dimensions at once: weights (..., D, C), biases (..., 1, C).
+    """Fit (..., n, D), (..., n) for all leading dimensions at once.
 
-    With fewer samples than features the solution lies in their span, so that n coordinates are
-    enough.
+    Returns weights (..., D, C) and biases (..., 1, C).
     """
+    # With fewer samples than features the solution lies in their span: n coordinates are enough.
     x = x.detach()
     basis = torch.linalg.qr(x.mT).Q if x.shape[-2] < x.shape[-1] else None  # (..., D, n)
     inputs = x if basis is None else x @ basis
@@ -167,8 +166,7 @@ def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Te
         loss.backward()
         return loss
 
-    step: Any = optimizer.step
-    step(closure)
+    optimizer.step(closure)
     weight, bias = weight.detach(), bias.detach()
     return (weight if basis is None else basis @ weight), bias
 

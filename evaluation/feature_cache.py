@@ -1,4 +1,4 @@
-"""Features on the disk: computed once for the same weights and images, found again by a digest, verified.
+"""Features on the disk: computed once for the same weights and images, then read again.
 
 `features_train_<digest>.npy` holds the float32 rows, mapped into memory when read. The JSON
 beside it names what they are features of and the sha256 of the file; its rename is the commit.
@@ -12,9 +12,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from utils.locks import try_lock
 
 logger = logging.getLogger("synco")
 
+Key: TypeAlias = Mapping[str, object]  # JSON values: what features are a function of
+
 _VERSION = 1  # of the file and of what the features are a function of
 _POLL = 1.0  # seconds between two looks at another run's lock
 
@@ -41,16 +43,16 @@ _POLL = 1.0  # seconds between two looks at another run's lock
 def cached_features(
     folder: Path,
     split: str,
-    key: dict[str, Any],
+    key: Key,
     labels: Tensor,
     device: torch.device,
     compute: Callable[[], SharedFeatures],
     write: bool = True,
 ) -> Features:
-    """Return the features of a split from `folder`, or `compute` them and, to `write`, keep them there.
+    """Return the features of a split from `folder`, or `compute` them and keep them there.
 
-    `key` (JSON values) is all that they are a function of, `labels` (N,) are those of the data
-    set. Raises `OSError` on all processes if the disk fails.
+    Without `write` nothing is kept. `key` is all that they are a function of, `labels` (N,) are
+    those of the data set. Raises `OSError` on all processes if the disk fails.
     """
     key = json.loads(json.dumps({"version": _VERSION, "split": split, **key}, sort_keys=True))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -99,7 +101,7 @@ def _record_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _problem(path: Path, key: dict[str, Any]) -> str:
+def _problem(path: Path, key: Key) -> str:
     """Say why the file cannot be used; nothing if it can."""
     if not _record_path(path).exists():
         return "there are none yet"
@@ -114,7 +116,7 @@ def _problem(path: Path, key: dict[str, Any]) -> str:
     return ""
 
 
-def _store(path: Path, key: dict[str, Any], features: SharedFeatures, images: int) -> None:
+def _store(path: Path, key: Key, features: SharedFeatures, images: int) -> None:
     """Write what all processes hold; rank 0 has the file, the others hand over their rows."""
     chunks, error, written = features.chunks(), None, {}
     if is_main():
@@ -131,7 +133,7 @@ def _store(path: Path, key: dict[str, Any], features: SharedFeatures, images: in
     on_main(lambda: _commit(path, record, error))
 
 
-def _fill(file: Any, features: Features, chunks: Iterator[Tensor]) -> None:
+def _fill(file: BinaryIO, features: Features, chunks: Iterator[Tensor]) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(features), features.width)}
     np.lib.format.write_array_header_1_0(file, header)
     for chunk in chunks:
@@ -142,7 +144,7 @@ def _fill(file: Any, features: Features, chunks: Iterator[Tensor]) -> None:
         file.write(np.ascontiguousarray(chunk.cpu().numpy(), dtype="<f4").data)
 
 
-def _commit(path: Path, record: dict[str, Any], error: Exception | None) -> None:
+def _commit(path: Path, record: dict[str, object], error: Exception | None) -> None:
     if error is not None:
         raise error
     os.replace(tmp_path(path), path)
@@ -170,10 +172,11 @@ def _open(path: Path, labels: Tensor, device: torch.device) -> WholeFeatures:
 
 
 def _check_size(file: BinaryIO, path: Path, expected: int) -> None:
-    """Raise `ValueError` if the file was cut: reading a mapped page that is gone ends the process."""
+    """Raise `ValueError` if the file was cut."""
+    # To read a mapped page that is gone would end the process (SIGBUS).
     size = os.fstat(file.fileno()).st_size
     if size < expected:
         raise ValueError(
-            f"{path} was cut while it was in use, from {expected} bytes to {size}: start again, and the "
-            "features are computed anew"
+            f"{path} was cut while it was in use, from {expected} bytes to {size}: start again, "
+            "and the features are computed anew"
         )

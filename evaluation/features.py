@@ -1,6 +1,4 @@
-"""Features of a frozen network: shared among the processes or whole, walked through in pieces that are the
-same on any number of processes.
-"""
+"""Features of a frozen network: shared among the processes, or whole."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,13 +20,14 @@ def chunk_rows(width: int) -> int:
 
 
 def block_rows(width: int) -> int:
-    """Return how many queries are compared with a chunk at a time; not the machine but the width decides."""
+    """Return how many queries are compared with a chunk at a time."""
+    # It depends only on the width, so that results are identical on every machine.
     return max(1, _TILE_ELEMENTS // chunk_rows(width))
 
 
 @dataclass
 class Features:
-    """Features (M, F) float32 of labelled images in the order of the data set; see the two kinds below."""
+    """Features (M, F) float32 of labelled images, in the order of the data set."""
 
     rows: Tensor  # on the host: those that this process holds
     labels: Tensor  # (M,) int64 on the host, of all
@@ -63,11 +62,9 @@ class Features:
         raise NotImplementedError
 
     def blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """Return this process's blocks of (features, labels) on the device: every W-th of equal cuts.
-
-        A block holds the same rows whatever the number of processes, so what is computed from it is
-        bit-identical.
-        """
+        """Return this process's blocks of (features, labels) on the device: every W-th one."""
+        # A block holds the same rows whatever the number of processes, so that what is computed
+        # from it is bit-identical.
         size, mine = block_rows(self.width), []
         for number, features in enumerate(self.chunks(size)):
             if number % world_size() == rank():
@@ -162,9 +159,11 @@ def compute_features(
         device = batch.labels.device
     if not features:
         raise ValueError(
-            "no evaluation batch on this rank; use at most as many ranks as there are images that can be read"
+            "no evaluation batch on this rank; use at most as many ranks as there are images that "
+            "can be read"
         )
     own = torch.cat(indices).to(device)
+    # Processes may share samples that fill up their shards: of equal indices the first counts.
     order, origin = torch.sort(gather_uneven(own), stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = order[1:] != order[:-1]

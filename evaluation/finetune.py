@@ -1,4 +1,4 @@
-"""What fine-tuning adds to a run: its folder, parameter groups, exact accuracies, and what it reports."""
+"""What fine-tuning adds to a run: folder, parameter groups, accuracies, and results."""
 
 import hashlib
 import json
@@ -7,14 +7,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.batch import Batch
-from engine.optim import parameter_groups
+from engine.optim import Group, parameter_groups
 from engine.run import Run
 from evaluation.accuracy import topk_correct
 from evaluation.probe import weights_label
@@ -34,8 +33,8 @@ def check_finetune(node: CfgNode) -> None:
     """Raise `ValueError` for a `FINETUNE` section that would train or measure nothing."""
     if node.WEIGHTS == "finetune" and not node.LR_BACKBONE:
         raise ValueError(
-            "FINETUNE.LR_BACKBONE (--lr-backbone): 0 would not fine-tune; give a rate such as 0.01, or use "
-            "--weights freeze"
+            "FINETUNE.LR_BACKBONE (--lr-backbone): 0 would not fine-tune; give a rate such as "
+            "0.01, or use --weights freeze"
         )
     if node.WEIGHTS == "freeze" and node.LR_BACKBONE:
         logger.warning("--lr-backbone %g has no effect on a frozen backbone", node.LR_BACKBONE)
@@ -46,10 +45,8 @@ def check_finetune(node: CfgNode) -> None:
 
 
 def run_name(cfg: CfgNode, weights: Path | None, which: str = "") -> str:
-    """Return the name of a run's folder: weights, labels, rates, and a digest of all else that it depends on.
-
-    So no two points of a sweep share a folder, and the same command finds its own again.
-    """
+    """Return the name of a run's folder: weights, labels, rates, and a digest of all else."""
+    # So no two points of a sweep share a folder, and the same command finds its own again.
     node = cfg.FINETUNE
     labels = Path(node.SUBSET).stem if node.SUBSET else f"{node.TRAIN_PERCENT:g}pct"
     said = f"{weights_label(weights, which)}-{labels}-{node.WEIGHTS}"
@@ -58,9 +55,7 @@ def run_name(cfg: CfgNode, weights: Path | None, which: str = "") -> str:
 
 
 def _digest(cfg: CfgNode, weights: Path | None) -> str:
-    """Digest the weights, the identity keys that differ from their defaults, the list of labels, the global
-    batch.
-    """
+    """Digest weights, identity keys that are not default, list of labels, and global batch."""
     defaults = {name: plain(key.default) for name, key in KEYS.items()}
     own = {
         key: value
@@ -91,20 +86,22 @@ def fitting_batch(num_images: int, wanted: int, share: int, even: bool = False) 
     unit = 2 * share if even else share
     if wanted % unit:
         raise ValueError(
-            f"FINETUNE.BATCH_SIZE (--batch-size) {wanted // share}: Mixup pairs images; use an even one"
+            f"FINETUNE.BATCH_SIZE (--batch-size) {wanted // share}: Mixup pairs images; use an "
+            "even one"
         )
     fitting = min(wanted, num_images // unit * unit)
     if not fitting:
         raise ValueError(
-            f"FINETUNE.TRAIN_PERCENT (--train-percent): {num_images} labelled images are too few for {share} "
-            f"processes x micro-batches{' of pairs' if even else ''}; use more labels or fewer processes"
+            f"FINETUNE.TRAIN_PERCENT (--train-percent): {num_images} labelled images are too few "
+            f"for {share} processes x micro-batches{' of pairs' if even else ''}; use more labels "
+            "or fewer processes"
         )
     return fitting
 
 
 def finetune_groups(
     backbone: nn.Module, heads: nn.Module, node: CfgNode, layers: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
+) -> list[Group]:
     """Return the parameter groups of an `OPTIM` section: backbone and heads follow a rate each.
 
     With `layers` (parameter name -> number of its layer, the last one highest) a layer's
@@ -125,7 +122,7 @@ def finetune_groups(
     ]
 
 
-def _split(group: dict[str, Any], scale: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+def _split(group: Group, scale: Mapping[nn.Parameter, float]) -> list[Group]:
     return [
         {**group, "params": [p for p in group["params"] if scale[p] == value], "lr_scale": value}
         for value in sorted({scale[p] for p in group["params"]})
@@ -178,12 +175,10 @@ def summarise(
     accuracies: Mapping[str, float],
     best: Mapping[str, float],
     write: bool = True,
-) -> dict[str, Any]:
-    """Return the results of a run, and `write` them to `result.json` (of a finished one); close the run.
+) -> dict[str, object]:
+    """Return the results of a run, `write` them to `result.json`, and close the run.
 
     `images` are those trained on and held out; `accuracies` are of the last epoch's weights.
-    The best over epochs stands apart: on the test split it is how the published scripts report, and
-    optimistic.
     """
     node = run.cfg.FINETUNE
     result = {
@@ -199,6 +194,7 @@ def summarise(
         **{f"last_{name}": value for name, value in accuracies.items()},
         **{f"best_{name}": value for name, value in best.items()},
     }
+    # The best epoch on the test split is chosen by its own result, so it is optimistic.
     if not node.HOLD_OUT:
         logger.info(
             "best: over epochs on the test split, as published scripts report; last: not chosen"
@@ -209,7 +205,7 @@ def summarise(
     return result
 
 
-def columns_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of the table a run ends with: what was trained, then last and best accuracies."""
+def columns_of(results: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return the table's columns: what was trained, then last and best accuracies."""
     first = ["weights", "mode", "labels", "images", "lr_backbone", "lr_classifier"]
     return [*first, *(key for key in results[0] if key.startswith(("last_", "best_")))]

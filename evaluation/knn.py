@@ -1,4 +1,4 @@
-"""Weighted k-NN over a bank that no process needs to hold: exact, in pieces, on any number of processes.
+"""Weighted k-NN over a bank that no process needs to hold: exact, and read in pieces.
 
 Wu et al. 2018, arXiv:1805.01978. Pieces are cut by the width of the features alone, and of equally
 similar neighbours the earlier in the bank comes first, so neither processes nor memory change a
@@ -21,7 +21,7 @@ _NOT_FINITE = "features for k-NN hold NaN or infinity; the backbone has diverged
 def nearest(
     queries: Sequence[Tensor], bank: Iterable[Tensor], k: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return for each block of queries (q, D) cosines and rows (q, min(k, M)) of the nearest of the bank.
+    """Return the cosines and rows (q, min(k, M)) of the nearest for each block of queries (q, D).
 
     The bank comes as chunks (m, D) in order. Best first; of equals the smaller row. Raises
     `ValueError` for NaN or infinity, on all processes for one's queries.
@@ -55,16 +55,15 @@ def nearest(
 
 
 def _lengths(features: Tensor) -> Tensor:
-    """Return the norms (n, 1), which are finite where all numbers are; that of a zero vector is not zero."""
+    """Return the norms (n, 1)."""
+    # finite where all numbers are, and never 0, by which the features are divided
     return torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest (q, k) and their columns, of equals the smaller column first.
-
-    `topk` is free in its choice among equals: where the last place is disputed the row is sorted
-    instead.
-    """
+    """Return the k largest (q, k) and their columns, of equals the smaller column first."""
+    # `topk` is free in its choice among equals. One more is asked for, to see where the last place
+    # is disputed; such a row is sorted instead.
     k = min(k, similarity.shape[1])
     values, columns = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     disputed = values[:, -1] == values[:, k - 1] if values.shape[1] > k else None
@@ -80,7 +79,7 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def vote(
     similarity: Tensor, classes: Tensor, num_classes: int, ks: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
-    """Return for each k the top min(5, C) classes (q, 5), best first: a neighbour's vote is exp(cosine / T).
+    """Return for each k the top min(5, C) classes (q, 5); a neighbour's vote is exp(cosine / T).
 
     `similarity` and `classes` (q, max k) are of the neighbours, best first. Ties go to the
     smaller class.
@@ -105,7 +104,7 @@ def weighted_knn(
     temperature: float = 0.07,
     chunk: int | None = None,
 ) -> dict[int, Tensor]:
-    """Return for each k the top min(5, C) classes (Q, 5) of queries (Q, D) among the bank (M, D), best first.
+    """Return for each k the top min(5, C) classes (Q, 5) of queries (Q, D), best first.
 
     k > M means M. `chunk` rows of either side are compared at a time, as many as fit if None.
     """
@@ -127,7 +126,8 @@ def _ranking(
     low, high = int(bank.labels.min()), int(bank.labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"k-NN bank labels run from {low} to {high}, expected 0 to {num_classes - 1} (-1: unlabelled)"
+            f"k-NN bank labels run from {low} to {high}, expected 0 to {num_classes - 1} (-1: "
+            "unlabelled)"
         )
     labels = bank.labels.to(bank.device)
     return [
@@ -143,7 +143,7 @@ def features_knn(
     ks: Sequence[int] = KNN_KS,
     temperature: float = 0.07,
 ) -> dict[str, float]:
-    """Return {"knn10_top1": percent, "knn10_top5": percent, ...} of this process's and all others' queries.
+    """Return {"knn10_top1": percent, ...} of the queries of all processes.
 
     `queries` are the blocks of `Features.blocks`. The bank passes by in chunks: beyond what it
     holds of both, a process needs at most about 0.5 GiB, whatever their sizes, and max(ks) numbers

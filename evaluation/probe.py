@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,21 @@ _LOGITS = 1 << 24  # of all heads at a time, 64 MiB
 
 
 def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
-    """Return `pretrained` (a file, or a run's folder), or the newest valid checkpoint of
-    `OUTPUT/NAME/TAG`.
-    """
+    """Return `pretrained` or, of a folder or of `OUTPUT/NAME/TAG`, the newest valid checkpoint."""
     folder = Path(pretrained) if pretrained else Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG
     if pretrained and not folder.is_dir():
         return folder
     found = checkpoint.newest_valid(folder)
     if found is None:
         raise ValueError(
-            f"{folder} holds no checkpoint; pretrain with the same --cfg, --output and --tag first, or give "
-            "--pretrained FILE"
+            f"{folder} holds no checkpoint; pretrain with the same --cfg, --output and --tag "
+            "first, or give --pretrained FILE"
         )
     return found.path
 
 
 def weights_fingerprint(weights: Path | None, network: str = "online") -> str:
-    """Say which weights a run starts from: the file's sha256, and the network where it is averaged."""
+    """Say which weights a run starts from: the file's sha256, and the network if averaged."""
     if weights is None:
         return "random weights"
     digest = on_main(lambda: checkpoint.digest(weights))
@@ -58,7 +56,7 @@ def weights_label(weights: Path | None, which: str) -> str:
 
 
 class GridPoint(NamedTuple):
-    """A head's place in the grid: which learning rate, which weight decay, and its name in what is logged."""
+    """A head's place in the grid: its learning rate, its weight decay, and its name in the log."""
 
     name: str
     lr: float
@@ -67,15 +65,15 @@ class GridPoint(NamedTuple):
 
 
 def grid_points(linear: CfgNode) -> list[GridPoint]:
-    """Return learning rates x weight decays; a name says the weight decay only where there are several.
+    """Return learning rates x weight decays; a name has the weight decay if there are several.
 
     Raises `ValueError` where a point stands twice or its weight decay is not its own.
     """
     decays = linear.WEIGHT_DECAYS or [linear.OPTIM.WEIGHT_DECAY]
     if linear.WEIGHT_DECAYS and linear.OPTIM.WEIGHT_DECAY_END:
         raise ValueError(
-            "LINEAR.WEIGHT_DECAYS (--weight-decay): each is constant; set LINEAR.OPTIM.WEIGHT_DECAY_END to 0 "
-            f"instead of {linear.OPTIM.WEIGHT_DECAY_END:g}"
+            "LINEAR.WEIGHT_DECAYS (--weight-decay): each is constant; set "
+            f"LINEAR.OPTIM.WEIGHT_DECAY_END to 0 instead of {linear.OPTIM.WEIGHT_DECAY_END:g}"
         )
     points = [
         GridPoint(f"lr{lr:g}" + (f"_wd{decay:g}" if len(decays) > 1 else ""), lr, decay, number)
@@ -85,8 +83,8 @@ def grid_points(linear: CfgNode) -> list[GridPoint]:
     twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     if twice:
         raise ValueError(
-            f"LINEAR.LRS (--lr) or LINEAR.WEIGHT_DECAYS (--weight-decay): {', '.join(twice)} stands twice; "
-            "name each value once (six digits count)"
+            f"LINEAR.LRS (--lr) or LINEAR.WEIGHT_DECAYS (--weight-decay): {', '.join(twice)} "
+            "stands twice; name each value once (six digits count)"
         )
     return points
 
@@ -96,18 +94,18 @@ def check_linear(linear: CfgNode) -> None:
     few = [percent for percent in linear.LABEL_PERCENTS if percent < 100]
     if few and not linear.CACHED_FEATURES:
         raise ValueError(
-            f"LINEAR.LABEL_PERCENTS (--labels): {few[0]:g} needs --cached-features; with augmented views use "
-            f"main_semisup.py --weights freeze --train-percent {few[0]:g}"
+            f"LINEAR.LABEL_PERCENTS (--labels): {few[0]:g} needs --cached-features; with augmented "
+            f"views use main_semisup.py --weights freeze --train-percent {few[0]:g}"
         )
     if linear.CACHED_FEATURES and linear.DROP_PATH:
         raise ValueError(
-            f"LINEAR.DROP_PATH (--drop-path-rate): {linear.DROP_PATH:g} cannot act in --cached-features, "
-            "computed once in eval mode; add --drop-path-rate 0"
+            f"LINEAR.DROP_PATH (--drop-path-rate): {linear.DROP_PATH:g} cannot act in "
+            "--cached-features, computed once in eval mode; add --drop-path-rate 0"
         )
 
 
 def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
-    """Return the folder of a probe below that of its run: `linear/<weights>[-cached][-<percent>pct]`.
+    """Return a probe's folder below its run's: `linear/<weights>[-cached][-<percent>pct]`.
 
     Raises `ValueError` for the name of a file that would lead elsewhere, such as `...pt`.
     """
@@ -123,7 +121,7 @@ def diverged(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[str,
 
 
 def open_points(points: Sequence[GridPoint], closed_at: Tensor | None) -> dict[int, GridPoint]:
-    """Return the points whose heads still train, by their place in the grid; log the others once."""
+    """Return the points whose heads still train, by their place in the grid."""
     closed = diverged(points, closed_at)
     for name, step in closed.items():
         _say_closed(name, step)
@@ -148,7 +146,7 @@ def _say_closed(name: str, step: int) -> None:
 def head_accuracies(
     heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Mapping[int, GridPoint]
 ) -> dict[str, float]:
-    """Return percent top-1 and top-5 of each head (`lr30/top1`) and of the best one (`top1`, `top5`).
+    """Return percent top-1 and top-5 of each head (`lr30/top1`) and of the best (`top1`).
 
     `blocks` are this process's (features, labels), on its device; the counts of all processes are
     summed. `points` are those to report, by their place in the grid.
@@ -158,6 +156,7 @@ def head_accuracies(
         2 * num_heads + 1, dtype=torch.int64, device=next(heads.parameters()).device
     )
     # weights (C, F) and biases (C,)
+    # The logits of all heads at once would be num_heads times a batch's: cut to 64 MiB.
     size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))
     for features, labels in blocks:
         for part, target in zip(features.split(size), labels.split(size), strict=True):
@@ -177,15 +176,14 @@ def head_accuracies(
 
 def write_result(
     run: Run,
-    what: Mapping[str, Any],
+    what: Mapping[str, object],
     best: Mapping[str, float],
     final: Mapping[str, float],
     knn: Mapping[str, float],
     points: Sequence[GridPoint],
     closed_at: Tensor | None = None,
-) -> dict[str, Any]:
-    """Write `result.json` of a finished probe and return it: best over epochs, last epoch, k-NN, by grid
-    point.
+) -> dict[str, object]:
+    """Write `result.json` of a finished probe and return it.
 
     `what` was probed stands first. Weight decays are named where there are several. Heads that
     diverged are listed with their step and have no accuracy.
@@ -220,7 +218,7 @@ def write_result(
     return result
 
 
-def show_probes(results: Sequence[dict[str, Any]]) -> None:
+def show_probes(results: Sequence[Mapping[str, object]]) -> None:
     """Log one line a probe: weights, labels where they are not all, and the grid's best."""
     knn = [key for key in results[0] if key.startswith("knn") and key.endswith("top1")]
     few = ["labels", "images"] if any(result["labels"] != "100pct" for result in results) else []
@@ -228,7 +226,7 @@ def show_probes(results: Sequence[dict[str, Any]]) -> None:
     show_table(results, ["weights", *few, *grid, "best_top1", "final_top1", "final_top5", *knn])
 
 
-def show_table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+def show_table(results: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Log one line a result, columns aligned."""
     rows = [[_cell(column, result[column]) for column in columns] for result in results]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
@@ -236,7 +234,7 @@ def show_table(results: Sequence[dict[str, Any]], columns: Sequence[str]) -> Non
         logger.info("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def _cell(column: str, value: Any) -> str:
+def _cell(column: str, value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:g}" if column.startswith(("lr", "weight_decay")) else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Masks carried through a video by the similarity of its features, and how good they are (DAVIS 2017).
+"""Carry masks through a video by the similarity of features, and score them (DAVIS 2017).
 
 The label propagation of Jabri et al. 2020 (arXiv:2006.14613) with the settings of DINO (Caron et
 al. 2021, section 4.2.3), and the measures J and F of Perazzi et al. 2016.
@@ -17,7 +17,7 @@ _CHUNK_ELEMENTS = 1 << 25  # affinities held at a time: 128 MiB of float32
 
 
 class PropagationConfig(NamedTuple):
-    """How labels are carried on: from the first and last `context` frames, near cells, the best of them."""
+    """How labels are carried on: from the first and the last `context` frames, from near cells."""
 
     context: int = 7
     radius: int = 12  # cells up, down, left and right
@@ -123,7 +123,7 @@ def contour_accuracy(mask: Tensor, truth: Tensor, tolerance: float = 0.008) -> f
 
 
 def contour(mask: Tensor) -> Tensor:
-    """Return the pixels (H, W) of a boolean mask that differ from the one right, below, or right below."""
+    """Return the pixels (H, W) of a mask that differ from the one right, below, or right below."""
     line = torch.zeros_like(mask)
     line[:, :-1] |= mask[:, :-1] != mask[:, 1:]
     line[:-1] |= mask[:-1] != mask[1:]
@@ -147,7 +147,7 @@ class Quality(NamedTuple):
 
 
 def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
-    """Return the quality of every object of index masks (T, H, W); 255 in `truth` is void and counts nowhere.
+    """Return the quality of every object of index masks (T, H, W); 255 in `truth` is void.
 
     The first frame is given and the last not counted, as in the benchmark, where there are more
     than two.

@@ -1,4 +1,4 @@
-"""Image retrieval in the revisited Oxford and Paris protocol (Radenovic et al. 2018, arXiv:1803.11285).
+"""Image retrieval in the revisited Oxford and Paris protocol (arXiv:1803.11285).
 
 Every query has database images that show the same building clearly (easy), badly (hard), or that
 tell nothing (junk). Junk is taken out of a ranking before anything is counted; queries without
@@ -26,7 +26,7 @@ PROTOCOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class GroundTruth(NamedTuple):
-    """What a gnd_*.pkl says: image names without extension, and for each query its lists and its box."""
+    """What a gnd_*.pkl says: image names without extension, and each query's lists and box."""
 
     images: list[str]
     queries: list[str]
@@ -35,9 +35,7 @@ class GroundTruth(NamedTuple):
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """Read a gnd_*.pkl of the revisited sets without executing anything of it; ValueError if it is no such
-    file.
-    """
+    """Read a gnd_*.pkl without executing anything of it; `ValueError` if it is no such file."""
     content = read_pickle(path)
     try:
         images, queries = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
@@ -48,8 +46,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
         boxes = [_box(entry.get("bbx")) for entry in content["gnd"]]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no ground truth of revisited Oxford or Paris ({type(error).__name__}: {error}); it "
-            "needs imlist, qimlist and gnd with easy, hard, junk of every query"
+            f"{path} is no ground truth of revisited Oxford or Paris ({type(error).__name__}: "
+            f"{error}); it needs imlist, qimlist and gnd with easy, hard, junk of every query"
         ) from error
     if len(lists) != len(queries):
         raise ValueError(
@@ -100,15 +98,14 @@ def _joined(entry: Mapping[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
 
 
 def positive_places(order: np.ndarray, positives: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """Return the sorted places, from 0, of `positives` in the ranking `order` (D,) without the `ignored`."""
+    """Return the sorted places, from 0, of `positives` in `order` (D,) without the `ignored`."""
     kept = order[~np.isin(order, ignored)]
     return np.flatnonzero(np.isin(kept, positives))
 
 
 def average_precision(places: np.ndarray) -> float:
-    """Return the trapezoidal average precision of positives at `places`: the mean of precision before and
-    after.
-    """
+    """Return the trapezoidal average precision of positives at `places`."""
+    # The official code averages the precision just before and just after each positive.
     hits = np.arange(len(places))
     before = np.where(places == 0, 1.0, hits / np.maximum(places, 1))
     after = (hits + 1) / (places + 1)
@@ -116,6 +113,6 @@ def average_precision(places: np.ndarray) -> float:
 
 
 def precision_at(places: np.ndarray, k: int) -> float:
-    """Return the precision among the first `k`, or up to the last positive where that comes before."""
+    """Return the precision among the first `k`, or up to the last positive if that is sooner."""
     k = min(k, int(places[-1]) + 1)
     return float((places < k).sum() / k)
