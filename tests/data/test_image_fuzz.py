@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -265,14 +266,14 @@ def read_as_nobody(folder: str, result: str) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user who may not read")
-def test_a_file_that_may_not_be_read_is_an_error_of_that_file(tmp_path: Path) -> None:
-    (tmp_path / "locked.png").write_bytes(originals()[5][1])
-    (tmp_path / "locked.png").chmod(0)
-    result = tmp_path / "result"
-    result.touch()
-    for path in (tmp_path, *tmp_path.parents):
-        if str(path).startswith("/tmp/"):
-            path.chmod(path.stat().st_mode | 0o005)
-    result.chmod(0o666)
-    assert in_process(read_as_nobody, str(tmp_path), str(result)) == 0
-    assert result.read_text() == "PermissionError"
+def test_a_file_that_may_not_be_read_is_an_error_of_that_file() -> None:
+    # not in tmp_path: each start of pytest closes the parent of all of them for other users
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        locked, result = Path(folder) / "locked.png", Path(folder) / "result"
+        locked.write_bytes(originals()[5][1])
+        locked.chmod(0)
+        result.touch()
+        result.chmod(0o666)
+        assert in_process(read_as_nobody, folder, str(result)) == 0
+        assert result.read_text() == "PermissionError"
