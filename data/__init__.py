@@ -1,1 +1,1 @@
-"""Everything that makes tensors out of files: sources, recipes, batched augmentation, global loaders."""
+"""Everything that makes tensors out of files."""

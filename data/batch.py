@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: `views`, each normalised float32 (N,3,S,S), `labels` and `indices` int64 (N,).
+    """A micro-batch: normalised float32 `views` (N,3,S,S), int64 `labels` and `indices` (N,).
 
     A label of -1 is unknown. Views and labels are on the device, indices on the host.
     """

@@ -37,7 +37,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode an encoded image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
+    """Decode an image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
 
     EXIF orientation is not applied. Refused are truncated files, formats not in `FORMATS`, images
     of more than 8 bits a channel where PIL keeps them, and what takes memory or time beyond
@@ -125,7 +125,7 @@ def fast_jpeg() -> Any:
 
 @functools.cache
 def _torchvision_jpeg() -> Callable[[bytes | memoryview], Tensor] | None:
-    """Return torchvision's decoder: the same libjpeg result as PIL's, a little faster; None if it has none.
+    """Return torchvision's decoder, which gives PIL's pixels a little faster, or None.
 
     From 0.29 on torchvision announces that its decoders will go.
     """

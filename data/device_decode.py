@@ -49,8 +49,8 @@ def check_decodable(recipe: Recipe, source: Source) -> None:
         isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe
     ):
         raise ValueError(
-            "DATA.DECODE 'device' runs views that start with a random resized crop and have no RandAugment; "
-            "use 'worker'"
+            "DATA.DECODE 'device' runs views that start with a random resized crop and have no "
+            "RandAugment; use 'worker'"
         )
     if fast_jpeg() is None:
         raise ValueError(
@@ -106,7 +106,7 @@ class FileReader(Dataset[Encoded]):
 
 
 def is_plain_jpeg(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> bool:
-    """Tell whether a file is a grey or YCbCr JPEG that ends as one: others are for the host's decoder."""
+    """Tell whether a file is a whole grey or YCbCr JPEG: the host decodes all others."""
     if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
         return False
     try:
@@ -143,7 +143,7 @@ def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:
 
 @functools.cache
 def _report(reason: str) -> None:
-    """Log each reason once: a batch now and then is a bad file, every batch a decoder that is missing."""
+    """Log each reason once: one bad file fails a batch, a missing decoder every batch."""
     logger.warning(
         "DATA.DECODE: the device cannot decode a batch (%s); the host decodes such batches", reason
     )
@@ -158,7 +158,7 @@ def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
 def decode_in_order(
     items: Generator[Encoded, None, None], host: Fetcher, device: torch.device
 ) -> Generator[Fetched, None, None]:
-    """Decode and crop what workers read: `host`, which gives recipe and seed, would have made the same."""
+    """Decode and crop what workers read, with the recipe and the seed of `host`."""
     with contextlib.closing(items):
         for item in items:
             images = decode(item, host, device)
@@ -173,7 +173,7 @@ def decode_in_order(
 
 
 def crops(images: Sequence[Tensor], item: Encoded, recipe: Recipe, seed: int) -> list[Tensor]:
-    """Cut and resize every view of `recipe` from uint8 images (3,H,W) of any size: uint8 (N,3,S,S) each."""
+    """Cut and resize every view of uint8 images (3,H,W) of any size: uint8 (N,3,S,S) each."""
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (1, 2))
     views = []
     for number, view in enumerate(recipe):
@@ -187,7 +187,7 @@ def crops(images: Sequence[Tensor], item: Encoded, recipe: Recipe, seed: int) ->
 
 
 def _crop_ragged(images: Sequence[Tensor], boxes: np.ndarray, op: RandomResizedCrop) -> Tensor:
-    """Resize the windows `boxes` (N,4) of images of different sizes, those of like height together."""
+    """Resize the windows `boxes` (N,4) of images of different sizes."""
     device = images[0].device
     out = torch.empty((len(images), 3, op.size, op.size), dtype=torch.uint8, device=device)
     for group in _groups(boxes[:, 2], boxes[:, 3]):

@@ -1,4 +1,4 @@
-"""Batches of features that stand for their images: the order of the images' own loader, without an image."""
+"""Batches of features in the order of their images' own loader, without an image."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,7 +14,7 @@ from data.worker import BadImages, BadImagesError
 
 
 class FeatureLoader:
-    """Endless supply of a run's batches of features, a pure function of (seed, step): `GlobalLoader`'s order.
+    """Endless batches of features: a function of (seed, step), as `GlobalLoader`'s are.
 
     A batch is smaller than `global_batch` where there are fewer rows; an epoch's last one is filled
     up from its start. `at` returns features number (n,) on the device; their `labels` and their
@@ -63,6 +63,6 @@ def refuse_missing(source: Source, indices: Tensor, max_fraction: float) -> None
     limit, missing = BadImages(max_fraction, len(source)).limit, len(source) - len(indices)
     if missing > limit:
         raise BadImagesError(
-            f"{missing} of {len(source)} images are unreadable, at most {limit} may be: repair or remove "
-            "those that the log names or raise DATA.MAX_BAD_FRACTION"
+            f"{missing} of {len(source)} images are unreadable, at most {limit} may be: repair or "
+            "remove those that the log names or raise DATA.MAX_BAD_FRACTION"
         )

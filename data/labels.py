@@ -1,4 +1,4 @@
-"""Label subsets for few-label runs: published lists, or a class-balanced draw that can be written and cited.
+"""Label subsets for few-label runs: published lists, or a class-balanced draw.
 
 A list holds one image a line in SimCLR's format: the bare file name, `n01440764_505.JPEG`; with
 folders before it (`cats/505.jpg`) where bare names repeat; `cifar10[123]` for data sets held as one
@@ -7,7 +7,7 @@ array.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,8 @@ def label_subset(source: Source, percent: float, seed: int, list_file: str = "")
         raise ValueError(f"percent of the labels (--train-percent) {percent} must be in (0, 100]")
     labelled = _labelled(source, np.arange(len(source)))
     count = round(percent / 100 * len(labelled))
-    return labelled[
-        _balanced(source.labels.numpy()[labelled], labelled, count, "label subset", seed)
-    ]
+    labels = source.labels.numpy()[labelled]
+    return labelled[_balanced(labels, labelled, count, "label subset", seed)]
 
 
 def hold_out(
@@ -56,8 +55,8 @@ def hold_out(
     held = np.setdiff1d(np.arange(len(indices)), kept)
     if not len(held):
         raise ValueError(
-            f"{len(indices)} labels of {len(np.unique(labels))} classes cannot be split for validation: "
-            "every class needs one image to train on; use more labels"
+            f"{len(indices)} labels of {len(np.unique(labels))} classes cannot be split for "
+            "validation: every class needs one image to train on; use more labels"
         )
     return indices[kept], indices[held]
 
@@ -78,38 +77,26 @@ def read_subset(source: Source, list_file: str) -> np.ndarray:
     Raises ValueError with the file if a line is repeated, names no image of the source or several,
     or if the list is empty or missing.
     """
+    title = f"list of labelled images {list_file}"
     try:
         text = read_text(list_file, _ANY_NAME)
     except OSError as error:
-        raise ValueError(
-            f"list of labelled images {list_file}: cannot be read ({error})"
-        ) from error
+        raise ValueError(f"{title}: cannot be read ({error})") from error
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError(
-            f"list of labelled images {list_file}: is empty; expected one file name a line"
-        )
+        raise ValueError(f"{title}: is empty; expected one file name a line")
     found = _find(source, {*lines, *(line.strip() for line in lines)})
     # a name may have outer spaces
     lines = [line if line in found else line.strip() for line in lines]
-    _refuse(
-        list_file,
-        "stand in it twice",
-        [line for line, times in Counter(lines).items() if times > 1],
-    )
+    repeated = [line for line, times in Counter(lines).items() if times > 1]
+    _refuse(title, "stand in it twice", repeated)
     absent = [line for line in lines if line not in found]
-    in_utf8 = all(line.isascii() or _is_utf8(line) for line in absent)
-    _refuse(
-        list_file,
-        f"are not in the data set (such as {source.name(0)})"
-        + ("" if in_utf8 else ", and the list is no text in UTF-8: save it as UTF-8"),
-        absent,
-    )
-    _refuse(
-        list_file,
-        "name several images; put their folders before them",
-        [line for line in lines if len(found[line]) > 1],
-    )
+    reason = f"are not in the data set (such as {source.name(0)})"
+    if not all(line.isascii() or _is_utf8(line) for line in absent):
+        reason += ", and the list is no text in UTF-8: save it as UTF-8"
+    _refuse(title, reason, absent)
+    ambiguous = [line for line in lines if len(found[line]) > 1]
+    _refuse(title, "name several images; put their folders before them", ambiguous)
     return _labelled(source, np.sort(np.array([found[line][0] for line in lines], dtype=np.int64)))
 
 
@@ -117,12 +104,10 @@ def _is_utf8(line: str) -> bool:
     return not any("\udc80" <= letter <= "\udcff" for letter in line)  # surrogates of other bytes
 
 
-def _refuse(list_file: str, reason: str, wrong: list[str]) -> None:
+def _refuse(title: str, reason: str, wrong: list[str]) -> None:
     if wrong:
         shown = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-        raise ValueError(
-            f"list of labelled images {list_file}: {len(wrong)} of its names {reason}: {shown}"
-        )
+        raise ValueError(f"{title}: {len(wrong)} of its names {reason}: {shown}")
 
 
 def _labelled(source: Source, indices: np.ndarray) -> np.ndarray:
@@ -162,19 +147,10 @@ def _names(source: Source) -> Iterator[str]:
 def _unique_depth(source: Source) -> int:
     """Return how many trailing parts of their paths tell all images apart."""
     deepest = max(name.count("/") for name in _names(source)) + 1
-    depths = (
-        d for d in range(1, deepest) if not _repeated(_suffix(name, d) for name in _names(source))
-    )
-    return next(depths, deepest)
-
-
-def _repeated(names: Iterable[str]) -> bool:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return True
-        seen.add(name)
-    return False
+    for depth in range(1, deepest):
+        if len({_suffix(name, depth) for name in _names(source)}) == len(source):
+            return depth
+    return deepest
 
 
 def _find(source: Source, wanted: set[str]) -> dict[str, list[int]]:

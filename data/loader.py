@@ -1,4 +1,4 @@
-"""Loaders: the global batches of a run as augmented views on the device, and evaluation batches in order."""
+"""Loaders: a run's global batches as augmented views, and evaluation batches in order."""
 
 import atexit
 import contextlib
@@ -55,7 +55,7 @@ class LoaderError(RuntimeError):
 
 
 class GlobalLoader:
-    """Endless supply of a run's batches: a pure function of (seed, step), whatever the ranks and workers.
+    """Endless batches of a run: a function of (seed, step), whatever the ranks and workers.
 
     `recipe` gives the views, `global_batch` is the number of images of a step over all ranks and
     micro-batches. Images held as one array stay on `device` (`resident`), others are decoded and
@@ -125,7 +125,7 @@ class GlobalLoader:
         return self.plan.steps_per_epoch
 
     def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield (step, micro-batches) from `step` up to (not including) `total_steps`; starting is O(1)."""
+        """Yield (step, micro-batches) from `step` up to `total_steps`; starting is O(1)."""
         requests = RequestSampler(self.plan, self.rank, step, total_steps)
         with contextlib.closing(self._batches(requests)) as batches:
             for current in range(step, total_steps):
@@ -163,7 +163,7 @@ class GlobalLoader:
         return self._batch(views, torch.from_numpy(request.indices))
 
     def _finish(self, item: Fetched) -> Batch:
-        """Augment cropped uint8 views (N,3,S,S) on the device; a CPU does that here too, not in the workers.
+        """Augment cropped uint8 views (N,3,S,S) on the device, not in the workers.
 
         Two views of 224 cost both sides 0.6 ms an image to hand over as uint8 and 2.1 ms as float32
         (-m benchmarks views), which is more than the 1.2 ms that the augmentation itself takes.
@@ -236,7 +236,8 @@ def _evaluate(
             for name, reason in item["failures"]:
                 if not skip_unreadable:
                     raise BadImagesError(
-                        f"cannot read {name}: {reason}. Repair or remove it: evaluations replace nothing"
+                        f"cannot read {name}: {reason}. Repair or remove it: evaluations replace "
+                        "nothing"
                     )
                 logger.warning("unreadable image left out: %s (%s)", name, reason)
             keep = torch.tensor([source.name(int(index)) not in bad for index in item["indices"]])
@@ -250,7 +251,7 @@ def _evaluate(
 
 
 def _init_worker(_worker: int) -> None:
-    """One thread per worker, and leave signals to the main process: a scheduler signals the whole group."""
+    """Give a worker one thread, and leave signals to the main process."""
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -260,7 +261,7 @@ def _init_worker(_worker: int) -> None:
 
 
 def _end_worker(error: Exception, _item: object) -> None:
-    """End this worker with the number of the error, from which the main process tells the reason."""
+    """End this worker with the number of the error, which tells the main process the reason."""
     os._exit(error_number(error) or 1)
 
 
@@ -273,8 +274,8 @@ def refuse_small_shm(batch_bytes: int, num_batches: int) -> None:
     if needed > free:
         raise ValueError(
             f"{_SHM} has {free / 2**20:.1f} MiB free, and the loader workers may fill "
-            f"{needed / 2**20:.1f} MiB: enlarge it (docker run --shm-size=8g or --ipc=host), or lower "
-            "DATA.NUM_WORKERS (0 needs none) or the batch size"
+            f"{needed / 2**20:.1f} MiB: enlarge it (docker run --shm-size=8g or --ipc=host), or "
+            "lower DATA.NUM_WORKERS (0 needs none) or the batch size"
         )
 
 
@@ -327,12 +328,12 @@ def fetch_in_order(
 
 
 def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exception | None:
-    """Return an error of the workers in one line; None for a fault of ours, which keeps its traceback."""
+    """Return an error of the workers in one line; None for a fault of ours."""
     text = str(error)
     if text.startswith("DataLoader timed out"):
         return LoaderError(
-            f"no batch came from the loader workers within DATA.TIMEOUT, {timeout:g} s: the storage is slow "
-            "or stuck"
+            f"no batch came from the loader workers within DATA.TIMEOUT, {timeout:g} s: the "
+            "storage is slow or stuck"
         )
     if text.startswith("DataLoader"):
         return LoaderError(worker_failure(text, next(filter(None, codes), 0)))
@@ -346,7 +347,7 @@ def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exc
 
 
 def _stop(iterator: object, workers: list[BaseProcess]) -> None:
-    """Ask the workers to end and kill those that hang: they ignore SIGTERM, nothing else ends them."""
+    """Ask the workers to end and kill those that hang."""
     deadline = threading.Timer(_PATIENCE, _kill, [workers])
     deadline.start()
     # the SIGCHLD handler's report of workers that we killed

@@ -18,7 +18,7 @@ from utils.randomness import hashed
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How `num_samples` are cut into global batches for `world` ranks and `accumulation` micro-batches.
+    """How `num_samples` are cut into global batches, and those for ranks and accumulation.
 
     `repeats` is how often an image of an epoch stands in it.
     """
@@ -44,8 +44,8 @@ class BatchPlan:
                 f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else f"{share}"
             )
             raise ValueError(
-                f"global batch {self.global_batch} ({size}) cannot be divided over {self.world} processes "
-                f"and {self.accumulation} accumulation steps: use {works}"
+                f"global batch {self.global_batch} ({size}) cannot be divided over {self.world} "
+                f"processes and {self.accumulation} accumulation steps: use {works}"
             )
         if self.num_samples < self.global_batch:
             largest = self.num_samples // share
@@ -56,7 +56,8 @@ class BatchPlan:
             )
             raise ValueError(
                 f"the data set has {self.num_samples} images, fewer than one global batch of "
-                f"{self.global_batch} ({size} = {per_rank} x {self.accumulation} x {self.world}): {remedy}"
+                f"{self.global_batch} ({size} = {per_rank} x {self.accumulation} x {self.world}): "
+                f"{remedy}"
             )
 
     @property
@@ -73,7 +74,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch to fetch: samples `indices` (n,) of `epoch`; `step` counts from the run's start.
+    """One micro-batch to fetch: samples `indices` (n,) of `epoch`.
 
     `copies` (n,) or 0 says which repetition of its sample each is.
     """
@@ -93,7 +94,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarray:
-    """Return indices and copy numbers (2,G) of batch number `position` of an epoch of `order` (num_samples,).
+    """Return indices and copy numbers (2,G) of batch `position` of an epoch of `order`.
 
     The last batch wraps around to the epoch's start.
     """
@@ -109,7 +110,7 @@ def rank_batches(batch: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarr
 
 
 class RequestSampler:
-    """Yield the requests of one rank from step `start` up to (not including) `stop`, across epochs."""
+    """The requests of one rank from step `start` up to `stop`, across epochs."""
 
     def __init__(self, plan: BatchPlan, rank: int, start: int, stop: int) -> None:
         self.plan, self.rank, self.start, self.stop = plan, rank, start, stop

@@ -1,4 +1,4 @@
-"""What a worker does for one micro-batch of files: decode once, crop every view, replace bad images."""
+"""What a worker does for a micro-batch: decode once, crop every view, replace bad images."""
 
 import logging
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def replacement(seed: int, epoch: int, index: int, attempt: int, count: int) -> 
 
 
 class Fetcher(Dataset[Fetched]):
-    """Turn a request into cropped uint8 views; picklable, so that it reaches workers however they start.
+    """Turn a request into cropped uint8 views; picklable, for workers that are not forked.
 
     With `seed=None` (evaluation) a bad image is reported and not replaced.
     """
@@ -66,7 +66,7 @@ class Fetcher(Dataset[Fetched]):
             fast_jpeg()  # found, or missed in the log, before any worker starts
 
     def shared_bytes(self, count: int) -> int:
-        """Return the bytes of shared memory in which the views of ``count`` images travel."""
+        """Return the bytes of shared memory in which the views of `count` images travel."""
         return count * sum(3 * view_size(view) ** 2 for view in self.recipe)
 
     def __getitem__(self, request: Request) -> Fetched:
@@ -94,7 +94,7 @@ class Fetcher(Dataset[Fetched]):
     def _samples(
         self, request: Request, failures: list[tuple[str, str]]
     ) -> tuple[list[Tensor], list[int]]:
-        """Return the views (N,3,S,S), channels last as they are decoded, and the indices that were loaded."""
+        """Return the views (N,3,S,S), channels last, and the indices that were loaded."""
         count, loaded = len(request.indices), []
         croppers = [self._cropper(request, number) for number in range(len(self.recipe))]
         sizes = [view_size(view) for view in self.recipe]
@@ -119,9 +119,9 @@ class Fetcher(Dataset[Fetched]):
         failures: list[tuple[str, str]],
         read: Callable[[int], Tensor] | None = None,
     ) -> tuple[int, Tensor | None]:
-        """Return the index that was loaded and its image (3,H,W); None for a bad one of an evaluation.
+        """Return the loaded index and its image (3,H,W); None for a bad one of an evaluation.
 
-        ``read`` may replace the source's ``load``.
+        `read` may replace the source's `load`.
         """
         index, read = wanted, read or self.source.load
         for attempt in range(1, _ATTEMPTS + 1):
@@ -206,7 +206,7 @@ class BadImages:
         if len(self.reasons) > self.limit:
             first = min(self.reasons)
             raise BadImagesError(
-                f"{len(self.reasons)} unreadable images in epoch {self.epoch}, at most {self.limit} of "
-                f"{self.seen} may be: repair or remove them or raise DATA.MAX_BAD_FRACTION; one is "
-                f"{first} ({self.reasons[first]})"
+                f"{len(self.reasons)} unreadable images in epoch {self.epoch}, at most "
+                f"{self.limit} of {self.seen} may be: repair or remove them or raise "
+                f"DATA.MAX_BAD_FRACTION; one is {first} ({self.reasons[first]})"
             )

@@ -1,4 +1,4 @@
-"""What an operation is, and what a view is: a tuple of operations, those that crop and resize first.
+"""What an operation is and what a view is: a tuple of operations, spatial ones first.
 
 docs/augmentation.md shows how to add an operation.
 """
@@ -46,7 +46,7 @@ class SpatialOp(Operation, ABC):
         return self.size, self.size
 
     def draw(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray | None:
-        """Draw boxes (N,4) int64 (top, left, height, width) for images of these sizes; None: not random."""
+        """Draw boxes (N,4) int64 (top, left, height, width); None if not random."""
         return None
 
     @abstractmethod
@@ -77,7 +77,7 @@ class BatchOp(PhotometricOp, ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, draws: Draws) -> Tensor:
-        """Return the changed images; `x` (M,3,S,S) and `draws` are those of the chosen samples alone."""
+        """Return the changed images; `x` (M,3,S,S) and `draws` are of the chosen samples."""
 
 
 class HostOp(PhotometricOp, ABC):
@@ -85,7 +85,7 @@ class HostOp(PhotometricOp, ABC):
 
     @abstractmethod
     def on_host(self, crop: Tensor, key: np.ndarray, interpolation: str) -> Tensor:
-        """Return the changed crop (3,S,S); `key` (1,) is the sample's, `interpolation` the crop's."""
+        """Return the changed crop (3,S,S); `key` (1,) is the sample's."""
 
 
 View: TypeAlias = tuple[SpatialOp | PhotometricOp, ...]

@@ -1,4 +1,4 @@
-"""The operations that crop and resize: parameters, draw, and application to a batch or to one image."""
+"""The operations that crop and resize: parameters, draw and application."""
 
 import math
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class RandomResizedCrop(SpatialOp):
 
 
 class CropDraws:
-    """What a RandomResizedCrop draws for samples `keys` (N,) before their images' sizes are known."""
+    """The draws of a RandomResizedCrop for samples `keys` (N,), before image sizes are known."""
 
     def __init__(self, op: RandomResizedCrop, keys: np.ndarray) -> None:
         attempts, column = np.arange(_ATTEMPTS), keys[:, None]
@@ -122,7 +122,7 @@ class CenterCrop(SpatialOp):
 
 @dataclass(frozen=True)
 class RandomCropPad(SpatialOp):
-    """Cut a random `size` x `size` window out of the image with `padding` black pixels around it."""
+    """Cut a random `size` x `size` window out of the image with a black border of `padding`."""
 
     streams: ClassVar[tuple[int, ...]] = (300, 301)
     padding: int = 4
@@ -138,8 +138,8 @@ class RandomCropPad(SpatialOp):
             if np.any(room < 0):
                 small = int(np.argmin(room))
                 raise ValueError(
-                    f"an image of {heights[small]} x {widths[small]} pixels with {self.padding} around it "
-                    f"is smaller than the crop of {self.size}: lower DATA.IMG_SIZE"
+                    f"an image of {heights[small]} x {widths[small]} pixels with {self.padding} "
+                    f"around it is smaller than the crop of {self.size}: lower DATA.IMG_SIZE"
                 )
             corners.append(np.floor(uniform(keys, stream) * (room + 1)).astype(np.int64))
         side = np.full(len(keys), self.size)

@@ -18,14 +18,15 @@ def finetune_recipe(
     rand_augment: str = "",
     erasing: float = 0.0,
 ) -> Recipe:
-    """Return the one training view of DeiT, Swin and SiT: crop, flip, RandAugment or jitter, erasing.
+    """Return the training view of DeiT, Swin and SiT: crop, flip, colours, erasing.
 
     Up to 32 pixels the crop is a shift by at most 4 (`crop_min` is then not used). As in timm,
     RandAugment stands in for the jitter: a ValueError where both are asked for.
     """
     if color_jitter and rand_augment:
         raise ValueError(
-            f"color jitter {color_jitter} has no effect beside RandAugment {rand_augment!r}: set it to 0"
+            f"color jitter {color_jitter} has no effect beside RandAugment {rand_augment!r}: set "
+            "it to 0"
         )
     crop: View = (RandomResizedCrop(img_size, (crop_min, 1.0), interpolation=interpolation),)
     if img_size <= TINY_IMAGE:  # images of that size already are not resized

@@ -12,7 +12,7 @@ from utils.randomness import keyed_seed
 
 
 class Mixing:
-    """Blend (Zhang et al. 2018, arXiv:1710.09412) or paste (Yun et al. 2019, arXiv:1905.04899) image pairs.
+    """Mixup (Zhang et al. 2018, arXiv:1710.09412) and Cutmix (Yun et al. 2019, arXiv:1905.04899).
 
     Draws are a pure function of (seed, step, rank, the batch's first sample). With both strengths 0
     images stay as they are and labels are only smoothed.
@@ -55,7 +55,7 @@ class Mixing:
 
 @contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Seed the global generator, timm's only source of draws, for a block and put it back as it was."""
+    """Seed NumPy's global generator, which timm draws from, and restore it afterwards."""
     state = np.random.get_state()
     np.random.seed(seed % 2**32)
     try:

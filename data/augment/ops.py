@@ -47,7 +47,7 @@ class HorizontalFlip(BatchOp, HostOp):
 
 @dataclass(frozen=True)
 class ColorJitter(BatchOp):
-    """Change brightness, contrast, saturation and hue in random order, all of them with probability `p`."""
+    """Change brightness, contrast, saturation and hue in random order with probability `p`."""
 
     name: ClassVar[str] = "jitter"
     streams: ClassVar[tuple[int, ...]] = (2, 3, 10, 11, 12, 13)
@@ -58,7 +58,7 @@ class ColorJitter(BatchOp):
     p: float
 
     def draw(self, keys: np.ndarray, size: int) -> Draws:
-        """Draw jitter (N,), order (N,4) into `JITTER_OPS`, three factors (N,) and hue (N,) in turns."""
+        """Draw jitter (N,), order (N,4), three factors (N,) and hue (N,) in turns."""
         draws = {"jitter": uniform(keys, 2) < self.p}
         draws["order"] = _ORDERS[np.floor(uniform(keys, 3) * len(_ORDERS)).astype(np.int64)]
         strengths = (self.brightness, self.contrast, self.saturation)
@@ -180,7 +180,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def color_jitter(x: Tensor, draws: Draws) -> Tensor:
-    """Apply brightness, contrast, saturation and hue to every sample of `x` (N,3,S,S) in its own order.
+    """Apply the four changes to every sample of `x` (N,3,S,S) in its own order.
 
     The samples are sorted by the place of hue in their order and aligned on it: three slots before
     it and three after, in each of which a contiguous part of the batch is active.
@@ -204,7 +204,7 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
 
 
 def _slot_factors(draws: Draws) -> np.ndarray:
-    """Return (6,3,N): each slot's factors of the image, of its grey image and of the grey image's mean.
+    """Return (6,3,N): each slot's factors of the image, its grey image and the grey mean.
 
     `clamp(f*x + s*gray + c*mean(gray))` is brightness (s = c = 0), contrast (c = 1-f), saturation
     (s = 1-f).
@@ -223,7 +223,7 @@ def _slot_factors(draws: Draws) -> np.ndarray:
 
 
 def _affine_(x: Tensor, factors: Tensor) -> None:
-    """Turn `x` (N,3,S,S) into clamp(f*x + s*luma(x) + c*mean(luma(x))) in place, `factors` f, s, c (3,N)."""
+    """Set `x` (N,3,S,S) to clamp(f*x + s*luma(x) + c*mean(luma(x))), `factors` f, s, c (3,N)."""
     if not len(x):
         return
     scale, grey, mean = factors[:, :, None, None, None]

@@ -155,5 +155,5 @@ def apply_(op: BatchOp, x: Tensor, draws: Draws) -> None:
 
 
 def normalise_(x: Tensor) -> Tensor:
-    """Subtract ImageNet's mean, divide by its standard deviation, in place; `x` (N,3,H,W) in [0,1]."""
+    """Normalise `x` (N,3,H,W) in [0,1] in place by ImageNet's mean and deviation."""
     return x.sub_(constant(IMAGENET_MEAN, x.device)).div_(constant(IMAGENET_STD, x.device))

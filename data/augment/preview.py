@@ -1,4 +1,4 @@
-"""Pictures of what the network sees: what a recipe does to images, or any grid of normalised images."""
+"""Pictures of what the network sees: grids of views or of any normalised images."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _SIDE = 96  # small images are enlarged to at least this many pixels
 def save_preview(
     path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8
 ) -> None:
-    """Write a grid, one row an image of the first batch, one column a view, as the network sees them."""
+    """Write the views of the first batch as a grid: a row an image, a column a view."""
     views = first_views(source, recipe, seed, num_images)
     warn_of_identical_views(views)
     save_grid(path, torch.stack(views, dim=1))
@@ -33,13 +33,13 @@ def warn_of_identical_views(views: Sequence[Tensor]) -> None:
     """
     if len(views) > 1 and all(torch.equal(view, views[0]) for view in views[1:]):
         logger.warning(
-            "the two views of an image are identical: the augmentation does nothing, and the method has "
-            "nothing to learn; look at views.png and AUG.RECIPE"
+            "the two views of an image are identical: the augmentation does nothing, and the "
+            "method has nothing to learn; look at views.png and AUG.RECIPE"
         )
 
 
 def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> list[Tensor]:
-    """Return the views (N,3,S,S) of the first images of a run, on the host, the same on every rank."""
+    """Return the views (N,3,S,S) of a run's first images, the same on every rank."""
     num_images = min(num_images, len(source))
     loader = GlobalLoader(
         source,
@@ -55,7 +55,7 @@ def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) 
 
 
 def save_grid(path: Path, rows: Tensor, titles: Sequence[str] | None = None) -> None:
-    """Write normalised images (N,V,3,S,S) as a grid, one row a first index; `titles` (V) stand above.
+    """Write normalised images (N,V,3,S,S) as a grid of N rows with `titles` (V) above.
 
     Raises ValueError if there are not as many titles as columns.
     """
@@ -72,7 +72,7 @@ def save_grid(path: Path, rows: Tensor, titles: Sequence[str] | None = None) -> 
 
 
 def _titled(image: Image.Image, titles: Sequence[str]) -> Image.Image:
-    """Return the grid below a white band with each title over the middle of its column, cut to its width."""
+    """Return the grid below a white band with each title over its column."""
     font = ImageFont.load_default()
     column = image.width / len(titles)
     fitting = [_cut(title, font, column - 4) for title in titles]

@@ -37,8 +37,9 @@ class RandAugment(HostOp):
         wrong = [section for section in sections if not _RAND_SECTION.fullmatch(section)]
         if first != "rand" or wrong:
             raise ValueError(
-                f"RandAugment {self.config!r}: {(wrong or [first])[0]!r} is not understood; use timm's "
-                "form, rand-m9-mstd0.5-inc1 (m magnitude, n operations, p probability, mstd, mmax, inc)"
+                f"RandAugment {self.config!r}: {(wrong or [first])[0]!r} is not understood; use "
+                "timm's form, rand-m9-mstd0.5-inc1 (m magnitude, n operations, p probability, "
+                "mstd, mmax, inc)"
             )
 
     def on_host(self, crop: Tensor, key: np.ndarray, interpolation: str) -> Tensor:
@@ -54,7 +55,7 @@ class RandAugment(HostOp):
 def rand_augmenter(
     config: str, size: int, interpolation: str
 ) -> Callable[[Image.Image], Image.Image]:
-    """Build timm's transform with the settings of its `create_transform`: shifts and grey by the image."""
+    """Build timm's transform with the settings of its `create_transform`."""
     hparams = {
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
@@ -78,7 +79,7 @@ def _posterize(
 
 @contextlib.contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed `random` and NumPy's global generator, which timm draws from, and put both back afterwards.
+    """Seed `random` and NumPy's global generator, which timm draws from, and restore both.
 
     Nothing else in the process notices; only for code that runs in one thread.
     """

@@ -13,13 +13,8 @@ from data.augment.ops import ColorJitter, GaussianBlur, Grayscale, HorizontalFli
 
 SMALL_IMAGE = 96  # up to this size an evaluation image is resized straight to the input size
 
-_SHAPES = (
-    (RandomResizedCrop,),
-    (Resize,),
-    (Resize, CenterCrop),
-    (RandomCropPad,),
-    (Resize, RandomCropPad),
-)
+_CROPS = ((RandomResizedCrop,), (RandomCropPad,), (Resize,))
+_SHAPES = (*_CROPS, (Resize, CenterCrop), (Resize, RandomCropPad))
 
 
 def check_view(view: View) -> None:
@@ -53,57 +48,49 @@ def _check_draws(view: View) -> None:
         for claim in claims:
             if claim in owners:
                 raise ValueError(
-                    f"{kind} and {owners[claim]} both use the stream or name {claim!r}: give {kind} its own"
+                    f"{kind} and {owners[claim]} both use the stream or name {claim!r}: give "
+                    f"{kind} its own"
                 )
             owners[claim] = kind
 
 
+_MOCO_JITTER = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+_BYOL_JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)
+
+
+def _moco_crop(size: int, interpolation: str = "bilinear") -> RandomResizedCrop:
+    return RandomResizedCrop(size, (0.2, 1.0), interpolation=interpolation)
+
+
 def _moco_v1(size: int) -> Recipe:
-    view = (
-        RandomResizedCrop(size, (0.2, 1.0)),
-        Grayscale(),
-        ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0),
-        HorizontalFlip(),
-    )
-    return (view, view)
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)
+    return ((_moco_crop(size), Grayscale(), jitter, HorizontalFlip()),) * 2
 
 
 def _moco_v2(size: int) -> Recipe:
-    crop = RandomResizedCrop(size, (0.2, 1.0))
-    view = (
-        crop,
-        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        Grayscale(),
-        GaussianBlur(),
-        HorizontalFlip(),
-    )
-    return (view, view)
+    return ((_moco_crop(size), _MOCO_JITTER, Grayscale(), GaussianBlur(), HorizontalFlip()),) * 2
 
 
 def _simclr(size: int) -> Recipe:
-    crop = RandomResizedCrop(size, (0.2, 1.0))
-    view = (
-        crop,
-        HorizontalFlip(),
-        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        Grayscale(),
-        GaussianBlur(),
-    )
-    return (view, view)
+    return ((_moco_crop(size), HorizontalFlip(), _MOCO_JITTER, Grayscale(), GaussianBlur()),) * 2
 
 
 def _byol(size: int) -> Recipe:
-    base = (
-        RandomResizedCrop(size),
-        HorizontalFlip(),
-        ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-        Grayscale(),
-    )
+    return _byol_pair(RandomResizedCrop(size))
+
+
+def _gmml(size: int) -> Recipe:
+    """The student's and the teacher's view of SiT's code."""
+    return _byol_pair(_moco_crop(size, "bicubic"))
+
+
+def _byol_pair(crop: RandomResizedCrop) -> Recipe:
+    base = (crop, HorizontalFlip(), _BYOL_JITTER, Grayscale())
     return ((*base, GaussianBlur(p=1.0)), (*base, GaussianBlur(p=0.1), Solarize()))
 
 
 def _mocov3(size: int) -> Recipe:
-    base = (RandomResizedCrop(size), ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), Grayscale())
+    base = (RandomResizedCrop(size), _BYOL_JITTER, Grayscale())
     return (
         (*base, GaussianBlur(p=1.0), HorizontalFlip()),
         (*base, GaussianBlur(p=0.1), Solarize(), HorizontalFlip()),
@@ -115,34 +102,22 @@ def _sit(size: int) -> Recipe:
 
 
 def _sit_fork(size: int) -> Recipe:
-    return _sit_pair(
-        RandomResizedCrop(size, (0.75, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
-    )
+    crop = RandomResizedCrop(size, (0.75, 1.0), ratio=(1.0, 1.0), interpolation="bicubic")
+    return _sit_pair(crop)
 
 
 def _sit_pair(crop: RandomResizedCrop) -> Recipe:
-    view = (crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0))
-    return (view, view)
-
-
-def _gmml(size: int) -> Recipe:
-    """The student's and the teacher's view of SiT's code."""
-    crop = RandomResizedCrop(size, (0.2, 1.0), interpolation="bicubic")
-    base = (crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), Grayscale())
-    return ((*base, GaussianBlur(p=1.0)), (*base, GaussianBlur(p=0.1), Solarize()))
+    return ((crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0)),) * 2
 
 
 def _cifar(size: int) -> Recipe:
-    crop = RandomResizedCrop(size, (0.2, 1.0))
-    view = (crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale())
-    return (view, view)
+    return ((_moco_crop(size), HorizontalFlip(), _MOCO_JITTER, Grayscale()),) * 2
 
 
 def _digits(size: int) -> Recipe:
-    """No flip, no colour: mirrored digits are other digits, and grey; wider or narrower ones are the same."""
+    """No flip and no colour: mirrored digits are other digits, and digits are grey."""
     crop = RandomResizedCrop(size, (0.5, 1.0), ratio=(2 / 3, 3 / 2))
-    view = (crop, ColorJitter(0.4, 0.4, 0.0, 0.0, p=0.8), GaussianBlur((0.1, 1.0), p=0.2))
-    return (view, view)
+    return ((crop, ColorJitter(0.4, 0.4, 0.0, 0.0, p=0.8), GaussianBlur((0.1, 1.0), p=0.2)),) * 2
 
 
 def _linear(size: int) -> Recipe:
@@ -150,9 +125,8 @@ def _linear(size: int) -> Recipe:
 
 
 def _eval(size: int) -> Recipe:
-    if size <= SMALL_IMAGE:
-        return ((Resize(size), CenterCrop(size)),)
-    return ((Resize(size + 32), CenterCrop(size)),)
+    margin = 0 if size <= SMALL_IMAGE else 32
+    return ((Resize(size + margin), CenterCrop(size)),)
 
 
 RECIPES = {
@@ -172,7 +146,7 @@ RECIPES = {
 
 
 def build_recipe(name: str, img_size: int, crop_min: float | None = None) -> Recipe:
-    """Return the recipe called `name` for `img_size` pixels; `crop_min` replaces the smallest crop area."""
+    """Return the recipe `name` for `img_size` pixels; `crop_min` is the smallest crop area."""
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
         raise ValueError(
@@ -191,10 +165,8 @@ def _with_crop_min(recipe: Recipe, name: str, crop_min: float) -> Recipe:
         raise ValueError(
             f"AUG.CROP_MIN {crop_min} has no effect: recipe {name!r} has no random crop; unset it"
         )
-    return tuple(
-        tuple(
-            replace(op, scale=(crop_min, 1.0)) if isinstance(op, RandomResizedCrop) else op
-            for op in view
-        )
-        for view in recipe
-    )
+    views = []
+    for crop, *rest in recipe:
+        assert isinstance(crop, RandomResizedCrop)
+        views.append((replace(crop, scale=(crop_min, 1.0)), *rest))
+    return tuple(views)

@@ -1,4 +1,4 @@
-"""Crop and resize of a whole batch as two batched matrix products, blur as two grouped convolutions."""
+"""Crop and resize a batch as two matrix products, blur it as two grouped convolutions."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 22  # float32 work of one piece on a CPU: larger pieces fall
 def crop_resize(
     images: Tensor, boxes: np.ndarray, size: int | tuple[int, int], interpolation: str
 ) -> Tensor:
-    """Cut `boxes` (N,4) (top, left, height, width) from uint8 `images` (N,3,H,W), resize to uint8 (N,3,h,w).
+    """Cut `boxes` (N,4) from uint8 `images` (N,3,H,W) and resize them to uint8 (N,3,h,w).
 
     Antialiased triangle or cubic filter (a = -0.5) as in PIL and torchvision, columns first with
     the levels rounded between the passes; pixels outside the box are never read.
@@ -46,14 +46,14 @@ def apply_rows(matrices: Tensor, images: Tensor) -> Tensor:
 
 
 def chunk_length(device: torch.device, *shape: int) -> int:
-    """Return how many samples of `shape` to work on at once: few on a CPU, all on an accelerator."""
+    """Return how many samples of `shape` to work on at once."""
     return max(1, _CHUNK_BYTES // (4 * int(np.prod(shape)))) if device.type == "cpu" else 1 << 30
 
 
 def box_weights(
     start: Tensor, length: Tensor, source: int, target: int, interpolation: str
 ) -> Tensor:
-    """Return resampling matrices (N,target,source) of the intervals [start, start+length) (N,) of an axis."""
+    """Return resampling matrices (N,target,source) of intervals [start, start+length) (N,)."""
     scale = (length / target)[:, None, None]
     stretch = scale.clamp(min=1.0)  # the filter widens when shrinking: antialiasing
     pixel = torch.arange(source, device=start.device, dtype=torch.float32) + 0.5
@@ -77,7 +77,7 @@ def _cubic(distance: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
-    """Blur float images (N,C,H,W) with the true Gaussian of `sigma` (N,) pixels, borders replicated.
+    """Blur float images (N,C,H,W) with a Gaussian of `sigma` (N,) pixels, borders replicated.
 
     `max_sigma` bounds `sigma` and sets the kernel's width: four of it on each side.
     """
@@ -95,5 +95,5 @@ def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
 
 @functools.lru_cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return per-channel constants (C,1,1) on `device`; cached, because a copy would wait for the device."""
+    """Return per-channel constants (C,1,1); cached, because a copy waits for the device."""
     return torch.tensor(values, device=device)[:, None, None]

@@ -60,7 +60,7 @@ def build_source(
     download: bool = False,
     index_cache: str = "off",
 ) -> Source:
-    """Open `split` ("train" or "val") of data set `dataset` below `path`; only that split has to exist.
+    """Open `split` ("train" or "val") of a data set; only that split has to exist.
 
     `cache_mode` concerns zip archives, `download` the torchvision sets, `index_cache` folders of
     images (the folder of their indexes, "" for the user's own, "off" for none); a ValueError names
@@ -69,7 +69,8 @@ def build_source(
     if dataset not in SOURCES:
         near = difflib.get_close_matches(dataset, SOURCES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"DATA.DATASET {dataset!r} is unknown; did you mean {near!r}? Known: {', '.join(SOURCES)}"
+            f"DATA.DATASET {dataset!r} is unknown; did you mean {near!r}? Known: "
+            f"{', '.join(SOURCES)}"
         )
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
@@ -93,9 +94,9 @@ def build_source(
 
 
 def open_split(node: Any, split: str, labelled: bool = False) -> Source:
-    """Open a split of the data set that a ``DATA`` section names; ``labelled``: for a probe.
+    """Open a split of the data set that a `DATA` section names; `labelled`: for a probe.
 
-    Raises ``ValueError`` where labels are asked for and there are none.
+    Raises `ValueError` where labels are asked for and there are none.
     """
     name = _LABELLED.get(node.DATASET, node.DATASET) if labelled else node.DATASET
     source = build_source(
@@ -109,7 +110,7 @@ def open_split(node: Any, split: str, labelled: bool = False) -> Source:
     source.max_pixels = node.MAX_PIXELS
     if labelled and not is_labelled(source):
         raise ValueError(
-            f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class folders, or "
-            "--held-out for the method's own losses"
+            f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class "
+            "folders, or --held-out for the method's own losses"
         )
     return source

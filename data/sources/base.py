@@ -1,4 +1,4 @@
-"""What a source of images is: labels, a fingerprint, and either one array or a way to load an index."""
+"""What a source of images is: labels, a fingerprint, and one array or a `load`."""
 
 import hashlib
 import logging
@@ -119,7 +119,7 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Sour
 
 
 class PackedStrings:
-    """Strings in two arrays: a million paths cost no Python objects that every worker would copy."""
+    """Strings in two arrays: a million Python strings would be copied by every worker."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [os.fsencode(s) for s in strings]

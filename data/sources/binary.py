@@ -11,7 +11,7 @@ _PAGE = 4096
 
 
 def checksum(data: Any) -> int:
-    """Return 32 bits of a buffer: the CRC of its pages' sums, ten times faster than the CRC of its bytes.
+    """Return 32 bits of a buffer: the CRC of the sums of its pages.
 
     What a disk does to a file (truncated, zeroed, flipped, exchanged pages) changes it; it stops no
     forger.
@@ -23,12 +23,12 @@ def checksum(data: Any) -> int:
 
 
 def view(data: memoryview, dtype: str, start: int, count: int) -> np.ndarray:
-    """Return ``count`` numbers from byte ``start`` on, without a copy."""
+    """Return `count` numbers from byte `start` on, without a copy."""
     return np.frombuffer(data, dtype=dtype, count=count, offset=start)
 
 
 def file_systems() -> dict[int, str]:
-    """Return the type of each mounted file system by its device number; nothing where Linux does not tell."""
+    """Return the type of each mounted file system by device number; {} if unknown."""
     try:
         lines = (
             Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -42,7 +42,7 @@ class FileSource(Source):
         return str(self.root / self.paths[index])
 
     def encoded(self, index: int) -> bytes:
-        """Read the file of one image; `OSError` if it is none, or much larger than its pixels may be."""
+        """Read the file of one image; `OSError` if it is much larger than its pixels may be."""
         most = _BYTES_PER_PIXEL * self.max_pixels + _BESIDE_PIXELS
         return read_bytes(self.root / self.paths[index], most)
 
@@ -60,7 +60,7 @@ class FileSource(Source):
 
 
 def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
-    """Read <path>/<split>/<class>/**: the class index is the rank of the class folder's name in train/."""
+    """Read <path>/<split>/<class>/**; class numbers are the ranks of the folders in train/."""
     folder = Path(path) / split
     passed = PassedOver()
     found = _class_names(folder, passed)
@@ -105,18 +105,20 @@ def _class_names(folder: Path, passed: PassedOver) -> list[str]:
 def refuse_empty(folder: Path, remedy: str) -> None:
     """Raise the ValueError of a folder without images."""
     raise ValueError(
-        f"DATA.PATH (--data-path): no images in {folder}: {remedy} (extensions: {' '.join(IMG_EXTENSIONS)})"
+        f"DATA.PATH (--data-path): no images in {folder}: {remedy} (extensions: "
+        f"{' '.join(IMG_EXTENSIONS)})"
     )
 
 
 def folder(path: str, split: str, index_cache: str = "off") -> FileSource:
-    """Read all images below <path>/<split>, or below <path> itself as train: unlabelled, for pretraining."""
+    """Read all images below <path>/<split>, or <path> itself as train, without labels."""
     root = Path(path)
     inside = root / split
     has_split = is_folder(inside)
     if not has_split and split != "train":
         raise ValueError(
-            f"DATA.PATH (--data-path): {inside} does not exist: DATA.DATASET 'folder' has no val split"
+            f"DATA.PATH (--data-path): {inside} does not exist: DATA.DATASET 'folder' has no val "
+            "split"
         )
     if has_split:
         root = inside

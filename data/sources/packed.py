@@ -5,7 +5,6 @@ a JSON text that says where they are, and a tail that says where the text is: a 
 has no tail. `tools/pack.py` writes it.
 """
 
-import hashlib
 import json
 import os
 import struct
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.decode import decode_rgb
-from data.sources.base import PackedStrings, Source, compare_labels, is_labelled
+from data.sources.base import PackedStrings, Source, compare_labels, digest, is_labelled
 from data.sources.binary import checksum, view
 
 VERSION = 1
@@ -39,10 +38,8 @@ class PackIndex(NamedTuple):
 
     def content(self, classes: Sequence[str], raw: bool) -> str:
         """Return "count:digest" of everything that a reader of the pack can see."""
-        state = hashlib.blake2b(json.dumps([list(classes), raw]).encode(), digest_size=16)
-        for array in (np.diff(self.offsets), *self[1:]):
-            state.update(np.ascontiguousarray(array).data)
-        return f"{len(self.labels)}:{state.hexdigest()}"
+        described = json.dumps([list(classes), raw]).encode()
+        return digest(len(self.labels), described, np.diff(self.offsets), *self[1:])
 
 
 _TYPES = {
@@ -99,8 +96,8 @@ class PackedSource(Source):
             self.index = _read_index(body, self.header)
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"DATA.PATH (--data-path): {self.path} is no pack, or was cut or damaged ({error}): copy it "
-                "again, or write it with tools/pack.py"
+                f"DATA.PATH (--data-path): {self.path} is no pack, or was cut or damaged "
+                f"({error}): copy it again, or write it with tools/pack.py"
             ) from error
         self.names = PackedStrings.of_arrays(self.index.names, self.index.names_at)
         super().__init__(torch.from_numpy(self.index.labels), self.header["classes"])
@@ -110,7 +107,7 @@ class PackedSource(Source):
         return {"path": self.path, "digest": self.header["digest"], "max_pixels": self.max_pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the pack again; ``ValueError`` if it has been replaced meanwhile."""
+        """Open the pack again; `ValueError` if it has been replaced meanwhile."""
         self.path, self.max_pixels = state["path"], state["max_pixels"]
         self._open()
         if self.header["digest"] != state["digest"]:
@@ -161,7 +158,7 @@ _HEADER_TYPES = {
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], bytearray]:
-    """Return the JSON text and the bytes of the arrays; ``ValueError`` if the pack is not whole."""
+    """Return the JSON text and the bytes of the arrays; `ValueError` if the pack is not whole."""
     size = file.seek(0, os.SEEK_END)
     if size < len(HEAD) + _TAIL.size or _read(file, 0, 12) != HEAD[:12]:
         raise ValueError("it does not begin as a pack of this version does")
@@ -203,7 +200,7 @@ def _read_index(body: bytearray, header: dict[str, Any]) -> PackIndex:
 
 
 def _check_index(index: PackIndex, header: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if a later look into the index could fail or mislead."""
+    """Raise `ValueError` if a later look into the index could fail or mislead."""
     count = header["count"]
     if [len(array) for array in index[:5]] != [count + 1, count, count + 1, count, count]:
         raise ValueError("the arrays of its index have other lengths than its count of images says")
@@ -220,7 +217,7 @@ def _check_index(index: PackIndex, header: dict[str, Any]) -> None:
 
 
 def packed(path: str, split: str) -> PackedSource:
-    """Read <path>/<split>.pack; `path` may also be one pack, whose other split is looked for beside it."""
+    """Read <path>/<split>.pack; `path` may also be a pack, with the other split beside it."""
     source = _open_split(Path(path), split)
     train = source.path.parent / "train.pack"
     if split == "val" and train.is_file():
@@ -234,8 +231,8 @@ def _compare_with_train(val: PackedSource, train: PackedSource) -> None:
     if val.classes != train.classes:
         other = sorted(set(val.classes) ^ set(train.classes))[:5] or "the same, in another order"
         raise ValueError(
-            f"DATA.PATH (--data-path): {val.path} and {train.path} have different classes ({other}): pack "
-            "both splits of one data set"
+            f"DATA.PATH (--data-path): {val.path} and {train.path} have different classes "
+            f"({other}): pack both splits of one data set"
         )
     compare_labels(val.path, val.labels.numpy(), train.labels.numpy(), val.classes)
 
@@ -249,7 +246,7 @@ def _open_split(place: Path, split: str) -> PackedSource:
     file = place / f"{split}.pack"
     if not file.is_file():
         raise ValueError(
-            f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'packed' needs it: write it with "
-            f"tools/pack.py --split {split}"
+            f"DATA.PATH (--data-path): {file} does not exist; DATA.DATASET 'packed' needs it: "
+            f"write it with tools/pack.py --split {split}"
         )
     return PackedSource(file)

@@ -50,7 +50,7 @@ Group = tuple[str, int]  # a folder below the root, and the label of the images 
 
 
 def left_behind(name: str) -> bool:
-    """Tell whether a file or folder of this name is hidden or a system's, so not of the data set."""
+    """Tell whether a file or folder of this name is hidden or a system's."""
     return _LEFT_BEHIND.match(name) is not None
 
 
@@ -108,10 +108,21 @@ def read_folder(folder: str | Path, passed: PassedOver) -> Entries:
     Raises ValueError if any of it cannot be read: images would be missing without a word.
     """
     found = Entries([], [], [], [])
+    images = found.images
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                _sort(entry, found, passed)
+                name = entry.name
+                # Nearly all entries. The type comes from the folder itself, without a stat, and
+                # no name in _LEFT_BEHIND ends like an image unless it starts with a dot.
+                if (
+                    name[0] != "."
+                    and name.lower().endswith(IMG_EXTENSIONS)
+                    and entry.is_file(follow_symlinks=False)
+                ):
+                    images.append(name)
+                else:
+                    _sort(entry, found, passed)
     except OSError as error:
         raise unreadable(error.filename or folder, error) from error
     return found
@@ -120,8 +131,8 @@ def read_folder(folder: str | Path, passed: PassedOver) -> Entries:
 def unreadable(path: str | Path, error: OSError) -> ValueError:
     """Return the error of a data set of which a part cannot be read."""
     return ValueError(
-        f"DATA.PATH (--data-path): {path} cannot be read ({error.strerror or error}): mend its permissions "
-        "or the storage, or remove it from the data set"
+        f"DATA.PATH (--data-path): {path} cannot be read ({error.strerror or error}): mend its "
+        "permissions or the storage, or remove it from the data set"
     )
 
 
@@ -139,20 +150,18 @@ def _sort(entry: os.DirEntry[str], found: Entries, passed: PassedOver) -> None:
     if left_behind(entry.name):
         passed.add(LEFT_BEHIND, entry.path)
         return
-    image = entry.name.lower().endswith(IMG_EXTENSIONS)
-    if image and entry.is_file(follow_symlinks=False):  # nearly always
-        found.images.append(entry.name)
-    elif entry.is_dir(follow_symlinks=False):
+    if entry.is_dir(follow_symlinks=False):
         found.folders.append(entry.name)
     elif entry.is_symlink():
-        _sort_link(entry, image, found, passed)
+        _sort_link(entry, found, passed)
     elif entry.is_file(follow_symlinks=False):
         passed.add_extension(entry.path)
     else:
         passed.add(_SPECIAL, entry.path)
 
 
-def _sort_link(entry: os.DirEntry[str], image: bool, found: Entries, passed: PassedOver) -> None:
+def _sort_link(entry: os.DirEntry[str], found: Entries, passed: PassedOver) -> None:
+    image = entry.name.lower().endswith(IMG_EXTENSIONS)
     mode = _mode_of_target(entry, image)
     regular = stat.S_ISREG(mode)
     if stat.S_ISDIR(mode):
@@ -233,13 +242,13 @@ class Tree:
             real = os.path.realpath(self.root / folder)
             if folder and self._is_around(real):
                 raise ValueError(
-                    f"DATA.PATH (--data-path): {self.root / folder} is a link to a folder around it: "
-                    "remove the link"
+                    f"DATA.PATH (--data-path): {self.root / folder} is a link to a folder around "
+                    "it: remove the link"
                 )
             if real in known:
                 raise ValueError(
-                    f"DATA.PATH (--data-path): {self.root / known[real]} and {self.root / folder} are the "
-                    "same folder, whose images would be in two classes: remove one of them"
+                    f"DATA.PATH (--data-path): {self.root / known[real]} and {self.root / folder} "
+                    "are the same folder, whose images would be in two classes: remove one of them"
                 )
             known[real] = folder
         self._seen.update(known)

@@ -1,4 +1,4 @@
-"""Zip archives with a map file, as in MoBY and Swin: <root>/{train,val}.zip and {train,val}_map.txt."""
+"""Zip archives with a map file, as in MoBY and Swin: {train,val}.zip, {train,val}_map.txt."""
 
 import os
 import struct
@@ -122,7 +122,7 @@ class ZipSource(Source):
 
 
 def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N,4) int64: offset of the local header, packed size, method and checksum of every name.
+    """Return (N,4) int64: header offset, packed size, method and checksum of every name.
 
     And (N,) int64: the sizes of what is packed.
     """
@@ -143,8 +143,8 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
             )
         if not 0 <= info.header_offset <= end - info.compress_size:
             raise ValueError(
-                f"DATA.PATH (--data-path): {path}: entry {name!r} of its directory lies past its end: "
-                "it was cut or damaged, copy it again"
+                f"DATA.PATH (--data-path): {path}: entry {name!r} of its directory lies past its "
+                "end: it was cut or damaged, copy it again"
             )
     infos = [known[name] for name in names]
     rows = [(i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in infos]
@@ -177,7 +177,8 @@ def zipped(
     """
     if cache_mode not in CACHE_MODES:
         raise ValueError(
-            f"DATA.CACHE_MODE (--cache-mode) {cache_mode!r} is unknown: use one of {', '.join(CACHE_MODES)}"
+            f"DATA.CACHE_MODE (--cache-mode) {cache_mode!r} is unknown: use one of "
+            f"{', '.join(CACHE_MODES)}"
         )
     archive = Path(path) / f"{split}.zip"
     listing, of_train = Path(path) / f"{split}_map.txt", Path(path) / "train_map.txt"
@@ -201,7 +202,7 @@ def zipped(
 
 
 def _read_map(listing: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
-    """Return the names and labels that a map lists; count the entries that systems left in the archive."""
+    """Return the names and labels that a map lists; count a system's entries in `passed`."""
     text = read_text(listing)
     lines = text.removesuffix("\n").split("\n") if text else []
     names, labels, most = [], [], max(_MOST_CLASSES, len(lines))
@@ -218,8 +219,8 @@ def _read_map(listing: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]
             )
         if len(label) > 18 or int(label) >= most:
             raise ValueError(
-                f"{listing} line {number}: label {label[:20]} is too large: a map of {len(lines)} lines may "
-                f"have labels below {most}"
+                f"{listing} line {number}: label {label[:20]} is too large: a map of {len(lines)} "
+                f"lines may have labels below {most}"
             )
         names.append(name)
         labels.append(int(label))

@@ -299,6 +299,15 @@ def test_plain_names_are_not_left_out(name: str) -> None:
     assert not left_behind(name)
 
 
+@pytest.mark.parametrize("extension", IMG_EXTENSIONS)
+def test_only_hidden_names_of_images_are_left_out(extension: str) -> None:
+    """`read_folder` does not look further at an image's name that does not start with a dot."""
+    heads = {name.split("/")[0] for name in LEFT}
+    names = [f"{head.removesuffix(Path(head).suffix)}{extension}" for head in heads | {"x"}]
+    assert {name[0] == "." for name in names} == {True, False}
+    assert all(left_behind(name) == (name[0] == ".") for name in names)
+
+
 @pytest.mark.parametrize(
     ("dataset", "root", "split", "places"),
     [

@@ -1,1 +1,1 @@
-"""Fused photometric operations for CPU and GPU; optional, used where they support every operation."""
+"""Fused operations for CPU and GPU, used where they support every operation."""

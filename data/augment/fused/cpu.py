@@ -1,4 +1,4 @@
-"""The photometric operations of a view fused for a CPU; importing this imports numba, an optional package.
+"""The operations of a view fused for a CPU; needs numba, an optional package.
 
 Same draws, formulas and order as the batched torch operations of `ops.py`. A sample is the work of
 one thread, in an order of its own: its bits depend neither on the batch around it nor on the
@@ -55,7 +55,7 @@ def run_on_cpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
 
 
 def _aligned(count: int) -> np.ndarray:
-    """Return float32 numbers, the first on a cache line; NumPy, unlike torch, asks for large pages."""
+    """Return `count` float32 numbers, the first at the start of a cache line."""
     raw = np.empty(count + 16, dtype=np.float32)
     skipped = (-raw.ctypes.data % 64) // 4
     return raw[skipped : skipped + count]

@@ -55,7 +55,7 @@ def run_on_gpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
 
 
 def tables(plan: Programs) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the programs as `ints` and `floats` of `triton_kernels.py`, and how many are blurred."""
+    """Return the programs as `ints` and `floats` of `triton_kernels.py`, and the blurred count."""
     codes = plan.codes
     contrast = np.where((codes == CONTRAST).any(axis=1), (codes == CONTRAST).argmax(axis=1), -1)
     end = (codes == END).argmax(axis=1)

@@ -27,8 +27,8 @@ _LEVELS, _KEPT, _OUTPUT, _BLURRED = range(4)
 # Of fast-math only fused multiply-add, which changes no order.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 _SIGNATURE = (
-    "void(uint8[:,::1], boolean, boolean[::1], int64[:,::1], float32[:,::1], float32[:,::1], int64[::1], "
-    "float32[::1], float32[::1], float32[:,:,:,::1], int64, int64)"
+    "void(uint8[:,::1], boolean, boolean[::1], int64[:,::1], float32[:,::1], float32[:,::1], "
+    "int64[::1], float32[::1], float32[::1], float32[:,:,:,::1], int64, int64)"
 )
 _BLOCK = 2048  # pixels of three floats, which a first-level cache holds
 _ZERO, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(value) for value in (0, 1, 2, 3, 4, 6))
@@ -277,7 +277,7 @@ def _blur_rows(
     padded: Array,
     blurred: Array,
 ) -> None:
-    """Blur the rows of `block` into `blurred` (3,H+2*margin,W); its margins repeat the outer rows."""
+    """Blur the rows of `block` into `blurred` (3,H+2*margin,W), outer rows repeated."""
     width, height = blurred.shape[2], blurred.shape[1] - 2 * margin
     for c in range(3):
         for y in range(bottom - top):
@@ -317,7 +317,7 @@ def _blur_columns(
 
 @_inner
 def _convolve(source: Array, start: int, step: int, taps: Array, reach: int, target: Array) -> None:
-    """Sum `source` from `start` on, shifted by up to `reach` times `step` to both sides, into `target`."""
+    """Write the symmetric convolution of `source`, from `start` on, to `target`."""
     n = len(target)
     centre, t0, t1, t2 = source[start : start + n], taps[0], taps[1], taps[2]
     a, b = source[start - step : start - step + n], source[start + step : start + step + n]

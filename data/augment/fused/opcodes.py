@@ -134,7 +134,7 @@ def programs(ops: Ops, draws: Draws, count: int) -> Programs:
 
 
 def _taps(sigma: np.ndarray, max_sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return half of the Gaussians (N,R+1) of `sigma` (N,), centre first, cut at four sigma, and reaches."""
+    """Return half kernels (N,R+1) of `sigma` (N,), centre first, and the taps that count."""
     distance = np.arange(math.ceil(4.0 * max_sigma) + PAIR)
     weights = np.exp(-0.5 * (distance / sigma[:, None]) ** 2)
     # denormals are slow

@@ -132,7 +132,7 @@ def points(
     images, ints, floats, sums, constants, out, width, plane, by_image, by_channel, by_row, by_column,
     K: tl.constexpr, INTS: tl.constexpr, FLOATS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Run each program up to its blur or its end; normalise what is not blurred. `BLOCKS`: a power of two."""
+    """Run each program up to its blur or its end; normalise what is not blurred."""
     sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ints += sample * INTS
     number, part = tl.num_programs(1), tl.arange(0, BLOCKS)
@@ -176,7 +176,7 @@ def blur_rows(
     ints, floats, out, between, width, plane,
     K: tl.constexpr, INTS: tl.constexpr, FLOATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Blur the rows of the samples that are blurred, from `out` (N,3,H,W) to `between` (M,3,H,W)."""
+    """Blur the rows of the blurred samples, `out` (N,3,H,W) to `between` (M,3,H,W)."""
     sample, block, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     ints += sample * INTS
     row = tl.load(ints + K + 5).to(tl.int64)
@@ -194,7 +194,7 @@ def blur_columns(
     ints, floats, between, constants, out, width, plane,
     K: tl.constexpr, INTS: tl.constexpr, FLOATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Blur the columns of `between` (M,3,H,W), run what comes after the blur, normalise into `out`."""
+    """Blur the columns of `between` (M,3,H,W), run the rest, normalise into `out`."""
     sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ints += sample * INTS
     floats += sample * FLOATS
