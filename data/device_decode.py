@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Generator, Sequence
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -22,40 +21,33 @@ from data.augment.resample import crop_resize
 from data.decode import MAX_PIXELS, decode_rgb, fast_jpeg, refuse_costly
 from data.sampler import Request
 from data.sources.base import Source
-from data.worker import Fetched, Fetcher
+from data.worker import Fetched, Fetcher, Loaded, loaded_as
 
 logger = logging.getLogger("synco")
 
 _PIXELS_AT_ONCE = 1 << 24  # of a padded batch of crops: 200 MB of floats
 
 
-class Encoded(TypedDict):
-    """A micro-batch as a worker read it; the names of `data.worker.Fetched` mean the same."""
+class Encoded(Loaded):
+    """A micro-batch as a worker read it."""
 
     blob: Tensor  # uint8: the files one after another; few tensors, because each costs a descriptor
     ends: Tensor  # (N,) where each file ends in it
     # uint8 (3,H,W) of the places that only the host decodes: PNG, CMYK, damage
     pixels: dict[int, Tensor]
-    epoch: int
-    wanted: Tensor
-    copies: Tensor
-    indices: Tensor
-    failures: list[tuple[str, str]]
 
 
 def check_decodable(recipe: Recipe, source: Source) -> None:
     """Refuse what cannot be decoded on the device, with a ValueError that names the key."""
-    if needs_pil(recipe) or not all(
-        isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe
-    ):
+    crops_first = all(isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe)
+    if needs_pil(recipe) or not crops_first:
         raise ValueError(
             "DATA.DECODE 'device' runs views that start with a random resized crop and have no "
             "RandAugment; use 'worker'"
         )
     if fast_jpeg() is None:
-        raise ValueError(
-            "DATA.DECODE 'device' needs simplejpeg: pip install simplejpeg, or use 'worker'"
-        )
+        remedy = "pip install simplejpeg, or use 'worker'"
+        raise ValueError(f"DATA.DECODE 'device' needs simplejpeg: {remedy}")
     if source.encoded(0) is None:
         raise ValueError("DATA.DECODE 'device' needs a data set of encoded images; use 'worker'")
 
@@ -86,13 +78,7 @@ class FileReader(Dataset[Encoded]):
             "blob": torch.cat(files),
             "ends": torch.tensor([len(file) for file in files]).cumsum(0),
             "pixels": pixels,
-            "epoch": request.epoch,
-            "wanted": torch.from_numpy(request.indices),
-            "copies": torch.from_numpy(
-                np.broadcast_to(request.copies, len(request.indices)).copy()
-            ),
-            "indices": torch.tensor(loaded),
-            "failures": failures,
+            **loaded_as(request, loaded, failures),
         }
 
     def read(self, index: int) -> Tensor:
@@ -127,10 +113,9 @@ def decode(item: Encoded, host: Fetcher, device: torch.device) -> list[Tensor]:
     images = dict(item["pixels"])
     encoded = [place for place in range(len(files)) if place not in images]
     try:
-        images |= zip(
-            encoded, _decode_jpegs([files[place] for place in encoded], device), strict=True
-        )
-    except torch.OutOfMemoryError:
+        decoded = _decode_jpegs([files[place] for place in encoded], device)
+        images |= zip(encoded, decoded, strict=True)
+    except torch.OutOfMemoryError:  # a RuntimeError too, but no image is to blame
         raise
     except RuntimeError as error:
         _report(str(error).splitlines()[0])
@@ -161,7 +146,7 @@ def decode_in_order(
     """Decode and crop what workers read, with the recipe and the seed of `host`."""
     with contextlib.closing(items):
         for item in items:
-            images = decode(item, host, device)
+            images = decode(item, host, device)  # may note failures in `item`
             yield {
                 "views": crops(images, item, host.recipe, host.seed or 0),
                 "epoch": item["epoch"],
@@ -179,9 +164,8 @@ def crops(images: Sequence[Tensor], item: Encoded, recipe: Recipe, seed: int) ->
     for number, view in enumerate(recipe):
         op = spatial_ops(view)[0]
         assert isinstance(op, RandomResizedCrop)
-        keys = sample_keys(
-            seed, item["epoch"], item["wanted"].numpy(), number, item["copies"].numpy()
-        )
+        wanted, copies = item["wanted"].numpy(), item["copies"].numpy()
+        keys = sample_keys(seed, item["epoch"], wanted, number, copies)
         views.append(_crop_ragged(images, op.draw(keys, heights, widths), op))
     return views
 
@@ -196,9 +180,8 @@ def _crop_ragged(images: Sequence[Tensor], boxes: np.ndarray, op: RandomResizedC
         for target, place in zip(padded, group.tolist(), strict=True):
             top, left, h, w = boxes[place].tolist()
             target[:, :h, :w] = images[place][:, top : top + h, left : left + w]
-        whole = np.concatenate(
-            [np.zeros((len(group), 2), dtype=np.int64), boxes[group, 2:]], axis=1
-        )
+        whole = boxes[group]
+        whole[:, :2] = 0  # the windows lie at the corners of the padded batch
         out[send(group, device)] = crop_resize(padded, whole, op.size, op.interpolation)
     return out
 

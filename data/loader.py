@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import utils.distributed as distributed
-from data.augment.base import Recipe, is_random, needs_pil, sample_keys
+from data.augment.base import Recipe, View, is_random, needs_pil, sample_keys
 from data.augment.crops import crop_batch, draw_boxes
 from data.augment.pipeline import choose_backend, draw_photometric, photometric
 from data.augment.recipes import build_recipe, check_view
@@ -93,15 +93,10 @@ class GlobalLoader:
         if resident and source.images is None:
             raise ValueError("resident images need a data set held as one array, not one of files")
         if resident and needs_pil(recipe):
-            raise ValueError(
-                "resident images cannot run RandAugment, which works on single PIL images"
-            )
-        self.source, self.recipe, self.seed, self.device = (
-            source,
-            recipe,
-            seed,
-            torch.device(device),
-        )
+            reason = "RandAugment, which works on single PIL images"
+            raise ValueError(f"resident images cannot run {reason}")
+        self.source, self.recipe, self.seed = source, recipe, seed
+        self.device = torch.device(device)
         self.num_workers, self.timeout = num_workers, timeout
         self.backend = choose_backend(backend, self.device)
         self.rank = distributed.rank() if rank is None else rank
@@ -110,11 +105,11 @@ class GlobalLoader:
             len(source), global_batch, seed, world, accumulation, drop_last, repeated_aug, size_key
         )
         self.bad = BadImages(max_bad_fraction, self.steps_per_epoch * global_batch // world)
-        can_stay = source.images is not None and not needs_pil(recipe)
-        self.resident = can_stay if resident is None else resident
-        self._images = (
-            source.images.to(self.device) if self.resident and source.images is not None else None
-        )
+        if resident is None:
+            resident = source.images is not None and not needs_pil(recipe)
+        self.resident, self._images = resident, None
+        if resident and source.images is not None:
+            self._images = source.images.to(self.device)
         self.decodes = decode == "device" and source.images is None
         if self.decodes:
             check_decodable(recipe, source)
@@ -137,18 +132,16 @@ class GlobalLoader:
                 yield self._resident_batch(request, self._images)
             return
         host = Fetcher(self.source, self.recipe, self.seed)
+        how = (self.num_workers, self.timeout, self.device)
         if self.decodes:
-            reader = FileReader(host)
-            read = fetch_in_order(reader, requests, self.num_workers, self.timeout, self.device)
+            read = fetch_in_order(FileReader(host), requests, *how)
             fetched = decode_in_order(read, host, self.device)
         else:
             size = host.shared_bytes(self.plan.micro_batch)
-            fetched = fetch_in_order(
-                host, requests, self.num_workers, self.timeout, self.device, size
-            )
+            fetched = fetch_in_order(host, requests, *how, size)
         with contextlib.closing(fetched):
             for item in fetched:
-                self.bad.count(item)
+                self.bad.count(item["epoch"], item["failures"])
                 yield self._finish(item)
 
     def _resident_batch(self, request: Request, images: Tensor) -> Batch:
@@ -159,22 +152,22 @@ class GlobalLoader:
         for number, view in enumerate(self.recipe):
             keys = sample_keys(self.seed, request.epoch, request.indices, number, request.copies)
             crops = crop_batch(rows, view, draw_boxes(view, keys, shape))
-            views.append(photometric(crops, view, draw_photometric(view, keys), self.backend))
+            views.append(self._augment(crops, view, keys))
         return self._batch(views, torch.from_numpy(request.indices))
 
     def _finish(self, item: Fetched) -> Batch:
-        """Augment cropped uint8 views (N,3,S,S) on the device, not in the workers.
-
-        Two views of 224 cost both sides 0.6 ms an image to hand over as uint8 and 2.1 ms as float32
-        (-m benchmarks views), which is more than the 1.2 ms that the augmentation itself takes.
-        """
+        """Augment cropped uint8 views (N,3,S,S) on the device."""
+        # Also on a CPU not in the workers. To hand over two views of 224 costs both sides 0.6 ms an
+        # image as uint8 and 2.1 ms as float32 (-m benchmarks views), and the augmentation 1.2 ms.
         wanted, copies = item["wanted"].numpy(), item["copies"].numpy()
         views = []
         for number, (view, crops) in enumerate(zip(self.recipe, item["views"], strict=True)):
             keys = sample_keys(self.seed, item["epoch"], wanted, number, copies)
-            crops = _to(crops, self.device)
-            views.append(photometric(crops, view, draw_photometric(view, keys), self.backend))
+            views.append(self._augment(_to(crops, self.device), view, keys))
         return self._batch(views, item["indices"])
+
+    def _augment(self, crops: Tensor, view: View, keys: np.ndarray) -> Tensor:
+        return photometric(crops, view, draw_photometric(view, keys), self.backend)
 
     def _batch(self, views: list[Tensor], indices: Tensor) -> Batch:
         return Batch(views, _to(self.source.labels[indices], self.device), indices)
@@ -228,9 +221,8 @@ def _evaluate(
 ) -> Iterator[Batch]:
     fetcher = Fetcher(source, recipe, seed=None)
     size = fetcher.shared_bytes(max((len(request.indices) for request in requests), default=0))
-    with contextlib.closing(
-        fetch_in_order(fetcher, requests, num_workers, timeout, device, size)
-    ) as fetched:
+    items = fetch_in_order(fetcher, requests, num_workers, timeout, device, size)
+    with contextlib.closing(items) as fetched:
         for item in fetched:
             bad = {name for name, _ in item["failures"]}
             for name, reason in item["failures"]:
@@ -244,19 +236,17 @@ def _evaluate(
             if not keep.any():
                 continue  # a network need not take an empty batch: Swin does not
             indices = item["indices"][keep]
-            views = [
-                photometric(_to(crops[keep], device), recipe[0], {}) for crops in item["views"]
-            ]
+            (crops,) = item["views"]
+            views = [photometric(_to(crops[keep], device), recipe[0], {})]
             yield Batch(views, _to(source.labels[indices], device), indices)
 
 
 def _init_worker(_worker: int) -> None:
     """Give a worker one thread, and leave signals to the main process."""
     torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # multiprocessing only prints that a batch could not be sent, and the run would wait for it in
-    # vain
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler signals the whole group
+    # multiprocessing only prints that a batch could not be sent: the run would wait for it forever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
@@ -337,8 +327,7 @@ def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exc
         )
     if text.startswith("DataLoader"):
         return LoaderError(worker_failure(text, next(filter(None, codes), 0)))
-    # torch's text: "Caught NAME in DataLoader worker process 0.", a traceback, "module.NAME: the
-    # message"
+    # torch: "Caught NAME in DataLoader worker process 0.", a traceback, "module.NAME: the message"
     parts = re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)
     mendable = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
     if mendable and text.startswith("Caught ") and len(parts) > 1:
@@ -348,9 +337,10 @@ def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exc
 
 def _stop(iterator: object, workers: list[BaseProcess]) -> None:
     """Ask the workers to end and kill those that hang."""
+    # They ignore SIGTERM, which torch sends to those that do not end by themselves.
     deadline = threading.Timer(_PATIENCE, _kill, [workers])
     deadline.start()
-    # the SIGCHLD handler's report of workers that we killed
+    # The error is the SIGCHLD handler's report of the workers that we killed.
     with contextlib.suppress(RuntimeError):
         iterator._shutdown_workers()  # type: ignore[attr-defined]
     deadline.cancel()

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -38,15 +38,32 @@ class BadImagesError(ValueError):
     """Too many images could not be read, or one of an evaluation."""
 
 
-class Fetched(TypedDict):
-    """A micro-batch on the host; a dict, because the loader's pinning understands it."""
+class Loaded(TypedDict):
+    """Which images a micro-batch has; a dict, because the loader's pinning understands it."""
 
-    views: list[Tensor]  # uint8 (N,3,S,S) each, cropped, the host's operations done
     epoch: int
     wanted: Tensor  # (N,) indices that the sampler asked for: with the copies the keys of all draws
     copies: Tensor  # (N,) which repetition of its sample each is
     indices: Tensor  # (N,) indices that were loaded: differs where a bad image was replaced
     failures: list[tuple[str, str]]  # (name, reason) of the images that could not be read
+
+
+class Fetched(Loaded):
+    """A micro-batch on the host."""
+
+    views: list[Tensor]  # uint8 (N,3,S,S) each, cropped, the host's operations done
+
+
+def loaded_as(request: Request, indices: list[int], failures: list[tuple[str, str]]) -> Loaded:
+    """Return what is known of a request whose images `indices` were loaded."""
+    copies = np.broadcast_to(request.copies, len(request.indices)).copy()
+    return {
+        "epoch": request.epoch,
+        "wanted": torch.from_numpy(request.indices),
+        "copies": torch.from_numpy(copies),
+        "indices": torch.tensor(indices),
+        "failures": failures,
+    }
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, count: int) -> int:
@@ -73,23 +90,12 @@ class Fetcher(Dataset[Fetched]):
         """Load and crop the images of a request."""
         failures: list[tuple[str, str]] = []
         if self.source.images is not None and self.seed is None:
-            views, loaded = (self._rows(request, self.source.images), list(request.indices))
+            rows = self.source.images[torch.from_numpy(request.indices)]
+            views = [crop_batch(rows, view, None) for view in self.recipe]
+            loaded = request.indices.tolist()
         else:
             views, loaded = self._samples(request, failures)
-        return {
-            "views": views,
-            "epoch": request.epoch,
-            "wanted": torch.from_numpy(request.indices),
-            "copies": torch.from_numpy(
-                np.broadcast_to(request.copies, len(request.indices)).copy()
-            ),
-            "indices": torch.tensor(loaded),
-            "failures": failures,
-        }
-
-    def _rows(self, request: Request, images: Tensor) -> list[Tensor]:
-        rows = images[torch.from_numpy(request.indices)]
-        return [crop_batch(rows, view, None) for view in self.recipe]
+        return {"views": views, **loaded_as(request, loaded, failures)}
 
     def _samples(
         self, request: Request, failures: list[tuple[str, str]]
@@ -97,11 +103,11 @@ class Fetcher(Dataset[Fetched]):
         """Return the views (N,3,S,S), channels last, and the indices that were loaded."""
         count, loaded = len(request.indices), []
         croppers = [self._cropper(request, number) for number in range(len(self.recipe))]
-        sizes = [view_size(view) for view in self.recipe]
-        views = [
-            torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-            for size in sizes
-        ]
+        views = []
+        for size in map(view_size, self.recipe):
+            # channels last, as images are decoded: a crop is then written without a copy
+            memory = torch.empty((count, size, size, 3), dtype=torch.uint8)
+            views.append(memory.permute(0, 3, 1, 2))
         for place, wanted in enumerate(request.indices.tolist()):
             index, image = self.load(request.epoch, wanted, failures)
             loaded.append(index)
@@ -132,9 +138,8 @@ class Fetcher(Dataset[Fetched]):
             if self.seed is None:
                 return index, None
             index = replacement(self.seed, epoch, wanted, attempt, len(self.source))
-        raise BadImagesError(
-            f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}"
-        )
+        last = failures[-1]
+        raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {last}")
 
     def _cropper(self, request: Request, number: int) -> Cropper:
         """Return what crops an image for the sample at a place of the request into its view.
@@ -194,11 +199,11 @@ class BadImages:
         self.reasons: dict[str, str] = {}  # by name
         self.logged: set[str] = set()
 
-    def count(self, item: Any) -> None:
+    def count(self, epoch: int, failures: list[tuple[str, str]]) -> None:
         """Note the failures of one micro-batch; raise `BadImagesError` past the limit."""
-        if item["epoch"] != self.epoch:
-            self.epoch, self.reasons = item["epoch"], {}
-        for name, reason in item["failures"]:
+        if epoch != self.epoch:
+            self.epoch, self.reasons = epoch, {}
+        for name, reason in failures:
             self.reasons[name] = reason
             if name not in self.logged:
                 self.logged.add(name)

@@ -190,7 +190,7 @@ class DetectionLoader:
                 )
 
     def _to_device(self, item: Any) -> DetectionBatch:
-        self.bad.count(item)
+        self.bad.count(item["epoch"], item["failures"])
         images = [to_float(image, self.device) for image in item["images"]]
         targets = [
             {name: tensor.to(self.device, non_blocking=True) for name, tensor in target.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import utils.distributed as distributed
-from data.decode import MAX_PIXELS
+from data.decode import MAX_PIXELS, decode_rgb
 
 logger = logging.getLogger("synco")
 
@@ -46,7 +46,10 @@ class Source:
 
     def load(self, index: int) -> Tensor:
         """Return one image as uint8 (3,H,W) RGB."""
-        raise NotImplementedError
+        data = self.encoded(index)
+        if data is None:
+            raise NotImplementedError
+        return decode_rgb(data, self.max_pixels)
 
     def encoded(self, index: int) -> bytes | None:
         """Return the encoded bytes of one image, or None where only pixels are stored."""
@@ -109,9 +112,8 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Sour
     """Return the images of `source` at `indices`, in that order, with the classes unchanged."""
     chosen = np.asarray(indices, dtype=np.int64)
     if len(chosen) and not (0 <= chosen.min() and chosen.max() < len(source)):
-        raise ValueError(
-            f"subset indices must lie in [0, {len(source)}), got {chosen.min()} to {chosen.max()}"
-        )
+        found = f"{chosen.min()} to {chosen.max()}"
+        raise ValueError(f"subset indices must lie in [0, {len(source)}), got {found}")
     if isinstance(source, ArraySource):
         rows = torch.from_numpy(chosen)
         return ArraySource(source.title, source.images[rows], source.labels[rows], source.classes)
@@ -169,10 +171,6 @@ def compare_labels(
             f"{[classes[label] for label in unknown[:5]]}"
         )
     if len(absent) and distributed.is_main():
-        logger.warning(
-            "%s has no image of %d of train's %d classes, such as %s",
-            split,
-            len(absent),
-            len(np.unique(of_train)),
-            [classes[label] for label in absent[:5]],
-        )
+        known, names = len(np.unique(of_train)), [classes[label] for label in absent[:5]]
+        message = "%s has no image of %d of train's %d classes, such as %s"
+        logger.warning(message, split, len(absent), known, names)

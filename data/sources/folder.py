@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data.decode import decode_rgb
 from data.sources.base import PackedStrings, Source, compare_labels, digest
 from data.sources.folder_index import list_images
 from data.sources.scan import IMG_EXTENSIONS, OUTSIDE, PassedOver, is_folder, read_folder
@@ -46,16 +44,11 @@ class FileSource(Source):
         most = _BYTES_PER_PIXEL * self.max_pixels + _BESIDE_PIXELS
         return read_bytes(self.root / self.paths[index], most)
 
-    def load(self, index: int) -> Tensor:
-        """Read and decode one image as uint8 (3,H,W) RGB."""
-        return decode_rgb(self.encoded(index), self.max_pixels)
-
     def fingerprint(self) -> str:
         """Digest the relative paths and the labels."""
         if not self._fingerprint:
-            self._fingerprint = digest(
-                len(self), self.paths.blob, self.paths.offsets, self.labels.numpy()
-            )
+            paths, labels = self.paths, self.labels.numpy()
+            self._fingerprint = digest(len(self), paths.blob, paths.offsets, labels)
         return self._fingerprint
 
 
@@ -69,11 +62,10 @@ def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
     classes = _class_names(train, PassedOver()) if has_train else found
     unknown = sorted(set(found) - set(classes))
     if unknown:
-        raise ValueError(
-            f"DATA.PATH (--data-path): {folder} has classes that {train} lacks: {unknown[:5]}"
-        )
-    present = set(found)
-    groups = [(name, label) for label, name in enumerate(classes) if name in present]
+        wrong = f"{folder} has classes that {train} lacks: {unknown[:5]}"
+        raise ValueError(f"DATA.PATH (--data-path): {wrong}")
+    number = {name: label for label, name in enumerate(classes)}
+    groups = [(name, number[name]) for name in found]  # both are sorted
     listing = list_images(folder, groups, index_cache, passed)
     for (name, _), count in zip(groups, listing.counts, strict=True):
         if not count and split == "train":
@@ -96,9 +88,8 @@ def _class_names(folder: Path, passed: PassedOver) -> list[str]:
         passed.add(OUTSIDE, str(folder / name))
     names = sorted(entries.folders + entries.linked)
     if not names:
-        refuse_empty(
-            folder, "it has no class folders; use DATA.DATASET 'folder' for images without classes"
-        )
+        remedy = "it has no class folders; use DATA.DATASET 'folder' for images without classes"
+        refuse_empty(folder, remedy)
     return names
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import decode_rgb
 from data.sources.base import PackedStrings, Source, compare_labels, digest, is_labelled
 from data.sources.binary import checksum, view
 
@@ -133,9 +132,9 @@ class PackedSource(Source):
 
     def load(self, index: int) -> Tensor:
         """Return one image as uint8 (3,H,W) RGB."""
-        data = self.record(index)
         if not self.header["raw"]:
-            return decode_rgb(memoryview(data), self.max_pixels)
+            return super().load(index)
+        data = self.record(index)
         height, width = (int(side) for side in self.index.sizes[index])
         return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import utils.distributed as distributed
-from data.decode import decode_rgb
 from data.sources.base import PackedStrings, Source, compare_labels, digest
 from data.sources.scan import IMG_EXTENSIONS, LEFT_BEHIND, PassedOver, left_behind
 from utils.reading import read_text
@@ -75,18 +73,12 @@ class ZipSource(Source):
         data = self.cached(index)
         return self.read(index) if data is None else data
 
-    def load(self, index: int) -> Tensor:
-        """Read and decode one image as uint8 (3,H,W) RGB."""
-        return decode_rgb(self.encoded(index), self.max_pixels)
-
     def cached(self, index: int) -> bytes | None:
         """Return the encoded bytes that this process holds, or None."""
         slot = self._slot[index]
-        return (
-            None
-            if slot < 0
-            else self._cache[self._offsets[slot] : self._offsets[slot + 1]].tobytes()
-        )
+        if slot < 0:
+            return None
+        return self._cache[self._offsets[slot] : self._offsets[slot + 1]].tobytes()
 
     def read(self, index: int) -> bytes:
         """Read and check the encoded bytes of one image; `OSError`, `zlib.error` if damaged."""
@@ -102,9 +94,8 @@ class ZipSource(Source):
                 raise OSError(
                     f"zip entry {self.name(index)} would unpack to {size} bytes: store it instead"
                 )
+            # At most one byte beyond what the directory declares: a bomb does not tell its size.
             data = zlib.decompressobj(wbits=-15).decompress(data, size + 1)
-            # no more than one byte beyond what the directory declares: a bomb does not tell its
-            # size
         if len(data) != size or zlib.crc32(data) != checksum:
             raise OSError(f"damaged zip entry {self.name(index)}")
         return data
@@ -116,9 +107,8 @@ class ZipSource(Source):
 
     def fingerprint(self) -> str:
         """Digest the names, labels and checksums."""
-        return digest(
-            len(self), self.names.blob, self.names.offsets, self.labels.numpy(), self._entries
-        )
+        names, labels = self.names, self.labels.numpy()
+        return digest(len(self), names.blob, names.offsets, labels, self._entries)
 
 
 def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,10 +124,8 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
                 f"{path} has no entry {name!r} that its map file lists: rebuild the map or the zip"
             )
         info = known[name]
-        if (
-            info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            or info.flag_bits & 1
-        ):
+        encrypted = info.flag_bits & 1
+        if encrypted or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
                 f"{path}: entry {name!r} is encrypted or not stored/deflated: zip it again plainly"
             )

@@ -14,7 +14,7 @@ from PIL import Image
 from data.augment.recipes import build_recipe
 from data.loader import BadImagesError, Batch, GlobalLoader, LoaderError, evaluation_batches
 from data.sources import Source, build_source, open_split, subset
-from data.worker import BadImages, Fetched
+from data.worker import BadImages
 from utils.config.schema import declare
 
 CPU = torch.device("cpu")
@@ -97,26 +97,19 @@ def test_past_the_budget_the_run_stops(image_folder: Path) -> None:
 
 
 def test_budget_is_a_fraction_of_the_epoch_and_starts_anew_each_epoch() -> None:
-    def item(number: int, epoch: int) -> Fetched:
-        empty = torch.empty(0)
-        failures = [(f"file{number}", "reason")]
-        return {
-            "views": [],
-            "epoch": epoch,
-            "wanted": empty,
-            "indices": empty,
-            "failures": failures,
-        }
-
     bad = BadImages(1e-2, seen=2000)
+
+    def count(number: int, epoch: int) -> None:
+        bad.count(epoch, [(f"file{number}", "reason")])
+
     for number in range(20):
-        bad.count(item(number, 0))
-        bad.count(item(number, 0))  # the same file again is no further bad image
-    bad.count(item(20, 1))
+        count(number, 0)
+        count(number, 0)  # the same file again is no further bad image
+    count(20, 1)
     for number in range(19):
-        bad.count(item(number, 1))
+        count(number, 1)
     with pytest.raises(BadImagesError, match="21 unreadable"):
-        bad.count(item(19, 1))
+        count(19, 1)
 
 
 def test_nothing_but_bad_images_stops_at_once(tmp_path: Path) -> None:
