@@ -1,4 +1,4 @@
-"""Write backbones in the layouts of other libraries: pure renamings of a state dict in our (timm's) names."""
+"""Write backbones in the layouts of other libraries, from a state dict in our (timm's) names."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _TABLE = "relative_position_bias_table"
 
 
 def family(state: Mapping[str, Tensor]) -> str:
-    """Return ``resnet``, ``vit``, ``swin`` or ``other`` by the keys of a state dict in our names."""
+    """Return `resnet`, `vit`, `swin` or `other` by the keys of a state dict in our names."""
     if "layer1.0.conv1.weight" in state:
         return "resnet"
     if "layers.0.blocks.0.attn.qkv.weight" in state:
@@ -38,26 +38,26 @@ def describe(state: Mapping[str, Tensor]) -> str:
     """Say in a few words which architecture a state dict in our names is of."""
     kind = family(state)
     if kind == "resnet":
-        config = _resnet_config(state)
-        depths = "/".join(map(str, config["depths"]))
-        return f"ResNet, {config['layer_type']} blocks {depths}, width {config['hidden_sizes'][-1]}"
+        blocks, widths = _stages(state)
+        depths = "/".join(map(str, blocks))
+        return f"ResNet, {_block_type(state)} blocks {depths}, width {widths[-1]}"
     if kind == "vit":
         depth = sum(key.endswith("attn.qkv.weight") for key in state)
         tokens, width = state["pos_embed"].shape[1:]
         positions = "fixed sin-cos" if is_sincos(state["pos_embed"]) else "learned"
+        # MoCo v3's ViT-S has 12 heads, DeiT's 6. No shape tells them apart, but the positions do.
         heads = {"fixed sin-cos": 12, "learned": 6}[positions] if width == 384 else width // 64
-        return f"ViT, width {width}, {depth} blocks, {heads} heads by its {positions} positions ({tokens})"
+        size = f"width {width}, {depth} blocks, {heads} heads"
+        return f"ViT, {size} by its {positions} positions ({tokens})"
     if kind == "swin":
-        blocks = [key for key in state if key.endswith("attn.qkv.weight")]
-        depths = "/".join(
-            str(sum(key.startswith(f"layers.{i}.") for key in blocks)) for i in range(4)
-        )
+        stages = [key.split(".")[1] for key in state if key.endswith("attn.qkv.weight")]
+        depths = "/".join(str(stages.count(str(i))) for i in range(4))
         return f"Swin, width {len(state['patch_embed.proj.weight'])}, blocks {depths}"
     return "another"
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> State:
-    """Return the state for torchvision's ResNet, VisionTransformer or SwinTransformer, without its head."""
+    """Return the state for torchvision's ResNet, VisionTransformer or SwinTransformer, no head."""
     kind = _known(state, "torchvision", {"resnet", "vit", "swin"})
     if kind == "resnet":
         return _resnet(state, "torchvision")
@@ -69,11 +69,10 @@ def to_torchvision(state: Mapping[str, Tensor]) -> State:
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return a ResNet's state (heads kept as ``stem.fc.*``) in Detectron2's names, as arrays.
+    """Return a ResNet's state in Detectron2's names, as arrays.
 
-    The rule of MoCo's published converter: what is in no stage belongs to the stem, and every
-    tensor goes along, the counters of the batch norms too: 322 arrays of a ResNet-50 with MoCo v2's
-    head.
+    As in MoCo's published converter, all tensors go along: batch-norm counters, and heads as
+    `stem.fc.*`.
     """
     _known(state, "Detectron2", {"resnet"})
     renamed = DETECTRON2_RESNET.to_theirs(state)
@@ -81,11 +80,7 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def to_mmdet(state: Mapping[str, Tensor]) -> State:
-    """Return the state for MMDetection >= 2: a ResNet in torchvision's names, a Swin in its own.
-
-    The Swin's keys stand behind ``backbone.``, and its merging layers are put into the order of
-    nn.Unfold.
-    """
+    """Return the state for MMDetection >= 2: a ResNet in torchvision's names, a Swin in its own."""
     if _known(state, "MMDetection", {"resnet", "swin"}) == "resnet":
         return _resnet(state, "MMDetection")
     renamed = _with_indices(MMDET_SWIN.to_theirs(state))
@@ -93,18 +88,18 @@ def to_mmdet(state: Mapping[str, Tensor]) -> State:
 
 
 def to_original_swin(state: Mapping[str, Tensor]) -> State:
-    """Return the state in the names of Swin's own code and its detection and segmentation repositories."""
+    """Return the state in the names of Swin's own code, for detection and segmentation too."""
     _known(state, "Swin's own code", {"swin"})
     return _with_indices(ORIGINAL_SWIN.to_theirs(state))
 
 
 def to_moco(state: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> State:
-    """Return the state under MoCo's query prefix; ``head`` is its projector, as ``fc.*``."""
+    """Return the state under MoCo's query prefix; `head` is its projector, as `fc.*`."""
     return {f"module.encoder_q.{key}": tensor for key, tensor in {**state, **head}.items()}
 
 
 def moco_head(projector: Mapping[str, Tensor]) -> State:
-    """Return a projector's tensors (``0.weight``, ...) as MoCo's ``fc.*``; empty for another form."""
+    """Return a projector's tensors (`0.weight`, ...) as MoCo's `fc.*`; empty for another form."""
     if projector.keys() == {"0.weight", "0.bias"}:
         return {f"fc.{key.removeprefix('0.')}": tensor for key, tensor in projector.items()}
     if projector.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
@@ -112,8 +107,8 @@ def moco_head(projector: Mapping[str, Tensor]) -> State:
     return {}
 
 
-def to_huggingface(backbone: nn.Module, img_size: int) -> tuple[State, dict[str, Any]]:
-    """Return state and configuration of transformers' ResNetModel, ViTModel, DeiTModel or SwinModel."""
+def to_huggingface(backbone: nn.Module, img_size: int) -> tuple[State, dict[str, object]]:
+    """Return state and configuration of transformers' ResNet, ViT, DeiT or Swin model."""
     state = backbone.state_dict()
     kind = _known(state, "transformers", {"resnet", "vit", "swin"})
     if kind == "resnet":
@@ -128,7 +123,8 @@ def _known(state: Mapping[str, Tensor], library: str, families: set[str]) -> str
     kind = family(state)
     if kind not in families:
         raise ValueError(
-            f"{library} takes {', '.join(sorted(families))} here, not this backbone ({kind}); use --to timm"
+            f"{library} takes {', '.join(sorted(families))} here, not this backbone ({kind}); "
+            "use --to timm"
         )
     return kind
 
@@ -138,54 +134,62 @@ def _resnet(state: Mapping[str, Tensor], library: str) -> State:
     kernel = state["conv1.weight"].shape[-1]
     if kernel != 7:
         raise ValueError(
-            f"{library}'s ResNets have a 7x7 stem, this one {kernel}x{kernel} (MODEL.BACKBONE.STEM);"
-            " use --to timm"
+            f"{library}'s ResNets have a 7x7 stem, this one {kernel}x{kernel} "
+            "(MODEL.BACKBONE.STEM); use --to timm"
         )
     return dict(state)
 
 
 def _with_indices(state: State, flat: bool = False) -> State:
-    """Add the buffers ``relative_position_index`` that follow from the windows' sizes."""
+    """Add the buffers `relative_position_index` that follow from the windows' sizes."""
     result = {}
     for key, tensor in state.items():
         result[key] = tensor
         if key.endswith(_TABLE):
             index = relative_position_index((math.isqrt(len(tensor)) + 1) // 2)
-            result[key.removesuffix(_TABLE) + "relative_position_index"] = (
-                index.flatten() if flat else index
-            )
+            name = key.removesuffix(_TABLE) + "relative_position_index"
+            result[name] = index.flatten() if flat else index
     return result
 
 
 def relative_position_index(window: int) -> Tensor:
     """Return which row of the table a pair of positions of a window has, (window**2, window**2)."""
-    rows, cols = (
-        axis.flatten() for axis in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij")
-    )
+    rows = torch.arange(window).repeat_interleave(window)
+    cols = torch.arange(window).repeat(window)
     down = rows[:, None] - rows[None] + window - 1
     right = cols[:, None] - cols[None] + window - 1
     return down * (2 * window - 1) + right
 
 
-def _resnet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    bottleneck = "layer1.0.conv3.weight" in state
-    last = "conv3" if bottleneck else "conv2"
+def _block_type(state: Mapping[str, Tensor]) -> str:
+    return "bottleneck" if "layer1.0.conv3.weight" in state else "basic"
+
+
+def _stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Return the number of blocks and the width of each stage of a ResNet."""
+    last = "conv3" if _block_type(state) == "bottleneck" else "conv2"
     stages = [i for i in range(1, 5) if f"layer{i}.0.conv1.weight" in state]
+    blocks = [sum(f"layer{i}.{j}.conv1.weight" in state for j in range(64)) for i in stages]
+    return blocks, [len(state[f"layer{i}.0.{last}.weight"]) for i in stages]
+
+
+def _resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
+    depths, widths = _stages(state)
     return {
         "model_type": "resnet",
         "architectures": ["ResNetModel"],
         "num_channels": 3,
         "embedding_size": len(state["conv1.weight"]),
-        "hidden_sizes": [len(state[f"layer{i}.0.{last}.weight"]) for i in stages],
-        "depths": [sum(f"layer{i}.{j}.conv1.weight" in state for j in range(64)) for i in stages],
-        "layer_type": "bottleneck" if bottleneck else "basic",
+        "hidden_sizes": widths,
+        "depths": depths,
+        "layer_type": _block_type(state),
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
         "downsample_in_bottleneck": False,
     }
 
 
-def _vit_config(backbone: Any, img_size: int) -> dict[str, Any]:
+def _vit_config(backbone: Any, img_size: int) -> dict[str, object]:
     block = backbone.blocks[0]
     two_tokens = getattr(backbone, "reg_token", None) is not None
     if two_tokens and backbone.num_prefix_tokens != 2:
@@ -208,12 +212,12 @@ def _vit_config(backbone: Any, img_size: int) -> dict[str, Any]:
     }
 
 
-def _swin_config(backbone: Any, img_size: int) -> dict[str, Any]:
+def _swin_config(backbone: Any, img_size: int) -> dict[str, object]:
     windows = {block.window_size for layer in backbone.layers for block in layer.blocks}
     if len(windows) > 1:
         raise ValueError(
-            "transformers' Swin has one window size; this model's last stages are smaller than its window:"
-            " use --to timm, or another DATA.IMG_SIZE"
+            "transformers' Swin has one window size; this model's last stages are smaller than its "
+            "window: use --to timm, or another DATA.IMG_SIZE"
         )
     return {
         "model_type": "swin",

@@ -1,4 +1,4 @@
-"""Find the networks of a file of weights, whatever wrappers, compilers and containers are around them.
+"""Find the networks of a file of weights behind any wrappers, compilers and containers.
 
 Every tensor gets a path: the names of the entries that it lies in, then its key, joined by dots,
 such as `state_dict.module.encoder_q.conv1.weight`. A network lies where the paths go on with the
@@ -162,7 +162,7 @@ def _as_tensor(value: object) -> Tensor | None:
 
 
 def _places(paths: Mapping[str, Tensor], own: Collection[str]) -> dict[str, int]:
-    """Return the places where the backbone's names begin, with the number of names found at each."""
+    """Return the places where the backbone's names begin, and how many were found at each."""
     names = set(own) or set(FAMILIES)
     found: Counter[str] = Counter()
     for path in paths:
@@ -233,7 +233,7 @@ def _same(paths: Mapping[str, Tensor], first: str, second: str, own: Collection[
 
 
 def _taken(held: Mapping[str, str], which: str, paths: Mapping[str, Tensor], source: str) -> str:
-    """Return the word of the network that was asked for, or else of the one the original evaluates."""
+    """Return the word of the network that was asked for, or the one that the original evaluates."""
     if which:
         for word in held:
             if WHICH[word] == WHICH[which]:

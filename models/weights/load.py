@@ -91,7 +91,7 @@ def load_backbone(
 def _resized(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], backbone: nn.Module
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """Interpolate ViT's table of positions and Swin's relative ones where only their size differs."""
+    """Interpolate ViT's table of positions and Swin's relative ones if only their size differs."""
     result, notes = dict(state), []
     for key, tensor in state.items():
         if key not in own or tensor.shape == own[key].shape or not tensor.is_floating_point():
@@ -136,18 +136,18 @@ def _refuse_other_heads(
     theirs, ours = (is_sincos(table["pos_embed"]) for table in (state, own))
     if theirs and heads == 6:
         raise ValueError(
-            f"{source} is MoCo v3's ViT-S with 12 heads (its positions are fixed sines), the backbone has 6;"
-            " set MODEL.BACKBONE.NAME vit_small"
+            f"{source} is MoCo v3's ViT-S with 12 heads (its positions are fixed sines), "
+            "the backbone has 6; set MODEL.BACKBONE.NAME vit_small"
         )
     if ours and not theirs and heads == 12:
         raise ValueError(
-            f"{source} is a ViT-S with learned positions, so DeiT's with 6 heads; the backbone has 12;"
-            " set MODEL.BACKBONE.NAME deit_small"
+            f"{source} is a ViT-S with learned positions, so DeiT's with 6 heads; "
+            "the backbone has 12; set MODEL.BACKBONE.NAME deit_small"
         )
 
 
 def is_sincos(positions: Tensor) -> bool:
-    """Tell whether positions (1, tokens + h*h, F) are MoCo v3's fixed ones, or fine-tuned from them."""
+    """Tell whether positions (1, tokens + h*h, F) are MoCo v3's fixed ones, even fine-tuned."""
     side = math.isqrt(positions.shape[1])
     patches = positions[0, -side * side :].float().flatten()
     fixed = sincos_positions(side, side, positions.shape[-1])[0, 1:].flatten()

@@ -1,8 +1,8 @@
-"""How libraries name the tensors of the same networks: tables of renamings, read in both directions.
+"""How libraries name the tensors of the same networks: tables of renamings, for both directions.
 
-"Ours" is timm's naming. In a pattern ``#`` stands for a number and ``*`` for the rest, and both
-stand for the same on either side. A tuple of three patterns holds the query, key and value parts of
-one of our tensors.
+"Ours" is timm's naming. In a pattern `#` stands for a number and `*` for the rest, and both stand
+for the same on either side. The first rule that fits a key counts. A tuple of three patterns holds
+the query, key and value parts of one of our tensors.
 """
 
 import re
@@ -29,7 +29,7 @@ def _filled(pattern: str, groups: tuple[str, ...]) -> str:
 class Naming:
     """Translate a backbone's state dict between a library's names and ours.
 
-    ``signature`` is a key that only such files have. ``reorder`` maps the end of our key to a pair
+    `signature` is a key that only such files have. `reorder` maps the end of our key to a pair
     of functions (to theirs, to ours) for tensors whose values are in another order.
     """
 
@@ -66,7 +66,7 @@ class Naming:
         return result
 
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
-        """Return the state in the library's names; ValueError naming a key that it has no name for."""
+        """Return the state in the library's names; ValueError for a key without a name there."""
         result: State = {}
         rules = [(_compiled(ours), theirs) for ours, theirs in self.rules]
         for key, tensor in state.items():

@@ -1,4 +1,4 @@
-"""Bring whole pretraining states of the published codes into our frameworks: both networks, heads, queues."""
+"""Bring whole pretraining states of the published codes over: both networks, heads, queues."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ Rename = Callable[[str], str]
 def framework_state(
     checkpoint: Mapping[str, object], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a published checkpoint as the state dict of the framework whose state dict is ``own``.
+    """Return a published checkpoint as the state dict of the framework whose state dict is `own`.
 
-    Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL. A queue may be (D,
-    K) or (K, D). Raises ``ValueError`` listing what is missing, left over or of another shape.
+    Knows MoCo v1/v2, SynCo, MoCo v3, BatchFormer, MoBY, SynCo-v2 and its BYOL. Raises `ValueError`
+    listing what is missing, left over or of another shape.
     """
     paths = all_paths(checkpoint)
     if tensors := _beside("encoder_q", paths):
@@ -55,7 +55,7 @@ def _beside(encoder: str, paths: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _encoders(
     tensors: Mapping[str, Tensor], sides: Mapping[str, str], head_name: Rename
 ) -> dict[str, Tensor]:
-    """Rename encoders to ours; ``head_name(key)`` is our name of a head's tensor, "" for the backbone's."""
+    """Rename encoders to ours; `head_name(key)` is our name of a head's tensor, or ""."""
     result = {}
     for prefix, side in sides.items():
         state = {
@@ -77,7 +77,8 @@ def _moco_head(key: str) -> str:
 
 
 def _mocov3_head(tensors: Mapping[str, Tensor]) -> Rename:
-    """Return the renaming of MoCo v3's projector; BatchFormer stands first in it where there is one."""
+    """Return the renaming of MoCo v3's projector."""
+    # BatchFormer is the first layer of their projector. Ours is a module of its own.
     shift = 1 if any(".0.encoder_layers." in key for key in tensors) else 0
 
     def rename(key: str) -> str:
@@ -91,7 +92,7 @@ def _mocov3_head(tensors: Mapping[str, Tensor]) -> Rename:
 
 
 def _moby_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename MoBY's MLPs: hidden layers of linear, norm and ReLU behind an identity, then one linear."""
+    """Rename MoBY's MLPs."""
     result = {}
     for theirs, ours in (
         ("projector.", "online.projector."),
@@ -106,6 +107,7 @@ def _moby_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
         for key, tensor in state.items():
             if match := re.fullmatch(r"linear_hidden\.(\d+)\.(.+)", key):
+                # Their hidden layers (linear, norm, ReLU) stand behind an identity.
                 result[f"{ours}{int(match[1]) - 1}.{match[2]}"] = tensor
             elif match := re.fullmatch(r"linear_out\.(.+)", key):
                 result[f"{ours}{3 * num_hidden}.{match[1]}"] = tensor
@@ -113,11 +115,12 @@ def _moby_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _queues(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the queues as rows of keys (K, D), whichever way the file has them, and their positions."""
+    """Return the queues as rows of keys (K, D), and their positions."""
     result: dict[str, Tensor] = {}
     for name in ("queue", "queue1", "queue2"):
         if name in tensors and f"{name}.keys" in own:
             keys, shape = tensors[name], own[f"{name}.keys"].shape
+            # MoCo keeps columns of keys, (D, K), SynCo rows.
             result[f"{name}.keys"] = keys if keys.shape == shape else keys.T.contiguous()
             result[f"{name}._extra_state"] = torch.tensor(int(tensors["queue_ptr"]))
     return result
@@ -139,5 +142,6 @@ def _refuse_poor_match(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     ]
     if parts:
         raise ValueError(
-            f"does not fit the framework: {'; '.join(parts)}; check MODEL in --cfg, or leave out --full"
+            f"does not fit the framework: {'; '.join(parts)}; "
+            "check MODEL in --cfg, or leave out --full"
         )

@@ -282,6 +282,20 @@ def test_a_runs_folder_names_its_newest_weights(runner: Runner) -> None:
     assert "ckpt_00000011.pt" in text
 
 
+def test_two_networks_of_a_file_are_two_runs(runner: Runner) -> None:
+    text = runner.run("--run-name", "averaged", "--which", "target")
+    assert "took target, the file also holds: online (--which online)" in text
+    assert text.count("left out: ") == 1, "said once per loading"
+    tuned = backbone_of(runs.final_state(runner.folder("averaged"))["framework"], "backbone.")
+    given = backbone_of(runner.pretrained(), "target.backbone.")
+    online = backbone_of(runner.pretrained(), "online.backbone.")
+    assert all(torch.equal(tuned[key], given[key]) for key in given)
+    assert not torch.equal(given["conv1.weight"], online["conv1.weight"])
+    assert runner.result("averaged")["weights"] == "ckpt_00000011-target"
+    # A run of one network does not go on as a run of the other.
+    assert ", target" in runner.run("--run-name", "averaged", "--which", "online", code=2)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

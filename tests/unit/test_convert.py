@@ -284,6 +284,35 @@ def test_a_run_is_exported_with_its_own_configuration(tmp_path: Path) -> None:
     assert torch.equal(exported["conv1.weight"], online["target.backbone.conv1.weight"])
 
 
+def test_export_takes_what_the_original_evaluates_or_the_network_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = yaml_file(tmp_path, "deit_tiny", 32)
+    student, teacher = (fresh("deit_tiny", 32).state_dict() for _ in range(2))
+    head = {"module.head.mlp.0.weight": torch.ones(2), "module.head.mlp.0.bias": torch.ones(2)}
+    file = {
+        "student": {**prefixed("module.backbone.", student), **head},
+        "teacher": {**prefixed("module.backbone.", teacher), **head},
+    }
+    torch.save(file, tmp_path / "dino.pth")
+    out = tmp_path / "out.pth"
+    export = ("export", tmp_path / "dino.pth", "--cfg", cfg, "--to", "plain", "--output", out)
+    for which, state, taken in (
+        ((), teacher, "teacher"),
+        (("--which", "student"), student, "student"),
+        (("--which", "online"), student, "student"),
+    ):
+        run(*export, *which)
+        identical(torch.load(out, weights_only=True), state)
+        said = capsys.readouterr().out
+        assert f"from {taken}.module.backbone; took {taken}, the file also holds" in said
+        assert said.count("left out: head (2 tensors)") == 1
+    del file["teacher"]
+    torch.save(file, tmp_path / "dino.pth")
+    with pytest.raises(ValueError, match=r"dino\.pth keeps no teacher network; use student"):
+        run(*export, "--which", "teacher")
+
+
 def test_the_model_card_says_what_was_done_and_measured(tmp_path: Path) -> None:
     folder = our_run(tmp_path)
     (folder / "linear" / "ckpt_00000042").mkdir(parents=True)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from evaluation.propagation import (
     shrink_mask,
     video_quality,
 )
+from models.parts.backbones import build_backbone
 from tools import propagate as tool
 
 
@@ -233,6 +235,37 @@ def test_the_tool_follows_moving_squares(davis: Path, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(
         np.asarray(Image.open(folder / "squares/00000.png")), np.asarray(given)
     )
+
+
+def test_which_network_of_a_file_is_measured(
+    davis: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = {}
+    for seed, word in enumerate(("online", "target")):
+        torch.manual_seed(seed)
+        states[word] = build_backbone("resnet8", stem="cifar_stride2").state_dict()
+        torch.save(states[word], davis / f"{word}.pth")
+    both = {f"{word}.backbone.{k}": t for word, state in states.items() for k, t in state.items()}
+    torch.save({"framework": both}, davis / "run.pth")
+
+    def measured(weights: str, *which: str) -> dict[str, Any]:
+        run_tool(
+            davis, monkeypatch, "--short-side", "64", "--pretrained", str(davis / weights), *which
+        )
+        name = "-".join((Path(weights).stem, *which[1:]))
+        (folder,) = (davis / "out/tiny/default/propagation").glob(f"{name}-????????-480p-64-*")
+        return json.loads((folder / "quality.json").read_text())
+
+    run_tool(davis, monkeypatch, "--short-side", "64")  # what `run_tool` looks for
+    online, target = measured("online.pth"), measured("target.pth")
+    assert online != target
+    assert measured("run.pth") == online
+    assert measured("run.pth", "--which", "target") == target
+    assert "took target, the file also holds: online (--which online)" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"--which teacher: .*online\.pth keeps no teacher network"
+    ):
+        measured("online.pth", "--which", "teacher")
 
 
 def test_without_later_annotations_masks_are_written_and_not_judged(

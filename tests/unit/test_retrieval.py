@@ -159,6 +159,42 @@ def test_the_tool_finds_the_scenes_of_cropped_queries(
     assert whole["sets"]["toxford"]["medium/mAP"] < 100.0  # mostly frame
 
 
+def two_networks(folder: Path) -> Path:
+    """Write a file of a student and a teacher, as DINO's, and each network in a file of its own."""
+    states = {}
+    for seed, word in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        states[word] = build_backbone("resnet8", stem="cifar_stride2").state_dict()
+        torch.save(states[word], folder / f"{word}.pth")
+    wrapped = {
+        word: {f"module.backbone.{key}": tensor for key, tensor in state.items()}
+        for word, state in states.items()
+    }
+    torch.save(wrapped, folder / "dino.pth")
+    return folder / "dino.pth"
+
+
+def test_which_network_of_a_file_is_measured(
+    oxford: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = two_networks(oxford)
+
+    def measured(weights: Path, *which: str) -> dict[str, dict[str, float]]:
+        run_tool(oxford, monkeypatch, "--pretrained", str(weights), *which)
+        name = "-".join((weights.stem, *which[1:]))
+        (made,) = (oxford / "out/tiny/default/retrieval").glob(f"{name}-????????-toxford.json")
+        return json.loads(made.read_text())["sets"]
+
+    run_tool(oxford, monkeypatch)  # what `run_tool` reads back
+    student, teacher = measured(oxford / "student.pth"), measured(oxford / "teacher.pth")
+    assert student != teacher
+    assert measured(file) == teacher  # what DINO evaluates
+    assert measured(file, "--which", "student") == student
+    assert "took student, the file also holds: teacher (--which teacher)" in caplog.text
+    with pytest.raises(ValueError, match=r"--which target: .*student\.pth keeps no target network"):
+        measured(oxford / "student.pth", "--which", "target")
+
+
 def test_wrong_or_hostile_ground_truth_is_one_clear_error(
     oxford: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
