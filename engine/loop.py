@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.batch import Batch
-from engine.gradients import AveragedGradients
 from engine.guards import FiniteGuard, StopFlag
 from engine.plan import Plan
 from engine.replay import kept_for_replay
@@ -131,7 +131,22 @@ def forward_and_backward(
             (state.scaler.scale(loss) if state.scaler else loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None  # there is at least one micro-batch
+    if isinstance(state.model, DistributedDataParallel):
+        refuse_unreached(state)
     return {**out, "loss": total}
+
+
+def refuse_unreached(state: TrainState) -> None:
+    """Raise `RuntimeError` if a trained parameter has no gradient from any rank after the backward."""
+    if all(p.grad is not None for p in _trainable(state.optimizer)):
+        return  # nearly always; the names below take milliseconds
+    named = state.module.named_parameters()
+    without = [name for name, p in named if p.requires_grad and p.grad is None]
+    if without:
+        raise RuntimeError(
+            f"no gradient reached {len(without)} trained parameters, e.g. {without[0]}: on several "
+            "processes every parameter must take part in the loss, or be frozen"
+        )
 
 
 def update(
@@ -225,4 +240,5 @@ def _trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _no_sync(model: nn.Module) -> AbstractContextManager[Any]:
-    return model.no_sync() if isinstance(model, AveragedGradients) else nullcontext()
+    # DDP asks in the forward and in the backward: both have to be inside.
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

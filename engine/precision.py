@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from engine.gradients import AveragedGradients
 from utils import distributed
 
 M = TypeVar("M", bound=nn.Module)
@@ -105,14 +105,26 @@ class Precision:
         return module
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Wrap a prepared module for gradient averaging if there are several processes.
-
-        Buffers are not broadcast: queue and statistics are computed alike, or are meant to be
-        local.
-        """
+        """Wrap a prepared module in `DistributedDataParallel` if there are several processes."""
         if distributed.world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
-        return AveragedGradients(module)
+        # A compiled backbone stays one graph, as on one process: DDP would cut it at its buckets,
+        # and refuses activation checkpointing inside of it.
+        torch._dynamo.config.optimize_ddp = False
+        model = DistributedDataParallel(
+            module,
+            # With this, buckets keep the order of registration. Without it, DDP lays them out anew
+            # after the first backward. A sum over three or more processes depends, in its last bits,
+            # on an element's place in its bucket: a resumed run would leave the course of one that
+            # was not interrupted.
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,  # one copy of the gradients instead of two
+            init_sync=False,  # `prepare` has made the ranks equal
+        )
+        # Queue and statistics are computed alike on all ranks, or are meant to be local. An attribute,
+        # since the argument of this name has another one in later versions of torch.
+        model.broadcast_buffers = False
+        return model
 
     def views(self, images: Tensor) -> Tensor:
         """Return images (N, 3, H, W) in the run's memory format."""

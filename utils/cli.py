@@ -156,6 +156,9 @@ def parse(
     # Read when torch is loaded: idle threads sleep; spinning ones make a busy machine ten times
     # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Also read then: without it every rank prints torch's advice to switch off the search for unused
+    # parameters, which `Precision.wrap` needs.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = parser.parse_strictly(argv)
     values = vars(args)
     if "local_rank" in values:

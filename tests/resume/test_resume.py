@@ -91,17 +91,18 @@ def test_two_ranks_killed_and_resumed(killed: tuple[int, ...], output: Path) -> 
     assert runs.digest(output / "moco_v2" / tag) == whole
 
 
-def test_four_ranks_killed_and_resumed(output: Path) -> None:
-    """A sum of four gradients depends on its order, which must not depend on where the run began."""
-    whole = uninterrupted("moby", output, world=4)
-    argv = runs.arguments("moby", output, "four", world=4)
-    fault = partial(runs.kill_at, step=7, ranks=(0, 1, 2, 3))
-    assert (
-        forked.run("main_pretrain", argv, output / "log", ranks=4, prepare=fault)
-        == [-signal.SIGKILL] * 4
-    )
-    assert finish(argv, output / "moby" / "four", output / "log", world=4) == 6
-    assert runs.digest(output / "moby" / "four") == whole
+@pytest.mark.parametrize("world", [3, 4])
+def test_more_ranks_killed_and_resumed(world: int, output: Path) -> None:
+    """A sum of three gradients depends on its order, which must not depend on where the run began."""
+    tag, everyone = f"of{world}", tuple(range(world))
+    keys = {"MODEL__MOBY__QUEUE_SIZE": 4 * (128 // world * world)}  # whole batches
+    whole = uninterrupted("moby", output, world=world, **keys)
+    argv = runs.arguments("moby", output, tag, world=world, **keys)
+    fault = partial(runs.kill_at, step=7, ranks=everyone)
+    codes = forked.run("main_pretrain", argv, output / "log", ranks=world, prepare=fault)
+    assert codes == [-signal.SIGKILL] * world
+    assert finish(argv, output / "moby" / tag, output / "log", world=world) == 6
+    assert runs.digest(output / "moby" / tag) == whole
 
 
 def test_world_size_and_accumulation_may_change_on_resume(output: Path) -> None:
