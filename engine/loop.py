@@ -132,15 +132,15 @@ def forward_and_backward(
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None  # there is at least one micro-batch
     if isinstance(state.model, DistributedDataParallel):
-        refuse_unreached(state)
+        refuse_unreached(state.model.module, state.optimizer)
     return {**out, "loss": total}
 
 
-def refuse_unreached(state: TrainState) -> None:
+def refuse_unreached(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise `RuntimeError` if a trained parameter has no gradient from any rank after the backward."""
-    if all(p.grad is not None for p in _trainable(state.optimizer)):
+    if all(p.grad is not None for p in _trainable(optimizer)):
         return  # nearly always; the names below take milliseconds
-    named = state.module.named_parameters()
+    named = module.named_parameters()
     without = [name for name, p in named if p.requires_grad and p.grad is None]
     if without:
         raise RuntimeError(
