@@ -6,7 +6,7 @@ import io
 import logging
 import multiprocessing
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def _has_one_scan(data: bytes | memoryview) -> bool:
 
 
 @functools.cache
-def fast_jpeg() -> Any:
+def fast_jpeg() -> ModuleType | None:
     """Return the module simplejpeg, or None; its absence is logged once, by the main process."""
     try:
         import simplejpeg

@@ -95,8 +95,10 @@ def is_plain_jpeg(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> boo
     """Tell whether a file is a whole grey or YCbCr JPEG: the host decodes all others."""
     if data[:3] != b"\xff\xd8\xff" or data[-2:] != b"\xff\xd9":
         return False
+    simple = fast_jpeg()
+    assert simple is not None  # check_decodable
     try:
-        height, width, colours, _ = fast_jpeg().decode_jpeg_header(data)
+        height, width, colours, _ = simple.decode_jpeg_header(data)
         refuse_costly(data, width, height, max_pixels)
     except ValueError:
         return False

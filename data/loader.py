@@ -41,14 +41,6 @@ _SHM = "/dev/shm"  # where batches travel from the workers
 _PREFETCHED = 2  # batches that each worker prepares ahead
 _PATIENCE = 6.0  # seconds for workers to end by themselves
 
-__all__ = [
-    "BadImagesError",
-    "GlobalLoader",
-    "LoaderError",
-    "evaluation_batches",
-    "fetch_in_order",
-]
-
 
 class LoaderError(RuntimeError):
     """A loader worker died or hung."""

@@ -2,8 +2,11 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+from yacs.config import CfgNode
 
 from data.sources import folder as files
 from data.sources import in_memory as arrays
@@ -26,7 +29,7 @@ __all__ = [
 
 Builder: TypeAlias = Callable[..., Source]
 
-# Each builder takes (path, split); the options it also understands are those named in `_OPTIONS`.
+# Each builder takes (path, split), those of `_BUNDLED` only the split.
 SOURCES: dict[str, Builder] = {
     "imagefolder": files.imagefolder,
     "imagenet": files.imagefolder,
@@ -34,10 +37,10 @@ SOURCES: dict[str, Builder] = {
     "folder_split": layouts.folder_split,
     "zip": archives.zipped,
     "packed": packed.packed,
-    "cifar10": arrays.cifar10,
-    "cifar100": arrays.cifar100,
-    "stl10": arrays.stl10,
-    "stl10_labelled": arrays.stl10_labelled,
+    "cifar10": partial(arrays.cifar, "cifar10"),
+    "cifar100": partial(arrays.cifar, "cifar100"),
+    "stl10": partial(arrays.stl10, "stl10"),
+    "stl10_labelled": partial(arrays.stl10, "stl10_labelled"),
     "tinyimagenet": layouts.tinyimagenet,
     "pets": layouts.pets,
     "digits": arrays.digits,
@@ -75,11 +78,10 @@ def build_source(
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     if dataset in _BUNDLED:
-        return SOURCES[dataset](path, split)
+        return SOURCES[dataset](split)
     if not path:
-        raise ValueError(
-            f"DATA.PATH (--data-path) is empty: DATA.DATASET {dataset!r} needs a folder"
-        )
+        empty = "DATA.PATH (--data-path) is empty"
+        raise ValueError(f"{empty}: DATA.DATASET {dataset!r} needs a folder")
     if dataset in _DOWNLOADABLE:
         return SOURCES[dataset](path, split, download=download)
     if not is_folder(Path(path)) and not (dataset == "packed" and Path(path).is_file()):
@@ -93,7 +95,7 @@ def build_source(
     return SOURCES[dataset](path, split)
 
 
-def open_split(node: Any, split: str, labelled: bool = False) -> Source:
+def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
     """Open a split of the data set that a `DATA` section names; `labelled`: for a probe.
 
     Raises `ValueError` where labels are asked for and there are none.

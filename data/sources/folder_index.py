@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import utils.distributed as distributed
 from data.sources.base import PackedStrings
@@ -25,6 +25,8 @@ from data.sources.scan import IMG_EXTENSIONS, Group, Listing, PassedOver, Tree, 
 from utils.checkpoints.atomic import removed_on_error, write_synced
 
 logger = logging.getLogger("synco")
+
+Header: TypeAlias = dict[str, Any]  # the JSON of an index
 
 _VERSION = 2
 # magic, version, checksum of the JSON, its length; then the JSON, the arrays
@@ -149,7 +151,7 @@ def _load(file: Path) -> memoryview:
         return memoryview(data)[: source.readinto(data)]
 
 
-def _read_header(data: memoryview, asked: str) -> tuple[dict[str, Any], int]:
+def _read_header(data: memoryview, asked: str) -> tuple[Header, int]:
     """Return the header and where the arrays start; `ValueError` if it is damaged or not ours."""
     magic, version, expected, length = _HEAD.unpack_from(data)
     if magic != _MAGIC or version != _VERSION:
@@ -163,7 +165,7 @@ def _read_header(data: memoryview, asked: str) -> tuple[dict[str, Any], int]:
     return header, _HEAD.size + length
 
 
-def _read_body(data: memoryview, start: int, header: dict[str, Any]) -> Listing:
+def _read_body(data: memoryview, start: int, header: Header) -> Listing:
     count, size = header["count"], header["bytes"]
     if len(data) != start + 8 * (2 * count + 1) + size:
         raise ValueError(f"{len(data)} bytes")
@@ -177,7 +179,7 @@ def _read_body(data: memoryview, start: int, header: dict[str, Any]) -> Listing:
     return Listing(paths, labels, header["counts"], header["fingerprint"], passed)
 
 
-def _changes(root: Path, header: dict[str, Any]) -> Iterator[str]:
+def _changes(root: Path, header: Header) -> Iterator[str]:
     """Yield the folders and links that are no longer what they were."""
     for path, *known in header["folders"]:
         try:
@@ -195,20 +197,20 @@ def _changes(root: Path, header: dict[str, Any]) -> Iterator[str]:
 
 def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
     """Write an index in one step; where that fails, the next run scans again."""
-    body = b"".join(
-        part.tobytes() for part in (listing.labels, listing.paths.offsets, listing.paths.blob)
-    )
+    paths = listing.paths
+    body = b"".join(part.tobytes() for part in (listing.labels, paths.offsets, paths.blob))
     header = {
         "asked": asked,
         "count": len(listing.labels),
-        "bytes": len(listing.paths.blob),
+        "bytes": len(paths.blob),
         "counts": listing.counts,
         "fingerprint": listing.fingerprint,
         "folders": tree.folders,
         "links": tree.links,
         "passed": tree.passed,
+        "checksum": checksum(body),
     }
-    text = json.dumps({**header, "checksum": checksum(body)}).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-(_HEAD.size + len(text)) % 64)  # the arrays start where numpy likes them to
     head = _HEAD.pack(_MAGIC, _VERSION, checksum(text), len(text))
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # two runs may write at once
@@ -219,17 +221,15 @@ def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
             os.replace(temporary, file)
         _prune(file.parent)
     except OSError as error:
-        logger.warning(
-            "no index of images is kept: %s (DATA.INDEX_CACHE chooses another folder)", error
-        )
+        hint = "DATA.INDEX_CACHE chooses another folder"
+        logger.warning("no index of images is kept: %s (%s)", error, hint)
 
 
 def _prune(place: Path) -> None:
     """Leave the last used indexes, and no temporary file of a process that was killed."""
     indexes = sorted(place.glob("*.index"), key=lambda path: path.stat().st_mtime, reverse=True)
-    abandoned = [
-        path for path in place.glob("*.tmp") if time.time() - path.stat().st_mtime > _ABANDONED
-    ]
+    before = time.time() - _ABANDONED
+    abandoned = [path for path in place.glob("*.tmp") if path.stat().st_mtime < before]
     for path in [*indexes[_KEPT:], *abandoned]:
         with suppress(OSError):
             path.unlink()

@@ -8,6 +8,7 @@ import numpy as np
 from data.sources.base import compare_labels
 from data.sources.folder import FileSource, refuse_empty
 from data.sources.folder_index import list_images
+from data.sources.in_memory import require
 from data.sources.scan import PassedOver, is_folder, read_folder
 from utils.distributed import on_main
 from utils.reading import read_text
@@ -37,9 +38,8 @@ def pets(path: str, split: str, download: bool = False) -> FileSource:
     rows = [line.split() for line in _read(listing, "pets") if not line.startswith("#")]
     wrong = [row for row in rows if len(row) < 2 or row[1] not in _PET_IDS]
     if wrong:
-        raise ValueError(
-            f"{listing}: {' '.join(wrong[0])!r} is not <image> <class id from 1 to 37> ..."
-        )
+        line = " ".join(wrong[0])
+        raise ValueError(f"{listing}: {line!r} is not <image> <class id from 1 to 37> ...")
     names = [f"{row[0]}.jpg" for row in rows]
     _refuse_missing(root / "images", names, listing)
     return FileSource(root / "images", names, [int(row[1]) - 1 for row in rows], PET_BREEDS)
@@ -49,9 +49,8 @@ _PET_IDS = {str(number) for number in range(1, len(PET_BREEDS) + 1)}
 
 
 def _download_pets(parent: Path) -> bool:
-    from torchvision.datasets import OxfordIIITPet
-
-    return bool(OxfordIIITPet(str(parent), download=True))
+    datasets = require("torchvision.datasets", "pets", "torchvision")
+    return bool(datasets.OxfordIIITPet(str(parent), download=True))
 
 
 def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
@@ -62,18 +61,16 @@ def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
     """
     root = _inside(path, _TINY, "tinyimagenet")
     wnids = sorted(_read(root / "wnids.txt", "tinyimagenet"))
-    words = dict(
-        line.split("\t", 1) for line in _read(root / "words.txt", "tinyimagenet") if "\t" in line
-    )
+    lines = _read(root / "words.txt", "tinyimagenet")
+    words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     if split == "train":
         return _tiny_train(root, wnids, classes, index_cache)
     rows = _tiny_val(root)
     unknown = sorted({wnid for _, wnid in rows} - set(wnids))
     if unknown:
-        raise ValueError(
-            f"{root}: {split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}"
-        )
+        wrong = f"{split} has classes that wnids.txt lacks: {', '.join(unknown[:3])}"
+        raise ValueError(f"{root}: {wrong}")
     number = {wnid: number for number, wnid in enumerate(wnids)}
     labels = np.array([number[wnid] for _, wnid in rows], dtype=np.int64)
     compare_labels(root / split, labels, np.arange(len(wnids)), classes)
@@ -114,9 +111,8 @@ def folder_split(path: str, split: str) -> FileSource:
     cut = int(0.9 * len(names))
     chosen = sorted(names[:cut] if split == "train" else names[cut:])
     if not chosen:
-        refuse_empty(
-            Path(path), f"DATA.DATASET 'folder_split' needs at least 2 of them, not {len(names)}"
-        )
+        needed = f"DATA.DATASET 'folder_split' needs at least 2 of them, not {len(names)}"
+        refuse_empty(Path(path), needed)
     return FileSource(Path(path), chosen, [-1] * len(chosen), [])
 
 

@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ VERSION = 1
 HEAD = struct.pack("<8sI52x", b"SYNCOPAK", VERSION)
 _TAIL = struct.Struct("<QQI4x8s")  # where the JSON starts, its length, its checksum, magic
 _MAGIC = b"KAPOCNYS"
+
+
+Header: TypeAlias = dict[str, Any]  # the JSON text, as a packer wrote it
 
 
 class PackIndex(NamedTuple):
@@ -51,7 +54,7 @@ _TYPES = {
 }
 
 
-def closing(index: PackIndex, described: dict[str, Any]) -> Iterator[bytes]:
+def closing(index: PackIndex, described: Header) -> Iterator[bytes]:
     """Yield what stands behind the records: padding, the arrays, the JSON text and the tail.
 
     `described` holds at least the `classes`, the `split` and whether the records are `raw`.
@@ -101,11 +104,11 @@ class PackedSource(Source):
         self.names = PackedStrings.of_arrays(self.index.names, self.index.names_at)
         super().__init__(torch.from_numpy(self.index.labels), self.header["classes"])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Keep what opens the same pack again in a process that does not share memory."""
         return {"path": self.path, "digest": self.header["digest"], "max_pixels": self.max_pixels}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Header) -> None:
         """Open the pack again; `ValueError` if it has been replaced meanwhile."""
         self.path, self.max_pixels = state["path"], state["max_pixels"]
         self._open()
@@ -156,7 +159,7 @@ _HEADER_TYPES = {
 }
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], bytearray]:
+def _read_header(file: BinaryIO) -> tuple[Header, bytearray]:
     """Return the JSON text and the bytes of the arrays; `ValueError` if the pack is not whole."""
     size = file.seek(0, os.SEEK_END)
     if size < len(HEAD) + _TAIL.size or _read(file, 0, 12) != HEAD[:12]:
@@ -185,7 +188,7 @@ def _read(file: BinaryIO, start: int, count: int) -> bytes:
     return file.read(count)
 
 
-def _read_index(body: bytearray, header: dict[str, Any]) -> PackIndex:
+def _read_index(body: bytearray, header: Header) -> PackIndex:
     if checksum(body) != header["checksum"]:
         raise ValueError("its index does not match its checksum")
     position, arrays = 0, {}
@@ -198,7 +201,7 @@ def _read_index(body: bytearray, header: dict[str, Any]) -> PackIndex:
     return index
 
 
-def _check_index(index: PackIndex, header: dict[str, Any]) -> None:
+def _check_index(index: PackIndex, header: Header) -> None:
     """Raise `ValueError` if a later look into the index could fail or mislead."""
     count = header["count"]
     if [len(array) for array in index[:5]] != [count + 1, count, count + 1, count, count]:

@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -81,12 +81,11 @@ class PassedOver(dict[str, tuple[int, str]]):
             for kind, (count, path) in sorted(self.items())
             if not kind.startswith(".")
         ]
-        extensions = [
-            (count, kind[1:]) for kind, (count, _) in self.items() if kind.startswith(".")
-        ]
-        extensions.sort(key=lambda each: (-each[0], each[1]))
+        extensions = sorted(
+            (-count, kind[1:]) for kind, (count, _) in self.items() if kind.startswith(".")
+        )
         if extensions:
-            shown = ", ".join(f"{kind} {count}" for count, kind in extensions[:_SHOWN])
+            shown = ", ".join(f"{kind} {-count}" for count, kind in extensions[:_SHOWN])
             more = ", ..." if len(extensions) > _SHOWN else ""
             parts.append(f"files of other extensions: {shown}{more}")
         if parts:
@@ -205,7 +204,7 @@ class Tree:
     def __init__(self, root: Path, groups: Sequence[Group]) -> None:
         self.root, self.groups = root, groups
         self.started = time.time_ns()
-        self.folders: list[list[Any]] = []  # [path, mtime_ns, ctime_ns, inode]
+        self.folders: list[tuple[str, int, int, int]] = []  # [path, mtime_ns, ctime_ns, inode]
         self.links: list[str] = []  # that would matter if they led to a folder, or an image
         self.devices: set[int] = set()
         self.passed = PassedOver()
@@ -291,7 +290,7 @@ class Tree:
             status = os.stat(self.root / path)
         except OSError as error:
             raise unreadable(self.root / path, error) from error
-        self.folders.append([path, *state(status)])
+        self.folders.append((path, *state(status)))
         self.devices.add(status.st_dev)
 
     def _listed(self, path: str) -> None:
