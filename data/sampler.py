@@ -40,20 +40,16 @@ class BatchPlan:
         size = f"{self.size_key} (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
         per_rank, left = divmod(self.global_batch, share)
         if left or self.global_batch < 1:
-            works = (
-                f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else f"{share}"
-            )
+            works = f"{per_rank * share} or {(per_rank + 1) * share}" if per_rank > 0 else share
             raise ValueError(
                 f"global batch {self.global_batch} ({size}) cannot be divided over {self.world} "
                 f"processes and {self.accumulation} accumulation steps: use {works}"
             )
         if self.num_samples < self.global_batch:
             largest = self.num_samples // share
-            remedy = (
-                f"set {self.size_key} to at most {largest}"
-                if largest
-                else "use fewer of the latter two"
-            )
+            remedy = f"set {self.size_key} to at most {largest}"
+            if not largest:
+                remedy = "use fewer of the latter two"
             raise ValueError(
                 f"the data set has {self.num_samples} images, fewer than one global batch of "
                 f"{self.global_batch} ({size} = {per_rank} x {self.accumulation} x {self.world}): "
@@ -98,9 +94,8 @@ def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarra
 
     The last batch wraps around to the epoch's start.
     """
-    places = np.arange(position * plan.global_batch, (position + 1) * plan.global_batch) % len(
-        order
-    )
+    start = position * plan.global_batch
+    places = np.arange(start, start + plan.global_batch) % len(order)
     return np.stack([order[places // plan.repeats], places % plan.repeats])
 
 
@@ -125,8 +120,7 @@ class RequestSampler:
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.plan.steps_per_epoch)
             if epoch != current:
-                current, order = (epoch, epoch_order(self.plan.num_samples, self.plan.seed, epoch))
-            for part in rank_batches(
-                global_batch(order, self.plan, position), self.plan, self.rank
-            ):
+                current, order = epoch, epoch_order(self.plan.num_samples, self.plan.seed, epoch)
+            batch = global_batch(order, self.plan, position)
+            for part in rank_batches(batch, self.plan, self.rank):
                 yield Request(step, epoch, *part)

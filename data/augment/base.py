@@ -100,20 +100,17 @@ def sample_keys(
     `copies` (N,) tells the repetitions of a sample in an epoch apart; copy 0 has the key of a
     sample that is not repeated.
     """
-    numbered = np.asarray(indices, dtype=np.uint64) + (
-        np.asarray(copies, dtype=np.uint64) << _COPY_SHIFT
-    )
+    numbered = np.asarray(copies, dtype=np.uint64) << _COPY_SHIFT
+    numbered = numbered + np.asarray(indices, dtype=np.uint64)
     return hashed(numbered, "view", seed, epoch, view)
 
 
 def send(values: np.ndarray, device: torch.device) -> Tensor:
     """Copy a host array to `device` without waiting for it; floats become float32."""
     tensor = torch.from_numpy(values.astype(np.float32) if values.dtype.kind == "f" else values)
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    if device.type == "cuda":  # only from pinned memory a copy runs beside the host
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def spatial_ops(view: View) -> tuple[SpatialOp, ...]:

@@ -29,11 +29,8 @@ class RandomResizedCrop(SpatialOp):
     def draw(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """Draw boxes (N,4) int64 by the law of torchvision's RandomResizedCrop."""
         draws = CropDraws(self, keys)
-        boxes = []
-        for sample, (height, width) in enumerate(
-            zip(heights.tolist(), widths.tolist(), strict=True)
-        ):
-            boxes.append(draws.box(sample, height, width))
+        sizes = zip(heights.tolist(), widths.tolist(), strict=True)
+        boxes = [draws.box(sample, *size) for sample, size in enumerate(sizes)]
         return np.array(boxes, dtype=np.int64).reshape(-1, 4)
 
     def on_batch(self, images: Tensor, boxes: np.ndarray | None) -> Tensor:
@@ -54,6 +51,7 @@ class CropDraws:
         attempts, column = np.arange(_ATTEMPTS), keys[:, None]
         area, ratio, top, left = op.streams
         self.op = op
+        # All attempts of all samples at once, as lists: `box` reads them one by one.
         self._shares = uniform_between(column, area + attempts, *op.scale).tolist()
         self._ratios = np.exp(uniform_between(column, ratio + attempts, *np.log(op.ratio))).tolist()
         self._corners = np.stack([uniform(keys, top), uniform(keys, left)], axis=1).tolist()
@@ -61,9 +59,9 @@ class CropDraws:
     def box(self, sample: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return a sample's crop (top, left, height, width) of an image by torchvision's law.
 
-        The first of ten attempts that fits, then the central crop. Plain numbers: for one image
-        arrays are twenty times slower.
+        The first of ten attempts that fits, else the central crop.
         """
+        # Plain numbers: for one image arrays are twenty times slower.
         for share, ratio in zip(self._shares[sample], self._ratios[sample], strict=True):
             area = height * width * share
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -98,7 +96,7 @@ class Resize(SpatialOp):
         size = self.shape(height, width)
         if size == (height, width):
             return images
-        whole = np.tile(np.array([[0, 0, height, width]]), (len(images), 1))
+        whole = np.tile([0, 0, height, width], (len(images), 1))
         return crop_resize(images, whole, size, self.interpolation)
 
     def on_image(self, image: Tensor, box: Box | None) -> Tensor:
@@ -149,6 +147,7 @@ class RandomCropPad(SpatialOp):
         """Cut the windows `boxes` (N,4) with one indexing operation for the whole batch."""
         assert boxes is not None
         padded = F.pad(images, [self.padding] * 4)
+        # Row and column numbers (N,1,S,1) and (N,1,1,S): indexing broadcasts them to the windows.
         corner = send(np.ascontiguousarray(boxes[:, :2]), images.device)
         side = torch.arange(self.size, device=images.device)
         row = (corner[:, :1] + side)[:, None, :, None]

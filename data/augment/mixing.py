@@ -1,12 +1,9 @@
 """Mixup and Cutmix of a batch on the device, by timm, with keyed draws."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import numpy as np
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
+from data.augment.randaugment import seeded_numpy
 from utils.distributed import rank
 from utils.randomness import keyed_seed
 
@@ -49,16 +46,7 @@ class Mixing:
         """Return mixed images (N, 3, H, W) and class shares (N, C); to be mixed, N must be even."""
         if not self.active:
             return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
-        with _numpy_seeded(keyed_seed("mixing", self.seed, step, rank(), int(indices[0]))):
+        # timm draws from NumPy's global generator alone
+        seed = keyed_seed("mixing", self.seed, step, rank(), int(indices[0]))
+        with seeded_numpy(seed % 2**32):
             return self._mixup(images.clone(), labels)  # timm works in place
-
-
-@contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator, which timm draws from, and restore it afterwards."""
-    state = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

@@ -180,24 +180,22 @@ def luma(x: Tensor) -> Tensor:
 
 
 def color_jitter(x: Tensor, draws: Draws) -> Tensor:
-    """Apply the four changes to every sample of `x` (N,3,S,S) in its own order.
-
-    The samples are sorted by the place of hue in their order and aligned on it: three slots before
-    it and three after, in each of which a contiguous part of the batch is active.
-    """
+    """Apply the four changes to every sample of `x` (N,3,S,S) in its own order."""
+    # Hue costs most and cannot be written as the others are. So the samples are sorted by the place
+    # of hue in their order and aligned on it: three slots before hue and three after, in each of
+    # which a contiguous part of the batch is active.
     hue_place = np.argmax(draws["order"] == _HUE, axis=1)
     ranking = np.argsort(-hue_place, kind="stable")
     # how many samples have 3, 2, 1 operations before hue
     before = [int((hue_place > slot).sum()) for slot in (2, 1, 0)]
-    factors = send(
-        _slot_factors({name: values[ranking] for name, values in draws.items()}), x.device
-    )
+    ranked = {name: values[ranking] for name, values in draws.items()}
+    factors = send(_slot_factors(ranked), x.device)
     index = send(ranking, x.device)
     y = x.index_select(0, index)
     for slot, count in enumerate(before):
         _affine_(y[:count], factors[slot, :, :count])
-    if np.any(draws["hue"]):
-        y = adjust_hue(y, send(draws["hue"][ranking], x.device))
+    if np.any(ranked["hue"]):
+        y = adjust_hue(y, send(ranked["hue"], x.device))
     for slot, count in enumerate(before, start=3):
         _affine_(y[count:], factors[slot, :, count:])
     return torch.empty_like(y).index_copy_(0, index, y)
@@ -215,9 +213,8 @@ def _slot_factors(draws: Draws) -> np.ndarray:
     shift = places - 1 - np.argmax(order == _HUE, axis=1)
     kinds[np.arange(count)[:, None], shift[:, None] + np.arange(places)] = order
     kinds = np.delete(kinds, places - 1, axis=1).T
-    factor = np.select(
-        [kinds == k for k in range(_HUE)], [draws[name] for name in JITTER_OPS[:_HUE]], 1.0
-    )
+    known = [draws[name] for name in JITTER_OPS[:_HUE]]
+    factor = np.select([kinds == k for k in range(_HUE)], known, 1.0)
     contrast, saturation = (kinds == JITTER_OPS.index(name) for name in ("contrast", "saturation"))
     return np.stack([factor, (1.0 - factor) * saturation, (1.0 - factor) * contrast], axis=1)
 
@@ -236,9 +233,9 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of RGB `x` (N,3,H,W) in [0,1] by `shift` (N,) turns, exactly through HSV.
 
     With the hue in sextants, channel = value - chroma * clamp(2 - |r|, 0, 1) where r = hue + (3 | 1
-    | -1) wrapped to [-3, 3]. In-place arithmetic instead of comparisons: masks are several times
-    slower on a CPU.
+    | -1) wrapped to [-3, 3].
     """
+    # In-place arithmetic instead of comparisons: masks are several times slower on a CPU.
     red, green, blue = x.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)

@@ -1,8 +1,4 @@
-"""Draw and apply the operations of a view to a whole batch, on any device.
-
-Samples that an operation does not touch are not computed: the host knows their indices, so this
-costs no synchronisation.
-"""
+"""Draw and apply the operations of a view to a whole batch, on any device."""
 
 import functools
 import importlib.util
@@ -105,9 +101,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
 def _has(package: str) -> bool:
     found = importlib.util.find_spec(package) is not None
     if not found:
-        logger.info(
-            "%s is not installed: the augmentation is several times slower without it", package
-        )
+        slower = "the augmentation is several times slower without it"
+        logger.info("%s is not installed: %s", package, slower)
     return found
 
 
@@ -124,6 +119,7 @@ def _fused(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
 
 
 def _in_chunks(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    # A CPU works on pieces that stay in its caches; their results are the same.
     length = chunk_length(images.device, *images.shape[1:])
     if len(images) <= length:
         return _plain(images, ops, draws)
@@ -143,7 +139,7 @@ def _plain(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
 
 def apply_(op: BatchOp, x: Tensor, draws: Draws) -> None:
     """Apply one operation in place to the samples of `x` (N,3,S,S) that drew it."""
-    chosen = np.flatnonzero(draws[op.name])
+    chosen = np.flatnonzero(draws[op.name])  # on the host: no wait for the device
     if not len(chosen):
         return
     index = send(chosen, x.device)

@@ -41,14 +41,9 @@ def warn_of_identical_views(views: Sequence[Tensor]) -> None:
 def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> list[Tensor]:
     """Return the views (N,3,S,S) of a run's first images, the same on every rank."""
     num_images = min(num_images, len(source))
+    host = torch.device("cpu")
     loader = GlobalLoader(
-        source,
-        recipe,
-        global_batch=num_images,
-        seed=seed,
-        device=torch.device("cpu"),
-        rank=0,
-        world=1,
+        source, recipe, global_batch=num_images, seed=seed, device=host, rank=0, world=1
     )
     _, (batch,) = next(iter(loader.from_step(0, 1)))
     return batch.views

@@ -56,7 +56,7 @@ def rand_augmenter(
     config: str, size: int, interpolation: str
 ) -> Callable[[Image.Image], Image.Image]:
     """Build timm's transform with the settings of its `create_transform`."""
-    hparams = {
+    hparams = {  # shifts are relative to the image, and what it leaves free is ImageNet's grey
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
         "interpolation": Image.Resampling[interpolation.upper()],
@@ -78,16 +78,26 @@ def _posterize(
 
 
 @contextlib.contextmanager
+def seeded_numpy(seed: int | list[int]) -> Iterator[None]:
+    """Seed NumPy's global generator and restore it afterwards."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@contextlib.contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
     """Seed `random` and NumPy's global generator, which timm draws from, and restore both.
 
     Nothing else in the process notices; only for code that runs in one thread.
     """
-    python, numpy = random.getstate(), np.random.get_state()
+    python = random.getstate()
     random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
     try:
-        yield
+        with seeded_numpy([seed & 0xFFFFFFFF, seed >> 32]):  # it takes words of 32 bits
+            yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)

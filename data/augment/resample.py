@@ -17,32 +17,24 @@ def crop_resize(
 ) -> Tensor:
     """Cut `boxes` (N,4) from uint8 `images` (N,3,H,W) and resize them to uint8 (N,3,h,w).
 
-    Antialiased triangle or cubic filter (a = -0.5) as in PIL and torchvision, columns first with
-    the levels rounded between the passes; pixels outside the box are never read.
+    The filter is PIL's and torchvision's: an antialiased triangle or cubic (a = -0.5). Pixels
+    outside the box are never read.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    box = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32)).to(
-        images.device, non_blocking=True
-    )
-    top, left, rows, cols = box.unbind(1)
+    box = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32))
+    top, left, rows, cols = box.to(images.device, non_blocking=True).unbind(1)
     by_column = box_weights(left, cols, images.shape[3], width, interpolation)
     by_row = box_weights(top, rows, images.shape[2], height, interpolation)
-    pieces = torch.split(torch.arange(len(images)), chunk_length(images.device, *images.shape[1:]))
-    out = torch.empty(
-        (len(images), images.shape[1], height, width), dtype=torch.uint8, device=images.device
-    )
-    for piece in pieces:
-        part = slice(int(piece[0]), int(piece[-1]) + 1)
+    length = chunk_length(images.device, *images.shape[1:])
+    out = images.new_empty((*images.shape[:2], height, width))
+    for start in range(0, len(images), length):
+        part = slice(start, start + length)
+        # Columns first and the levels rounded between the passes, as PIL does.
         levels = images[part].to(torch.float32).flatten(1, 2) @ by_column[part].transpose(1, 2)
         levels = levels.add_(0.5).floor_().clamp_(0, 255).unflatten(1, images.shape[1:3])
-        # the cast rounds down
-        out[part] = apply_rows(by_row[part], levels).add_(0.5).clamp_(0, 255)
+        resized = by_row[part].unsqueeze(1) @ levels
+        out[part] = resized.add_(0.5).clamp_(0, 255)  # the cast to uint8 rounds down
     return out
-
-
-def apply_rows(matrices: Tensor, images: Tensor) -> Tensor:
-    """Multiply every channel of `images` (N,C,H,W) by its sample's matrix (N,h,H) from the left."""
-    return matrices.unsqueeze(1) @ images
 
 
 def chunk_length(device: torch.device, *shape: int) -> int:

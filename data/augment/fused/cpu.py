@@ -34,15 +34,12 @@ def run_on_cpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
     assert images.dtype == torch.uint8
     count, _, height, width = images.shape
     interleaved = images.stride(1) == 1 and images.is_contiguous(memory_format=torch.channels_last)
-    levels = (
-        (images.permute(0, 2, 3, 1) if interleaved else images.contiguous())
-        .reshape(count, -1)
-        .numpy()
-    )
+    levels = images.permute(0, 2, 3, 1) if interleaved else images.contiguous()
+    levels = levels.reshape(count, -1)  # no copy: the kernel reads both layouts
     out = _aligned(count * 3 * height * width).reshape(count, 3, height, width)
     plan = programs(ops, draws, count)
     work = (plan.flips, plan.codes, plan.values, plan.taps, plan.reaches)
-    run = functools.partial(_kernel(), levels, interleaved, *work, SCALE, SHIFT, out)
+    run = functools.partial(_kernel(), levels.numpy(), interleaved, *work, SCALE, SHIFT, out)
     threads = 1 if count * height * width < _SMALL_BATCH else min(count, torch.get_num_threads())
     if threads == 1:
         run(0, count)
@@ -56,6 +53,7 @@ def run_on_cpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
 
 def _aligned(count: int) -> np.ndarray:
     """Return `count` float32 numbers, the first at the start of a cache line."""
+    # NumPy, unlike torch, asks for large pages.
     raw = np.empty(count + 16, dtype=np.float32)
     skipped = (-raw.ctypes.data % 64) // 4
     return raw[skipped : skipped + count]

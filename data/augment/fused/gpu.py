@@ -36,17 +36,16 @@ def run_on_gpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
         "INTS": ints.shape[1],
         "FLOATS": floats.shape[1],
         "BLOCK": BLOCK,
+        "enable_fp_fusion": True,  # Triton's default changes with its version
     }
-    sizes |= {"enable_fp_fusion": True}  # Triton's default changes with its version
     table, numbers = send(ints, images.device), send(floats, images.device)
     sums = torch.empty((count, blocks), device=images.device)
     grid, shape = (count, blocks), (width, plane, *images.stride())
     constants = _constants(images.device)
     if np.any(ints[:, sizes["K"]] >= 0):
         grey_sums[grid](images, table, numbers, sums, *shape, **sizes)
-    points[grid](
-        images, table, numbers, sums, constants, out, *shape, **sizes, BLOCKS=1 << (blocks - 1).bit_length()
-    )  # fmt: skip
+    power = 1 << (blocks - 1).bit_length()  # Triton's ranges are powers of two
+    points[grid](images, table, numbers, sums, constants, out, *shape, **sizes, BLOCKS=power)
     if blurred:
         between = torch.empty((blurred, 3, height, width), device=images.device)
         blur_rows[(count, blocks, 3)](table, numbers, out, between, width, plane, **sizes)

@@ -53,10 +53,8 @@ class _Writer:
         self.count = count
         self.flips = np.zeros(count, dtype=np.bool_)
         self.steps: list[tuple[np.ndarray, np.ndarray]] = []  # codes and values, each (N,)
-        self.taps, self.reaches = (
-            np.ones((count, 1), dtype=np.float32),
-            np.zeros(count, dtype=np.int64),
-        )
+        self.taps = np.ones((count, 1), dtype=np.float32)
+        self.reaches = np.zeros(count, dtype=np.int64)
 
     def add(
         self, mask: np.ndarray, code: np.ndarray | int, value: np.ndarray | float = 0.0
@@ -137,7 +135,7 @@ def _taps(sigma: np.ndarray, max_sigma: float) -> tuple[np.ndarray, np.ndarray]:
     """Return half kernels (N,R+1) of `sigma` (N,), centre first, and the taps that count."""
     distance = np.arange(math.ceil(4.0 * max_sigma) + PAIR)
     weights = np.exp(-0.5 * (distance / sigma[:, None]) ** 2)
-    # denormals are slow
+    # Cut at four sigma. Denormal numbers are slow.
     weights[(distance > np.ceil(4.0 * sigma)[:, None]) | (weights < 1e-12)] = 0.0
     reaches = np.count_nonzero(weights, axis=1) - 1
     weights /= weights[:, :1] + 2.0 * weights[:, 1:].sum(axis=1, keepdims=True)

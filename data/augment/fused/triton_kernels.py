@@ -129,8 +129,10 @@ def grey_sums(
 
 @triton.jit
 def points(
-    images, ints, floats, sums, constants, out, width, plane, by_image, by_channel, by_row, by_column,
-    K: tl.constexpr, INTS: tl.constexpr, FLOATS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    images, ints, floats, sums, constants, out,
+    width, plane, by_image, by_channel, by_row, by_column,
+    K: tl.constexpr, INTS: tl.constexpr, FLOATS: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Run each program up to its blur or its end; normalise what is not blurred."""
     sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -140,16 +142,8 @@ def points(
     mean = tl.sum(tl.load(sums + sample * number + part, known, 0.0), 0) / plane
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < plane
-    red, green, blue = _levels(
-        images + sample * by_image,
-        pixel,
-        inside,
-        tl.load(ints + K + 3),
-        width,
-        by_channel,
-        by_row,
-        by_column,
-    )
+    image, flip = images + sample * by_image, tl.load(ints + K + 3)
+    red, green, blue = _levels(image, pixel, inside, flip, width, by_channel, by_row, by_column)
     last = tl.load(ints + K + 1)
     red, green, blue = _run(ints, floats + sample * FLOATS, 0, last, mean, red, green, blue)
     done = tl.load(ints + K + 5) < 0
