@@ -6,12 +6,8 @@ goes on where it stopped.
 """
 
 import argparse
-import logging
-from typing import Any
 
-from utils.cli import make_parser, parse, run_main
-
-logger = logging.getLogger("synco")
+from utils.cli import Parser, answer_at_once, make_parser, parse, run_main
 
 HELD_OUT = (
     "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
@@ -20,6 +16,62 @@ REPLAY = (
     "play the batch again that a run stopped on (nonfinite_*.pt), say what went wrong, and stop"
 )
 TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
+
+
+def _parser() -> Parser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE
+    )
+    parser.add_argument(
+        "--held-out",
+        dest="HELD_OUT.EVERY_EPOCHS",
+        action="store_const",
+        const=1,
+        default=argparse.SUPPRESS,
+        help=HELD_OUT,
+    )
+    parser.add_argument("--replay", metavar="FILE", help=REPLAY)
+    return parser
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data.augment.base import Recipe
+from data.augment.preview import first_views, save_grid, save_preview
+from data.augment.recipes import build_recipe
+from data.batch import Batch
+from data.loader import GlobalLoader, evaluation_batches
+from data.sources import is_labelled, open_split
+from data.sources.base import Source
+from engine.loop import Outcome, fit
+from engine.optim import build_optimizer, parameter_groups
+from engine.plan import global_batch_size, held_out_batch, make_plan
+from engine.replay import load_kept, replay
+from engine.run import Run, start_run
+from engine.state import TrainState
+from evaluation.accuracy import held_out_losses, held_out_names, measure_throughput
+from evaluation.features import SharedFeatures, compute_features
+from evaluation.knn import features_knn
+from models import build_framework, framework_options
+from models.parts.momentum import MomentumFramework
+from utils.checkpoints.folder import require
+from utils.config.key import Value
+from utils.config.load import load_config, load_saved, method_section, section_options
+from utils.config.schema import declare
+from utils.distributed import world_size
+from utils.schedules import Progress
+
+logger = logging.getLogger("synco")
 
 
 def main() -> int:
@@ -31,20 +83,6 @@ def main() -> int:
         raise ValueError(
             "--training-mode finetune: use main_semisup.py with the same --cfg, --output and --tag"
         )
-
-    # after the flags are parsed, so that --help and a mistyped flag answer at once
-    from data.augment.preview import save_preview
-    from data.augment.recipes import build_recipe
-    from data.sources import open_split
-    from engine.loop import Outcome, fit
-    from engine.optim import build_optimizer, parameter_groups
-    from engine.plan import global_batch_size, make_plan
-    from engine.run import start_run
-    from engine.state import TrainState
-    from evaluation.accuracy import held_out_names, measure_throughput
-    from models import framework_options
-    from utils.config.load import load_config
-    from utils.config.schema import declare
 
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     run = start_run(cfg, training=not (args.eval or args.throughput))
@@ -97,7 +135,7 @@ def main() -> int:
     run.describe(framework, plan, len(source))
     evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, at_once=args.eval)
 
-    def step(batch: Any, progress: Any) -> dict[str, Any]:
+    def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
 
@@ -122,28 +160,18 @@ def main() -> int:
     return outcome.value
 
 
-def _parser() -> Any:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE
-    )
-    absent: Any = argparse.SUPPRESS
-    parser.add_argument(
-        "--held-out",
-        dest="HELD_OUT.EVERY_EPOCHS",
-        action="store_const",
-        const=1,
-        default=absent,
-        help=HELD_OUT,
-    )
-    parser.add_argument("--replay", metavar="FILE", help=REPLAY)
-    return parser
-
-
-def loader_of(cfg: Any, source: Any, recipe: Any, device: Any, **options: Any) -> Any:
+def loader_of(
+    cfg: CfgNode,
+    source: Source,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    global_batch: int,
+    max_bad_fraction: float = 0.0,
+    accumulation: int = 1,
+    repeated_aug: int = 1,
+) -> GlobalLoader:
     """Return the loader of a recipe's views that a configuration describes."""
-    from data.loader import GlobalLoader
-
     return GlobalLoader(
         source,
         recipe,
@@ -153,40 +181,38 @@ def loader_of(cfg: Any, source: Any, recipe: Any, device: Any, **options: Any) -
         timeout=cfg.DATA.TIMEOUT,
         backend=cfg.AUG.BACKEND,
         decode=cfg.DATA.DECODE,
-        **options,
+        global_batch=global_batch,
+        max_bad_fraction=max_bad_fraction,
+        accumulation=accumulation,
+        repeated_aug=repeated_aug,
     )
 
 
 class Evaluations:
     """What is measured now and then while a method trains: k-NN, and its own losses on held-out images.
 
-    A split that is missing is refused when this is made, not after the first epochs. ``at_once``:
+    A split that is missing is refused when this is made, not after the first epochs. `at_once`:
     whatever is configured is due at every call.
     """
 
     def __init__(
         self,
-        cfg: Any,
-        run: Any,
-        framework: Any,
-        source: Any,
-        recipe: Any,
+        cfg: CfgNode,
+        run: Run,
+        framework: MomentumFramework,
+        source: Source,
+        recipe: Recipe,
         epochs: int,
         at_once: bool,
     ) -> None:
-        from data.sources import is_labelled, open_split
-        from engine.plan import held_out_batch
-        from utils.checkpoints.folder import require
-
         self.cfg, self.run, self.framework = cfg, run, framework
         self.epochs, self.at_once = epochs, at_once
-        self.held_out, self.knn = None, {}
+        self.held_out: GlobalLoader | None = None
+        self.knn: dict[str, Source] = {}
         if cfg.HELD_OUT.EVERY_EPOCHS:
             unseen = open_split(cfg.DATA, "val")
             size = held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE)
-            self.held_out = loader_of(
-                cfg, unseen, recipe, run.device, global_batch=size, max_bad_fraction=0.0
-            )
+            self.held_out = loader_of(cfg, unseen, recipe, run.device, global_batch=size)
             seen = self.held_out.steps_per_epoch * size
             logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), size)
         if cfg.KNN.EVERY_EPOCHS or (at_once and not self.held_out):
@@ -197,7 +223,7 @@ class Evaluations:
             names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]
             require(cfg.CHECKPOINT.KEEP_BEST, names if cfg.KNN.EVERY_EPOCHS else [])
 
-    def __call__(self, progress: Any) -> dict[str, float]:
+    def __call__(self, progress: Progress) -> dict[str, float]:
         """Return the values that are due after an epoch."""
         values: dict[str, float] = {}
         if self.knn and self._due(self.cfg.KNN.EVERY_EPOCHS, progress):
@@ -206,19 +232,14 @@ class Evaluations:
             values |= self._losses(progress)
         return values
 
-    def _due(self, every: int, progress: Any) -> bool:
+    def _due(self, every: int, progress: Progress) -> bool:
         return self.at_once or progress.epoch % every == 0 or progress.epoch == self.epochs
 
     def _neighbours(self) -> dict[str, float]:
-        from evaluation.knn import features_knn
-
         bank, queries, knn = self._features("train"), self._features("val").blocks(), self.cfg.KNN
         return features_knn(bank, queries, self.knn["train"].num_classes, knn.K, knn.TEMPERATURE)
 
-    def _features(self, split: str) -> Any:
-        from data.loader import evaluation_batches
-        from evaluation.features import compute_features
-
+    def _features(self, split: str) -> SharedFeatures:
         batches = evaluation_batches(
             self.knn[split],
             self.cfg.DATA.IMG_SIZE,
@@ -231,9 +252,7 @@ class Evaluations:
         with self.run.evaluating(self.framework.online.backbone) as backbone:
             return compute_features(backbone, batches)
 
-    def _losses(self, progress: Any) -> dict[str, float]:
-        from evaluation.accuracy import held_out_losses
-
+    def _losses(self, progress: Progress) -> dict[str, float]:
         assert self.held_out is not None
         steps = self.held_out.from_step(0, self.held_out.steps_per_epoch)
         views = (
@@ -243,14 +262,11 @@ class Evaluations:
             return held_out_losses(lambda seen: framework(seen, progress), views, self.cfg.SEED)
 
 
-def show_restored(run: Any, framework: Any, source: Any, recipe: Any, step: int) -> None:
+def show_restored(
+    run: Run, framework: MomentumFramework, source: Source, recipe: Recipe, step: int
+) -> None:
     """Let a method that restores images show clean, corrupted and restored ones."""
-    import torch
-
-    from data.augment.preview import first_views, save_grid
-    from models.sit import SiT
-
-    if not isinstance(framework, SiT):
+    if not framework.restores_images:
         return
     clean = first_views(source, recipe, run.seed)[0]
     with run.evaluating(framework):
@@ -260,11 +276,8 @@ def show_restored(run: Any, framework: Any, source: Any, recipe: Any, step: int)
     run.write_extra(f"reconstruction_{step:07d}.png", lambda path: save_grid(path, columns, titles))
 
 
-def framework_of(cfg: Any) -> Any:
+def framework_of(cfg: CfgNode) -> MomentumFramework:
     """Build the method that a configuration describes."""
-    from models import build_framework
-    from utils.config.load import method_section, section_options
-
     return build_framework(
         cfg.MODEL.NAME,
         section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
@@ -276,17 +289,8 @@ def framework_of(cfg: Any) -> Any:
     )
 
 
-def replay_batch(args: argparse.Namespace, flags: dict[str, Any]) -> int:
-    """Play the batch of ``--replay`` again, on one process; all but the device comes from the file."""
-    from pathlib import Path
-
-    from engine.replay import load_kept, replay
-    from engine.run import start_run
-    from models import framework_options
-    from utils.config.load import load_saved
-    from utils.config.schema import declare
-    from utils.distributed import world_size
-
+def replay_batch(args: argparse.Namespace, flags: dict[str, Value]) -> int:
+    """Play the batch of `--replay` again, on one process; all but the device comes from the file."""
     path = Path(args.replay)
     kept = load_kept(path)
     device = {"DEVICE": flags.get("DEVICE", "auto")}

@@ -111,6 +111,7 @@ class SiT(MomentumFramework):
     did before July 2021.
     """
 
+    restores_images = True
     lower_is_better = ("loss", *(f"loss_{task}" for task in TASKS))
 
     def __init__(

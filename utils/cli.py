@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
+from types import TracebackType
 from typing import Any, NoReturn, cast
 
 from utils.limits import LIMITS, error_number, first_line, worker_failure
@@ -59,8 +60,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows defaults, and the description as it is written: an example stays one line to copy."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Refuses what it does not know, in two lines."""
+
     def error(self, message: str) -> NoReturn:
+        """Exit with code 2; the usage, which may fill a page, is left to --help."""
         self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,12 +84,12 @@ def make_parser(
     description: str,
     renamed: dict[str, str] | None = None,
     flags: Collection[str] | None = None,
-) -> _Parser:
+) -> Parser:
     """Return the parser of the shared flags; with `flags` of --cfg, --opts and those only.
 
     `renamed` maps a flag to another key (the probe's epochs).
     """
-    parser = _Parser(
+    parser = Parser(
         description=description,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
@@ -146,8 +150,34 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def answer_at_once(parser: argparse.ArgumentParser) -> None:
+    """Answer --help and a mistyped flag, before the program imports anything slow.
+
+    An error in the imports that follow, Ctrl-C too, ends as one in `run_main` does.
+    """
+    guard_streams()
+    sys.excepthook = _end_of_import
+    if isinstance(parser, Parser):
+        parser.parse_strictly(None)
+    else:
+        parser.parse_args()
+
+
+def _end_of_import(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    explained = _explain(error)
+    if explained is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    code, message = explained
+    _report(error, message)
+    # Python takes the exit code of a SystemExit that the hook raises
+    sys.exit(code)
+
+
 def parse(
-    parser: _Parser, argv: Sequence[str] | None = None
+    parser: Parser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the arguments and the configuration keys that flags set.
 

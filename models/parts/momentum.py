@@ -35,10 +35,15 @@ class MomentumFramework(nn.Module):
     can_stack_views = False  # True: a backbone may take both views in one pass
     needs_batchformer = False  # True: BatchFormer is a part of the method
     sums_batchformer_pairs = False  # True: the method has MODEL.BATCHFORMER.LOSS sum
+    restores_images = False  # True: the method has `restore`
     lower_is_better: tuple[str, ...] = ("loss",)  # of the scalars that `forward` returns
 
     def after_step(self, progress: Progress) -> None:
         """Update target and queue after an optimiser step, without gradient."""
+        raise NotImplementedError
+
+    def restore(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return corrupted copies of images (N, 3, H, W) and the network's reconstruction of them."""
         raise NotImplementedError
 
     def attach_batchformer(self, batchformer: BatchFormer) -> None:

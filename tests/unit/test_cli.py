@@ -185,6 +185,37 @@ def test_help_and_a_mistyped_flag_answer_without_torch(main: str) -> None:
         assert (ran.returncode, text in ran.stdout + ran.stderr) == (code, True), ran.stderr
 
 
+NO_TORCH = """
+import runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise {error}
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["main_pretrain.py", *sys.argv[1:]]
+runpy.run_path("main_pretrain.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "flags", "code", "text"),
+    [
+        ("ImportError('no torch here')", ["--help"], 0, "--data-path"),
+        ("ImportError('no torch here')", [], 2, "error: no torch here\n"),
+        ("KeyboardInterrupt", [], 130, "error: stopped by Ctrl-C\n"),
+    ],
+)
+def test_help_needs_no_torch_and_an_import_that_fails_is_one_line(
+    error: str, flags: list[str], code: int, text: str
+) -> None:
+    command = [sys.executable, "-c", NO_TORCH.format(error=error), *flags]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == code, ran.stderr
+    assert text in ran.stdout if flags else ran.stderr == text
+
+
 def test_help_names_every_flag_with_its_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--help", renamed=PROBE)
