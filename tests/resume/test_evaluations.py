@@ -63,12 +63,12 @@ def kill_in_evaluation(rank: int, *, epoch: int, where: str) -> None:
 
 
 def fail_to_evaluate(rank: int) -> None:
-    import evaluation.knn
+    import main_pretrain
 
     def fails(*_: Any) -> None:
         raise ValueError("a validation image cannot be read")
 
-    evaluation.knn.features_knn = fails
+    main_pretrain.features_knn = fails
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         plain[id(recorder)] = cfg
         return recorder
 
-    monkeypatch.setattr(utils.config.load, "load_config", load_recording)
+    # main_pretrain has a name of its own for it
+    for module in (utils.config.load, main_pretrain):
+        monkeypatch.setattr(module, "load_config", load_recording)
     for module in (engine.run, engine.checkpointing):
         monkeypatch.setattr(module, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
     monkeypatch.setattr(

@@ -87,10 +87,8 @@ def train(
     monkeypatch: pytest.MonkeyPatch, output: Path, values: list[float], every: int = 4
 ) -> Path:
     """Run with evaluations that give ``values``, one an epoch; no checkpoint is due but by the evaluation."""
-    from evaluation import knn
-
     given = iter(values)
-    monkeypatch.setattr(knn, "features_knn", lambda *args, **keys: {METRIC: next(given)})
+    monkeypatch.setattr(main_pretrain, "features_knn", lambda *args, **keys: {METRIC: next(given)})
     keys = {
         "KNN__EVERY_EPOCHS": 1,
         "KNN__K": (5,),
