@@ -66,7 +66,7 @@ def _digest(cfg: CfgNode, weights: Path | None) -> str:
     batch = cfg.FINETUNE.BATCH_SIZE * cfg.TRAIN.ACCUMULATION_STEPS * processes
     parts = [json.dumps(own, sort_keys=True), str(batch)]
     if weights and weights.is_file():  # two files of one name are two starts
-        parts.append(checkpoint.digest(weights))
+        parts.append(checkpoint.sha256_of(weights))
     if cfg.FINETUNE.SUBSET:
         try:
             parts.append(hashlib.sha256(Path(cfg.FINETUNE.SUBSET).read_bytes()).hexdigest())

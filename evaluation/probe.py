@@ -43,7 +43,7 @@ def weights_fingerprint(weights: Path | None, network: str = "online") -> str:
     """Say which weights a run starts from: the file's sha256, and the network if averaged."""
     if weights is None:
         return "random weights"
-    digest = on_main(lambda: checkpoint.digest(weights))
+    digest = on_main(lambda: checkpoint.sha256_of(weights))
     # Runs from before the choice have no name here: they took the online network or the student.
     return f"weights {digest}" + (f", {network}" if network in ("target", "teacher") else "")
 

@@ -18,9 +18,12 @@ _MEMORY = 6 << 30
 VALUES = b"(" + b"N" * 100_000 + b"tr\x01\0\0\0" + b"0"  # a tuple of 100,000, kept under 1
 KEYWORDS = b"}(" + b"".join(b"\x8c\x06%06dN" % i for i in range(50_000)) + b"ur\x01\0\0\0" + b"0"
 NAME = b"cother\nConfig\nr\x02\0\0\0" + b"0"  # a class, kept under 2
+EMPTY = b"(" + b")" * 100_000 + b"tr\x01\0\0\0" + b"0"  # a tuple of 100,000 empty ones
+ORDERED = b"ccollections\nOrderedDict\nr\x02\0\0\0" + b"0"  # a name that is called
 PROGRAMS = {  # 20,000 objects, each of them made from all of the above
     "arguments": b"\x80\x02" + VALUES + NAME + b"](" + b"h\x02h\x01R" * 20_000 + b"e0}.",
     "new objects": b"\x80\x02" + VALUES + NAME + b"](" + b"h\x02h\x01\x81" * 20_000 + b"e0}.",
+    "empty arguments": b"\x80\x02" + EMPTY + ORDERED + b"](" + b"h\x02h\x01R" * 20_000 + b"e0}.",
     "keywords": b"\x80\x04" + KEYWORDS + NAME + b"](" + b"h\x02)h\x01\x92" * 200_000 + b"e0}.",
 }
 

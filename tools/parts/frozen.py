@@ -59,5 +59,5 @@ def open_frozen(args: argparse.Namespace, flags: Mapping[str, Value]) -> FrozenB
         drop_path=0.0,
     )
     label = weights_label(weights, args.which)
-    label += f"-{checkpoint.digest(weights)[:8]}" if weights else ""  # two files of one name
+    label += f"-{checkpoint.sha256_of(weights)[:8]}" if weights else ""  # two files of one name
     return FrozenBackbone(freeze(run.prepare(backbone)), run, label)

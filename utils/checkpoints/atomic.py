@@ -1,4 +1,4 @@
-"""Write files that are whole or not there: through our own handle, hashed as written, forced to the disk."""
+"""Write files that are whole or not there: hashed as written and forced to the disk."""
 
 import contextlib
 import errno
@@ -6,7 +6,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
+
+Fill = Callable[[BinaryIO], object]  # writes the content of a file
 
 
 class _HashingFile:
@@ -38,7 +40,7 @@ def tmp_path(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def write_synced(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
+def write_synced(path: Path, fill: Fill) -> dict[str, int | str]:
     """Let `fill(file)` write `path`, fsync it and return {"bytes", "sha256"}.
 
     Every failure of the disk is an OSError, whatever torch makes of it.
@@ -46,7 +48,7 @@ def write_synced(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
     file = path.open("wb")
     hashing = _HashingFile(file)
     try:
-        fill(hashing)
+        fill(cast(BinaryIO, hashing))  # torch and pickle only write and flush
         file.flush()
         os.fsync(file.fileno())
         file.close()
@@ -59,8 +61,8 @@ def write_synced(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
     return {"bytes": hashing.bytes, "sha256": hashing.sha256.hexdigest()}
 
 
-def write_file(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
-    """Replace `path` by what `fill(file)` writes in one step and return {"bytes", "sha256"}.
+def write_file(path: Path, fill: Fill) -> dict[str, int | str]:
+    """Let `fill(file)` replace `path` in one step, as `write_synced` does.
 
     After a kill it holds the old content or the new one.
     """
@@ -72,10 +74,8 @@ def write_file(path: Path, fill: Callable[[Any], object]) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: after a kill it holds the old text or the new one.
-
-    Bytes of a file's name that are no UTF-8 are written as escapes.
-    """
+    """Replace `path` by `text` in one step: after a kill it holds the old text or the new one."""
+    # escapes: the name of a file may hold bytes that are no UTF-8
     write_file(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 

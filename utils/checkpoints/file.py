@@ -1,8 +1,8 @@
-"""Keep checkpoints that are a promise: what is found again is what was saved, or it is refused.
+"""Save and load checkpoints. A file whose sha256 does not match its record is refused.
 
-`ckpt_00001000.pt` is an ordinary torch file. `ckpt_00001000.json` beside it holds its sha256 and
-size, and the JSON's rename is the commit: a `.pt` without JSON never happened. A kill at any
-instant leaves the old or the new.
+`ckpt_00001000.pt` is an ordinary torch file. Its record `ckpt_00001000.json` holds its sha256 and
+size. The rename of the record is the commit: a `.pt` without a record does not count. A kill at
+any instant leaves the old checkpoint or the new one.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from utils.checkpoints.atomic import (
     write_synced,
     write_text,
 )
-from utils.checkpoints.rebuild import CheckpointError
+from utils.checkpoints.rebuild import SAVE_TENSORS, CheckpointError
 from utils.checkpoints.torch_file import read_file
 from utils.logger import finite_json
 
@@ -35,6 +35,9 @@ logger = logging.getLogger("synco")
 _NAME = re.compile(r"ckpt_(\d{8,})\.(pt|json)")
 _RESERVED = ("sha256", "bytes", "step", "replaces", "seal")
 _MOST_RECORD = 1 << 20  # bytes; ours have about a thousand
+Contents = dict[str, Any]  # of a torch file
+Record = dict[str, Any]  # of a checkpoint: what its JSON holds
+
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 
@@ -44,19 +47,18 @@ class Found:
 
     path: Path
     step: int
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Record = field(default_factory=dict)
 
 
-def save(folder: Path, step: int, state: dict[str, Any], *, meta: dict[str, Any]) -> Path:
-    """Commit `state` as ckpt_{step:08d}.pt and .json and return the path of the former.
+def save(folder: Path, step: int, state: Contents, *, meta: Record) -> Path:
+    """Commit `state` as ckpt_{step:08d}.pt with its record and return the path of the former.
 
-    `meta` (config digest, metrics, versions) goes into the JSON. CheckpointError: a tensor is not
-    finite, or a type would not load with weights_only=True. OSError: the disk failed; older
+    `meta` (config digest, metrics, versions) goes into the record. CheckpointError: a tensor is
+    not finite, or a type would not load with weights_only=True. OSError: the disk failed; older
     checkpoints are intact.
     """
     target = path_of(folder, step)
-    if clash := set(meta) & set(_RESERVED):
-        raise CheckpointError(f"meta may not use the reserved keys {sorted(clash)}")
+    _refuse_reserved(meta)
     portable = _portable(state, "")
     folder.mkdir(parents=True, exist_ok=True)
     tmp = tmp_path(target)
@@ -64,8 +66,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, meta: dict[str, Any]
         written = write_synced(tmp, lambda file: torch.save(portable, file))
         record = {**finite_json(meta), "step": step, **written}
         if current := _current(target):
-            # The same step once more: the record accepts the old file too, so that no kill loses
-            # both.
+            # The same step once more: the record accepts the old file too. A kill loses neither.
             _write_record(target, {**record, "replaces": current})
             os.replace(tmp, target)
         else:
@@ -78,18 +79,20 @@ def save(folder: Path, step: int, state: dict[str, Any], *, meta: dict[str, Any]
     return target
 
 
+def _refuse_reserved(meta: Record) -> None:
+    if clash := set(meta) & set(_RESERVED):
+        raise CheckpointError(f"meta may not use the reserved keys {sorted(clash)}")
+
+
 def _portable(value: Any, key: str) -> Any:
-    """Return `value` with every tensor on the CPU; refuse what is not finite or would need unpickling."""
+    """Return `value` with tensors on the CPU; refuse what is not finite or would not load."""
     if isinstance(value, Tensor):
         return _portable_tensor(value, key)
     if type(value) in (dict, OrderedDict):
         if odd := [k for k in value if type(k) not in (str, int)]:
-            raise CheckpointError(
-                f"{key or 'state'}: key {odd[0]!r} is neither str nor int; a checkpoint holds only those"
-            )
-        copy = type(value)(
-            (k, _portable(v, f"{key}.{k}" if key else str(k))) for k, v in value.items()
-        )
+            raise CheckpointError(f"{key or 'state'}: key {odd[0]!r} is neither str nor int")
+        prefix = f"{key}." if key else ""
+        copy = type(value)((k, _portable(v, f"{prefix}{k}")) for k, v in value.items())
         if hasattr(value, "_metadata"):  # versions of a module's state_dict
             copy._metadata = value._metadata
         return copy
@@ -97,9 +100,10 @@ def _portable(value: Any, key: str) -> Any:
         return type(value)(_portable(item, f"{key}[{i}]") for i, item in enumerate(value))
     if type(value) in _PLAIN:
         return value
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise CheckpointError(
-        f"{key or 'state'}: a {type(value).__module__}.{type(value).__qualname__} would not load with"
-        " weights_only=True; save tensors, numbers, strings and their lists and dictionaries"
+        f"{key or 'state'}: a {kind} would not load with weights_only=True; save tensors, numbers,"
+        " strings and their lists and dictionaries"
     )
 
 
@@ -111,11 +115,12 @@ def _portable_tensor(tensor: Tensor, key: str) -> Tensor:
             f"{key}: {bad} of {tensor.numel()} values are not finite; refusing to save such a state"
         )
     tensor = tensor.cpu()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()  # a view would drag its whole storage into the file
+    # a view would drag its whole storage into the file
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
 
 
-def _write_record(target: Path, record: dict[str, Any]) -> None:
+def _write_record(target: Path, record: Record) -> None:
     try:
         record = json.loads(json.dumps(record, allow_nan=False))
     except TypeError as error:
@@ -123,15 +128,14 @@ def _write_record(target: Path, record: dict[str, Any]) -> None:
     write_text(record_path(target), json.dumps({**record, "seal": _seal(record)}, indent=1))
 
 
-def amend(path: Path, **meta: Any) -> None:
-    """Replace entries of a checkpoint's record, e.g. with an evaluation that came after the save."""
-    if clash := set(meta) & set(_RESERVED):
-        raise CheckpointError(f"meta may not use the reserved keys {sorted(clash)}")
+def amend(path: Path, **meta: object) -> None:
+    """Replace entries of a checkpoint's record, e.g. with an evaluation that came later."""
+    _refuse_reserved(meta)
     _write_record(path, {**read_record(path), **finite_json(meta)})
 
 
-def evaluation_of(record: dict[str, Any]) -> dict[str, float]:
-    """Return the evaluation in a record, {} if there is none; what is no number is left out."""
+def evaluation_of(record: Record) -> dict[str, float]:
+    """Return the numbers of the evaluation in a record, {} if there is none."""
     noted = record.get("evaluated")
     values: dict[str, float] = {}
     for name, value in noted.items() if isinstance(noted, dict) else ():
@@ -143,7 +147,7 @@ def evaluation_of(record: dict[str, Any]) -> dict[str, float]:
 
 
 def newest_valid(folder: Path) -> Found | None:
-    """Return the newest checkpoint of `folder` that verifies, None if nothing was ever committed there.
+    """Return the newest checkpoint of `folder` that verifies, None if none was ever committed.
 
     Each one passed over is logged with its reason. CheckpointError: there are checkpoints but none
     verifies. Changes nothing in the folder.
@@ -156,43 +160,38 @@ def newest_valid(folder: Path) -> Found | None:
             logger.warning("checkpoint passed over: %s", reason)
             rejected.append(str(reason))
         else:
-            return Found(
-                path, record["step"], {k: v for k, v in record.items() if k not in _RESERVED}
-            )
+            meta = {key: value for key, value in record.items() if key not in _RESERVED}
+            return Found(path, record["step"], meta)
     if rejected:
         raise CheckpointError(
-            f"{folder} holds {len(rejected)} checkpoint(s), none valid; not starting afresh silently:\n  "
+            f"{folder} holds {len(rejected)} checkpoint(s), none valid; not starting afresh:\n  "
             + "\n  ".join(rejected)
-            + "\nRestore one from a copy; or, to start from step 0, move them away or use another folder."
+            + "\nRestore one from a copy, or move them away to start from step 0."
         )
     for path in uncommitted(folder):
-        logger.warning(
-            "%s has no .json beside it: its save was never finished, so it does not count", path
-        )
+        logger.warning("%s has no .json: its save was never finished, so it does not count", path)
     return None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return the dictionary of a torch file, on the CPU, after verifying its sha256 or its zip checksums.
+def load(path: Path) -> Contents:
+    """Return the dictionary of a torch file, on the CPU, after a check of its sha256 or checksums.
 
-    CheckpointError: missing, a folder, truncated, damaged, not a torch file, or a file that needs
-    unpickling.
+    CheckpointError: missing, a folder, damaged, not a torch file, or a file that needs unpickling.
     """
     value, stand_ins = read(path)
     if stand_ins:
         raise CheckpointError(
-            f"{path} needs unpickling ({', '.join(stand_ins)}), which can execute code, so it is not loaded."
-            " Where you trust it, save its tensors alone once: torch.save({'state_dict': tensors}, file)"
+            f"{path} needs unpickling ({', '.join(stand_ins)}), which can execute code: not loaded."
+            f" Where you trust it, {SAVE_TENSORS}"
         )
     return value
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return what `load` does and the names of objects of other kinds, which stand there as data only."""
+def read(path: Path) -> tuple[Contents, list[str]]:
+    """Return what `load` does and the names of the objects that are only a `StandIn` in it."""
     if path.is_dir():
-        inside = sorted(
-            item.name for item in path.iterdir() if item.suffix in (".pt", ".pth", ".tar")
-        )
+        files = [item for item in path.iterdir() if item.suffix in (".pt", ".pth", ".tar")]
+        inside = sorted(item.name for item in files)
         example = f", e.g. {inside[-1]}" if inside else ""
         raise CheckpointError(f"{path} is a folder; name a checkpoint file in it{example}")
     if not path.exists():
@@ -206,38 +205,29 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return value, stand_ins
 
 
-def digest(path: Path) -> str:
-    """Return the sha256 of a file, the same that its record holds if it has one."""
-    return sha256_of(path)
-
-
-def _verify(path: Path) -> dict[str, Any]:
-    """Return the record of a checkpoint whose size and sha256 are as written, else raise with the reason."""
+def _verify(path: Path) -> Record:
+    """Return the record of a checkpoint whose size and sha256 are as written, else raise."""
     record = read_record(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, not a file")
     if not path.exists():
         raise CheckpointError(f"{path} is missing although its .json is there")
     name = _NAME.fullmatch(path.name)
-    if name and int(name[1]) != record["step"]:
-        raise CheckpointError(
-            f"{path} is named after step {int(name[1])}, its .json says step {record['step']}"
-        )
-    accepted = [
-        (entry["bytes"], entry["sha256"]) for entry in (record, record.get("replaces")) if entry
-    ]
-    size = path.stat().st_size
-    if size not in [entry[0] for entry in accepted]:
+    step, size = record["step"], path.stat().st_size
+    if name and (named := int(name[1])) != step:
+        raise CheckpointError(f"{path} is named after step {named}, its .json says step {step}")
+    accepted = [entry for entry in (record, record.get("replaces")) if entry]
+    if size not in [entry["bytes"] for entry in accepted]:
         raise CheckpointError(
             f"{path} has {size} bytes, its .json says {record['bytes']}: truncated or swapped"
         )
-    if (size, sha256_of(path)) not in accepted:
+    if (size, sha256_of(path)) not in [(entry["bytes"], entry["sha256"]) for entry in accepted]:
         raise CheckpointError(f"{path} does not have the sha256 of its .json: damaged or swapped")
     return record
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Return the JSON of a checkpoint, its seal checked; ``CheckpointError`` if it is damaged."""
+def read_record(path: Path) -> Record:
+    """Return the record of a checkpoint, its seal checked; `CheckpointError` if it is damaged."""
     source = record_path(path)
     try:
         with source.open("rb") as file:
@@ -246,7 +236,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise ValueError("too large")
         record = json.loads(data)
         seal = record.pop("seal")
-        entries = [record, *([record["replaces"]] if record.get("replaces") else [])]
+        entries = [entry for entry in (record, record.get("replaces")) if entry]
         counts = [record["step"], *(entry["bytes"] for entry in entries)]
         # a step of 1e999 or "7" is a number for nobody
         if any(type(count) is not int or not 0 <= count < 1 << 63 for count in counts):
@@ -262,15 +252,15 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _seal(record: dict[str, Any]) -> str:
-    """Digest the record itself, so that a flipped bit in a metric is noticed too."""
+def _seal(record: Record) -> str:
+    """Return the sha256 of the record itself, so that a flipped bit in a metric is noticed too."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _has_record(path: Path) -> bool:
-    """Tell whether a JSON beside `path` vouches for it; an unrelated x.json beside some x.pth does not."""
     if not record_path(path).is_file():
         return False
+    # an unrelated x.json beside some x.pth is no record
     return bool(_NAME.fullmatch(path.name)) or b'"sha256"' in record_path(path).read_bytes()
 
 
@@ -283,15 +273,15 @@ def is_valid(path: Path) -> bool:
     return True
 
 
-def _current(target: Path) -> dict[str, Any] | None:
-    """Return size and sha256 of the committed file that a save is about to replace, None if there is none."""
-    return (
-        {"bytes": target.stat().st_size, "sha256": sha256_of(target)} if is_valid(target) else None
-    )
+def _current(target: Path) -> Record | None:
+    """Return size and sha256 of the committed file that a save will replace, None without one."""
+    if not is_valid(target):
+        return None
+    return {"bytes": target.stat().st_size, "sha256": sha256_of(target)}
 
 
 def record_path(path: Path) -> Path:
-    """Return the JSON that vouches for a checkpoint."""
+    """Return the path of a checkpoint's JSON."""
     return path.with_suffix(".json")
 
 
@@ -308,16 +298,10 @@ def step_of(path: Path) -> int:
 
 
 def _listed(folder: Path, suffix: str) -> list[Path]:
-    """Return the .pt paths of the checkpoints of which a file with `suffix` exists, newest first."""
-    names = [
-        name
-        for path in folder.glob("ckpt_*")
-        if (name := _NAME.fullmatch(path.name)) and name[2] == suffix
-    ]
-    return [
-        folder / f"ckpt_{name[1]}.pt"
-        for name in sorted(names, key=lambda name: int(name[1]), reverse=True)
-    ]
+    """Return the .pt paths of the checkpoints that have a file with `suffix`, newest first."""
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("ckpt_*")]
+    digits = [name[1] for name in names if name and name[2] == suffix]
+    return [folder / f"ckpt_{number}.pt" for number in sorted(digits, key=int, reverse=True)]
 
 
 def committed(folder: Path) -> list[Path]:

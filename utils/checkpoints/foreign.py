@@ -14,11 +14,11 @@ from utils.checkpoints.torch_file import guarded, read_file
 logger = logging.getLogger("synco")
 
 
-def read_torch(path: Path) -> dict[str, Any]:
-    """Return the dictionary of a torch file, pickle of arrays or safetensors file, tensors on the CPU.
+def read_torch(path: Path) -> checkpoint.Contents:
+    """Return the dictionary of a torch file, pickle or safetensors file, tensors on the CPU.
 
     Objects other than tensors, arrays, containers and numbers come as `StandIn` and are named in
-    the log. Raises `CheckpointError` (a `ValueError`): missing, damaged, compressed, or asking for
+    the log. Raises `CheckpointError` for a file that is missing, damaged, compressed or asks for
     code.
     """
     if path.suffix == ".safetensors" and path.is_file():
@@ -30,10 +30,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def read_pickle(path: Path) -> Any:
-    """Return the contents of a plain pickle: containers, text, numbers and numpy arrays, nothing else.
-
-    Raises `ForeignFileError` naming anything else that the file asks for.
-    """
+    """Return a plain pickle: containers, text, numbers and numpy arrays; refuse anything else."""
     value, stand_ins = read_file(path)
     if stand_ins:
         raise ForeignFileError(f"{path} asks for {', '.join(stand_ins)}; only plain data is read")
