@@ -1,13 +1,12 @@
-"""Processes, collectives that also work on one process, and the one source of randomness.
+"""Start processes, and exchange values between them.
 
-Every helper is the identity when no process group is initialised, so no caller needs a second code
-path.
+Without a process group every helper returns its argument, so no caller needs a second code path.
 """
 
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-_host_group: Any = None  # a gloo group beside nccl
+_host_group: dist.ProcessGroup | None = None  # a gloo group beside nccl
 _START = 1800.0  # seconds that a rank may be behind while all load, list and compile
-# seconds: a host that waits names who is missing, a device that waits is only killed
+# A host that waits names who is missing, a device that waits is only killed: the host gives up
+# so many seconds earlier.
 _DEVICE_GRACE = 60.0
 
 
@@ -42,25 +42,21 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """Return the rank on this machine, as every launcher exports it in ``LOCAL_RANK``."""
+    """Return the rank on this machine, as every launcher exports it."""
     return _announced("LOCAL_RANK", 0)
 
 
 def _announced(name: str, default: int) -> int:
-    """Return a number of the launcher's environment; one that is empty counts as not given."""
+    """Return a number of the launcher's environment."""
+    # empty counts as not given
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise ValueError(
-            f"{name}={text!r} in the environment is no number; unset it, or use torchrun"
-        )
+        raise ValueError(f"{name}={text!r} in the environment is no number; unset it")
     return int(text)
 
 
 def init_processes(device: torch.device) -> None:
-    """Join the process group that ``torchrun`` or ``torch.distributed.launch`` announced, if any.
-
-    Without ``WORLD_SIZE`` in the environment (plain ``python``) this does nothing.
-    """
+    """Join the process group that `torchrun` announced; plain `python` announces none."""
     if is_distributed() or _announced("WORLD_SIZE", 1) < 2:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -71,24 +67,26 @@ def init_processes(device: torch.device) -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise ValueError(
-            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this machine; "
-            "give the launcher another --master_port"
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this"
+            " machine; give the launcher another --master_port"
         ) from error
     # torchrun's store outlives a restart, and holds the addresses of the processes before it.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         backend,
         timeout=timeout,
-        **{"store": store, "rank": number, "world_size": size},
+        store=store,
+        rank=number,
+        world_size=size,
         device_id=device if backend == "nccl" else None,
     )
     if backend == "nccl":  # flags travel by the host: asking must not wait for the device
         global _host_group
-        _host_group = dist.new_group(backend="gloo", timeout=timeout)
+        _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def limit_waits(seconds: float) -> None:
-    """Let no process wait longer than ``seconds`` for another from now on; before, it is half an hour."""
+    """Let no process wait longer than `seconds` for another; at the start it is half an hour."""
     if not is_distributed():
         return
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
@@ -98,7 +96,8 @@ def limit_waits(seconds: float) -> None:
 
 
 def meet() -> None:
-    """Wait on the host for all ranks before this one waits for its device, where no time limit names one."""
+    """Wait on the host for all ranks."""
+    # Before a wait for the device: there a time limit would not name the missing rank.
     if _host_group:
         any_rank(False)
 
@@ -109,51 +108,45 @@ def close_processes() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every process."""
-    if is_distributed():
-        dist.barrier()
-
-
 def broadcast_object(value: T, src: int = 0) -> T:
-    """Return rank ``src``'s ``value`` (picklable) on every rank."""
+    """Return rank `src`'s `value` (picklable) on every rank."""
     if world_size() == 1:
         return value
-    box: list[Any] = [value]
+    box = [value]
     dist.broadcast_object_list(box, src=src, group=_host_group)
     return box[0]
 
 
 def broadcast(tensor: Tensor, src: int = 0) -> Tensor:
-    """Overwrite ``tensor`` with rank ``src``'s values and return it."""
+    """Overwrite `tensor` with rank `src`'s values and return it."""
     if world_size() > 1:
         dist.broadcast(tensor, src=src)
     return tensor
 
 
 def broadcast_host(tensor: Tensor, src: int = 0) -> Tensor:
-    """Overwrite a ``tensor`` on the host with rank ``src``'s values and return it; no device is asked."""
+    """Overwrite a `tensor` on the host with rank `src`'s values and return it."""
     if world_size() > 1:
         dist.broadcast(tensor, src=src, group=_host_group)
     return tensor
 
 
 def broadcast_module(module: nn.Module, src: int = 0) -> None:
-    """Give every rank the parameters and buffers of rank ``src``, so that all start from one state."""
+    """Give every rank the parameters and buffers of rank `src`."""
     if world_size() > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), src=src)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum ``tensor`` over ranks in place and return it."""
+    """Sum `tensor` over ranks in place and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def any_rank(flag: bool) -> bool:
-    """Tell on every rank whether ``flag`` holds on at least one."""
+    """Tell on every rank whether `flag` holds on at least one."""
     if world_size() == 1:
         return flag
     box = torch.tensor(int(flag))
@@ -162,19 +155,19 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_objects(value: T) -> list[T]:
-    """Return every rank's ``value`` (picklable), in rank order, on every rank."""
+    """Return every rank's `value` (picklable), in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value, group=_host_group)
     return values
 
 
 def to_main(value: T, src: int) -> T | None:
-    """Return rank ``src``'s ``value`` (picklable) on rank 0, ``None`` on the others."""
+    """Return rank `src`'s `value` (picklable) on rank 0, `None` on the others."""
     if rank() == src == 0:
         return value
-    box: list[Any] = [value]
+    box = [value]
     if rank() == src:
         dist.send_object_list(box, dst=0, group=_host_group)
     elif is_main():
@@ -183,12 +176,10 @@ def to_main(value: T, src: int) -> T | None:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 only and return its (picklable) result on every rank.
-
-    An error there is raised on every rank: a rank that fails alone would leave the others waiting.
-    """
+    """Run `action` on rank 0 only; return its (picklable) result or raise its error on every rank."""
     if world_size() == 1:
         return action()
+    # a rank that failed alone would leave the others waiting
     value, error = broadcast_object(_attempt(action) if is_main() else (None, None))
     if error is not None:
         raise error
@@ -196,10 +187,9 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """Run ``action``, which waits for no other rank, on every rank and return each rank's own result.
+    """Run `action`, which waits for no other rank, on every rank and return each rank's own result.
 
-    Where it fails on some, the lowest of these ranks' error is raised on all, which that rank
-    reports.
+    Where it fails, all ranks raise the error of the lowest rank that failed.
     """
     if world_size() == 1:
         return action()
@@ -211,17 +201,18 @@ def on_all(action: Callable[[], T]) -> T:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Return (result, None) or (None, error); the error names this rank as the one to report it."""
+    """Return (result, None) or (None, error)."""
     try:
         return action(), None
     except Exception as error:
-        error.reporter = rank()  # type: ignore[attr-defined]  # pickled with the error, read in utils.cli
+        # pickled with the error; `utils.cli` reports an error on this rank only
+        error.reporter = rank()  # type: ignore[attr-defined]
         return None, error
 
 
 @torch.no_grad()
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Concatenate (N, ...) of every rank in rank order to (N*W, ...), without gradient; N must be equal."""
+    """Concatenate (N, ...) of every rank to (N*W, ...), without gradient; N must be equal."""
     if world_size() == 1:
         return tensor.detach()
     tensor = tensor.detach().contiguous()
@@ -244,11 +235,11 @@ def gather_uneven(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exchange_rows(tensor: Tensor, order: Tensor) -> Tensor:
-    """Return this process's share of all rows in a common ``order``; each row travels at most once.
+    """Return this process's share of all rows in a common `order`; a row travels at most once.
 
-    ``tensor`` is (N, ...), N equal on all ranks; ``order`` (N * W,), on the host and the same
-    everywhere, numbers the rows in rank order. Rank r gets rows ``order[r * N : (r + 1) * N]``, in
-    that order and in the memory format of ``tensor``.
+    `tensor` is (N, ...), N equal on all ranks; `order` (N * W,), on the host and the same
+    everywhere, numbers the rows in rank order. Rank r gets rows `order[r * N : (r + 1) * N]`, in
+    that order and in the memory format of `tensor`.
     """
     channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     # indexing would give up the format

@@ -1,7 +1,7 @@
 """Name the process that the others wait for: each notes in the common store what it is doing.
 
-A note is one small message to the store, and nobody waits for it. When a collective fails, those
-who noticed say so; who stays silent is the one that hangs, or is gone.
+A note is one small message to the store, and nobody waits for it. When a collective fails, each
+process that noticed says so. A process that stays silent hangs or is gone.
 """
 
 import threading
@@ -25,7 +25,7 @@ _told = ""  # what was found out once: asking again would wait again
 
 
 def beat(doing: str) -> None:
-    """Note what this process begins to do (``step 120``)."""
+    """Note what this process begins to do (`step 120`)."""
     global _count
     if distributed.world_size() > 1:
         _count += 1
@@ -33,10 +33,7 @@ def beat(doing: str) -> None:
 
 
 def missing() -> str:
-    """Say, after a collective has failed, who does not answer, since when, and where the others are.
-
-    Empty on a single process, or if all have noticed.
-    """
+    """Say after a failed collective who does not answer and since when; empty if all do."""
     global _told
     if not _told and distributed.world_size() > 1:
         silent = "the process that holds the common store, rank 0, does not answer"
@@ -45,7 +42,7 @@ def missing() -> str:
 
 
 def first_to_say(message: str) -> bool:
-    """Tell whether no other process has said this ``message``; True as well if the store does not answer."""
+    """Tell whether no other process has said this `message`, or the store does not answer."""
     if distributed.world_size() == 1:
         return True
     first = _within(_PATIENCE, lambda: _mark(message), True)
@@ -62,7 +59,7 @@ def _mark(message: str) -> bool:
 
 
 def _within(seconds: float, ask: Callable[[], T], otherwise: T) -> T:
-    """Return what ``ask`` answers, or ``otherwise`` if it takes longer than ``seconds``."""
+    """Return what `ask` answers, or `otherwise` if it takes longer than `seconds`."""
     answer: list[T] = []
     thread = threading.Thread(target=lambda: answer.append(ask()), daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Limits of the machine (files, processes, memory, /dev/shm): which one an error met, and the remedy."""
+"""Limits of the machine: which one an error met, and the remedy."""
 
 import errno
 import os
@@ -8,11 +8,11 @@ _FILES = "too many open files: raise `ulimit -n`, or lower DATA.NUM_WORKERS"
 LIMITS = {  # of the machine, by errno; a loader worker that meets one ends with it as exit code
     errno.EMFILE: _FILES,
     errno.ENFILE: _FILES,
-    errno.EAGAIN: "no further process or thread may start: raise `ulimit -u` or the container's limit of "
-    "processes, or lower DATA.NUM_WORKERS",
+    errno.EAGAIN: "no further process or thread may start: raise `ulimit -u` or the container's"
+    " limit of processes, or lower DATA.NUM_WORKERS",
     errno.ENOMEM: "memory ran out: lower DATA.NUM_WORKERS or the batch size",
-    errno.ENOSPC: "/dev/shm is full: enlarge it (docker run --shm-size=8g or --ipc=host), or lower "
-    "DATA.NUM_WORKERS (0 needs none) or the batch size",
+    errno.ENOSPC: "/dev/shm is full: enlarge it (docker run --shm-size=8g or --ipc=host), or lower"
+    " DATA.NUM_WORKERS (0 needs none) or the batch size",
 }
 
 
@@ -29,7 +29,7 @@ def error_number(error: BaseException) -> int:
 
 
 def worker_failure(text: str, code: int = 0) -> str:
-    """Return the line of a loader worker's death from its exit code, which torch's ``text`` may tell."""
+    """Say why a loader worker died, from its exit code or torch's `text`."""
     told = re.search(r"exit code:? (\d+)", text)
     reason = LIMITS.get(code or (int(told[1]) if told else 0))
     killed = f"{first_line(text)}; if it was killed, memory ran out: lower DATA.NUM_WORKERS"
@@ -37,5 +37,5 @@ def worker_failure(text: str, code: int = 0) -> str:
 
 
 def first_line(text: str) -> str:
-    """Return the first line of ``text``, cut to 200 characters."""
+    """Return the first line of `text`, cut to 200 characters."""
     return (text.splitlines() or [""])[0][:200]

@@ -1,4 +1,4 @@
-"""Write what a run says: terminal and log file, metrics (JSON lines, TensorBoard), one progress line.
+"""Write what a run says: terminal, log file, metrics (JSON lines, TensorBoard), a progress line.
 
 Logging never stops a training: a full disk or a lost folder is reported once and the run goes on.
 """
@@ -13,17 +13,21 @@ import time
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from termcolor import colored
 
 from utils.distributed import rank
 from utils.names import OneLine, visible
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 logger = logging.getLogger("synco")
 
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.jsonl"
+_FAILED = "cannot write %s (%s); training goes on"
 _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
@@ -39,19 +43,17 @@ class _TerminalFormatter(OneLine):
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
         if self.color:
             stamp = colored(stamp, "green", force_color=True)
-            level = (
-                colored(level, _COLORS.get(record.levelno, "blue"), force_color=True)
-                if level
-                else ""
-            )
+        if self.color and level:
+            level = colored(level, _COLORS.get(record.levelno, "blue"), force_color=True)
         return f"{stamp} {self.label}{level}{visible(record.message)}"
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Write to the terminal; wipe a progress line that stands there, the next update draws it again."""
+    """Write to the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            # wipe the progress line; its next update draws it again
             if _is_terminal(self.stream):
                 self.stream.write("\r\x1b[K")
         except (OSError, ValueError):
@@ -63,16 +65,14 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 class _FileHandler(logging.FileHandler):
-    """Append to the log file; after a failed write say so once on the other handlers and go on."""
+    """Append to the log file; report a failed write once on the other handlers and go on."""
 
     failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:
             self.failed = True
-            logger.warning(
-                "cannot write %s (%s); training goes on", self.baseFilename, sys.exc_info()[1]
-            )
+            logger.warning(_FAILED, self.baseFilename, sys.exc_info()[1])
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -85,7 +85,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
-    """Return the logger "synco": INFO on rank 0, WARNING elsewhere; rank 0 also appends to `folder`/log.txt.
+    """Return the logger "synco": INFO on rank 0, which also appends to log.txt, WARNING elsewhere.
 
     Repeated calls replace the handlers of the previous call. Colours need a terminal and no
     NO_COLOR.
@@ -101,9 +101,7 @@ def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
             folder.mkdir(parents=True, exist_ok=True)
             handler = _FileHandler(folder / LOG_FILE, encoding="utf-8")
         except OSError as error:
-            logger.warning(
-                "cannot open %s (%s); training goes on without it", folder / LOG_FILE, error
-            )
+            logger.warning(_FAILED, folder / LOG_FILE, error)
         else:
             handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
@@ -122,7 +120,7 @@ def close_logger() -> None:
 
 
 def finite_json(value: Any) -> Any:
-    """Return `value` with what strict JSON has no word for replaced: NaN and infinities become strings."""
+    """Return `value` with NaN and infinities as strings: strict JSON has no numbers for them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -141,26 +139,25 @@ class Metrics:
         self._tensorboard = tensorboard and folder is not None
         self._file: FileIO | None = None
         self._torn = False
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._warned: set[str] = set()
 
     def truncate_after(self, step: int, evaluation_too: bool = False) -> None:
         """Drop torn lines and lines of steps > `step`, so that a resumed run writes each step once.
 
-        With `evaluation_too` also the evaluation after `step`, which has no learning rate.
+        `evaluation_too`: drop the evaluation after `step` also. Its line has no learning rate.
         """
         self._purge_step = step + 1
         if self._folder is not None:
             self._guard(METRICS_FILE, lambda: self._rewrite(step, evaluation_too))
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append the line {"step": step, **values}, numbers also to TensorBoard; tensors hold one element."""
+        """Append the line {"step": step, **values}; numbers go to TensorBoard too."""
         if self._folder is None:
             return
-        plain = {
-            key: value.item() if hasattr(value, "item") else value for key, value in values.items()
-        }
+        # tensors of one element become numbers
+        plain = {key: v.item() if hasattr(v, "item") else v for key, v in values.items()}
         self._guard(METRICS_FILE, lambda: self._append(step, plain))
         if self._tensorboard:
             self._guard("tensorboard", lambda: self._scalars(step, plain))
@@ -175,41 +172,38 @@ class Metrics:
             self._board = None
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
-        """Run `action`; an error of the outside world is warned about once for each output.
-
-        TensorBoard is a program of others: it fails on import and while it writes in ways of its
-        own.
-        """
+        """Run `action`; warn once for each output about an error of the outside world."""
         try:
             action()
         except Exception as error:
-            if name == "tensorboard":  # its writer thread is dead after an error
+            # TensorBoard may raise anything, and its writer thread is dead after an error.
+            if name == "tensorboard":
                 self._tensorboard, self._board = False, None
-            # paths that a C locale cannot spell
+            # UnicodeError: a path that a C locale cannot spell
             elif not isinstance(error, (OSError, UnicodeError)):
                 raise
             if name not in self._warned:
                 self._warned.add(name)
-                logger.warning("cannot write %s (%s); training goes on", name, error)
+                logger.warning(_FAILED, name, error)
 
-    def _append(self, step: int, values: dict[str, Any]) -> None:
+    def _append(self, step: int, values: Mapping[str, object]) -> None:
         if self._file is None:
-            self._open()
-        assert self._file is not None
+            self._file = self._open()
         line = json.dumps(finite_json({"step": step, **values}), allow_nan=False) + "\n"
         data = ("\n" + line if self._torn else line).encode()
         self._torn = True
         # unbuffered: a full disk raises or takes a part
         self._torn = self._file.write(data) != len(data)
 
-    def _open(self) -> None:
+    def _open(self) -> FileIO:
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self._folder / METRICS_FILE).open("ab+", buffering=0)
-        size = self._file.seek(0, os.SEEK_END)
+        file = (self._folder / METRICS_FILE).open("ab+", buffering=0)
+        size = file.seek(0, os.SEEK_END)
         if size:
-            self._file.seek(size - 1)
-            self._torn = self._file.read(1) != b"\n"  # a killed process left half a line
+            file.seek(size - 1)
+            self._torn = file.read(1) != b"\n"  # a killed process left half a line
+        return file
 
     def _rewrite(self, step: int, evaluation_too: bool) -> None:
         assert self._folder is not None
@@ -227,8 +221,9 @@ class Metrics:
             new.writelines(line for line in old if _stays(line, step, evaluation_too))
         os.replace(tmp, path)
 
-    def _scalars(self, step: int, values: dict[str, Any]) -> None:
+    def _scalars(self, step: int, values: Mapping[str, object]) -> None:
         if self._board is None:
+            # here, since the package is optional and slow to import
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._folder), purge_step=self._purge_step)
@@ -250,7 +245,7 @@ def _stays(line: str, step: int, evaluation_too: bool) -> bool:
 
 
 class ProgressLine:
-    """Show one line that rewrites itself where a terminal shows it; write nothing to a file or a pipe."""
+    """Show one line that rewrites itself on a terminal; write nothing to a file or a pipe."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         """Write to `stream`, standard error if None."""
@@ -262,17 +257,19 @@ class ProgressLine:
     def update(
         self, epoch: int, step: int, loss: float, lr: float, images_per_second: float
     ) -> None:
-        """Redraw the line; `step` counts finished steps, the time left follows from this process's pace."""
+        """Redraw the line; `step` counts finished steps."""
         if not self._active:
             return
+        # the time left follows from the pace of this process, not of the one before a resume
         now = time.monotonic()
         if self._first is None:
             self._first = (now, step)
         since, start = self._first
         left = (now - since) / (step - start) * (self._total - step) if step > start else math.nan
         text = (
-            f"epoch {epoch}  {_bar(step / max(self._total, 1))} {step}/{self._total}  loss {loss:.4f}"
-            f"  lr {lr:.2e}  {images_per_second:.0f} images/s  ETA {format_duration(left)}"
+            f"epoch {epoch}  {_bar(step / max(self._total, 1))} {step}/{self._total}"
+            f"  loss {loss:.4f}  lr {lr:.2e}  {images_per_second:.0f} images/s"
+            f"  ETA {format_duration(left)}"
         )
         self._write("\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K")
 
@@ -295,14 +292,11 @@ def _bar(fraction: float, width: int = 20) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds as "H:MM:SS", with days as "2d 03:04:05"; "-:--:--" if not finite or negative."""
+    """Return seconds as "1:02:03" or "2d 03:04:05"; "-:--:--" if not finite or negative."""
     if not math.isfinite(seconds) or seconds < 0:
         return "-:--:--"
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return (
-        f"{days}d {hour:02d}:{minute:02d}:{second:02d}"
-        if days
-        else f"{hour}:{minute:02d}:{second:02d}"
-    )
+    rest = f"{minute:02d}:{second:02d}"
+    return f"{days}d {hour:02d}:{rest}" if days else f"{hour}:{rest}"

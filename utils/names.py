@@ -1,15 +1,12 @@
-"""Names that strangers chose, of files and in lists: shown without harm, refused as a folder elsewhere."""
+"""Names that strangers chose: show them without harm, refuse those that lead to other folders."""
 
 import logging
-from typing import Any
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Return `text` with each character that is not printable and not in `keep` as an escape: \n, \x1b.
-
-    So a file's name can neither steer a terminal nor begin a line of its own, and bytes that are no
-    UTF-8 can be written anywhere.
-    """
+    r"""Return `text` with each character that is not printable, and not in `keep`, as an escape."""
+    # A file's name can then neither steer a terminal nor begin a line. Bytes that are no UTF-8 can
+    # be written anywhere.
     if text.isprintable():
         return text
     return "".join(
@@ -26,18 +23,13 @@ class OneLine(logging.Formatter):
         record.message = visible(record.message)
         return super().formatMessage(record)
 
-    def formatException(self, ei: Any) -> str:
+    def formatException(self, ei: "logging._SysExcInfoType") -> str:
         """Return the lines of a traceback."""
         return visible(super().formatException(ei), keep="\n")
 
 
 def folder_name(name: str, origin: str) -> str:
-    """Return `name` if it can be that of one folder inside another.
-
-    Raises ValueError, which begins with `origin`, for a name that leads elsewhere.
-    """
+    """Return `name` if it is the name of one folder; else raise a ValueError that names `origin`."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(
-            f"{origin}: {name!r} is no name of a folder; use one without '/', not '.' or '..'"
-        )
+        raise ValueError(f"{origin}: {name!r} is no name of a folder; use one without '/'")
     return name

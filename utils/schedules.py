@@ -1,7 +1,4 @@
-"""Schedules as pure functions of the step: nothing here, and nothing in a model, counts.
-
-A value at step s is the same in a run that was never stopped and in one that was resumed ten times.
-"""
+"""Schedules as pure functions of the step, so that a resumed run continues them exactly."""
 
 import math
 from dataclasses import dataclass
@@ -38,23 +35,18 @@ class Progress:
 
 
 def cosine(fraction: float, start: float, end: float) -> float:
-    """Go from ``start`` at 0 to ``end`` at 1 along half a cosine.
-
-    With ``end=1`` this is the momentum schedule of BYOL (section 3.3) and MoBY: 1 - (1-m0)(cos(pi
-    f)+1)/2.
-    """
+    """Go from `start` at 0 to `end` at 1 along half a cosine."""
     return end - (end - start) * (math.cos(math.pi * fraction) + 1.0) / 2.0
 
 
 def momentum_at(fraction: float, base: float, schedule: str) -> float:
-    """Return the target network's momentum: ``constant`` (MoCo) or ``cosine`` to 1 (BYOL, MoBY)."""
+    """Return the target network's momentum: `constant` (MoCo) or `cosine` to 1 (BYOL, MoBY)."""
     if schedule == "constant":
         return base
     if schedule == "cosine":
+        # BYOL (arXiv 2006.07733, section 3.3): 1 - (1 - base) * (cos(pi * fraction) + 1) / 2
         return cosine(fraction, base, 1.0)
-    raise ValueError(
-        f"MOMENTUM_SCHEDULE: {schedule!r} is not a schedule; use 'constant' or 'cosine'"
-    )
+    raise ValueError(f"MOMENTUM_SCHEDULE: {schedule!r} is not 'constant' or 'cosine'; use one")
 
 
 class LearningRate(NamedTuple):
@@ -77,7 +69,7 @@ class LearningRate(NamedTuple):
     lag: bool = False
 
     def at(self, step: int) -> float:
-        """Return the learning rate of optimiser step ``step``."""
+        """Return the learning rate of optimiser step `step`."""
         unit = self.steps_per_epoch if self.per_epoch else 1
         time = (step // unit - int(self.lag)) * unit if self.lag else step // unit * unit
         return self._at_time(max(time, 0))
@@ -94,9 +86,8 @@ class LearningRate(NamedTuple):
                 fraction = (time - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
                 return self.base * (1.0 - 0.99 * fraction)
             case "step":
-                return self.base * self.gamma ** (
-                    time // (self.decay_epochs * self.steps_per_epoch)
-                )
+                drops = time // (self.decay_epochs * self.steps_per_epoch)
+                return self.base * self.gamma**drops
             case "milestones":
                 epoch = time // self.steps_per_epoch
                 return self.base * self.gamma ** sum(epoch >= m for m in self.milestones)

@@ -1,4 +1,4 @@
-"""Standard output and error of a program: closed ones and strangers' names in them change nothing."""
+"""Make standard output and error safe: closed ones, broken pipes, control characters."""
 
 import io
 import os
@@ -9,12 +9,12 @@ from utils.names import visible
 
 
 def guard_streams(escape: bool = True) -> None:
-    """Let this process write whatever its standard output and error are.
+    """Let this process write, also if its standard output or error was closed at the start.
 
-    What was closed at the start becomes the null device: else the next file that is opened, a
-    checkpoint even, gets the number 2, and libraries write their messages into it. Control
-    characters in what is printed are shown as escapes, if `escape`.
+    Control characters in what is printed are shown as escapes, if `escape`.
     """
+    # Else the next file that is opened, a checkpoint even, gets the number 2, and libraries write
+    # their messages into it.
     _fill_gaps()
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
@@ -39,7 +39,7 @@ def _output(stream: io.TextIOWrapper, kind: type[io.TextIOWrapper]) -> io.TextIO
 
 
 class _Pipe(io.FileIO):
-    """Drops what nobody reads any more (`| head -1`): the work and its exit code go on."""
+    """Drop what nobody reads any more (`| head -1`): the program goes on with its work."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -49,7 +49,7 @@ class _Pipe(io.FileIO):
 
 
 class _Visible(io.TextIOWrapper):
-    """Shows the control characters of names and of keys in files of others as escapes."""
+    """Show control characters as escapes."""
 
     def write(self, text: str) -> int:
         super().write(visible(text, keep="\n\t"))

@@ -12,7 +12,6 @@ from utils.randomness import keyed_seed
 
 
 def whoami() -> tuple[int, int, bool, bool]:
-    distributed.barrier()
     return (
         distributed.rank(),
         distributed.world_size(),
@@ -117,7 +116,7 @@ def main_only(fail: str) -> tuple[object, list[int]]:
         result: object = distributed.on_main(action)
     except CheckpointError as error:
         result = (str(error), getattr(error, "reporter", None))
-    distributed.barrier()  # in step also after an error
+    dist.barrier()  # in step also after an error
     return result, called
 
 
@@ -138,7 +137,7 @@ def everywhere(failing: tuple[int, ...]) -> object:
         result: object = distributed.on_all(action)
     except CheckpointError as error:
         result = (str(error), getattr(error, "reporter", None))
-    distributed.barrier()
+    dist.barrier()
     return result
 
 

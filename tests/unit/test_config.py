@@ -271,7 +271,7 @@ def test_opts_may_be_joined_by_an_equals_sign() -> None:
         ("other.yaml", ["cycle"]),
         ("evil.py", ["evil.py", "none is executed"]),
         ("absent.yaml", ["absent.yaml", "cannot be read"]),
-        ("folder.yaml", ["folder.yaml", "no regular file"]),
+        ("folder.yaml", ["folder.yaml", "cannot be read", "Is a directory"]),
         ("latin.yaml", ["latin.yaml", "cannot be read"]),
         ('"nul\\0.yaml"', ["cannot be read"]),
         ("3", ["path or a list of paths"]),
@@ -312,9 +312,9 @@ def test_only_small_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
     write(tmp_path, f"TAG: {'a' * (1 << 20)}", "large.yaml")
     for name, reason in (
-        ("pipe", "no regular"),
-        ("zero", "no regular"),
-        ("large", "at most 1048576"),
+        ("pipe", "not a regular file"),
+        ("zero", "not a regular file"),
+        ("large", "more than 1048576"),
     ):
         with pytest.raises(ConfigError, match=f"{name}.yaml: .*{reason}"):
             load_config(SCHEMA, [tmp_path / f"{name}.yaml"])

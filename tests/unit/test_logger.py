@@ -136,7 +136,7 @@ def test_log_folder_that_cannot_be_made_warns(
 ) -> None:
     (tmp_path / "file").touch()
     setup_logger(tmp_path / "file" / "run", is_main=True).info("still here")
-    assert "cannot open" in (error := capsys.readouterr().err)
+    assert "cannot write" in (error := capsys.readouterr().err)
     assert "still here" in error
 
 

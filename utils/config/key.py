@@ -1,4 +1,4 @@
-"""The declaration of one configuration key: default, meaning, limits, and what it means on resume."""
+"""The declaration of one configuration key: default, meaning, limits, and role on resume."""
 
 import math
 from collections.abc import Sequence

@@ -1,13 +1,12 @@
-"""The configuration: yaml files with ``_BASE_``, overrides, and one kind of error; keys: ``schema.py``.
+"""Read the configuration from yaml files, `--opts` and flags; the keys are in `schema.py`.
 
-Precedence: defaults < ``_BASE_`` files < yaml < ``--opts`` < explicit flags. The tree is frozen
-once; numbers derived from it live in ``engine.plan.Plan``.
+Precedence: defaults < `_BASE_` files < yaml < `--opts` < explicit flags. The tree is frozen once;
+numbers derived from it live in `engine.plan.Plan`.
 """
 
 import difflib
 import itertools
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from yacs.config import CfgNode
 from utils.config import strict_yaml
 from utils.config.key import Key, Limits, Value
 from utils.config.schema import COMMON_SECTIONS, KEYS, SECTION_OF, Schema, key_class, plain
+from utils.reading import read_bytes
 
 BASE_KEY = "_BASE_"
 _MAX_FILES = 256  # reads for one --cfg: bases that name two files each double at every level
@@ -35,12 +35,10 @@ def load_config(
     opts: Sequence[str] = (),
     flags: Mapping[str, Value] | None = None,
 ) -> CfgNode:
-    """Merge yaml ``files``, ``opts`` (key, value, key, ...) and ``flags`` (dotted key -> value) and freeze.
+    """Merge yaml `files`, `opts` (key, value, key, ...) and `flags` (dotted key -> value); freeze.
 
-    The first file names the run, unless ``NAME`` does; a ``None`` among them is passed over.
-
-    Raises ``ConfigError`` for an unknown key, a value of a wrong type or out of range, a bad or
-    cyclic file.
+    The first file names the run, unless `NAME` does; a `None` among them is passed over. Raises
+    `ConfigError` for an unknown key, a value of a wrong type or out of range, a bad or cyclic file.
     """
     paths = [Path(file) for file in files if file is not None]
     values: dict[str, Value] = {}
@@ -54,16 +52,14 @@ def load_config(
 
 
 def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (key, text) of ``KEY VALUE`` and ``KEY=VALUE``."""
+    """Yield (key, text) of `KEY VALUE` and `KEY=VALUE`."""
     words = iter(opts)
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             following = next(words, None)
             if following is None:
-                raise ConfigError(
-                    f"--opts: {word}: its value is missing; give KEY VALUE or KEY=VALUE"
-                )
+                raise ConfigError(f"--opts: {word}: its value is missing; give KEY VALUE")
             text = following
         yield key, text
 
@@ -71,7 +67,7 @@ def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
 def load_saved(
     schema: Schema, text: str, source: str | Path, flags: Mapping[str, Value] | None = None
 ) -> CfgNode:
-    """Rebuild the configuration whose YAML ``text`` a file of ours (``source``) holds; ``flags`` win."""
+    """Rebuild the configuration whose YAML `text` the file `source` of ours holds; `flags` win."""
     name = str(source)
     values = dict(_checked(_flatten(_parse_yaml(text, name), name, schema), name, schema))
     values.update(_checked((flags or {}).items(), "command line", schema))
@@ -79,7 +75,7 @@ def load_saved(
 
 
 def _merged(schema: Schema, values: Mapping[str, Value], name: str = "") -> CfgNode:
-    """Return the frozen tree of defaults and checked ``values``; ``name`` is the run's if nothing else is."""
+    """Return the frozen tree of defaults and checked `values`; `name` is the fallback of NAME."""
     merged = schema.defaults()
     for key, value in values.items():
         _set(merged, key, value)
@@ -99,7 +95,7 @@ def leaves(tree: CfgNode, prefix: str = "") -> Iterator[tuple[str, Value]]:
 
 
 def to_yaml(tree: CfgNode) -> str:
-    """Write the tree as YAML text, which ``load_config`` and ``yaml.safe_load`` both read back unchanged."""
+    """Return the tree as YAML text, which `load_config` and `yaml.safe_load` read back unchanged."""
     return strict_yaml.dump(_nested(tree))
 
 
@@ -109,18 +105,18 @@ def section_options(node: CfgNode) -> dict[str, Any]:
 
 
 def method_section(method: str) -> str:
-    """Return the name of the section of ``MODEL`` that holds a method's options."""
+    """Return the name of the section of `MODEL` that holds a method's options."""
     return SECTION_OF.get(method, method.upper())
 
 
 def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -> list[str]:
-    """Return the tunable changes against the saved configuration; refuse a change of the ``task``'s identity.
+    """Return the tunable changes against the saved configuration.
 
-    Options of methods that are not selected are no part of a run. A key that the code did not have
-    when it saved had its default then: what a key adds is off by default. Raises ``ConfigError``
-    naming each identity key with its old and new value.
+    Raises `ConfigError` naming each identity key of the `task` with its old and new value. Options
+    of methods that are not selected are no part of a run.
     """
     current = dict(leaves(tree))
+    # A key that the code did not have when it saved had its default: what a key adds is off then.
     saved = {name: plain(key.default) for name, key in KEYS.items() if name in current}
     saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
     tunable: list[str] = []
@@ -134,20 +130,17 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
         (fatal if kind == "identity" else tunable).append(f"{key}: {old!r} -> {new!r}")
     if fatal:
         raise ConfigError(
-            "the checkpoint belongs to another configuration ("
-            + "; ".join(fatal)
-            + "); restore these values, or start a run of its own with another --tag"
+            f"the checkpoint belongs to another configuration ({'; '.join(fatal)}); restore these"
+            " values, or start a run of its own with another --tag"
         )
     return tunable
 
 
 def _of_another_method(key: str, method: str) -> bool:
-    parts = key.split(".")
-    return (
-        len(parts) == 3
-        and parts[0] == "MODEL"
-        and parts[1] not in (*COMMON_SECTIONS, method_section(method))
-    )
+    sections = key.split(".")
+    if len(sections) != 3 or sections[0] != "MODEL":
+        return False
+    return sections[1] not in (*COMMON_SECTIONS, method_section(method))
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -197,9 +190,7 @@ def _coerce(default: Value, value: object, key: str, source: str) -> Value:
     """Return the value in the type of the default; a whole number may stand for a float or a text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not -_MAX_INT <= value < _MAX_INT:
-            raise ConfigError(
-                f"{source}: {key}: {str(value)[:40]} is not a finite number that a machine can hold"
-            )
+            raise ConfigError(f"{source}: {key}: {str(value)[:40]} is not a finite 64-bit number")
         if isinstance(default, float):
             return float(value)
         if isinstance(default, str) and isinstance(value, int):
@@ -221,15 +212,11 @@ def _no_leaf(key: str, known: Mapping[str, Key]) -> str:
         return f"{key} is a section; set a key of it, e.g. {inside}"
     close = difflib.get_close_matches(key.upper(), known, n=2, cutoff=0.5)
     if not close:  # the right name in the wrong section
-        close = [
-            name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1].upper()
-        ][:2]
-    hint = (
-        f"; did you mean {' or '.join(close)}?"
-        if close
-        else "; see utils/config/schema.py for all keys"
-    )
-    return f"there is no key {key!r}{hint}"
+        leaf = key.rpartition(".")[2].upper()
+        close = [name for name in known if name.rpartition(".")[2] == leaf][:2]
+    if not close:
+        return f"there is no key {key!r}; see utils/config/schema.py for all keys"
+    return f"there is no key {key!r}; did you mean {' or '.join(close)}?"
 
 
 def _set(tree: CfgNode, key: str, value: Value) -> None:
@@ -252,7 +239,7 @@ def _nested(tree: CfgNode) -> dict[str, object]:
 def _read_chain(
     file: Path, seen: tuple[Path, ...] = (), count: Iterator[int] | None = None
 ) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield (file name, values) of the bases first, then of the file itself; ``count`` numbers the reads."""
+    """Yield (file name, values) of the bases first, then of the file; `count` numbers the reads."""
     count = count or itertools.count(1)
     if next(count) > _MAX_FILES:
         raise ConfigError(f"{file}: more than {_MAX_FILES} {BASE_KEY} files are read; flatten them")
@@ -271,20 +258,9 @@ def _read_chain(
 
 def _read_yaml(file: Path) -> dict[str, object]:
     if file.suffix not in (".yaml", ".yml"):
-        raise ConfigError(
-            f"{file}: a configuration is a .yaml file; nothing else is read, and none is executed"
-        )
+        raise ConfigError(f"{file}: a configuration is a .yaml file, and none is executed")
     try:
-        state = file.stat()  # before it is opened: opening a FIFO waits for a writer, for ever
-        if not stat.S_ISREG(state.st_mode):
-            raise ConfigError(f"{file}: is no regular file; check the path of --cfg or {BASE_KEY}")
-        if state.st_size > _MAX_BYTES:
-            raise ConfigError(
-                f"{file}: has {state.st_size} bytes; a configuration has at most {_MAX_BYTES}"
-            )
-        text = file.read_text(encoding="utf-8")
-    except ConfigError:
-        raise
+        text = read_bytes(file, _MAX_BYTES).decode()
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise ConfigError(
             f"{file}: cannot be read ({error}); check the path of --cfg or {BASE_KEY}"

@@ -54,7 +54,7 @@ class Schema(dict[str, Key]):
 
 
 def declare(methods: Mapping[str, Mapping[str, Key]]) -> Schema:
-    """Return all keys; `methods` (method -> option -> declaration) become the sections `MODEL.<METHOD>`."""
+    """Return all keys; `methods` (method -> option -> key) become sections `MODEL.<METHOD>`."""
     schema = Schema(KEYS)
     for method, options in methods.items():
         for option, key in options.items():
@@ -90,13 +90,9 @@ def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
         "BASE_LR": Key(0.03, "peak learning rate"),
         "WARMUP_LR": Key(0.0, "learning rate at the start of the warm-up"),
         "MIN_LR": Key(0.0, "learning rate at the end of the cosine"),
-        "LR_BATCH": Key(
-            0, "multiply the three rates by global batch / this; 0: use them as they are"
-        ),
+        "LR_BATCH": Key(0, "multiply the three rates by global batch / this; 0: do not"),
         "WEIGHT_DECAY": Key(weight_decay, "weight decay"),
-        "WEIGHT_DECAY_END": Key(
-            0.0, "weight decay at the last step, reached by a cosine; 0: constant"
-        ),
+        "WEIGHT_DECAY_END": Key(0.0, "weight decay at the last step, by a cosine; 0: constant"),
         "EXCLUDE_1D": Key(False, "no weight decay, and no LARS scaling, for biases and norms"),
         "EXCLUDE_TOKENS": Key(False, "no weight decay for class tokens and positions"),
         "MOMENTUM": Key(0.9, "momentum of SGD and LARS", most=1.0),
@@ -129,11 +125,7 @@ def _linear() -> dict[str, Key | Tree]:
         del optimizer[name]
 
     return {
-        "LRS": Key(
-            [30.0],
-            "learning rates: a grid with WEIGHT_DECAYS, trained in one pass over the features",
-            entries=(1, 1 << 10),
-        ),
+        "LRS": Key([30.0], "learning rates, a grid with WEIGHT_DECAYS", entries=(1, 1 << 10)),
         "WEIGHT_DECAYS": Key([], "empty: OPTIM.WEIGHT_DECAY", entries=(0, 1 << 10)),
         "CACHED_FEATURES": Key(False, "compute features without augmentation once and keep them"),
         "LABEL_PERCENTS": Key(
@@ -155,7 +147,7 @@ def _linear() -> dict[str, Key | Tree]:
 
 
 def _finetune() -> dict[str, Key | Tree]:
-    """Return the section of `main_semisup.py`; the defaults are Barlow Twins' and SynCo's protocol."""
+    """Return the section of `main_semisup.py`, with Barlow Twins' and SynCo's protocol."""
     optimizer = _optimizer(weight_decay=1e-6)
     del optimizer["BASE_LR"]  # LR_BACKBONE and LR_CLASSIFIER replace it
 
@@ -167,27 +159,17 @@ def _finetune() -> dict[str, Key | Tree]:
         "BATCH_SIZE": Key(
             256, "per process; smaller where there are fewer images", least=1, role="tunable"
         ),
-        "TRAIN_PERCENT": Key(
-            100.0, "of the labels of each class, drawn by (SEED, percent)", least=1e-6, most=100.0
-        ),
+        "TRAIN_PERCENT": Key(100.0, "of the labels of each class", least=1e-6, most=100.0),
         # the list's content is part of the data's fingerprint, so its path may change
-        "SUBSET": Key(
-            "", "file of image names in SimCLR's format, instead of the draw", role="local"
-        ),
-        "HOLD_OUT": Key(
-            0.0, "share of these labels kept for validation; 0: use the test split", most=0.9
-        ),
-        "TEST": Key(
-            True, "read the test split: once, at the end, if labels are held out", role="tunable"
-        ),
+        "SUBSET": Key("", "file in SimCLR's format, instead of the draw", role="local"),
+        "HOLD_OUT": Key(0.0, "share of the labels for validation; 0: the test split", most=0.9),
+        "TEST": Key(True, "read the test split, once if labels are held out", role="tunable"),
         "EVAL_EPOCHS": Key(
             1, "epochs between evaluations; the last is always one", least=1, role="tunable"
         ),
         "HEAD_INIT": Key("normal", "normal (std 0.01) | trunc (std 0.02)", choices=HEAD_INITS),
         "REPRESENTATION_SIZE": Key(0, "width of a tanh layer before the head; 0: none"),
-        "DROP_PATH": Key(
-            0.0, "also active in a frozen backbone, whose batch norms stay as they are", most=1.0
-        ),
+        "DROP_PATH": Key(0.0, "also of a frozen backbone", most=1.0),
         "LAYER_DECAY": Key(
             1.0, "learning rate of a layer over that of the next; 1: one rate", least=1e-6, most=1.0
         ),
@@ -233,12 +215,7 @@ _DATA: Tree = {
     "DATASET": Key("imagefolder", "one of data.sources.SOURCES"),
     "PATH": Key("", "folder or file of the data set", role="local"),
     "IMG_SIZE": Key(224, "pixels of a view's side", least=1),
-    "REPEATED_AUG": Key(
-        1,
-        "pretraining: copies of an image in an epoch, which holds fewer images",
-        least=1,
-        programs=PRETRAIN,
-    ),
+    "REPEATED_AUG": Key(1, "copies of an image in an epoch", least=1, programs=PRETRAIN),
     "NUM_WORKERS": Key(8, "loader workers per process", role="local"),
     "DECODE": Key(
         "worker",
@@ -247,22 +224,12 @@ _DATA: Tree = {
         role="tunable",
     ),
     "CACHE_MODE": Key("part", "zip only", choices=("no", "full", "part"), role="local"),
-    "INDEX_CACHE": Key(
-        "", "folder of image listings; empty: ~/.cache/synco; off: none", role="local"
-    ),
+    "INDEX_CACHE": Key("", "of image listings; empty: ~/.cache/synco; off: none", role="local"),
     "DOWNLOAD": Key(False, "download the data set where torchvision can", role="local"),
     "MAX_BAD_FRACTION": Key(
-        1e-4,
-        "of an epoch's images that may be unreadable before the run stops",
-        most=1.0,
-        role="tunable",
+        1e-4, "share of an epoch's images that may be unreadable", most=1.0, role="tunable"
     ),
-    "MAX_PIXELS": Key(
-        1 << 27,
-        "an image of more pixels (about 134 million) is unreadable",
-        least=1,
-        role="tunable",
-    ),
+    "MAX_PIXELS": Key(1 << 27, "an image of more is unreadable", least=1, role="tunable"),
     "TIMEOUT": Key(300.0, "seconds to wait for a loader worker", least=1.0, role="local"),
 }
 
@@ -275,9 +242,7 @@ _BACKBONE: Tree = {
     "NUM_TOKENS": Key(1, "tokens of plain ViTs before the patches; SiT reads two", least=1),
     "ZERO_INIT_RESIDUAL": Key(False, "last batch norm of a residual block starts at zero"),
     "FREEZE_PATCH_EMBED": Key(False, "MoCo v3: the patch embedding keeps its random start"),
-    "NORM_EPS": Key(
-        0.0, "eps of the layer norms, except those before the MLPs; 0: the model's own"
-    ),
+    "NORM_EPS": Key(0.0, "of the layer norms, but not before the MLPs; 0: the model's own"),
 }
 
 _TRAIN: Tree = {
@@ -293,19 +258,10 @@ _TRAIN: Tree = {
     # the optimiser's state has the layout of the weights
     "CHANNELS_LAST": Key(True, "memory layout of convolutions", programs=LAYOUT),
     "USE_CHECKPOINT": Key(False, "recompute activations to save memory", role="tunable"),
-    "COMPILE": Key(
-        False,
-        "torch.compile of the backbones: for a GPU; on a CPU it gains nothing",
-        role="tunable",
-    ),
+    "COMPILE": Key(False, "torch.compile of the backbones, for a GPU", role="tunable"),
     "CUDA_GRAPHS": Key(False, "the same, replayed as graphs: for small batches", role="tunable"),
     "DETERMINISTIC": Key(False, "bit-reproducible kernels, slower on a GPU", role="tunable"),
-    "RANK_TIMEOUT": Key(
-        600.0,
-        "seconds that a process waits for another before it names it",
-        least=1.0,
-        role="local",
-    ),
+    "RANK_TIMEOUT": Key(600.0, "seconds to wait for another process", least=1.0, role="local"),
 }
 
 _AUG: Tree = {
@@ -331,22 +287,18 @@ _CHECKPOINT: Tree = {
     # at least two: the newest may be the one that a crash damaged
     "KEEP_LAST": Key(2, "checkpoints to keep", least=2, role="tunable"),
     "KEEP_EVERY_EPOCHS": Key(0, "keep these for good; 0: none", role="tunable"),
-    "KEEP_BEST": Key(
-        "", "keep the best by this evaluation, e.g. knn20_top1; empty: none", role="tunable"
-    ),
+    "KEEP_BEST": Key("", "keep the best by this metric, e.g. knn20_top1", role="tunable"),
 }
 
 _TREE: Tree = {
-    "NAME": Key("", "of the run's folder OUTPUT/NAME/TAG; empty: the yaml's name", role="local"),
+    "NAME": Key("", "of the folder OUTPUT/NAME/TAG; empty: the yaml's name", role="local"),
     "TAG": Key("default", "of the run's folder", role="local"),
     "OUTPUT": Key("output", "folder of all runs", role="local"),
     "SEED": Key(0, "of every random draw"),
     "DEVICE": Key(
         "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), role="local"
     ),
-    "RESUME": Key(
-        "", "checkpoint to resume from; empty: the newest valid one of the run", role="local"
-    ),
+    "RESUME": Key("", "checkpoint; empty: the newest valid one of the run", role="local"),
     "DATA": _DATA,
     "MODEL": {
         "NAME": Key("moco_v2", "the method", programs=MODEL),

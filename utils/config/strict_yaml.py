@@ -1,39 +1,39 @@
-"""YAML as people mean it: 1.2 scalars, no duplicate keys, no aliases, no tags.
+"""Read YAML with the scalars of YAML 1.2; refuse duplicate keys, aliases and tags.
 
-PyYAML reads YAML 1.1, where ``2e-4`` is text, ``010`` is 8, ``no`` is False and the last of equal
-keys wins.
+PyYAML reads YAML 1.1: there `2e-4` is text, `010` is 8, `no` is False and the last of equal keys
+wins.
 """
 
 import re
-from typing import Any
 
 import yaml
 
 
-def load(text: str) -> Any:
-    """Parse one document; raises ``ValueError`` with the reason and the place in one line."""
+def load(text: str) -> object:
+    """Parse one document; raises `ValueError` with the reason and the place in one line."""
     try:
         return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader, only stricter
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def dump(value: Any) -> str:
-    """Write a document that ``load`` and ``yaml.safe_load`` both read back unchanged."""
+def dump(value: object) -> str:
+    """Write a document that `load` and `yaml.safe_load` both read back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - yaml's own protocol
+    # empty, and filled below: PyYAML's own resolvers are those of YAML 1.1
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
         if getattr(self.peek_event(), "tag", None):
             raise yaml.YAMLError("tags (!name) are not allowed")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
@@ -60,7 +60,7 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quote strings that either kind of loader would take for something else, e.g. the tag ``1e5``."""
+    """Quote strings that one of the two loaders would take for something else, such as `1e5`."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
