@@ -1,1 +1,1 @@
-"""Small general modules: command line, processes, logs, schedules, configuration, checkpoint files."""
+"""Small things that know nothing of training: configuration, checkpoints, processes, logging."""

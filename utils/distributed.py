@@ -176,7 +176,7 @@ def to_main(value: T, src: int) -> T | None:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 only; return its (picklable) result or raise its error on every rank."""
+    """Run `action` on rank 0; return its (picklable) result or raise its error on every rank."""
     if world_size() == 1:
         return action()
     # a rank that failed alone would leave the others waiting

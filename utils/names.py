@@ -29,7 +29,7 @@ class OneLine(logging.Formatter):
 
 
 def folder_name(name: str, origin: str) -> str:
-    """Return `name` if it is the name of one folder; else raise a ValueError that names `origin`."""
+    """Return `name` if it is the name of one folder; else raise ValueError that names `origin`."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise ValueError(f"{origin}: {name!r} is no name of a folder; use one without '/'")
     return name

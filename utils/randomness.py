@@ -34,7 +34,7 @@ def splitmix(values: np.ndarray) -> np.ndarray:
 
 
 def hashed(indices: np.ndarray, *parts: int | str) -> np.ndarray:
-    """Return one uint64 per index (any shape), keyed by `parts`; distinct indices give distinct values."""
+    """Return one uint64 per index (any shape), keyed by `parts`; a bijection of the indices."""
     base = np.array([keyed_seed(*parts)], dtype=np.uint64)
     return splitmix(
         (np.asarray(indices).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + base
@@ -42,7 +42,7 @@ def hashed(indices: np.ndarray, *parts: int | str) -> np.ndarray:
 
 
 def stream_keys(keys: np.ndarray, stream: int | np.ndarray) -> np.ndarray:
-    """Return a uint64 per key, as the seed of another generator; `stream` is broadcast against `keys`."""
+    """Return a uint64 per key, the seed of another generator; `stream` is broadcast to `keys`."""
     counter = np.atleast_1d(np.asarray(stream, dtype=np.uint64)) * np.uint64(_GOLDEN)
     return splitmix(keys ^ splitmix(counter))
 
@@ -68,17 +68,19 @@ def splitmix_tensor(x: Tensor) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """Return the number whose 64 bits are those of `value`: torch multiplies signed numbers only."""
+    """Return the signed number that has the 64 bits of `value`."""
+    # torch multiplies signed numbers only
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift as if `x` were unsigned: torch copies the sign into the free bits, the mask clears them."""
+    """Shift as if `x` were unsigned."""
+    # torch copies the sign into the free bits, the mask clears them
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def keyed_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal float32 (N, *shape), a row per int64 key (N,), by Box and Muller's method."""
+    """Return standard normal float32 (N, *shape), a row per int64 key (N,), by Box-Muller."""
     count = math.prod(shape)
     # Each hash makes a pair: 24 bits give the radius, 24 others the angle.
     pairs = torch.arange((count + 1) // 2, device=keys.device) * _signed(_GOLDEN)

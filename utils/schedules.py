@@ -50,7 +50,7 @@ def momentum_at(fraction: float, base: float, schedule: str) -> float:
 
 
 class LearningRate(NamedTuple):
-    """A learning-rate schedule; rates are already scaled to the global batch, lengths are in steps."""
+    """A learning-rate schedule; rates are scaled to the global batch, lengths are in steps."""
 
     name: str
     base: float

@@ -90,7 +90,7 @@ def _portable(value: Any, key: str) -> Any:
         return _portable_tensor(value, key)
     if type(value) in (dict, OrderedDict):
         if odd := [k for k in value if type(k) not in (str, int)]:
-            raise CheckpointError(f"{key or 'state'}: key {odd[0]!r} is neither str nor int")
+            raise CheckpointError(f"{key or 'state'}: key {odd[0]!r} must be a str or an int")
         prefix = f"{key}." if key else ""
         copy = type(value)((k, _portable(v, f"{prefix}{k}")) for k, v in value.items())
         if hasattr(value, "_metadata"):  # versions of a module's state_dict

@@ -1,7 +1,4 @@
-"""Which checkpoints of a folder stay: the last ones, every so many steps, the best one; the rest goes.
-
-What a checkpoint is, and when it counts as valid, is in ``utils.checkpoints.file``.
-"""
+"""Choose which checkpoints of a folder stay: the last ones, every so many steps, the best one."""
 
 import logging
 import math
@@ -32,16 +29,14 @@ def sweep(folder: Path) -> None:
 
 
 def set_aside(folder: Path, after: int) -> None:
-    """Move the checkpoints of later steps than ``after`` into ``folder``/set_aside.
-
-    The JSON moves last. A kill between the two moves leaves a JSON whose file is in set_aside: no
-    checkpoint for `newest_valid`, and the next call finishes the move.
-    """
+    """Move the checkpoints of later steps than `after` into `folder`/set_aside."""
     later = [path for path in committed(folder) if step_of(path) > after]
     if later:
         aside = folder / "set_aside"
         aside.mkdir(exist_ok=True)
         for path in later:
+            # The record moves last: a kill in between leaves a record without a file, which is no
+            # checkpoint, and the next call finishes the move.
             if path.exists():
                 os.replace(path, aside / path.name)
             os.replace(record_path(path), aside / record_path(path).name)
@@ -51,28 +46,25 @@ def set_aside(folder: Path, after: int) -> None:
 def prune(
     folder: Path, keep_last: int, keep_every: int | None = None, protect: Collection[Path] = ()
 ) -> None:
-    """Remove old checkpoints, each JSON first, but not the last ones, every `keep_every` steps, or `protect`.
+    """Remove old checkpoints, but not the last ones, every `keep_every` steps, or `protect`.
 
-    At least two that verify always stay, whatever is asked for. A file that cannot be removed is a
-    warning.
+    At least two that verify always stay. A file that cannot be removed is a warning.
     """
     protected = {path.resolve() for path in protect}
     paths = committed(folder)
     newest = paths[: max(keep_last, _FLOOR)]
 
     def wanted(path: Path) -> bool:
-        return (
-            path in newest
-            or path.resolve() in protected
-            or bool(keep_every and step_of(path) % keep_every == 0)
-        )
+        if keep_every and step_of(path) % keep_every == 0:
+            return True
+        return path in newest or path.resolve() in protected
 
-    needed = 0 if all(wanted(path) for path in paths) else _FLOOR  # verifying reads whole files
+    needed = 0 if all(map(wanted, paths)) else _FLOOR  # verifying reads whole files
     for path in paths:
         if needed > 0 and is_valid(path):
             needed -= 1
         elif not wanted(path):
-            remove(record_path(path))
+            remove(record_path(path))  # first: a file without a record does not count
             remove(path)
     for path in uncommitted(folder):  # a kill between the two removals left it
         if paths and step_of(path) < step_of(paths[0]) and path.resolve() not in protected:
@@ -96,7 +88,7 @@ def best(folder: Path, metric: str, lower_is_better: bool = False) -> Path | Non
 
 
 def require(metric: str, measured: Collection[str]) -> None:
-    """Refuse a ``CHECKPOINT.KEEP_BEST`` that is not among the names of what is measured."""
+    """Refuse a `CHECKPOINT.KEEP_BEST` that is not among the names of what is measured."""
     if metric and metric not in measured:
         choice = f"choose one of {', '.join(measured)}" if measured else "set KNN.EVERY_EPOCHS"
         raise ValueError(f"CHECKPOINT.KEEP_BEST: {metric!r} is not measured in this run; {choice}")

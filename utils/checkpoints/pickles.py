@@ -29,7 +29,7 @@ from utils.checkpoints.rebuild import (
 
 
 class StandIn:
-    """Stand for an object of a class that is not on the list; only a dictionary's entries are kept."""
+    """Stand for an object of a class that is not on the list; keep only its dictionary entries."""
 
     target = ""  # the dotted name; each name has its own subclass
 

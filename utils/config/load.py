@@ -95,7 +95,7 @@ def leaves(tree: CfgNode, prefix: str = "") -> Iterator[tuple[str, Value]]:
 
 
 def to_yaml(tree: CfgNode) -> str:
-    """Return the tree as YAML text, which `load_config` and `yaml.safe_load` read back unchanged."""
+    """Return the tree as YAML text that `load_config` and `yaml.safe_load` read back unchanged."""
     return strict_yaml.dump(_nested(tree))
 
 
@@ -187,7 +187,7 @@ def _checked(
 
 
 def _coerce(default: Value, value: object, key: str, source: str) -> Value:
-    """Return the value in the type of the default; a whole number may stand for a float or a text."""
+    """Return the value in the type of the default; a whole number may be a float or a text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not -_MAX_INT <= value < _MAX_INT:
             raise ConfigError(f"{source}: {key}: {str(value)[:40]} is not a finite 64-bit number")

@@ -13,6 +13,9 @@ from utils.schedules import SCHEDULES
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
 HEAD_INITS = ("normal", "trunc")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BACKENDS = ("auto", "torch", "fused")
+DEVICES = ("auto", "cpu", "cuda")
 
 # Sections of `MODEL` that every method reads.
 COMMON_SECTIONS = ("BACKBONE", "BATCHFORMER")
@@ -156,32 +159,24 @@ def _finetune() -> dict[str, Key | Tree]:
         "LR_BACKBONE": Key(0.0, "peak learning rate of the backbone"),
         "LR_CLASSIFIER": Key(0.3, "peak learning rate of the head"),
         "EPOCHS": Key(100, "", least=1),
-        "BATCH_SIZE": Key(
-            256, "per process; smaller where there are fewer images", least=1, role="tunable"
-        ),
+        "BATCH_SIZE": Key(256, "per process, at most all images", least=1, role="tunable"),
         "TRAIN_PERCENT": Key(100.0, "of the labels of each class", least=1e-6, most=100.0),
         # the list's content is part of the data's fingerprint, so its path may change
         "SUBSET": Key("", "file in SimCLR's format, instead of the draw", role="local"),
         "HOLD_OUT": Key(0.0, "share of the labels for validation; 0: the test split", most=0.9),
         "TEST": Key(True, "read the test split, once if labels are held out", role="tunable"),
-        "EVAL_EPOCHS": Key(
-            1, "epochs between evaluations; the last is always one", least=1, role="tunable"
-        ),
+        "EVAL_EPOCHS": Key(1, "epochs between evaluations", least=1, role="tunable"),
         "HEAD_INIT": Key("normal", "normal (std 0.01) | trunc (std 0.02)", choices=HEAD_INITS),
         "REPRESENTATION_SIZE": Key(0, "width of a tanh layer before the head; 0: none"),
         "DROP_PATH": Key(0.0, "also of a frozen backbone", most=1.0),
-        "LAYER_DECAY": Key(
-            1.0, "learning rate of a layer over that of the next; 1: one rate", least=1e-6, most=1.0
-        ),
+        "LAYER_DECAY": Key(1.0, "rate of a layer over that of the next", least=1e-6, most=1.0),
         "LABEL_SMOOTHING": Key(0.0, "", most=1.0),
         "MIXUP": Key(0.0, "alpha of the Beta distribution; 0: off"),
         "CUTMIX": Key(0.0, "alpha of the Beta distribution; 0: off"),
         "MIXUP_PROB": Key(1.0, "", most=1.0),
         "SWITCH_PROB": Key(0.5, "of Cutmix where both are on", most=1.0),
         "MIXUP_MODE": Key("batch", "", choices=("batch", "pair", "elem")),
-        "REPEATED_AUG": Key(
-            1, "views of an image in an epoch, of so many times fewer images (DeiT: 3)", least=1
-        ),
+        "REPEATED_AUG": Key(1, "views of an image in an epoch of fewer images", least=1),
         "AUG": {
             "CROP_MIN": Key(0.08, "smallest crop area", most=1.0),
             "INTERPOLATION": Key("bilinear", "", choices=("bilinear", "bicubic")),
@@ -217,18 +212,11 @@ _DATA: Tree = {
     "IMG_SIZE": Key(224, "pixels of a view's side", least=1),
     "REPEATED_AUG": Key(1, "copies of an image in an epoch", least=1, programs=PRETRAIN),
     "NUM_WORKERS": Key(8, "loader workers per process", role="local"),
-    "DECODE": Key(
-        "worker",
-        "pretraining's JPEGs: worker | device (by nvJPEG on a GPU)",
-        choices=("worker", "device"),
-        role="tunable",
-    ),
+    "DECODE": Key("worker", "device: by nvJPEG", choices=("worker", "device"), role="tunable"),
     "CACHE_MODE": Key("part", "zip only", choices=("no", "full", "part"), role="local"),
     "INDEX_CACHE": Key("", "of image listings; empty: ~/.cache/synco; off: none", role="local"),
     "DOWNLOAD": Key(False, "download the data set where torchvision can", role="local"),
-    "MAX_BAD_FRACTION": Key(
-        1e-4, "share of an epoch's images that may be unreadable", most=1.0, role="tunable"
-    ),
+    "MAX_BAD_FRACTION": Key(1e-4, "unreadable images that stop a run", most=1.0, role="tunable"),
     "MAX_PIXELS": Key(1 << 27, "an image of more is unreadable", least=1, role="tunable"),
     "TIMEOUT": Key(300.0, "seconds to wait for a loader worker", least=1.0, role="local"),
 }
@@ -249,12 +237,7 @@ _TRAIN: Tree = {
     "EPOCHS": Key(200, "", least=1, programs=PRETRAIN),
     "BATCH_SIZE": Key(64, "per process and micro-batch", least=1, role="tunable"),
     "ACCUMULATION_STEPS": Key(1, "micro-batches of a step", least=1, role="tunable"),
-    "PRECISION": Key(
-        "fp32",
-        "auto: what the device is fast at",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        role="tunable",
-    ),
+    "PRECISION": Key("fp32", "auto: the device's fastest", choices=PRECISIONS, role="tunable"),
     # the optimiser's state has the layout of the weights
     "CHANNELS_LAST": Key(True, "memory layout of convolutions", programs=LAYOUT),
     "USE_CHECKPOINT": Key(False, "recompute activations to save memory", role="tunable"),
@@ -267,12 +250,7 @@ _TRAIN: Tree = {
 _AUG: Tree = {
     "RECIPE": Key("moco_v2", "the views", programs=PRETRAIN),
     "CROP_MIN": Key(0.0, "smallest crop area; 0: the recipe's", most=1.0, programs=PRETRAIN),
-    "BACKEND": Key(
-        "auto",
-        "of all programs; fused: numba on a CPU, Triton on a GPU",
-        choices=("auto", "torch", "fused"),
-        role="tunable",
-    ),
+    "BACKEND": Key("auto", "fused: numba or Triton", choices=BACKENDS, role="tunable"),
 }
 
 _KNN: Tree = {
@@ -295,18 +273,12 @@ _TREE: Tree = {
     "TAG": Key("default", "of the run's folder", role="local"),
     "OUTPUT": Key("output", "folder of all runs", role="local"),
     "SEED": Key(0, "of every random draw"),
-    "DEVICE": Key(
-        "auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), role="local"
-    ),
+    "DEVICE": Key("auto", "auto: cuda where there is one", choices=DEVICES, role="local"),
     "RESUME": Key("", "checkpoint; empty: the newest valid one of the run", role="local"),
     "DATA": _DATA,
     "MODEL": {
         "NAME": Key("moco_v2", "the method", programs=MODEL),
-        "STACK_VIEWS": Key(
-            False,
-            "one pass of the backbone for all views, with joint batch norm statistics",
-            programs=MODEL,
-        ),
+        "STACK_VIEWS": Key(False, "all views in one pass, with joint batch norms", programs=MODEL),
         "BACKBONE": _BACKBONE,
     },
     "AUG": _AUG,
