@@ -89,7 +89,7 @@ def _scan(file: BinaryIO) -> int:
     start = file.tell()
     for count, (opcode, _, _) in enumerate(pickletools.genops(file)):
         if opcode.name in _UNUSUAL:
-            raise ForeignFileError(f"holds the unusual pickle operation {opcode.name}")
+            raise ForeignFileError(f"is no file of weights: it holds a pickle {opcode.name}")
         if count > _MOST_OPERATIONS:
             raise ForeignFileError(f"needs more than {_MOST_OPERATIONS:,} pickle operations")
     size = file.tell() - start
