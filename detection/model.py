@@ -73,6 +73,27 @@ class Detector(GeneralizedRCNN):
         """Do nothing: no target follows a detector's step."""
 
 
+# torchvision's box coder gives boxes the type of what a head put out. Under autocast that would be
+# bfloat16, in which numbers above 512 are multiples of 4: so these heads put out float32.
+
+
+class _RPNHead(RPNHead):
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [level.float() for level in logits], [level.float() for level in deltas]
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = super().forward(x)
+        return logits.float(), deltas.float()
+
+
+class _MaskPredictor(MaskRCNNPredictor):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).float()
+
+
 class C4Heads(roi_heads.RoIHeads):
     """RoI heads that share the fifth stage between boxes and masks, as Detectron2's Res5ROIHeads do.
 
@@ -186,7 +207,7 @@ def _proposals(rcnn: CfgNode, width: int) -> RegionProposalNetwork:
     anchors = AnchorGenerator(levels, (_RATIOS,) * len(levels))
     return RegionProposalNetwork(
         anchors,
-        RPNHead(width, anchors.num_anchors_per_location()[0]),
+        _RPNHead(width, anchors.num_anchors_per_location()[0]),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=rcnn.RPN_BATCH,
@@ -213,8 +234,8 @@ def _head_options(rcnn: CfgNode) -> dict[str, Any]:
 def _c4_heads(rcnn: CfgNode, stage5: Stage5, num_classes: int) -> C4Heads:
     pool = MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0)
     width = stage5.out_channels
-    predictor = FastRCNNPredictor(width, num_classes + 1)
-    masks = MaskRCNNPredictor(width, 256, num_classes + 1) if rcnn.MASKS else None
+    predictor = _BoxPredictor(width, num_classes + 1)
+    masks = _MaskPredictor(width, 256, num_classes + 1) if rcnn.MASKS else None
     return C4Heads(pool, stage5, predictor, **_head_options(rcnn), mask_predictor=masks)
 
 
@@ -225,12 +246,12 @@ def _pyramid_heads(rcnn: CfgNode, num_classes: int) -> roi_heads.RoIHeads:
         masks = {
             "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
             "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
-            "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
+            "mask_predictor": _MaskPredictor(width, width, num_classes + 1),
         }
     return roi_heads.RoIHeads(
         MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
         TwoMLPHead(width * 7 * 7, rcnn.HEAD_WIDTH),
-        FastRCNNPredictor(rcnn.HEAD_WIDTH, num_classes + 1),
+        _BoxPredictor(rcnn.HEAD_WIDTH, num_classes + 1),
         **_head_options(rcnn),
         **masks,
     )

@@ -7,6 +7,7 @@ import pytest
 import shapes
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
 
 from detection.backbones import C4Trunk
 from detection.defaults import load_detection_config
@@ -75,6 +76,40 @@ def test_a_detector_trains_every_parameter_and_detects(kind: str, masks: bool) -
     assert first["boxes"][:, 3].max() <= 64
     assert set(first["labels"].tolist()) <= {1, 2, 3}
     assert ("masks" in first) is masks
+
+
+@pytest.mark.parametrize("kind", ["fpn", "c4"])
+def test_boxes_stay_float32_under_autocast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = build_detector(
+        config(kind, MODEL__RCNN__MASKS=True, MODEL__RCNN__SCORE_THRESH=0.0), 3, None
+    )
+    coded: list[Tensor] = []  # boxes and what the losses aim at
+
+    def watch(name: str) -> None:
+        inner = getattr(BoxCoder, name)
+
+        def watched(self: BoxCoder, *args: Any) -> Any:
+            result = inner(self, *args)
+            coded.extend(result if isinstance(result, (list, tuple)) else [result])
+            return result
+
+        monkeypatch.setattr(BoxCoder, name, watched)
+
+    watch("encode")
+    watch("decode")
+    images, targets = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector(images, targets)
+        sum(losses.values()).backward()
+        detector.eval()
+        with torch.no_grad():
+            results = detector(images)
+    assert {tensor.dtype for tensor in coded} == {torch.float32}
+    for result in results:
+        assert {result[name].dtype for name in ("boxes", "scores", "masks")} == {torch.float32}
+        assert len(result["boxes"])
+        # none of the numbers has been rounded to a bfloat16 on its way
+        assert not torch.equal(result["boxes"], result["boxes"].bfloat16().float())
 
 
 def weights_file(path: Path, name: str, **options: Any) -> dict[str, Tensor]:
