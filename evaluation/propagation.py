@@ -80,7 +80,7 @@ def _near(height: int, width: int, radius: int, device: torch.device) -> Tensor:
 
 def shrink_mask(mask: Tensor, size: tuple[int, int], num_labels: int) -> Tensor:
     """Return the labels (C, h, w), one-hot, of an index mask (H, W) at the cells' centres."""
-    small = F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0].long()
+    small = _sampled(mask, size).long()
     return F.one_hot(small, num_labels).permute(2, 0, 1).float()
 
 
@@ -94,8 +94,13 @@ def enlarge_labels(labels: Tensor, frame_size: tuple[int, int], size: tuple[int,
     low = soft.amin(dim=(1, 2), keepdim=True)
     span = soft.amax(dim=(1, 2), keepdim=True) - low
     soft = torch.where(span > 0, (soft - low) / span.clamp(min=1e-12), soft)
-    mask = soft.argmax(dim=0)
-    return F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0].to(torch.uint8)
+    return _sampled(soft.argmax(dim=0), size).to(torch.uint8)
+
+
+def _sampled(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return an index mask (H, W) at `size`, as float32."""
+    # not "nearest": that reads the corner of a cell and shifts masks by half a cell
+    return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0]
 
 
 def region_similarity(mask: Tensor, truth: Tensor) -> float:

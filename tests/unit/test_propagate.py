@@ -104,6 +104,22 @@ def test_masks_are_shrunk_to_cells_and_enlarged_again() -> None:
     assert not enlarge_labels(alone, (4, 6), (4, 6)).any()
 
 
+def test_masks_that_cut_through_cells_are_not_shifted() -> None:
+    mask = disk(120, 213, 50.0, 90.0, 31.0).to(torch.uint8)
+    mask[80:111, 133:170] = 2
+    cells = shrink_mask(mask, (15, 27), 3).argmax(0).to(torch.uint8)
+    # sizes for which no cell's centre is a border of two pixels; PIL reads the pixel under a cell's centre, as the published code does
+    assert torch.equal(cells, pil_nearest(mask, (15, 27)))
+    labels = torch.nn.functional.one_hot(mask.long(), 3).permute(2, 0, 1).float()
+    small = enlarge_labels(labels, (120, 213), (48, 95))
+    assert torch.equal(small, pil_nearest(mask, (48, 95)))
+
+
+def pil_nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    image = Image.fromarray(mask.numpy()).resize(size[::-1], Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(image))
+
+
 def disk(height: int, width: int, y: float, x: float, radius: float) -> Tensor:
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return (rows - y) ** 2 + (cols - x) ** 2 <= radius**2
