@@ -84,7 +84,10 @@ def resized_target(
         )
     target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(objects.labels)}
     if masks:
-        stacked = np.stack([rasterise(polygons, scale[:2], new) for polygons in objects.polygons])
+        # filled row by row: an image without objects has masks (0,H,W), which np.stack cannot make
+        stacked = np.zeros((len(objects.polygons), *new), dtype=np.uint8)
+        for row, polygons in zip(stacked, objects.polygons, strict=True):
+            row[:] = rasterise(polygons, scale[:2], new)
         stacked = stacked[:, :, ::-1] if flipped else stacked
         target["masks"] = torch.from_numpy(np.ascontiguousarray(stacked))
     return target

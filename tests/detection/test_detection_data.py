@@ -12,7 +12,14 @@ import shapes
 import torch
 
 from detection import loader as loading
-from detection.annotations import VOC_CLASSES, AnnotationError, read_coco, read_split, read_voc
+from detection.annotations import (
+    VOC_CLASSES,
+    AnnotationError,
+    Objects,
+    read_coco,
+    read_split,
+    read_voc,
+)
 from detection.defaults import load_detection_config
 from utils import distributed
 
@@ -204,6 +211,18 @@ def test_boxes_masks_and_pixels_move_together(coco_root: Path) -> None:
             colour = image[:, mask.bool()].mean(1)
             assert int(colour.argmax()) == int(label) - 1
     assert len(widths) > 2, "sizes are drawn"
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_an_image_without_objects_has_no_boxes_and_no_masks(flipped: bool) -> None:
+    nothing = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
+    target = loading.resized_target(nothing, (40, 60), (20, 30), flipped, masks=True)
+    assert {name: tuple(tensor.shape) for name, tensor in target.items()} == {
+        "boxes": (0, 4),
+        "labels": (0,),
+        "masks": (0, 20, 30),
+    }
+    assert target["masks"].dtype == torch.uint8
 
 
 def test_about_half_of_the_images_are_flipped_and_none_without_flips(voc_root: Path) -> None:

@@ -79,6 +79,16 @@ def test_a_detector_trains_every_parameter_and_detects(kind: str, masks: bool) -
 
 
 @pytest.mark.parametrize("kind", ["fpn", "c4"])
+def test_an_image_without_objects_is_trained_on_with_masks(kind: str) -> None:
+    detector = build_detector(config(kind, MODEL__RCNN__MASKS=True), 3, None)
+    images, targets = batch()
+    targets[1] = {name: tensor[:0] for name, tensor in targets[1].items()}
+    losses = detector(images, targets)
+    assert "loss_mask" in losses
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", ["fpn", "c4"])
 def test_boxes_stay_float32_under_autocast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = build_detector(
         config(kind, MODEL__RCNN__MASKS=True, MODEL__RCNN__SCORE_THRESH=0.0), 3, None
