@@ -1,5 +1,4 @@
-"""Linear probe of a pretrained backbone: a grid of learning rates and weight decays in one pass, exact
-accuracies, k-NN beside them.
+"""Linear probe of a pretrained backbone: a grid of rates in one pass, exact accuracies, k-NN.
 
 python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the
 checkpoint of the pretraining run with the same cfg, output and tag; --pretrained FILE names
@@ -41,7 +40,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def main() -> int:
-    """Probe the pretrained weights, and random ones if asked; print one table; return the exit code."""
+    """Probe the pretrained weights, and random ones if asked; return the exit code."""
     args, flags = parse(_parser())
 
     from evaluation.probe import check_linear, find_weights, show_probes
@@ -73,17 +72,12 @@ def _parser() -> Any:
         "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
     )
     add_which(parser)
-    parser.add_argument(
-        "--protocol",
-        choices=["moco", "mocov3", "moby"],
-        help="a published protocol, not the recipe's own",
-    )
+    parser.add_argument("--protocol", choices=["moco", "mocov3", "moby"], help="a published one")
     for flag, key, text in (
-        ("--lr", "LRS", "learning-rate grid"),
-        ("--weight-decay", "WEIGHT_DECAYS", "each with each learning rate"),
-        ("--labels", "LABEL_PERCENTS", "percent of each class's labels, a probe each"),
+        ("--lr", "LINEAR.LRS", "learning-rate grid"),
+        ("--weight-decay", "LINEAR.WEIGHT_DECAYS", "each with each learning rate"),
+        ("--labels", "LINEAR.LABEL_PERCENTS", "percent of each class's labels, a probe each"),
     ):
-        key = f"LINEAR.{key}"
         parser.add_argument(
             flag, dest=key, type=float, nargs="+", default=absent, help=f"{text} [{key}]"
         )
@@ -98,9 +92,7 @@ def _parser() -> Any:
     parser.add_argument(
         "--drop-path-rate", dest="LINEAR.DROP_PATH", type=float, default=absent, help="MoBY: 0.2"
     )
-    parser.add_argument(
-        "--random-baseline", action="store_true", help="probe the untrained backbone as well"
-    )
+    parser.add_argument("--random-baseline", action="store_true", help="probe random weights too")
     return parser
 
 
@@ -120,7 +112,7 @@ class ProbeInputs:
 def probe(
     cfg: Any, args: argparse.Namespace, weights: Path | None
 ) -> tuple[list[dict[str, Any]], int]:
-    """Probe ``weights`` (``None``: random ones) with each share of labels; return results and exit code."""
+    """Probe `weights` (`None`: random ones) with each share of labels; return results and code."""
     from engine.run import start_run
     from evaluation.accuracy import measure_throughput
     from evaluation.probe import probe_folder, weights_label
@@ -145,7 +137,7 @@ def probe(
 def frozen_backbone(
     cfg: Any, run: "Run", weights: Path | None, which: str
 ) -> tuple["Backbone", str]:
-    """Build the backbone, load `weights` if any, freeze it; return it and the network that was taken."""
+    """Build the backbone, load `weights`, freeze it; return it and the network that was taken."""
     from models.classifier import freeze, pretrained_backbone
     from models.weights.find import find_network
     from utils.checkpoints.foreign import read_torch
@@ -267,7 +259,8 @@ def train_heads(
 
     if args.eval and not resumed:
         raise ValueError(
-            f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give --resume"
+            f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give "
+            "--resume"
         )
     if not args.eval:
         outcome = fit(state, loader, step, plan, run, evaluate)
@@ -281,7 +274,7 @@ def train_heads(
 def labelled_images(
     frozen: ProbeInputs, percent: float, seed: int
 ) -> tuple["Source", "Features | None"]:
-    """Return the training images with labels, and their features: few labels are few for heads and k-NN."""
+    """Return the training images with labels, and their features; few labels are few for both."""
     import torch
 
     from data.labels import label_subset
@@ -298,7 +291,7 @@ def labelled_images(
 def open_loader(
     cfg: Any, run: "Run", source: "Source", features: "Features | None"
 ) -> "GlobalLoader | FeatureLoader":
-    """Return the loader of the heads' batches: augmented images, or features that were computed before."""
+    """Return the loader of the heads' batches: augmented images, or kept features."""
     from data.augment.recipes import build_recipe
     from data.features import FeatureLoader
     from data.loader import GlobalLoader
@@ -330,7 +323,7 @@ def open_loader(
 def draw_heads(
     cfg: Any, run: "Run", frozen: ProbeInputs, points: list["GridPoint"]
 ) -> "LinearHeads":
-    """Return a head for each point of the grid, drawn from a key: alike whatever was computed before."""
+    """Return a head for each point of the grid, drawn from a key of its own."""
     import torch
 
     from models.classifier import LinearHeads

@@ -1,4 +1,4 @@
-"""Pretrain a backbone without labels: MoCo v2 and v3, SynCo, SynCo-v2, MoBY, BYOL, BatchFormer, SiT.
+"""Pretrain a backbone without labels: MoCo v2, v3, SynCo, SynCo-v2, MoBY, BYOL, BatchFormer, SiT.
 
 python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one
 process or under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again
@@ -94,7 +94,8 @@ def main() -> int:
     accumulation = cfg.TRAIN.ACCUMULATION_STEPS
     if cfg.TRAIN.CUDA_GRAPHS and accumulation > 1:
         raise ValueError(
-            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to False, or "
+            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
+            "False, or "
             "TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
         )
     loader = loader_of(
@@ -189,7 +190,7 @@ def loader_of(
 
 
 class Evaluations:
-    """What is measured now and then while a method trains: k-NN, and its own losses on held-out images.
+    """What is measured while a method trains: k-NN, and its own losses on held-out images.
 
     A split that is missing is refused when this is made, not after the first epochs. `at_once`:
     whatever is configured is due at every call.
@@ -290,7 +291,7 @@ def framework_of(cfg: CfgNode) -> MomentumFramework:
 
 
 def replay_batch(args: argparse.Namespace, flags: dict[str, Value]) -> int:
-    """Play the batch of `--replay` again, on one process; all but the device comes from the file."""
+    """Play the batch of `--replay` again on one process; all but the device comes from the file."""
     path = Path(args.replay)
     kept = load_kept(path)
     device = {"DEVICE": flags.get("DEVICE", "auto")}

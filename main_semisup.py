@@ -1,5 +1,4 @@
-"""Fine-tune or probe a pretrained backbone with few labels or all: two learning rates, one for the backbone,
-one for the classifier.
+"""Fine-tune or probe a pretrained backbone with few labels or all: a rate for backbone and head.
 
 python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
 --train-percent 1 --weights finetune --lr-backbone 0.01 --lr-classifier 0.5 starts from the newest
@@ -45,7 +44,7 @@ _FLAGS: dict[str, tuple[type, str]] = {
 
 
 def main() -> int:
-    """Train on the pretrained weights, and on random ones if asked; log one table; return the exit code."""
+    """Train on the pretrained weights, and on random ones if asked; return the exit code."""
     args, flags = parse(_parser())
 
     from evaluation.finetune import columns_of
@@ -218,7 +217,7 @@ def finetune(
 def _train_and_test(
     cfg: Any, run: "Run", backbone: Any, label: str, start: str, train: bool
 ) -> tuple[dict[str, Any], int]:
-    """Train a head and, unless it is frozen, the backbone, or only look at what is there; as ``finetune``."""
+    """Train a head and, unless it is frozen, the backbone; or look at what is there."""
     from data.augment.mixing import Mixing
     from data.labels import write_subset
     from data.loader import evaluation_batches
@@ -268,7 +267,8 @@ def _train_and_test(
     if not run.resume(state, plan) and not train:
         others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"
         raise ValueError(
-            f"--eval: {run.folder} holds no checkpoint; run it without --eval first, with as many processes, "
+            f"--eval: {run.folder} holds no checkpoint; run it without --eval first, with as many "
+            "processes, "
             f"or name a run with --run-name (there are: {others})"
         )
     run.describe(classifier, plan, len(splits.train))

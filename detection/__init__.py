@@ -1,1 +1,1 @@
-"""Transfer to object detection: a route on torchvision that runs anywhere, and one through Detectron2."""
+"""Transfer to object detection: through torchvision on any device, or through Detectron2."""

@@ -1,4 +1,4 @@
-"""Read annotations: COCO's JSON and Pascal VOC's XML, with errors that name the file and the entry."""
+"""Read COCO's JSON and Pascal VOC's XML, with errors that name the file and the entry."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class Objects:
-    """What an image shows: `boxes` float32 (n,4) as x1, y1, x2, y2 in pixels, `labels` int64 (n,) from 1.
+    """The objects of an image: `boxes` float32 (n,4) as x1, y1, x2, y2, `labels` int64 (n,) from 1.
 
     `ignored` (n,) marks crowds (COCO) and difficult objects (VOC); `polygons` holds, for each
     object, flat lists x, y, x, y, ..., and is empty where there are no masks.
@@ -97,7 +97,7 @@ class DetectionData:
         return digest(len(self), names.encode(), "\n".join(self.classes).encode(), *parts)
 
     def for_training(self) -> "DetectionData":
-        """Leave out COCO's crowds, and images that then show nothing, as all published detectors do."""
+        """Leave out COCO's crowds, and images that then show nothing, as published detectors do."""
         objects = [o.chosen(~o.ignored) if self.annotation_file else o for o in self.objects]
         keep = [index for index, o in enumerate(objects) if len(o.labels)]
         if not keep:
@@ -119,7 +119,7 @@ class DetectionData:
 
 
 def read_split(dataset: str, root: str, split: str, classes: str = "") -> DetectionData:
-    """Read a split of ``coco`` or ``voc`` below `root` (``DATA.PATH``); `classes`: ``DETECTION.CLASSES``."""
+    """Read a split of `coco` or `voc` below `root`; `classes` are `DETECTION.CLASSES`."""
     if not root or not Path(root).is_dir():
         raise AnnotationError(
             f"DATA.PATH (--data-path): {root!r} is no folder; give the data set's root"
@@ -139,7 +139,7 @@ def read_split(dataset: str, root: str, split: str, classes: str = "") -> Detect
 
 
 def read_coco(root: Path, split: str) -> DetectionData:
-    """Read annotations/instances_<split>.json and the images in <split>/; labels follow the category ids."""
+    """Read annotations/instances_<split>.json and the images in <split>/, labels by category id."""
     file = root / "annotations" / f"instances_{split}.json"
     tree = _read_json(file)
     try:
@@ -149,7 +149,8 @@ def read_coco(root: Path, split: str) -> DetectionData:
         for entry in tree["annotations"]:
             if entry["image_id"] not in found:
                 raise AnnotationError(
-                    f"{file}: annotation {entry.get('id')} is of image {entry['image_id']}, which it lacks"
+                    f"{file}: annotation {entry.get('id')} is of image {entry['image_id']}, which "
+                    "it lacks"
                 )
             found[entry["image_id"]].append(entry)
         names = [(root / split / str(images[ident]["file_name"])) for ident in images]
@@ -325,7 +326,8 @@ def _check_files(files: Sequence[Path], source: Path) -> None:
     absent = [file for file in files if not file.is_file()]
     if absent:
         raise AnnotationError(
-            f"{source}: {len(absent)} of {len(files)} images are absent, e.g. {absent[0]}; check DATA.PATH"
+            f"{source}: {len(absent)} of {len(files)} images are absent, e.g. {absent[0]}; check "
+            "DATA.PATH"
         )
     if not files:
         raise AnnotationError(f"{source}: lists no image")

@@ -34,16 +34,18 @@ def family(body: nn.Module) -> str:
         if isinstance(body, kind):
             if name == "resnet" and not len(getattr(body, "layer4", ())):
                 raise ValueError(
-                    "MODEL.BACKBONE.NAME: this ResNet has three stages, a detector needs four; use resnet18"
+                    "MODEL.BACKBONE.NAME: this ResNet has three stages, a detector needs four; "
+                    "use resnet18"
                 )
             return name
     raise ValueError(
-        f"MODEL.BACKBONE.NAME: a {type(body).__name__} has no detector here; use a ResNet, a Swin or a ViT"
+        f"MODEL.BACKBONE.NAME: a {type(body).__name__} has no detector here; use a ResNet, a Swin "
+        "or a ViT"
     )
 
 
 class ResNetTrunk(nn.Module):
-    """The stages of a timm ResNet, `layer4` included or not, as {"0": stride 4, "1": stride 8, ...}."""
+    """The stages of a timm ResNet, with or without layer4: {"0": stride 4, "1": stride 8, ...}."""
 
     def __init__(self, body: Any, last_stage: bool = True) -> None:
         super().__init__()
@@ -67,8 +69,9 @@ class ResNetTrunk(nn.Module):
 
 
 class SwinTrunk(nn.Module):
-    """The four stages of a timm Swin, each under a layer norm of its own (Liu et al. 2021); the last is its
-    own pretrained one.
+    """The four stages of a timm Swin, each under its own layer norm (Liu et al. 2021).
+
+    The last norm is the pretrained one.
     """
 
     def __init__(self, body: Any) -> None:
@@ -93,7 +96,7 @@ def swin_widths(body: Any) -> list[int]:
 
 
 class Pyramid(nn.Module):
-    """A trunk under a feature pyramid (Lin et al. 2017): four strides and a fifth by subsampling."""
+    """A trunk under a feature pyramid (Lin et al. 2017): four strides, a fifth by subsampling."""
 
     def __init__(
         self, trunk: nn.Module, widths: list[int], width: int, norm: NormLayer | None
@@ -109,7 +112,7 @@ class Pyramid(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """A plain ViT under a simple feature pyramid (Li et al. 2022, ViTDet, arXiv:2203.16527, section 3).
+    """A plain ViT under a simple feature pyramid (ViTDet, Li et al. 2022, arXiv:2203.16527, 3).
 
     All strides come from the last map, after the backbone's final norm. Attention is global in
     every block.
@@ -144,7 +147,7 @@ class SimplePyramid(nn.Module):
 
 
 class C4Trunk(nn.Module):
-    """The stages of a ResNet up to the fourth (``layer3``) as one map; the fifth is the RoI head's."""
+    """The stages of a ResNet up to `layer3` as one map; the RoI head owns the last one."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
@@ -174,18 +177,19 @@ class Stage5(nn.Module):
 
 
 def resize_positions(body: Any, size: int) -> None:
-    """Interpolate a ViT's positions to square images of `size` pixels; ValueError if patches do not fit."""
+    """Interpolate a ViT's positions to square images; ValueError if patches do not fit `size`."""
     patch = body.patch_embed.patch_size[0]
     if size % (2 * patch):
         raise ValueError(
-            f"DETECTION.CANVAS: {size} is no multiple of two patches ({2 * patch}), which the pyramid halves"
+            f"DETECTION.CANVAS: {size} is no multiple of two patches ({2 * patch}), which the "
+            "pyramid halves"
         )
     with torch.no_grad():
         body.set_input_size(img_size=(size, size))
 
 
 def freeze_batch_norms(module: nn.Module) -> None:
-    """Replace every batch norm by a fixed scale and shift: its statistics and weights no longer move."""
+    """Replace every batch norm by a fixed scale and shift that no longer move."""
     from torchvision.ops import FrozenBatchNorm2d
 
     for name, child in module.named_children():

@@ -125,7 +125,8 @@ def _check_sizes(detection: CfgNode) -> None:
     largest = max(*detection.MIN_SIZES, detection.TEST_SIZE)
     if largest > detection.MAX_SIZE:
         raise ConfigError(
-            f"DETECTION.MAX_SIZE: {detection.MAX_SIZE} is below the shorter side's {largest}; raise it"
+            f"DETECTION.MAX_SIZE: {detection.MAX_SIZE} is below the shorter side's {largest}; "
+            "raise it"
         )
     if detection.CANVAS and detection.CANVAS < detection.MAX_SIZE:
         raise ConfigError(

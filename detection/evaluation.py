@@ -1,4 +1,4 @@
-"""Run a detector over a test split and measure it: by the VOC metrics here, or by a COCO evaluator."""
+"""Run a detector over a test split and measure it: VOC's metrics here, COCO's by an evaluator."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ Detection = dict[str, Any]  # index, label, score, box [x1, y1, x2, y2]; rle for
 
 
 def coco_api() -> tuple[Any, Any, Any]:
-    """Return (COCO, COCOeval, mask) of faster-coco-eval or pycocotools; ImportError with the remedy."""
+    """Return (COCO, COCOeval, mask) of faster-coco-eval or pycocotools, or raise ImportError."""
     try:
         from faster_coco_eval import COCO, COCOeval_faster, mask
 
@@ -59,7 +59,7 @@ def evaluate(
 def detections(
     model: nn.Module, data: DetectionData, cfg: CfgNode, device: torch.device, count: int = 0
 ) -> Iterator[Detection]:
-    """Yield what `model` finds in this rank's test images (or in the first `count`), in original pixels."""
+    """Yield what `model` finds in this rank's (first `count`) test images, in original pixels."""
     masks = cfg.MODEL.RCNN.MASKS and not count
     for index, size, image in images_of_test(data, cfg, device, count):
         (result,) = model([image])
@@ -133,7 +133,7 @@ def coco_results(found: list[Detection], data: DetectionData) -> list[Detection]
 
 
 def _coco(found: list[Detection], data: DetectionData, masks: bool) -> dict[str, float]:
-    """Return AP, AP50, AP75 and those of small, medium and large objects; with masks, mask/AP and so on."""
+    """Return AP, AP50, AP75 and AP by object size; with masks mask/AP and so on."""
     COCO, COCOeval, _ = coco_api()
     kinds = {"bbox": "", "segm": "mask/"} if masks else {"bbox": ""}
     names = ("AP", "AP50", "AP75", "AP/small", "AP/medium", "AP/large")

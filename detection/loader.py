@@ -1,4 +1,4 @@
-"""Training batches and test images of a detector: flipped and resized by keyed draws, of different sizes."""
+"""Training batches and test images of a detector: keyed flips and resizes, of different sizes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class DetectionBatch(Batch):
 
 @dataclass(frozen=True)
 class Resizing:
-    """How images are resized: the shorter side to one of `sizes`, the longer to at most `longest` pixels."""
+    """How images are resized: the shorter side to one of `sizes`, the longer at most `longest`."""
 
     sizes: tuple[int, ...]
     longest: int
@@ -75,7 +75,7 @@ def resize(image: Tensor, shape: tuple[int, int]) -> Tensor:
 def resized_target(
     objects: Objects, old: tuple[int, int], new: tuple[int, int], flipped: bool, masks: bool
 ) -> Target:
-    """Return the target of an image that went from (height, width) `old` to `new` and may be mirrored."""
+    """Return the target of an image resized from (height, width) `old` to `new`, maybe mirrored."""
     scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, dtype=np.float32)
     boxes = objects.boxes * scale
     if flipped:
@@ -96,7 +96,7 @@ def resized_target(
 def rasterise(
     polygons: tuple[tuple[float, ...], ...], scale: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
-    """Fill polygons, x and y multiplied by `scale` (2,): uint8 (H,W), 1 where the pixel's centre is inside.
+    """Fill polygons, x and y times `scale` (2,): uint8 (H,W), 1 where a pixel's centre is inside.
 
     Always PIL, whatever else is installed: the same run has the same masks on every machine. PIL
     fills a polygon's border too, hence the finer grid.
@@ -163,7 +163,7 @@ class TrainingImages(Dataset[dict[str, Any]]):
 
 
 class DetectionLoader:
-    """Endless supply of a run's batches, a pure function of (seed, step), for ``engine.loop.fit``."""
+    """Endless supply of a run's batches for `engine.loop.fit`: a pure function of (seed, step)."""
 
     def __init__(
         self, data: DetectionData, cfg: CfgNode, *, global_batch: int, device: torch.device
@@ -209,7 +209,7 @@ def to_float(image: Tensor, device: torch.device) -> Tensor:
 
 
 class _TestImages(Dataset[dict[str, Any]]):
-    """Resized images of a test; an unreadable one is an error, since evaluations replace nothing."""
+    """Resized test images; an unreadable one is an error, since evaluations replace nothing."""
 
     def __init__(self, data: DetectionData, resizing: Resizing) -> None:
         self.data, self.resizing = data, resizing

@@ -1,4 +1,4 @@
-"""Object detection on a pretrained backbone, with torchvision's parts: COCO or Pascal VOC, on any device.
+"""Object detection on a pretrained backbone with torchvision's parts: COCO or Pascal VOC.
 
 python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml --data-path D
 --pretrained FILE --output O --tag T; --pretrained none starts from random weights. Writes to
@@ -72,7 +72,8 @@ def main() -> int:
     test = read_split(*where, detection.TEST_SPLIT, detection.CLASSES)
     if test.classes != train.classes:
         raise ValueError(
-            f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than {detection.TRAIN_SPLIT}"
+            f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than "
+            f"{detection.TRAIN_SPLIT}"
         )
     global_batch = global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS)
     loader = DetectionLoader(train, cfg, global_batch=global_batch, device=run.device)
@@ -124,7 +125,7 @@ def main() -> int:
 
 
 def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
-    """Derive the plan: steps are iterations, and what the log calls an epoch is one ``EVAL_PERIOD``."""
+    """Derive the plan: steps are iterations; the log's epoch is one `EVAL_PERIOD`."""
     from engine.plan import Plan
     from utils.schedules import LearningRate
 

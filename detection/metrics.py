@@ -1,4 +1,4 @@
-"""Average precision the Pascal VOC way (Everingham et al. 2010): its devkit's matching and both its areas."""
+"""Average precision the Pascal VOC way (Everingham et al. 2010): its matching, both its areas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
 
 @dataclass(frozen=True)
 class Found:
-    """Detections in an image: boxes (n,4) in pixels of the original image, labels from 1, scores (n,)."""
+    """Detections in an image: boxes (n,4) in original pixels, labels from 1, scores (n,)."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -22,7 +22,7 @@ class Found:
 def voc_metrics(
     found: Sequence[Found], objects: Sequence[Objects], num_classes: int, eleven_points: bool
 ) -> dict[str, float]:
-    """Return AP (mean over thresholds .5 to .95), AP50 and AP75 in percent, means over classes with objects.
+    """Return AP (mean over thresholds .5 to .95), AP50 and AP75 in percent, means over classes.
 
     `eleven_points` takes the precision at eleven recalls (VOC2007), else the whole area (VOC2010
     on); the other of the two is reported for AP50 as well, as ``AP50/area`` or ``AP50/11``.
@@ -55,7 +55,7 @@ def voc_metrics(
 
 
 def _of_class(found: Sequence[Found], label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes (n,4) and image numbers (n,) of a class, most certain first; ties keep their order."""
+    """Return boxes (n,4) and image numbers (n,) of a class by falling score; ties keep order."""
     rows = [(f.boxes[f.labels == label], f.scores[f.labels == label]) for f in found]
     boxes = np.concatenate([b for b, _ in rows]).reshape(-1, 4)
     scores = np.concatenate([s for _, s in rows])
@@ -71,7 +71,7 @@ def match(
     ignored: Sequence[np.ndarray],
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return hits (n,), misses (n,) of boxes in falling score, and the number of objects that count.
+    """Return hits (n,) and misses (n,) of boxes in falling score, and how many objects count.
 
     A box belongs to the object it overlaps most. Above the threshold it is a hit the first time and
     a miss afterwards; a difficult object makes it neither.
@@ -108,7 +108,7 @@ def curve(hits: np.ndarray, misses: np.ndarray, total: int) -> tuple[np.ndarray,
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: bool) -> float:
-    """Return the area under the falling envelope of the precision, or its mean at recalls 0, .1, ..., 1."""
+    """Return the area under the falling envelope of the precision, or its 11-point mean."""
     if eleven_points:
         reached = [precision[recall >= point] for point in np.arange(0.0, 1.1, 0.1)]
         return float(np.mean([values.max() if len(values) else 0.0 for values in reached]))

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN (Ren et al. 2015, He et al. 2017) on our backbones, out of torchvision's parts."""
+"""Faster and Mask R-CNN (Ren et al. 2015, He et al. 2017) from our backbones and torchvision."""
 
 import logging
 from pathlib import Path
@@ -42,7 +42,7 @@ _NECKS_OF = {"resnet": ("fpn", "c4"), "swin": ("fpn",), "vit": ("pyramid",)}
 
 
 class Canvas(GeneralizedRCNNTransform):
-    """Normalise and pad images that come resized; `side` is that of a fixed square, 0: as small as fits."""
+    """Normalise and pad resized images to a fixed square of `side`, 0: as small as fits."""
 
     def __init__(self, side: int) -> None:
         super().__init__(1, 1, list(_MEAN), list(_STD), size_divisible=32)
@@ -67,7 +67,7 @@ class Canvas(GeneralizedRCNNTransform):
 
 
 class Detector(GeneralizedRCNN):
-    """A detector for the engine: ``model(images, targets)`` gives losses in training, else detections."""
+    """A detector for the engine: `model(images, targets)` gives losses in training."""
 
     def after_step(self, progress: object) -> None:
         """Do nothing: no target follows a detector's step."""
@@ -95,7 +95,7 @@ class _MaskPredictor(MaskRCNNPredictor):
 
 
 class C4Heads(roi_heads.RoIHeads):
-    """RoI heads that share the fifth stage between boxes and masks, as Detectron2's Res5ROIHeads do.
+    """RoI heads whose boxes and masks share the fifth stage, as in Detectron2's Res5ROIHeads.
 
     `box_head` maps regions to (R,F,7,7); boxes see its mean, masks the map itself.
     """
@@ -147,7 +147,7 @@ class C4Heads(roi_heads.RoIHeads):
 def build_detector(
     cfg: CfgNode, num_classes: int, weights: Path | None, which: str = ""
 ) -> Detector:
-    """Build the detector of `MODEL` for `num_classes` objects; `weights` None leaves the backbone random.
+    """Build the detector of `MODEL` for `num_classes` objects; without `weights` it is random.
 
     Raises ``ValueError`` for a neck that the backbone cannot have and for weights that do not fit
     it.

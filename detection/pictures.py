@@ -28,7 +28,7 @@ def draw_grid(data: DetectionData, found: list[Detection], count: int, path: Pat
 
 
 def draw_tile(pixels: np.ndarray, found: list[Detection], classes: tuple[str, ...]) -> Image.Image:
-    """Return an image (H,W,3) with its detections, the least certain below, no side above `TILE`."""
+    """Return an image (H,W,3) with its detections, no side above `TILE`."""
     scale = TILE / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     tile = Image.fromarray(pixels).resize(size)

@@ -24,7 +24,8 @@ def main() -> int:
         from detectron2.engine import default_argument_parser, launch
     except ImportError as error:
         raise ImportError(
-            f"train_net.py needs Detectron2 ({error}): {INSTALL}, or use detection/main_detection.py, "
+            f"train_net.py needs Detectron2 ({error}): {INSTALL}, or use "
+            "detection/main_detection.py, "
             "which does not"
         ) from error
     args = default_argument_parser().parse_args()

@@ -137,7 +137,7 @@ def forward_and_backward(
 
 
 def refuse_unreached(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `RuntimeError` if a trained parameter has no gradient from any rank after the backward."""
+    """Raise `RuntimeError` if a trained parameter got no gradient from any rank."""
     if all(p.grad is not None for p in _trainable(optimizer)):
         return  # nearly always; the names below take milliseconds
     named = module.named_parameters()

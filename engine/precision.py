@@ -114,15 +114,15 @@ class Precision:
         model = DistributedDataParallel(
             module,
             # With this, buckets keep the order of registration. Without it, DDP lays them out anew
-            # after the first backward. A sum over three or more processes depends, in its last bits,
-            # on an element's place in its bucket: a resumed run would leave the course of one that
-            # was not interrupted.
+            # after the first backward. A sum over three or more processes depends, in its last
+            # bits, on an element's place in its bucket: a resumed run would leave the course of one
+            # that was not interrupted.
             find_unused_parameters=True,
             gradient_as_bucket_view=True,  # one copy of the gradients instead of two
             init_sync=False,  # `prepare` has made the ranks equal
         )
-        # Queue and statistics are computed alike on all ranks, or are meant to be local. An attribute,
-        # since the argument of this name has another one in later versions of torch.
+        # Queue and statistics are computed alike on all ranks, or are meant to be local. An
+        # attribute, since the argument of this name has another one in later versions of torch.
         model.broadcast_buffers = False
         return model
 

@@ -193,5 +193,5 @@ def layer_ids(backbone: Backbone) -> dict[str, int]:
 
 
 def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy (T,) of each head's logits (T, N, C) for class shares (N, C)."""
+    """Return the mean cross-entropy (T,) of each head's logits (T, N, C) for shares (N, C)."""
     return -(targets * logits.float().log_softmax(dim=-1)).sum(-1).mean(-1)

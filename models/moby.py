@@ -13,7 +13,7 @@ from utils.schedules import Progress, momentum_at
 
 
 class MoBY(MomentumFramework):
-    """Contrast in both directions against two queues, with a predictor and a momentum that rises to 1."""
+    """Contrast in both directions against two queues, with a predictor and a rising momentum."""
 
     sync_batch_norm = True
     can_stack_views = True

@@ -1,4 +1,4 @@
-"""MoCo v2 (Chen et al. 2020, arXiv:2003.04297; momentum contrast: He et al. 2020, arXiv:1911.05722)."""
+"""MoCo v2 (Chen et al. 2020, arXiv:2003.04297; momentum contrast: He et al., arXiv:1911.05722)."""
 
 import torch
 from torch import Tensor

@@ -83,7 +83,7 @@ class SiTEncoder(Encoder):
     projector: Heads
 
     def forward(self, images: Tensor, num_views: int = 1) -> Outputs:  # type: ignore[override]
-        """Return the three heads' outputs of images (N, 3, H, W), in which `num_views` views are stacked.
+        """Return the three heads' outputs of images (N, 3, H, W) of `num_views` stacked views.
 
         BatchFormer attends over each view by itself. Over both it would see the positive of each
         query.
@@ -243,7 +243,7 @@ class SiT(MomentumFramework):
     # ---- pixels ----------------------------------------------------------------------------------
 
     def corrupted(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the network sees of clean images (N, 3, H, W), and where it differs (N, 1, H, W)."""
+        """Return corrupted copies of images (N, 3, H, W), and where they differ (N, 1, H, W)."""
         num, _, height, width = images.shape
         if self.variant == "gmml":
             drawn = draw_group_mask(
@@ -257,7 +257,7 @@ class SiT(MomentumFramework):
 
     @torch.no_grad()
     def restore(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return corrupted copies of clean images (N, 3, H, W) and the network's reconstruction of them.
+        """Return corrupted copies of images (N, 3, H, W) and their reconstructions.
 
         The corruption depends on `seed` only, so that pictures of different epochs can be compared.
         """

@@ -1,4 +1,4 @@
-"""The command line that all mains share, the published flags included, and one way to report an error.
+"""The command line that all mains share, published flags included, and one way to report errors.
 
 Imports nothing heavy: ``--help`` answers at once.
 """
@@ -24,7 +24,8 @@ _VALUES: dict[str, tuple[str, type, str]] = {
     "--dataset": (
         "DATA.DATASET",
         str,
-        "imagefolder, folder, folder_split, zip, packed, cifar10, cifar100, stl10, tinyimagenet, pets, "
+        "imagefolder, folder, folder_split, zip, packed, cifar10, cifar100, stl10, tinyimagenet, "
+        "pets, "
         "digits, mnist5k",
     ),
     "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
@@ -68,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, refusing an unknown flag with the nearest known one (the originals drop it silently)."""
+        """Parse, refusing an unknown flag with the nearest known one."""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -125,7 +126,7 @@ def make_parser(
         "--amp-opt-level",
         choices=["O0", "O1", "O2"],
         default=argparse.SUPPRESS,
-        help="published spelling of --precision: O0 fp32, O1 and O2 mixed (bf16; fp16 on GPUs without bf16)",
+        help="published spelling of --precision: O0 fp32, O1 and O2 mixed (bf16 where possible)",
     )
     parser.add_argument(
         "--eval", action="store_true", help="evaluate the newest checkpoint and stop"
@@ -186,8 +187,8 @@ def parse(
     # Read when torch is loaded: idle threads sleep; spinning ones make a busy machine ten times
     # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Also read then: without it every rank prints torch's advice to switch off the search for unused
-    # parameters, which `Precision.wrap` needs.
+    # Also read then: without it every rank prints torch's advice to switch off the search for
+    # unused parameters, which `Precision.wrap` needs.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = parser.parse_strictly(argv)
     values = vars(args)

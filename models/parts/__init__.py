@@ -1,1 +1,1 @@
-"""What methods are made of: backbones, heads, losses, momentum pairs, queues, synthetic negatives."""
+"""Parts of methods: backbones, heads, losses, momentum pairs, queues, synthetic negatives."""

@@ -139,7 +139,8 @@ def _refuse(name: str, **options: object) -> None:
 def _extra_tokens(name: str, num_tokens: int) -> int:
     if not name.startswith(("deit_", "vit_", "timm/")):
         raise ValueError(
-            f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} does not apply to {name}, which has no class token; "
+            f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} does not apply to {name}, which has no "
+            "class token; "
             "remove it"
         )
     if num_tokens < 1:
@@ -151,7 +152,8 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
     recomputed = getattr(backbone, "blocks", backbone)  # of a ViT only its blocks, not the stem
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recomputed.modules()):
         raise ValueError(
-            f"--use-checkpoint: {name} has batch norm, whose statistics recomputing would count twice; "
+            f"--use-checkpoint: {name} has batch norm, whose statistics recomputing would count "
+            "twice; "
             "remove the flag"
         )
     if not hasattr(backbone, "set_grad_checkpointing"):
@@ -209,7 +211,8 @@ def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(
-            f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or timm/<name>"
+            f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or "
+            "timm/<name>"
         )
     if name in _TIMM_NAMES:
         _check_patches(options["img_size"], options.get("patch_size", 4 if "swin" in name else 16))
@@ -220,7 +223,7 @@ def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _with_deit_tokens(backbone: nn.Module) -> nn.Module:
-    """Start the class tokens at a standard deviation of 0.02, as DeiT's and SiT's codes do; timm has 1e-6."""
+    """Start the class tokens with std 0.02, as DeiT's and SiT's codes do; timm has 1e-6."""
     for name in ("cls_token", "reg_token"):
         if getattr(backbone, name, None) is not None:
             nn.init.trunc_normal_(getattr(backbone, name), std=0.02)
@@ -240,7 +243,8 @@ def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
             backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **wanted)
         except TypeError as error:
             raise ValueError(
-                f"MODEL.BACKBONE: timm/{timm_name} does not take {', '.join(wanted)} ({error}); set them to 0"
+                f"MODEL.BACKBONE: timm/{timm_name} does not take {', '.join(wanted)} ({error}); "
+                "set them to 0"
             ) from error
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
@@ -285,7 +289,8 @@ def _unfit_size(timm_name: str, size: int, error: Exception) -> ValueError:
 def _check_patches(img_size: int, patch: int, stem: bool = False) -> None:
     if img_size < patch:
         raise ValueError(
-            f"DATA.IMG_SIZE: {img_size} is smaller than a patch of the backbone, {patch} pixels; use {patch} "
+            f"DATA.IMG_SIZE: {img_size} is smaller than a patch of the backbone, {patch} pixels; "
+            f"use {patch} "
             "or more, or a smaller MODEL.BACKBONE.PATCH_SIZE"
         )
     # its convolutions would give one patch more than there are positions
@@ -301,7 +306,8 @@ def _check_patches(img_size: int, patch: int, stem: bool = False) -> None:
 @functools.cache  # once, not again for the target network
 def _warn_of_cut(img_size: int, num_cut: int, multiple: int) -> None:
     logger.warning(
-        "DATA.IMG_SIZE: %d is not a multiple of %d: the backbone never sees the last %d rows and columns of "
+        "DATA.IMG_SIZE: %d is not a multiple of %d: the backbone never sees the last %d rows and "
+        "columns of "
         "an image; use %s",
         *(img_size, multiple, num_cut, _nearest(img_size, multiple)),
     )

@@ -36,7 +36,8 @@ class BatchFormer(nn.Module):
         super().__init__()
         if width % num_heads:
             raise ValueError(
-                f"MODEL.BATCHFORMER.NUM_HEADS: {num_heads} does not divide the backbone's width {width}"
+                f"MODEL.BATCHFORMER.NUM_HEADS: {num_heads} does not divide the backbone's width "
+                f"{width}"
             )
         if loss not in PAIRINGS:
             raise ValueError(

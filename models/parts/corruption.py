@@ -284,7 +284,8 @@ def draw_group_mask(
     """
     if min(height, width) // align < 4:
         raise ValueError(
-            f"MODEL.SIT.DROP_ALIGN: blocks of {align} pixels cannot mask images of {min(height, width)}; use "
+            f"MODEL.SIT.DROP_ALIGN: blocks of {align} pixels cannot mask images of "
+            f"{min(height, width)}; use "
             f"at most {min(height, width) // 4}"
         )
     sides = [(1, max(int(0.3 * side) // align, 2)) for side in (height, width)]

@@ -1,4 +1,4 @@
-"""Losses, computed in float32 under any autocast. Each fast form has a slow, plain form for tests."""
+"""Losses, in float32 under any autocast. Each fast form has a slow, plain form for tests."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from models.parts.negatives import (
 
 
 class Contrast(NamedTuple):
-    """A contrastive loss (scalar, mean over queries) and the positive's place among its negatives."""
+    """A contrastive loss (mean over queries) and the positive's place among its negatives."""
 
     loss: Tensor
     # (B,) int64: how many negatives, synthetic ones too, beat the positive; 0 is a hit

@@ -66,7 +66,7 @@ def _initialise(vit: nn.Module) -> None:
 
 
 class ConvStem(nn.Module):
-    """Four 3x3 convolutions of stride 2 and a 1x1, for 16-pixel patches (Xiao et al. 2021, section 4)."""
+    """Four 3x3 convolutions of stride 2 and a 1x1: 16-pixel patches (Xiao et al. 2021, 4)."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class ConvStem(nn.Module):
 
 
 def sincos_positions(rows: int, cols: int, width: int, num_tokens: int = 1) -> Tensor:
-    """Return fixed 2-D positions (1, num_tokens + rows*cols, width); the rows of the class tokens are zero.
+    """Return fixed 2-D positions (1, num_tokens + rows*cols, width), zero for class tokens.
 
     Token (r, c) gets [sin(r w), cos(r w), sin(c w), cos(c w)] with w_i = 10000^(-i / (width/4)).
     The row comes first, as in the published weights.

@@ -13,7 +13,7 @@ from utils.schedules import Progress
 
 
 class MomentumFramework(nn.Module):
-    """Base of all methods: an online encoder and a target encoder that follows it by exponential averaging.
+    """Base of all methods: an online encoder and a target encoder that follows it by averaging.
 
     A subclass implements `forward(views, progress)`, which returns a dict with "loss" and
     "embedding", and `after_step(progress)`, which is called without gradient after each optimiser
@@ -43,7 +43,7 @@ class MomentumFramework(nn.Module):
         raise NotImplementedError
 
     def restore(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return corrupted copies of images (N, 3, H, W) and the network's reconstruction of them."""
+        """Return corrupted copies of images (N, 3, H, W) and their reconstructions."""
         raise NotImplementedError
 
     def attach_batchformer(self, batchformer: BatchFormer) -> None:
@@ -74,7 +74,8 @@ class MomentumFramework(nn.Module):
         """Let a backbone take all views in one pass; ValueError where the method cannot."""
         if not self.can_stack_views:
             raise ValueError(
-                f"MODEL.STACK_VIEWS: {type(self).__name__} treats its views differently; set it to False"
+                f"MODEL.STACK_VIEWS: {type(self).__name__} treats its views differently; set it "
+                "to False"
             )
         self.online.stack_views = self.target.stack_views = True
 
@@ -160,7 +161,8 @@ class KeyQueue(nn.Module):
             below = size // num * num
             fitting = f"{below} or {below + num}" if below else f"{num}"
             raise ValueError(
-                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x processes "
+                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size "
+                "x processes "
                 f"x accumulation, twice that under BatchFormer or SYMMETRIC); use e.g. {fitting}"
             )
         self.keys[self.position : self.position + num] = keys.to(self.keys.dtype)

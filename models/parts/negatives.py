@@ -38,7 +38,8 @@ class SyntheticConfig:
             )
         if self.num_hard < max(self.counts):
             raise ValueError(
-                f"NUM_HARD: {self.num_hard} is below the largest of NUM_SYNTHETIC {list(self.counts)}"
+                f"NUM_HARD: {self.num_hard} is below the largest of NUM_SYNTHETIC "
+                f"{list(self.counts)}"
             )
 
 

@@ -164,7 +164,8 @@ def newest_valid(folder: Path) -> Found | None:
             return Found(path, record["step"], meta)
     if rejected:
         raise CheckpointError(
-            f"{folder} holds {len(rejected)} checkpoint(s), none valid; not starting afresh silently:\n  "
+            f"{folder} holds {len(rejected)} checkpoint(s), none valid; not starting afresh "
+            "silently:\n  "
             + "\n  ".join(rejected)
             + "\nRestore one from a copy, or move them away to start from step 0."
         )
