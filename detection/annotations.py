@@ -3,14 +3,14 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from data.decode import decode_rgb
+from data.decode import MAX_PIXELS, decode_rgb
 from data.sources.base import digest
 from utils.reading import read_text
 
@@ -75,6 +75,7 @@ class DetectionData:
     category_ids: tuple[int, ...]
     annotation_file: Path | None = None
     years: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -86,7 +87,7 @@ class DetectionData:
 
     def load(self, index: int) -> Any:
         """Read an image as uint8 (3,H,W) RGB."""
-        return decode_rgb(self.files[index].read_bytes())
+        return decode_rgb(self.files[index].read_bytes(), self.max_pixels)
 
     def fingerprint(self) -> str:
         """Digest the names of the images and every box and label."""
@@ -110,11 +111,11 @@ class DetectionData:
                 len(self) - len(keep),
                 len(self),
             )
-        return DetectionData(
-            tuple(self.files[i] for i in keep),
-            tuple(self.ids[i] for i in keep),
-            tuple(objects[i] for i in keep),
-            *(self.classes, self.category_ids, self.annotation_file, self.years),
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in keep),
+            ids=tuple(self.ids[i] for i in keep),
+            objects=tuple(objects[i] for i in keep),
         )
 
 

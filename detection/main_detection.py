@@ -8,6 +8,7 @@ O/<name>/T/. Also under torchrun.
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,11 @@ def main() -> int:
     # data
     detection = cfg.DETECTION
     where = (cfg.DATA.DATASET, cfg.DATA.PATH)
-    train = read_split(*where, detection.TRAIN_SPLIT, detection.CLASSES).for_training()
-    test = read_split(*where, detection.TEST_SPLIT, detection.CLASSES)
+    train, test = (
+        replace(read_split(*where, split, detection.CLASSES), max_pixels=cfg.DATA.MAX_PIXELS)
+        for split in (detection.TRAIN_SPLIT, detection.TEST_SPLIT)
+    )
+    train = train.for_training()
     if test.classes != train.classes:
         raise ValueError(
             f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than "
@@ -119,7 +123,9 @@ def main() -> int:
             "%s: %s", detection.TEST_SPLIT, ", ".join(f"{k} {v:.2f}" for k, v in result.items())
         )
         if not args.eval:
-            write_result(run, {"weights": args.pretrained, "step": state.step, **result})
+            # of a file with several networks the result names the one that was taken
+            start = {"weights": args.pretrained} | ({"network": taken} if weights else {})
+            write_result(run, start | {"step": state.step, **result})
             draw(run, detector, test, cfg)
     return outcome.value
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,14 @@ def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_a_test(
     cfg = config(**VOC)
     with pytest.raises(ValueError, match=r"test0\.jpg"):
         list(loading.images_of_test(read_voc(tmp_path, "2007_test", shapes.CLASSES), cfg, CPU))
+
+
+def test_images_above_max_pixels_are_refused(coco_root: Path) -> None:
+    limit = config(DATA__MAX_PIXELS=96 * 80 - 1).DATA.MAX_PIXELS
+    data = replace(read_split("coco", str(coco_root), "train2017"), max_pixels=limit)
+    for split in (data, data.for_training()):
+        with pytest.raises(ValueError, match=r"more than DATA\.MAX_PIXELS \(7679\)"):
+            split.load(0)
 
 
 def inside(corners: list[tuple[float, float]], x: float, y: float) -> bool:

@@ -136,6 +136,30 @@ def test_another_start_is_another_run(
     assert "MODEL.RCNN.NECK: 'fpn' -> 'c4'" in job.text()
 
 
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_network_that_which_names_is_taken_and_in_the_result(
+    voc_root: Path, output: Path, tmp_path: Path, which: str
+) -> None:
+    import torch
+
+    from models.parts.backbones import build_backbone
+
+    networks = {
+        name: build_backbone("timm/test_resnet").state_dict() for name in ("student", "teacher")
+    }
+    torch.save(networks, tmp_path / "both.pt")
+    tag = f"which-{which}"
+    still = {"OPTIM__BASE_LR": 0.0, "OPTIM__WARMUP_LR": 0.0, "MODEL__RCNN__NORM": "frozen"}
+    argv = arguments(
+        *(voc_root, output, tag, "--which", which), weights=str(tmp_path / "both.pt"), **still
+    )
+    (job,) = forked.start(MAIN, argv, output / f"{tag}.log")
+    assert job.wait() == 0, job.text()
+    assert f"took {which}" in job.text()
+    folder = output / "rcnn" / tag
+    assert json.loads((folder / "result.json").read_text())["network"] == which
+
+
 # ---- minutes -------------------------------------------------------------------------------------
 
 LEARN = {
