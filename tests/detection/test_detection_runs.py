@@ -158,6 +158,11 @@ def test_the_network_that_which_names_is_taken_and_in_the_result(
     assert f"took {which}" in job.text()
     folder = output / "rcnn" / tag
     assert json.loads((folder / "result.json").read_text())["network"] == which
+    other = "student" if which == "teacher" else "teacher"
+    trained = [t for t in runs.final_state(folder)["framework"].values() if t.ndim == 4]
+    name = next(name for name, tensor in networks[which].items() if tensor.ndim == 4)
+    assert any(torch.equal(tensor, networks[which][name]) for tensor in trained)
+    assert not any(torch.equal(tensor, networks[other][name]) for tensor in trained)
 
 
 # ---- minutes -------------------------------------------------------------------------------------
