@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import run_main
+from utils.cli import Parser, answer_at_once, run_main
 
 COMMANDS = {
     "decode": "JPEGs a second on one core: PIL, torchvision, simplejpeg, ours",
@@ -30,37 +30,22 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    """Run one benchmark; return the exit code."""
-    args = parse_args()
-
-    import torch
-
-    torch.set_num_threads(args.threads)
-    figures = {name: round(value, 3) for name, value in args.run(args).items()}
-    on_gpu = args.device.startswith("cuda")
-    machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {args.threads} thread(s)"
-    print(json.dumps({**figures, "machine": machine, "torch": torch.__version__}))
-    return 0
-
-
-def parse_args() -> argparse.Namespace:
-    """Return the command line's arguments, and as `run` what to measure with them."""
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that is not")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a CPU")
     commands = parser.add_subparsers(dest="command", required=True)
     chosen = next((word for word in sys.argv[1:] if word in COMMANDS), "")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == chosen:  # the others' libraries need not be there
             _complete(name, command)
-    return parser.parse_args()
+    return parser
 
 
 def _complete(name: str, command: argparse.ArgumentParser) -> None:
@@ -72,6 +57,24 @@ def _complete(name: str, command: argparse.ArgumentParser) -> None:
         module = importlib.import_module(f"benchmarks.{name}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+import torch
+
+
+def main() -> int:
+    """Run one benchmark; return the exit code."""
+    args = _parser().parse_args()
+    torch.set_num_threads(args.threads)
+    figures = {name: round(value, 3) for name, value in args.run(args).items()}
+    on_gpu = args.device.startswith("cuda")
+    machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {args.threads} thread(s)"
+    print(json.dumps({**figures, "machine": machine, "torch": torch.__version__}))
+    return 0
 
 
 if __name__ == "__main__":

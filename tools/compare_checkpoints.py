@@ -12,26 +12,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from collections.abc import Iterator, Mapping
-
-import torch
-
-from utils.checkpoints import file as checkpoint
-from utils.cli import run_main
-
-_STATE = ("framework", "optimizer", "scaler", "step", "best")
+from utils.cli import Parser, answer_at_once, run_main
 
 
-def main() -> int:
-    """Print the entries that differ; return 0 if none do."""
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("first", type=Path, metavar="A.pt")
     parser.add_argument("second", type=Path, metavar="B.pt")
-    args = parser.parse_args()
+    return parser
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from utils.checkpoints import file as checkpoint
+
+_STATE = ("framework", "optimizer", "scaler", "step", "best")
+
+
+def main() -> int:
+    """Print the entries that differ; return 0 if none do."""
+    args = _parser().parse_args()
     first, second = compared(args.first), compared(args.second)
     different = sorted(first.keys() ^ second.keys())
     different += [key for key in first.keys() & second.keys() if not same(first[key], second[key])]

@@ -9,23 +9,79 @@ a file's, for another library.
 """
 
 import argparse
-import json
-import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import add_which, run_main
+from utils.cli import Parser, add_which, answer_at_once, run_main
 
-HELP = {
-    "inspect": "show what a file holds",
-    "import": "make a file that every --pretrained takes",
-    "export": "write a backbone for another library",
-}
 FORMATS = ("timm", "torchvision", "detectron2", "mmdet", "swin", "huggingface", "moco", "plain")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("inspect", "show what a file holds"),
+        ("import", "make a file that every --pretrained takes"),
+        ("export", "write a backbone for another library"),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument(
+            "source", type=Path, metavar="FILE", help="file of weights, or a run's folder"
+        )
+        if name != "inspect":
+            _add_options(command, name)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--cfg", type=Path, metavar="FILE", help="yaml; default: the run's own")
+    command.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg"
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="what to write")
+    add_which(command)
+    if name == "import":
+        command.add_argument("--full", action="store_true", help="target, heads and queue too")
+    else:
+        command.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
+        command.add_argument("--results", type=Path, metavar="FILE", help="for the model card")
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+import json
+import pickle
+from collections.abc import Mapping
+from typing import IO
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from models import build_framework, framework_options
+from models.parts.backbones import Backbone, build_backbone
+from models.parts.momentum import MomentumFramework
+from models.weights import export
+from models.weights.find import find_network, listed, tensors_of
+from models.weights.load import LoadReport, check_norm_eps, load_backbone
+from models.weights.pretraining_state import framework_state
+from tools.parts.model_card import write_huggingface
+from utils.checkpoints import file as checkpoints
+from utils.checkpoints.atomic import write_file
+from utils.checkpoints.foreign import read_torch
+from utils.config.load import load_config, method_section, section_options
+from utils.config.schema import declare
+
 TIMM_NAMES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
@@ -61,42 +117,11 @@ def main() -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in HELP:
-        command = commands.add_parser(name, help=HELP[name], allow_abbrev=False)
-        command.add_argument(
-            "source", type=Path, metavar="FILE", help="file of weights, or a run's folder"
-        )
-        if name == "inspect":
-            continue
-        command.add_argument(
-            "--cfg", type=Path, metavar="FILE", help="yaml; default: the run's own"
-        )
-        command.add_argument(
-            "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg"
-        )
-        command.add_argument(
-            "--output", type=Path, required=True, metavar="FILE", help="what to write"
-        )
-        add_which(command)
-        if name == "import":
-            command.add_argument("--full", action="store_true", help="target, heads and queue too")
-        else:
-            command.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
-            command.add_argument("--results", type=Path, metavar="FILE", help="for the model card")
-    return parser.parse_args(argv)
+    return _parser().parse_args(argv)
 
 
 def inspect_file(args: argparse.Namespace) -> None:
     """Print what a file holds: entries, layout, sizes, the likely architecture."""
-    from models.weights.export import describe
-    from models.weights.find import find_network, tensors_of
-
     checkpoint = _read(args.source)
     print(
         f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors"
@@ -114,15 +139,11 @@ def inspect_file(args: argparse.Namespace) -> None:
     print(network)
     values = sum(tensor.numel() for tensor in state.values())
     print(f"backbone and its head: {len(state)} tensors, {values:,} values")
-    print(f"architecture: {describe(state)}")
+    print(f"architecture: {export.describe(state)}")
 
 
 def import_file(args: argparse.Namespace) -> None:
     """Write a foreign file as one of ours, after loading it into the configured model."""
-    from models.weights.find import find_network
-    from models.weights.load import load_backbone
-    from models.weights.pretraining_state import framework_state
-
     cfg = _config(args)
     checkpoint = _read(args.source)
     if args.full:
@@ -151,10 +172,6 @@ def import_file(args: argparse.Namespace) -> None:
 
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
-    from models.weights import export as weights_out
-    from models.weights.find import find_network
-    from models.weights.load import check_norm_eps, load_backbone
-
     source = _checkpoint_of(args.source)
     cfg = _config(args)
     checkpoint = _read(source)
@@ -165,11 +182,9 @@ def export_file(args: argparse.Namespace) -> None:
     print(f"{load_backbone(backbone, network.state, str(source), network.beside)} ({network})")
     own = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     if args.to == "huggingface":
-        from tools.parts.model_card import write_huggingface
-
         write_huggingface(args.output, backbone, cfg, checkpoint, args, source)
     elif args.to == "detectron2":
-        arrays = weights_out.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
+        arrays = export.to_detectron2({**own, **_moco_head(checkpoint, args.which)})
         # Detectron2 matches names by their endings if the file asks for it.
         content = {"model": arrays, "__author__": "SynCo", "matching_heuristics": True}
         _write(args.output, lambda file: pickle.dump(content, file))
@@ -181,21 +196,19 @@ def export_file(args: argparse.Namespace) -> None:
 
 
 def _converted(
-    to: str, own: Mapping[str, Any], head: Mapping[str, Any], cfg: Any
-) -> dict[str, Any]:
+    to: str, own: Mapping[str, Tensor], head: Mapping[str, Tensor], cfg: CfgNode
+) -> Mapping[str, object]:
     """Return the contents of the file for a layout that is a torch file."""
-    from models.weights import export as weights_out
-
     if to == "moco":
-        return {"arch": cfg.MODEL.BACKBONE.NAME, "state_dict": weights_out.to_moco(own, head)}
+        return {"arch": cfg.MODEL.BACKBONE.NAME, "state_dict": export.to_moco(own, head)}
     if to == "mmdet":
-        return {"state_dict": weights_out.to_mmdet(own)}
+        return {"state_dict": export.to_mmdet(own)}
     if to == "swin":
-        return {"model": weights_out.to_original_swin(own)}
-    return weights_out.to_torchvision(own) if to == "torchvision" else dict(own)
+        return {"model": export.to_original_swin(own)}
+    return export.to_torchvision(own) if to == "torchvision" else own
 
 
-def _hint(to: str, cfg: Any) -> str:
+def _hint(to: str, cfg: CfgNode) -> str:
     if to != "timm":
         return HINTS[to]
     options = cfg.MODEL.BACKBONE
@@ -217,50 +230,34 @@ def norm_eps_note(eps: float) -> str:
     return f"set eps to {eps:g} in {norms}, to get the same features"
 
 
-def _moco_head(checkpoint: Mapping[str, object], which: str) -> dict[str, Any]:
+def _moco_head(checkpoint: Mapping[str, object], which: str) -> dict[str, Tensor]:
     """Return the projector of one of our MoCo checkpoints as `fc.*`; empty for other files."""
-    from models.weights.export import moco_head
-    from models.weights.find import tensors_of
-
     prefix = f"{which}.projector."
     tensors = tensors_of(checkpoint.get("framework"))
-    return moco_head(
-        {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    )
+    head = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return export.moco_head({key.removeprefix(prefix): t for key, t in head.items()})
 
 
-def _listing(report: Any) -> str:
-    from models.weights.find import listed
-
+def _listing(report: LoadReport) -> str:
     lines = [f"matched: {report.matched}", f"missing: {', '.join(report.missing) or 'none'}"]
     lines.append(f"left out: {listed(report.unexpected) or 'none'}")
     return "\n".join(lines + [f"resized: {', '.join(report.resized)}"] * bool(report.resized))
 
 
-def _config(args: argparse.Namespace) -> Any:
-    from models import framework_options
-    from utils.config.load import load_config
-    from utils.config.schema import declare
-
+def _config(args: argparse.Namespace) -> CfgNode:
     own = args.source / "config.yaml"
     if args.cfg is None and not own.is_file():
         raise ValueError("--cfg: is needed to know the backbone; give the run's yaml")
     return load_config(declare(framework_options()), [args.cfg or own], args.opts, {})
 
 
-def _backbone(cfg: Any) -> Any:
-    from models.parts.backbones import build_backbone
-    from utils.config.load import section_options
-
+def _backbone(cfg: CfgNode) -> Backbone:
     options = section_options(cfg.MODEL.BACKBONE)
     del options["target_drop_path"]  # of the target network, which is not built here
     return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE).eval()
 
 
-def _framework(cfg: Any) -> Any:
-    from models import build_framework
-    from utils.config.load import method_section, section_options
-
+def _framework(cfg: CfgNode) -> MomentumFramework:
     return build_framework(
         cfg.MODEL.NAME,
         section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
@@ -271,40 +268,32 @@ def _framework(cfg: Any) -> Any:
 
 
 def _checkpoint_of(source: Path) -> Path:
-    from utils.checkpoints import file as checkpoint
-
     if not source.is_dir() or (source / "model.safetensors").is_file():
         return source
-    found = checkpoint.newest_valid(source)
+    found = checkpoints.newest_valid(source)
     if found is None:
         raise ValueError(f"{source} holds no checkpoint; name a file, or the folder of a run")
     return found.path
 
 
 def _read(source: Path) -> Mapping[str, object]:
-    from utils.checkpoints.foreign import read_torch
-
     source = _checkpoint_of(source)
     return read_torch(source / "model.safetensors" if source.is_dir() else source)
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
-    import torch
-
+def _save(content: Mapping[str, object], path: Path) -> None:
     _write(path, lambda file: torch.save(content, file))
 
 
-def _write(path: Path, fill: Callable[[Any], object]) -> None:
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Write a file that is whole or not there."""
-    from utils.checkpoints.atomic import write_file
-
     if path.is_dir():
         raise ValueError(f"--output: {path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, fill)
 
 
-def _is_queue(name: str, tensor: Any) -> bool:
+def _is_queue(name: str, tensor: Tensor) -> bool:
     return "queue" in name and tensor.ndim == 2
 
 

@@ -11,62 +11,19 @@ writes the same bytes.
 """
 
 import argparse
-import io
-import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tools.parts.packing import SKIPPED, Partial, Progress, difference  # noqa: E402
-from utils.names import OneLine, visible  # noqa: E402
-from utils.streams import guard_streams  # noqa: E402
-
-if TYPE_CHECKING:
-    from data.sources.base import Source
-    from data.sources.packed import PackIndex
-
-_TASK = 16  # images that a worker encodes at once
+from utils.cli import Parser, answer_at_once
+from utils.streams import guard_streams
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Pack, or only verify; return the exit code."""
-    args = _parse(argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine())
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("synco").setLevel(logging.INFO)  # the listing says what it leaves out
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    try:
-        verify(args.output) if args.verify else pack(args)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
-        return 130
-    except (ValueError, OSError) as error:
-        again = (
-            ""
-            if isinstance(error, ValueError)
-            else "; free space or mend it, the same command goes on"
-        )
-        print(f"\nerror: {visible(str(error))}{again}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -101,6 +58,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no-verify", action="store_true", help="do not read the file back before it is done"
     )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments; exit with code 2 if a number is out of its range."""
+    parser = _parser()
     args = parser.parse_args(argv)
     for flag, value, least, most in (
         ("--short-side", args.short_side, 0, 1 << 16),
@@ -113,14 +76,68 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    guard_streams(escape=False)  # its bar moves the cursor
+    answer_at_once(_parser())
+
+import io
+import logging
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, features
+from torch.utils.data import Dataset
+
+from data.augment.crops import Resize
+from data.decode import decode_rgb
+from data.loader import LoaderError, fetch_in_order
+from data.sampler import Request
+from data.sources import build_source
+from data.sources.base import PackedStrings, Source
+from data.sources.folder import FileSource
+from data.sources.packed import HEAD, PackedSource, PackIndex
+from tools.parts.packing import SKIPPED, Partial, Progress, Settings, difference
+from utils.checkpoints.atomic import sync_folder
+from utils.names import OneLine, visible
+
+_TASK = 16  # images that a worker encodes at once
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pack, or only verify; return the exit code."""
+    args = parse_args(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("synco").setLevel(logging.INFO)  # the listing says what it leaves out
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        verify(args.output) if args.verify else pack(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here")
+        return 130
+    except (ValueError, OSError) as error:
+        mended = "; free space or mend it, the same command goes on"
+        again = "" if isinstance(error, ValueError) else mended
+        print(f"\nerror: {visible(str(error))}{again}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 # ---- the parts of the work -----------------------------------------------------------------------
 
 
 def pack(args: argparse.Namespace) -> None:
     """Write `args.output`, going on with what an earlier call left."""
-    from data.sources import build_source
-    from utils.checkpoints.atomic import sync_folder
-
     source = build_source(args.dataset, args.data_path, args.split, index_cache="")
     source.max_pixels = args.max_pixels or source.max_pixels
     settings = _settings(args, source)
@@ -130,7 +147,7 @@ def pack(args: argparse.Namespace) -> None:
         return
     partial = Partial.open(args.output, settings, len(source), args.skip_unreadable)
     try:
-        _encode_rest(partial, source, settings, args)
+        _encode_rest(partial, source, args)
         left_out = [source.name(int(i)) for i in np.flatnonzero(partial.rows["length"] == SKIPPED)]
         described = {"split": args.split, "raw": args.raw, "classes": source.classes}
         partial.close_file(
@@ -149,10 +166,8 @@ def pack(args: argparse.Namespace) -> None:
         print(f"left out, unreadable: {visible(name)}")
 
 
-def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
+def _settings(args: argparse.Namespace, source: Source) -> Settings:
     """Return all that the bytes of the pack depend on."""
-    from PIL import __version__, features
-
     if not args.raw and source.images is not None:
         raise ValueError(f"--dataset {args.dataset} holds pixels, not JPEGs: add --raw")
     settings = {name: getattr(args, name) for name in ("dataset", "split", "short_side", "raw")}
@@ -160,15 +175,13 @@ def _settings(args: argparse.Namespace, source: "Source") -> dict[str, Any]:
         settings["quality"] = args.quality
     if args.short_side or args.raw:
         settings["codecs"] = (
-            f"Pillow {__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+            f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
         )
     return {**settings, "source": source.fingerprint()}
 
 
-def _finished(output: Path, settings: dict[str, Any]) -> None:
+def _finished(output: Path, settings: Settings) -> None:
     """Accept a pack of the same settings; `ValueError` for any other file."""
-    from data.sources.packed import PackedSource
-
     found = PackedSource(output).header.get("settings")
     if found != settings:
         raise ValueError(
@@ -180,20 +193,13 @@ def _finished(output: Path, settings: dict[str, Any]) -> None:
     print(f"{output} is complete")
 
 
-def _encode_rest(
-    partial: "Partial", source: "Source", settings: dict[str, Any], args: argparse.Namespace
-) -> None:
+def _encode_rest(partial: Partial, source: Source, args: argparse.Namespace) -> None:
     """Encode what is missing, in order, and append it."""
-    import torch
-
-    from data.loader import LoaderError, fetch_in_order
-    from data.sampler import Request
-
     partial.commit()  # workers that are forked now inherit no bytes that wait to be written
     first, count = partial.done, len(source)
     tasks = [Request(0, 0, np.arange(i, min(i + _TASK, count))) for i in range(first, count, _TASK)]
     progress = Progress("packing", count, first)
-    encoder: Any = Encoder(source, settings)
+    encoder = Encoder(source, args.short_side, args.raw, args.quality)
     try:
         for encoded in fetch_in_order(encoder, tasks, args.workers, 600.0, torch.device("cpu")):
             for index, (data, height, width, reason) in enumerate(encoded, start=partial.done):
@@ -213,18 +219,14 @@ def _encode_rest(
     progress.end()
 
 
-def _index(partial: "Partial", source: "Source") -> "PackIndex":
-    from data.sources.base import PackedStrings
-    from data.sources.folder import FileSource
-    from data.sources.packed import HEAD, PackIndex
-
+def _index(partial: Partial, source: Source) -> PackIndex:
     kept = np.flatnonzero(partial.rows["length"] != SKIPPED)
     if not len(kept):
         raise ValueError("no image can be read: nothing to pack")
     rows = partial.rows[kept]
-    names: Any = source.paths if isinstance(source, FileSource) else getattr(source, "names", None)
-    name = source.name if names is None else names.__getitem__
-    packed = PackedStrings([name(int(i)) for i in kept])
+    # names inside the source: the full ones would hold the path of this machine
+    names = source.paths if isinstance(source, FileSource) else getattr(source, "names", None)
+    packed = PackedStrings([source.name(i) if names is None else names[i] for i in kept.tolist()])
     return PackIndex(
         offsets=np.cumsum(np.concatenate([[len(HEAD)], rows["length"]]), dtype=np.int64),
         labels=source.labels.numpy()[kept],
@@ -237,8 +239,6 @@ def _index(partial: "Partial", source: "Source") -> "PackIndex":
 
 def verify(path: Path) -> None:
     """Read a whole pack and compare it with its checksums; `ValueError` names what is wrong."""
-    from data.sources.packed import PackedSource
-
     source = PackedSource(path)
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
@@ -253,48 +253,52 @@ def verify(path: Path) -> None:
     progress.end()
 
 
-class Encoder:
-    """Turns image indices into records: (bytes, height, width, why it cannot be read)."""
+class Record(NamedTuple):
+    """An image as the pack stores it, or why it cannot be read."""
 
-    def __init__(self, source: "Source", settings: dict[str, Any]) -> None:
-        self.source, self.settings = source, settings
+    data: bytes
+    height: int
+    width: int
+    reason: str = ""
 
-    def __getitem__(self, request: Any) -> list[tuple[bytes, int, int, str]]:
+
+class Encoder(Dataset[list[Record]]):
+    """Turns the image indices of a request into records, in a worker."""
+
+    def __init__(self, source: Source, short_side: int, raw: bool, quality: int) -> None:
+        self.source, self.short_side, self.raw, self.quality = source, short_side, raw, quality
+
+    def __getitem__(self, request: Request) -> list[Record]:
         """Encode the images of a request."""
         return [self._record(int(index)) for index in request.indices]
 
-    def _record(self, index: int) -> tuple[bytes, int, int, str]:
+    def _record(self, index: int) -> Record:
         try:
             return self._encode(index)
         except Exception as error:  # whatever a decoder may raise: the file is bad
-            return b"", 0, 0, f"{type(error).__name__}: {error}"
+            return Record(b"", 0, 0, f"{type(error).__name__}: {error}")
 
-    def _encode(self, index: int) -> tuple[bytes, int, int, str]:
-        from PIL import Image
-
-        from data.augment.crops import Resize
-        from data.decode import decode_rgb
-
+    def _encode(self, index: int) -> Record:
         data = self.source.encoded(index)
-        if data is None and not self.settings["raw"]:
+        if data is None and not self.raw:
             raise ValueError("only its pixels are stored: add --raw")
         image = (
             self.source.load(index) if data is None else decode_rgb(data, self.source.max_pixels)
         )
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         height, width = pixels.shape[:2]
-        side = self.settings["short_side"]
-        if side and min(height, width) > side:
-            height, width = Resize(side).shape(height, width)
+        if self.short_side and min(height, width) > self.short_side:
+            height, width = Resize(self.short_side).shape(height, width)
             smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
             pixels = np.asarray(smaller)
-            if not self.settings["raw"]:
+            if not self.raw:
                 buffer = io.BytesIO()
-                smaller.save(buffer, "JPEG", quality=self.settings["quality"])
+                smaller.save(buffer, "JPEG", quality=self.quality)
                 data = buffer.getvalue()
-        return pixels.tobytes() if data is None or self.settings["raw"] else data, height, width, ""
+        if data is None or self.raw:
+            data = pixels.tobytes()
+        return Record(data, height, width)
 
 
 if __name__ == "__main__":
-    guard_streams(escape=False)  # its bar moves the cursor
     sys.exit(main())

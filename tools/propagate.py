@@ -12,6 +12,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
+from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
+
+FLAGS = ("--data-path", "--output", "--tag", "--seed", "--device")
+
+
+def _parser() -> Parser:
+    parser = make_parser(__doc__ or "", flags=FLAGS)
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
+    )
+    add_which(parser)
+    parser.add_argument(
+        "--list", default="ImageSets/2017/val.txt", help="names of the videos, one a line"
+    )
+    parser.add_argument("--resolution", default="480p", help="folder of frames and annotations")
+    parser.add_argument(
+        "--short-side", type=int, default=480, help="frames are brought to this many pixels"
+    )
+    return parser
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
 import itertools
 import json
 import logging
@@ -30,7 +55,6 @@ from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.parts.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
-from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
 from utils.reading import read_text
 
@@ -38,24 +62,10 @@ logger = logging.getLogger("synco")
 
 SIDE_MULTIPLE = 64  # the longer side is rounded down to a multiple of this
 
-FLAGS = ("--data-path", "--output", "--tag", "--seed", "--device")
-
 
 def main() -> int:
     """Carry the masks through every video of the list, print the quality; return the exit code."""
-    parser = make_parser(__doc__ or "", flags=FLAGS)
-    parser.add_argument(
-        "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
-    )
-    add_which(parser)
-    parser.add_argument(
-        "--list", default="ImageSets/2017/val.txt", help="names of the videos, one a line"
-    )
-    parser.add_argument("--resolution", default="480p", help="folder of frames and annotations")
-    parser.add_argument(
-        "--short-side", type=int, default=480, help="frames are brought to this many pixels"
-    )
-    args, flags = parse(parser)
+    args, flags = parse(_parser())
     frozen = open_frozen(args, flags)
     root = Path(frozen.run.cfg.DATA.PATH)
     names = read_list(root / args.list)

@@ -11,6 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
+from utils.cli import answer_at_once, make_parser, parse, run_main
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(make_parser(__doc__ or ""))
+
 import json
 import logging
 from collections.abc import Callable
@@ -35,7 +41,6 @@ from tools.parts.pictures import nearest, pick_queries, save_learning_curve, sav
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch
-from utils.cli import make_parser, parse, run_main
 from utils.config.load import load_config, section_options
 from utils.config.schema import declare
 from utils.logger import setup_logger

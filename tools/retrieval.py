@@ -11,6 +11,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
+from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
+
+SETS = ("roxford5k", "rparis6k")
+FLAGS = ("--data-path", "--output", "--tag", "--seed", "--device", "--batch-size")
+
+
+def _parser() -> Parser:
+    parser = make_parser(__doc__ or "", {"--batch-size": "LINEAR.BATCH_SIZE"}, FLAGS)
+    parser.add_argument(
+        "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
+    )
+    add_which(parser)
+    parser.add_argument("--sets", nargs="+", default=list(SETS), help="folders below --data-path")
+    parser.add_argument(
+        "--multi-scale", action="store_true", help="mean feature over five sizes, 1 to 1/4"
+    )
+    parser.add_argument("--crop-queries", action="store_true", help="cut queries to their building")
+    return parser
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
 import json
 from collections.abc import Callable, Sequence
 
@@ -26,28 +50,14 @@ from models.parts.backbones import Backbone
 from models.parts.resolution import at_size, size_multiple
 from tools.parts.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
-from utils.cli import add_which, make_parser, parse, run_main
 from utils.names import folder_name
 
 MULTI_SCALE = (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)
 
-SETS = ("roxford5k", "rparis6k")
-FLAGS = ("--data-path", "--output", "--tag", "--seed", "--device", "--batch-size")
-
 
 def main() -> int:
     """Measure every set that is asked for, print one table; return the exit code."""
-    parser = make_parser(__doc__ or "", {"--batch-size": "LINEAR.BATCH_SIZE"}, FLAGS)
-    parser.add_argument(
-        "--pretrained", metavar="FILE", help="weights or a run's folder; none: untrained"
-    )
-    add_which(parser)
-    parser.add_argument("--sets", nargs="+", default=list(SETS), help="folders below --data-path")
-    parser.add_argument(
-        "--multi-scale", action="store_true", help="mean feature over five sizes, 1 to 1/4"
-    )
-    parser.add_argument("--crop-queries", action="store_true", help="cut queries to their building")
-    args, flags = parse(parser)
+    args, flags = parse(_parser())
     frozen = open_frozen(args, flags)
     scales = MULTI_SCALE if args.multi_scale else (1.0,)
     root = Path(frozen.run.cfg.DATA.PATH)

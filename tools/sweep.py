@@ -11,22 +11,79 @@ failed points again; a point that diverged (code 3) has lost. What follows -- go
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import Parser, answer_at_once, make_parser, run_main
+from utils.names import folder_name
+
+# flags of main_semisup.py that the sweep hands on
+HANDED_ON = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    for name in HANDED_ON:
+        kind = int if name == "batch_size" else str
+        add(f"--{name.replace('_', '-')}", type=kind, help="as in main_semisup.py")
+    add("--pretrained", help="weights or a run's folder; default: the run's own newest")
+    add("--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"])
+    add("--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"])
+    add("--train-percent", nargs="+", type=float, default=[1.0])
+    add("--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn")
+    add("--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%")
+    add("--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1])
+    add("--lr-classifier", nargs="+", type=float, default=[0.5])
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--hold-out", type=float, default=0.2, help="share of the labels for validation")
+    add("--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU")
+    add("--name", default="sweep", help="of the table's files")
+    add("--keep-checkpoints", action="store_true", help="of finished runs")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the sweep's own arguments, and those after -- for its runs."""
+    own, extra = _split(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(own)
+    if not 0 < args.hold_out < 1:
+        parser.error(f"--hold-out {args.hold_out}: a choice needs validation labels; use e.g. 0.2")
+    return args, extra
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    at = words.index("--") if "--" in words else len(words)
+    return list(words[:at]), list(words[at + 1 :])
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser(), _split(sys.argv[1:])[0])
+
 import hashlib
 import itertools
 import json
 import os
 import signal
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
+import torch
 from yacs.config import CfgNode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tools.parts.sweep_points import (  # noqa: E402
+from evaluation.probe import find_weights
+from models import framework_options
+from tools.parts.sweep_points import (
     Group,
     Point,
     Result,
@@ -36,18 +93,16 @@ from tools.parts.sweep_points import (  # noqa: E402
     markdown,
     table,
 )
-from tools.parts.sweep_runs import Runner  # noqa: E402
-from utils.checkpoints.atomic import write_text  # noqa: E402
-from utils.names import folder_name  # noqa: E402
-from utils.streams import guard_streams  # noqa: E402
-
-# flags of main_semisup.py that the sweep hands on
-HANDED_ON = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
+from tools.parts.sweep_runs import Runner
+from utils.checkpoints.atomic import write_text
+from utils.config.load import leaves, load_config
+from utils.config.schema import declare, key_class
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid, then the choices; print and write the table; return the exit code."""
-    args, extra = _parse(argv)
+    args, extra = parse_args(argv)
+    folder_name(args.name, "--name")
     folder, shared, weights, content = _place(args, extra)
     # also where a shell has made a background job ignore it
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -124,7 +179,7 @@ def settings(args: argparse.Namespace, weights: str) -> Iterator[Setting]:
 
 
 def epochs_of(words: Sequence[str], percent: float) -> list[int]:
-    """Return the epochs to try for `percent`: words `60` are for all, `1:60` for 1 % only."""
+    """Return the epochs to try for ``percent``: words ``60`` are for all, ``1:60`` for 1 % only."""
     pairs = [word.rpartition(":") for word in words]
     chosen = [int(epochs) for only, _, epochs in pairs if not only or float(only) == percent]
     if not chosen:
@@ -134,52 +189,11 @@ def epochs_of(words: Sequence[str], percent: float) -> list[int]:
     return chosen
 
 
-# ---- the command line ----------------------------------------------------------------------------
-
-
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    words = list(sys.argv[1:] if argv is None else argv)
-    at = words.index("--") if "--" in words else len(words)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    for name in HANDED_ON:
-        kind = int if name == "batch_size" else str
-        add(f"--{name.replace('_', '-')}", type=kind, help="as in main_semisup.py")
-    add("--pretrained", help="weights or a run's folder; default: the run's own newest")
-    add("--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"])
-    add("--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"])
-    add("--train-percent", nargs="+", type=float, default=[1.0])
-    add("--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn")
-    add("--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%")
-    add("--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1])
-    add("--lr-classifier", nargs="+", type=float, default=[0.5])
-    add("--seeds", nargs="+", type=int, default=[0])
-    add("--hold-out", type=float, default=0.2, help="share of the labels for validation")
-    add("--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU")
-    add("--name", default="sweep", help="of the table's files")
-    add("--keep-checkpoints", action="store_true", help="of finished runs")
-    args = parser.parse_args(words[:at])
-    if not 0 < args.hold_out < 1:
-        parser.error(f"--hold-out {args.hold_out}: a choice needs validation labels; use e.g. 0.2")
-    folder_name(args.name, "--name")
-    return args, words[at + 1 :]
-
-
 def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str], str, str]:
     """Return the runs' folder, the flags they share, the weights, and a digest of what files say.
 
     The weights are looked for once: a checkpoint that appears later does not change the sweep.
     """
-    from evaluation.probe import find_weights
-    from models import framework_options
-    from utils.cli import make_parser
-    from utils.config.load import load_config
-    from utils.config.schema import declare
-
     given = {name: getattr(args, name) for name in HANDED_ON if getattr(args, name) is not None}
     shared = [
         str(part)
@@ -202,9 +216,6 @@ def _content(cfg: CfgNode, args: argparse.Namespace, weights: str) -> str:
 
     A finished run is skipped by its name, so the name has to change with any of them.
     """
-    from utils.config.load import leaves
-    from utils.config.schema import key_class
-
     values = {key: value for key, value in leaves(cfg) if key_class(key, "semisup") == "identity"}
     files = [] if weights == "none" else [Path(weights)]
     if args.protocol:
@@ -224,8 +235,6 @@ def _content(cfg: CfgNode, args: argparse.Namespace, weights: str) -> str:
 
 def _devices(args: argparse.Namespace) -> list[str]:
     """Return one entry for each run at a time: which GPU it sees, or nothing."""
-    import torch
-
     count = torch.cuda.device_count() if args.device != "cpu" else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpus = visible[:count] if visible != [""] else [str(number) for number in range(count)]
@@ -236,8 +245,4 @@ def _devices(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    guard_streams()
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

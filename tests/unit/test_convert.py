@@ -21,7 +21,6 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from models.classifier import pretrained_backbone
-from models.parts import backbones
 from models.parts.backbones import build_backbone
 from models.weights.find import find_network
 from models.weights.load import load_backbone
@@ -105,7 +104,7 @@ def small(name: str, **_: Any) -> Any:
 def test_out_and_in_again_is_bit_identical_in_every_layout(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones, "build_backbone", small)
+    monkeypatch.setattr(convert, "build_backbone", small)
     cfg = yaml_file(tmp_path, name)
     original = shaken(small(name))
     torch.save({"state_dict": original.state_dict()}, tmp_path / "a.pth")
@@ -218,7 +217,7 @@ def test_a_transformers_swin_gets_the_eps_by_the_exported_words(
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     original = shaken(small("swin_tiny"))
     own_eps(original)
-    monkeypatch.setattr(backbones, "build_backbone", lambda *_, **__: copy.deepcopy(original))
+    monkeypatch.setattr(convert, "build_backbone", lambda *_, **__: copy.deepcopy(original))
     torch.save({"state_dict": original.state_dict()}, tmp_path / "a.pth")
     cfg = yaml_file(tmp_path, "swin_tiny")
     eps = ("--opts", "MODEL.BACKBONE.NORM_EPS", "1e-6")

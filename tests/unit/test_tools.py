@@ -1,4 +1,4 @@
-"""What a person meets first: the help of a tool."""
+"""What a person meets first: the help of a tool, and what it says to a mistyped flag."""
 
 import subprocess
 import sys
@@ -7,21 +7,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__")
 # any import of torch, which takes seconds, is an error in this process
 SCRIPT = """
 import runpy, sys
 sys.modules["torch"] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+place, *sys.argv = sys.argv[1:]
+sys.argv.insert(0, place)
+runpy.run_path(place, run_name="__main__")
 """
-AT_ONCE = ["tools/sweep.py", "tools/pack.py", "tools/convert.py", "tools/demo.py"]
 
 
-@pytest.mark.parametrize("name", [*AT_ONCE, "benchmarks/__main__.py"])
+def answer(place: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, str(place), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+
+
+@pytest.mark.parametrize("name", [*(f"tools/{tool}" for tool in TOOLS), "benchmarks/__main__.py"])
 def test_help_needs_no_torch_and_has_an_example(name: str) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(ROOT / name), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    done = answer(ROOT / name, "--help")
     assert done.returncode == 0, done.stderr
     module = name.removesuffix("/__main__.py")
-    example = f"python -m {module}" if module != name else f"python {name}"
-    assert f"\nExample: {example}" in done.stdout  # as it is written, so that it can be copied
+    command = f"python -m {module}" if module != name else f"python {name}"
+    assert f"\nExample: {command}" in done.stdout  # as it is written, so that it can be copied
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("name", [tool for tool in TOOLS if tool != "demo.py"])
+def test_a_mistyped_flag_is_one_line_and_needs_no_torch(name: str) -> None:
+    """But for the demo, which hands on what it does not know."""
+    required = {"convert.py": ["inspect", "F"], "compare_checkpoints.py": ["A", "B"]}
+    required["pack.py"] = ["--output", "P"]
+    done = answer(ROOT / "tools" / name, *required.get(name, []), "--oups")
+    assert done.returncode == 2
+    error, see = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "--oups" in error
+    assert see.startswith(f"See {name}")
+
+
+@pytest.mark.parametrize("name", ["retrieval.py", "propagate.py"])
+@pytest.mark.parametrize("flag", ["--epochs", "--resume", "--precision", "--throughput"])
+def test_a_shared_flag_that_would_do_nothing_is_refused(name: str, flag: str) -> None:
+    done = answer(ROOT / "tools" / name, flag)
+    assert done.returncode == 2
+    assert f"unknown argument '{flag}'" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--oups", "--", "--opts"], ["--", "--oups"]])
+def test_the_sweep_reads_its_own_flags_only(words: list[str]) -> None:
+    done = answer(ROOT / "tools/sweep.py", *words)
+    # behind -- stand flags of the runs, so the sweep goes on to import torch
+    own = words[0] == "--oups"
+    assert ("unknown argument '--oups'" in done.stderr) == own, done.stderr
+    assert ("torch" in done.stderr) != own

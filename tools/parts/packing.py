@@ -7,14 +7,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
+from data.sources.binary import checksum
+from data.sources.packed import HEAD, PackIndex, closing
 from utils.locks import try_lock
-
-if TYPE_CHECKING:
-    from data.sources.packed import PackIndex
 
 Settings = dict[str, object]  # all that the bytes of a pack depend on
 SKIPPED = -1  # the length of an image that was left out
@@ -56,8 +55,6 @@ class Partial:
     @classmethod
     def open(cls, output: Path, settings: Settings, count: int, skip: bool) -> "Partial":
         """Go on with what is there, or begin; `ValueError` if it is of other settings or in use."""
-        from data.sources.packed import HEAD
-
         path = output.with_name(f"{output.name}.partial")
         journal = cls.journal_of(output).open("a+b")
         _lock(journal, path)
@@ -85,8 +82,6 @@ class Partial:
 
     def add(self, record: bytes | None, height: int, width: int) -> None:
         """Append the record of the next image, or None to leave it out."""
-        from data.sources.binary import checksum
-
         length = SKIPPED if record is None else len(record)
         self.rows[self.done] = (self.done, length, checksum(record or b""), height, width, 0)
         if record is not None:
@@ -106,10 +101,8 @@ class Partial:
         os.fsync(self.journal.fileno())
         self.committed, self.pending, self.since = self.done, 0, time.monotonic()
 
-    def close_file(self, index: "PackIndex", described: dict[str, object]) -> None:
+    def close_file(self, index: PackIndex, described: dict[str, object]) -> None:
         """Write what stands behind the records."""
-        from data.sources.packed import closing
-
         for part in closing(index, described):
             self.data.write(part)
         self.data.flush()
