@@ -151,17 +151,17 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def answer_at_once(parser: argparse.ArgumentParser) -> None:
+def answer_at_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
     """Answer --help and a mistyped flag, before the program imports anything slow.
 
-    An error in the imports that follow, Ctrl-C too, ends as one in `run_main` does.
+    `argv` are the words, by default those of the command line. An error in the imports that follow, Ctrl-C too, ends as one in `run_main` does.
     """
     guard_streams()
     sys.excepthook = _end_of_import
     if isinstance(parser, Parser):
-        parser.parse_strictly(None)
+        parser.parse_strictly(argv)
     else:
-        parser.parse_args()
+        parser.parse_args(argv)
 
 
 def _end_of_import(
