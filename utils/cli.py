@@ -154,7 +154,8 @@ def add_which(parser: argparse.ArgumentParser) -> None:
 def answer_at_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
     """Answer --help and a mistyped flag, before the program imports anything slow.
 
-    `argv` are the words, by default those of the command line. An error in the imports that follow, Ctrl-C too, ends as one in `run_main` does.
+    `argv` are the words, by default those of the command line. An error in the imports that
+    follow, Ctrl-C too, ends as one in `run_main` does.
     """
     guard_streams()
     sys.excepthook = _end_of_import
