@@ -18,7 +18,7 @@ LIMIT = 30.0
 
 def hang(rank: int, *, where: str, victim: int) -> None:
     """Let ``victim`` sleep in a step, in an evaluation or in a save."""
-    from engine import loop as engine
+    import main_pretrain
     from utils.checkpoints import file as checkpoint
 
     def sleep() -> None:
@@ -33,14 +33,14 @@ def hang(rank: int, *, where: str, victim: int) -> None:
         save = checkpoint.save
         checkpoint.save = lambda *args, **keys: sleep() or save(*args, **keys)
     else:
-        fit = engine.fit
+        fit = main_pretrain.fit  # the program's own name of engine.loop.fit
 
         def wrapped(state: Any, loader: Any, step: Any, plan: Any, run: Any, evaluate: Any) -> Any:
             return fit(
                 state, loader, step, plan, run, lambda progress: sleep() or evaluate(progress)
             )
 
-        engine.fit = wrapped
+        main_pretrain.fit = wrapped
 
 
 @pytest.mark.parametrize(
