@@ -95,8 +95,7 @@ def main() -> int:
     if cfg.TRAIN.CUDA_GRAPHS and accumulation > 1:
         raise ValueError(
             "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
-            "False, or "
-            "TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
+            "False, or TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
         )
     loader = loader_of(
         cfg,

@@ -268,8 +268,7 @@ def _train_and_test(
         others = ", ".join(sorted(path.name for path in run.folder.parent.glob("*/"))) or "none"
         raise ValueError(
             f"--eval: {run.folder} holds no checkpoint; run it without --eval first, with as many "
-            "processes, "
-            f"or name a run with --run-name (there are: {others})"
+            f"processes, or name a run with --run-name (there are: {others})"
         )
     run.describe(classifier, plan, len(splits.train))
     if train:

@@ -25,8 +25,7 @@ def main() -> int:
     except ImportError as error:
         raise ImportError(
             f"train_net.py needs Detectron2 ({error}): {INSTALL}, or use "
-            "detection/main_detection.py, "
-            "which does not"
+            "detection/main_detection.py, which does not"
         ) from error
     args = default_argument_parser().parse_args()
     launch(

@@ -144,9 +144,8 @@ class Meter:
         """Warn when the embeddings begin to collapse; the line of each look has the verdict too."""
         if verdict not in (HEALTHY, EARLY, self._verdict):
             logger.warning(
-                "the embeddings are %s, and it does not get better: the method, its learning rate "
-                "or its "
-                "augmentation is broken",
+                "the embeddings are %s, and it does not get better: the method, its learning "
+                "rate or its augmentation is broken",
                 f"in {verdict}" if verdict.startswith("dimensional") else verdict,
             )
         self._verdict = verdict

@@ -207,8 +207,8 @@ def verdict(found: list[Finding], bad_inputs: str, bad_weights: bool, world: int
         )
     if last.finite:
         return (
-            f"the numbers leave the range of {first.precision}, not that of fp32: --precision fp32"
-            f"{' or bf16' if first.precision == 'fp16' else ''}, or a lower OPTIM.BASE_LR, "
+            f"the numbers leave the range of {first.precision}, not that of fp32: --precision "
+            f"fp32{' or bf16' if first.precision == 'fp16' else ''}, or a lower OPTIM.BASE_LR, "
             "OPTIM.CLIP_GRAD"
         )
     return (

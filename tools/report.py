@@ -61,15 +61,13 @@ COLUMNS = {
     "labels1": "1 label/class",
 }
 NOTES = (
-    "Top-1 accuracy on the test images, percent. "
-    f"k-NN: weighted vote of the {KNN_K} nearest training images by cosine. "
-    "Linear: logistic regression on frozen features. "
-    f"Few labels: the same, mean ± standard deviation over {DRAWS} draws of the labelled images, "
-    "equal for all rows. "
-    f"Raw pixels: the evaluation view, at most {PIXEL_SIDE} pixels a side, minus the mean image "
-    f"({PIXEL_COMPONENTS} principal components for more than {MANY_IMAGES:,} images). "
-    "Random backbone: the run's network before its first step, batch norms as initialised "
-    "(statistics of the data change its k-NN by about a point and lower its probes)."
+    f"Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest "
+    "training images by cosine. Linear: logistic regression on frozen features. Few labels: the "
+    f"same, mean ± standard deviation over {DRAWS} draws of the labelled images, equal for all "
+    f"rows. Raw pixels: the evaluation view, at most {PIXEL_SIDE} pixels a side, minus the mean "
+    f"image ({PIXEL_COMPONENTS} principal components for more than {MANY_IMAGES:,} images). Random "
+    "backbone: the run's network before its first step, batch norms as initialised (statistics of "
+    "the data change its k-NN by about a point and lower its probes)."
 )
 
 # column -> (mean, standard deviation over draws)

@@ -25,8 +25,7 @@ _VALUES: dict[str, tuple[str, type, str]] = {
         "DATA.DATASET",
         str,
         "imagefolder, folder, folder_split, zip, packed, cifar10, cifar100, stl10, tinyimagenet, "
-        "pets, "
-        "digits, mnist5k",
+        "pets, digits, mnist5k",
     ),
     "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
     "--resume": (

@@ -139,9 +139,8 @@ def _refuse(name: str, **options: object) -> None:
 def _extra_tokens(name: str, num_tokens: int) -> int:
     if not name.startswith(("deit_", "vit_", "timm/")):
         raise ValueError(
-            f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} does not apply to {name}, which has no "
-            "class token; "
-            "remove it"
+            f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} does not apply to {name}, which has no class "
+            "token; remove it"
         )
     if num_tokens < 1:
         raise ValueError(f"MODEL.BACKBONE.NUM_TOKENS: {num_tokens} must be 1 or more")
@@ -153,8 +152,7 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in recomputed.modules()):
         raise ValueError(
             f"--use-checkpoint: {name} has batch norm, whose statistics recomputing would count "
-            "twice; "
-            "remove the flag"
+            "twice; remove the flag"
         )
     if not hasattr(backbone, "set_grad_checkpointing"):
         raise ValueError(
@@ -290,8 +288,7 @@ def _check_patches(img_size: int, patch: int, stem: bool = False) -> None:
     if img_size < patch:
         raise ValueError(
             f"DATA.IMG_SIZE: {img_size} is smaller than a patch of the backbone, {patch} pixels; "
-            f"use {patch} "
-            "or more, or a smaller MODEL.BACKBONE.PATCH_SIZE"
+            f"use {patch} or more, or a smaller MODEL.BACKBONE.PATCH_SIZE"
         )
     # its convolutions would give one patch more than there are positions
     if img_size % patch and stem:
@@ -307,8 +304,7 @@ def _check_patches(img_size: int, patch: int, stem: bool = False) -> None:
 def _warn_of_cut(img_size: int, num_cut: int, multiple: int) -> None:
     logger.warning(
         "DATA.IMG_SIZE: %d is not a multiple of %d: the backbone never sees the last %d rows and "
-        "columns of "
-        "an image; use %s",
+        "columns of an image; use %s",
         *(img_size, multiple, num_cut, _nearest(img_size, multiple)),
     )
 

@@ -74,8 +74,8 @@ class MomentumFramework(nn.Module):
         """Let a backbone take all views in one pass; ValueError where the method cannot."""
         if not self.can_stack_views:
             raise ValueError(
-                f"MODEL.STACK_VIEWS: {type(self).__name__} treats its views differently; set it "
-                "to False"
+                f"MODEL.STACK_VIEWS: {type(self).__name__} treats its views differently; set it to "
+                "False"
             )
         self.online.stack_views = self.target.stack_views = True
 
@@ -161,9 +161,9 @@ class KeyQueue(nn.Module):
             below = size // num * num
             fitting = f"{below} or {below + num}" if below else f"{num}"
             raise ValueError(
-                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size "
-                "x processes "
-                f"x accumulation, twice that under BatchFormer or SYMMETRIC); use e.g. {fitting}"
+                f"QUEUE_SIZE: {size} is not a multiple of the {num} keys of one step (batch size x "
+                "processes x accumulation, twice that under BatchFormer or SYMMETRIC); use e.g. "
+                f"{fitting}"
             )
         self.keys[self.position : self.position + num] = keys.to(self.keys.dtype)
         self.position = (self.position + num) % size

@@ -140,8 +140,7 @@ def _refuse_fused_norms(module: nn.Module) -> None:
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in _PLAIN_NORMS:
             raise ValueError(
                 f"MODEL.BACKBONE.NAME: {name} is a {type(child).__name__}, which can neither be "
-                "synchronised "
-                "nor split; use a ResNet, a transformer, or one process"
+                "synchronised nor split; use a ResNet, a transformer, or one process"
             )
 
 

@@ -123,8 +123,8 @@ def _known(state: Mapping[str, Tensor], library: str, families: set[str]) -> str
     kind = family(state)
     if kind not in families:
         raise ValueError(
-            f"{library} takes {', '.join(sorted(families))} here, not this backbone ({kind}); "
-            "use --to timm"
+            f"{library} takes {', '.join(sorted(families))} here, not this backbone ({kind}); use "
+            "--to timm"
         )
     return kind
 

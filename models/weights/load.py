@@ -80,8 +80,8 @@ def load_backbone(
     broken = [key for key in sorted(matched) if not torch.isfinite(matched[key]).all()]
     if broken:
         raise ValueError(
-            f"{source}: {len(broken)} tensors are not finite ({some(broken)}); "
-            "use another checkpoint"
+            f"{source}: {len(broken)} tensors are not finite ({some(broken)}); use another "
+            "checkpoint"
         )
     backbone.load_state_dict(matched, strict=False)  # every key is accounted for above
     left_out = (*unexpected, *sorted(beside))
