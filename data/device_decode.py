@@ -1,6 +1,6 @@
 """JPEGs decoded where the networks run (`DATA.DECODE` device): workers only read files.
 
-On a GPU torchvision hands a batch to nvJPEG, which has hardware of its own; its levels differ from
+On a GPU torchvision hands a batch to nvJPEG, a separate unit of the GPU. Its levels differ from
 libjpeg's by a few, and damage that only a decoder notices may pass. Elsewhere the same code decodes
 on the CPU. Crops have the draws of `data.worker`, and within one level its pixels.
 """

@@ -4,7 +4,7 @@ Nothing is stored and nothing depends on the world size: position p of a global 
 % W and, within the rank, to micro-batch (p // W) // n where n is the micro-batch size per rank.
 
 With repeated augmentation (Hoffer et al. 2020; DeiT) an image of the permutation stands R times in
-a row: its copies go to different ranks, each with draws of its own. An epoch keeps its length: it
+a row: its copies go to different ranks and are augmented differently. An epoch keeps its length: it
 sees the first 1/R of its permutation, and the next epoch another.
 """
 

@@ -121,8 +121,8 @@ class Precision:
             gradient_as_bucket_view=True,  # one copy of the gradients instead of two
             init_sync=False,  # `prepare` has made the ranks equal
         )
-        # Queue and statistics are computed alike on all ranks, or are meant to be local. An
-        # attribute, since the argument of this name has another one in later versions of torch.
+        # Each rank computes the same queue; running statistics of batch norm stay its own. Set as
+        # an attribute, because later versions of torch warn about the argument of this name.
         model.broadcast_buffers = False
         return model
 

@@ -213,7 +213,7 @@ def verdict(found: list[Finding], bad_inputs: str, bad_weights: bool, world: int
         )
     return (
         "fp32 does not help: the weights have grown too large; resume from an older checkpoint "
-        "with a lower OPTIM.BASE_LR (a run of its own: another --tag), a longer "
+        "with a lower OPTIM.BASE_LR (another run: choose another --tag), a longer "
         "SCHEDULE.WARMUP_EPOCHS or OPTIM.CLIP_GRAD"
     )
 

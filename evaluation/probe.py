@@ -67,7 +67,7 @@ class GridPoint(NamedTuple):
 def grid_points(linear: CfgNode) -> list[GridPoint]:
     """Return learning rates x weight decays; a name has the weight decay if there are several.
 
-    Raises `ValueError` where a point stands twice or its weight decay is not its own.
+    Raises `ValueError` for a point that is given twice, and for weight decays that change.
     """
     decays = linear.WEIGHT_DECAYS or [linear.OPTIM.WEIGHT_DECAY]
     if linear.WEIGHT_DECAYS and linear.OPTIM.WEIGHT_DECAY_END:
@@ -84,7 +84,7 @@ def grid_points(linear: CfgNode) -> list[GridPoint]:
     if twice:
         raise ValueError(
             f"LINEAR.LRS (--lr) or LINEAR.WEIGHT_DECAYS (--weight-decay): {', '.join(twice)} "
-            "stands twice; name each value once (six digits count)"
+            "is given twice; name each value once (six digits count)"
         )
     return points
 

@@ -62,9 +62,9 @@ def test_the_grid_is_every_rate_with_every_decay() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"LRS": [1.0, 1.0]}, r"--lr.*lr1 stands twice"),
-        ({"LRS": [1.0, 1.0000001]}, r"lr1 stands twice"),
-        ({"WEIGHT_DECAYS": [0.1, 0.1]}, r"--weight-decay.*lr30_wd0\.1 stands twice"),
+        ({"LRS": [1.0, 1.0]}, r"--lr.*lr1 is given twice"),
+        ({"LRS": [1.0, 1.0000001]}, r"lr1 is given twice"),
+        ({"WEIGHT_DECAYS": [0.1, 0.1]}, r"--weight-decay.*lr30_wd0\.1 is given twice"),
         (
             {"WEIGHT_DECAYS": [0.1], "OPTIM__WEIGHT_DECAY_END": 0.4},
             r"WEIGHT_DECAY_END to 0 instead of 0\.4",

@@ -1,7 +1,7 @@
 """The operations of a view fused for a CPU; needs numba, an optional package.
 
 Same draws, formulas and order as the batched torch operations of `ops.py`. A sample is the work of
-one thread, in an order of its own: its bits depend neither on the batch around it nor on the
+one thread, in a fixed order. Its bits depend neither on the batch around it nor on the
 threads.
 """
 
