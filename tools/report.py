@@ -91,7 +91,8 @@ def main() -> int:
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     setup_logger(None, is_main=True)
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
-    logger.info("%s", report(run))
+    # the result, so standard output: the log shows a line break as an escape
+    print(report(run))
     return 0
 
 
