@@ -27,6 +27,7 @@ from utils.config.load import to_yaml
 from utils.locks import try_lock
 from utils.logger import Metrics, setup_logger
 from utils.names import visible
+from utils.provenance import RUN_FILE, record_start
 from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
@@ -120,6 +121,7 @@ class Run(Precision):
     def reporting(self, state: TrainState) -> Iterator[None]:
         """Write the accepted configuration; keep `status.json` true while the block trains."""
         self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
+        self.write_extra(RUN_FILE, lambda path: record_start(path, state.step, self.device))
         self.finish("running", state.step)
         try:
             yield

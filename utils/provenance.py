@@ -1,0 +1,56 @@
+"""Record where a run comes from: command, commit, machine, versions, one entry a start."""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from utils.checkpoints.atomic import write_text
+from utils.distributed import world_size
+
+RUN_FILE = "run.json"
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def record_start(path: Path, step: int, device: torch.device) -> None:
+    """Append this start, which goes on from `step`, to the file `path` of a run's folder."""
+    try:
+        starts = list(json.loads(path.read_bytes())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or of another kind
+        starts = []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    starts.append(
+        {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": step,
+            "command": sys.argv,
+            "commit": _commit(),
+            "host": platform.node(),
+            "device": f"{device.type} {name}".strip(),
+            "processes": world_size(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+    )
+    write_text(path, json.dumps({"starts": starts}, indent=1))
+
+
+def _commit() -> str:
+    """Return the commit of this code, with a + if files differ from it; empty if unknown."""
+    git = ["git", "-C", str(_ROOT)]
+    try:
+        # untracked files are not looked for: that takes seconds on a slow disk
+        status = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return status.stdout.strip()
