@@ -1,153 +1,32 @@
-"""The command line that all mains share, published flags included, and one way to report errors.
+"""The command line that all mains share, and one way to report errors.
 
-Imports nothing heavy: ``--help`` answers at once.
+Imports nothing heavy: `--help` answers at once.
 """
 
 import argparse
 import contextlib
-import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
+from utils.config.key import Value
 from utils.limits import LIMITS, error_number, first_line, worker_failure
 from utils.names import visible
+from utils.parser import Parser, add_which, make_parser, names_nothing
 from utils.streams import guard_streams
 
-# flag -> configuration key; a flag that is not given leaves the configuration alone
-_VALUES: dict[str, tuple[str, type, str]] = {
-    "--batch-size": ("TRAIN.BATCH_SIZE", int, "images per process and micro-batch"),
-    "--data-path": ("DATA.PATH", str, "root folder of the data set"),
-    "--dataset": (
-        "DATA.DATASET",
-        str,
-        "imagefolder, folder, folder_split, zip, packed, cifar10, cifar100, stl10, tinyimagenet, "
-        "pets, digits, mnist5k",
-    ),
-    "--cache-mode": ("DATA.CACHE_MODE", str, "zip only: no, full or part"),
-    "--resume": (
-        "RESUME",
-        str,
-        "checkpoint to go on from, instead of the newest of the run's folder",
-    ),
-    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", int, "micro-batches per optimiser step"),
-    "--epochs": ("TRAIN.EPOCHS", int, "epochs of the whole run"),
-    "--output": ("OUTPUT", str, "output root; a run writes to OUTPUT/NAME/TAG"),
-    "--tag": ("TAG", str, "name of this run"),
-    "--seed": ("SEED", int, "seed of everything random"),
-    "--precision": (
-        "TRAIN.PRECISION",
-        str,
-        "auto (what the device is fast at), fp32, bf16 or fp16",
-    ),
-    "--device": ("DEVICE", str, "auto, cpu or cuda"),
-}
-_SWITCHES = {
-    "--use-checkpoint": (
-        "TRAIN.USE_CHECKPOINT",
-        True,
-        "recompute activations of the online network to save memory",
-    ),
-    "--zip": ("DATA.DATASET", "zip", "data set as zip files with maps"),
-    "--download": ("DATA.DOWNLOAD", True, "let torchvision download the data set"),
-}
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written: an example stays one line to copy."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses what it does not know, in two lines."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2; the usage, which may fill a page, is left to --help."""
-        self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
-
-    def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, refusing an unknown flag with the nearest known one."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-            self.error(
-                f"unknown argument {unknown[0]!r}"
-                + (f"; did you mean {close[0]}?" if close else "")
-            )
-        return args
-
-
-def make_parser(
-    description: str,
-    renamed: dict[str, str] | None = None,
-    flags: Collection[str] | None = None,
-) -> Parser:
-    """Return the parser of the shared flags; with `flags` of --cfg, --opts and those only.
-
-    `renamed` maps a flag to another key (the probe's epochs).
-    """
-    parser = Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("--cfg", metavar="FILE", help="yaml configuration, see configs/")
-    parser.add_argument(
-        "--opts",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY VALUE",
-        help="override any configuration key",
-    )
-    for flag, (key, kind, text) in _VALUES.items():
-        if flags is not None and flag not in flags:
-            continue
-        key = (renamed or {}).get(flag, key)
-        parser.add_argument(
-            flag, dest=key, type=kind, default=argparse.SUPPRESS, help=f"{text} [{key}]"
-        )
-    if flags is not None:
-        return parser
-    for flag, (key, value, text) in _SWITCHES.items():
-        parser.add_argument(
-            flag,
-            dest=key,
-            action="store_const",
-            const=value,
-            default=argparse.SUPPRESS,
-            help=f"{text} [{key}={value}]",
-        )
-    parser.add_argument(
-        "--amp-opt-level",
-        choices=["O0", "O1", "O2"],
-        default=argparse.SUPPRESS,
-        help="published spelling of --precision: O0 fp32, O1 and O2 mixed (bf16 where possible)",
-    )
-    parser.add_argument(
-        "--eval", action="store_true", help="evaluate the newest checkpoint and stop"
-    )
-    parser.add_argument(
-        "--throughput", action="store_true", help="measure the backbone's images/s and stop"
-    )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    return parser
-
-
-def add_which(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says which network of a file of several is meant."""
-    parser.add_argument(
-        "--which",
-        choices=["online", "target", "student", "teacher"],
-        default="",
-        help="network of a file of several (student is online, teacher target); default: the one "
-        "that the original evaluates",
-    )
+__all__ = [
+    "Parser",
+    "add_which",
+    "answer_at_once",
+    "lost_processes",
+    "make_parser",
+    "parse",
+    "run_main",
+]
 
 
 def answer_at_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
@@ -158,6 +37,10 @@ def answer_at_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None =
     """
     guard_streams()
     sys.excepthook = _end_of_import
+    # else a run of the default recipe would start, and leave its folder
+    if names_nothing(parser, argv):
+        parser.print_help()
+        sys.exit(2)
     if isinstance(parser, Parser):
         parser.parse_strictly(argv)
     else:
@@ -179,10 +62,10 @@ def _end_of_import(
 
 def parse(
     parser: Parser, argv: Sequence[str] | None = None
-) -> tuple[argparse.Namespace, dict[str, Any]]:
+) -> tuple[argparse.Namespace, dict[str, Value]]:
     """Return the arguments and the configuration keys that flags set.
 
-    ``--local_rank`` (old launchers) becomes the environment variable that torchrun sets.
+    `--local_rank` (old launchers) becomes the environment variable that torchrun sets.
     """
     # Read when torch is loaded: idle threads sleep; spinning ones make a busy machine ten times
     # slower.
@@ -201,12 +84,11 @@ def parse(
 
 
 def _mixed_precision() -> str:
-    import torch
-
-    no_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    return "fp16" if no_bf16 else "bf16"
+    """Return what a GPU without bf16 needs, once torch is there to be asked."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return "bf16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
@@ -214,7 +96,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
     Exit codes: 0 done, 1 a fault of ours, 2 bad input or a full disk, 3 gradients not finite, 4 out
     of memory, 5 a loader worker or another process failed, 75 preempted (start the same command
-    again), 130 stopped at once. With ``SYNCO_DEBUG=1`` the one line is preceded by its traceback.
+    again), 130 stopped at once. With `SYNCO_DEBUG=1` the one line is preceded by its traceback.
     """
     guard_streams()
     try:
@@ -231,7 +113,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
 
 def _recorded(main: Callable[[], int]) -> Callable[[], int]:
-    """Under torchrun, let its own report name an error that ``main`` raises."""
+    """Under torchrun, let its own report name an error that `main` raises."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return main
     from torch.distributed.elastic.multiprocessing.errors import record  # takes seconds: torch

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from utils import cli
+from utils import cli, published_flags
+from utils.flags import FLAGS, OF_PRETRAINING
+from utils.published_flags import our_spelling
 
 ROOT = Path(__file__).parents[2]
 PROBE = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
@@ -37,6 +39,11 @@ def parsed(*argv: str, renamed: dict[str, str] | None = None) -> tuple[Any, dict
         (["--precision", "fp16"], "TRAIN.PRECISION", "fp16"),
         (["--device", "cpu"], "DEVICE", "cpu"),
         (["--download"], "DATA.DOWNLOAD", True),
+        (["--lr", "0.03"], "OPTIM.BASE_LR", 0.03),
+        (["--weight-decay", "0"], "OPTIM.WEIGHT_DECAY", 0.0),
+        (["--workers", "4"], "DATA.NUM_WORKERS", 4),
+        (["--backbone", "resnet18"], "MODEL.BACKBONE.NAME", "resnet18"),
+        (["--img-size", "96"], "DATA.IMG_SIZE", 96),
         (["--batch-size=64"], "TRAIN.BATCH_SIZE", 64),
     ],
 )
@@ -50,7 +57,7 @@ def test_every_flag_names_a_key_of_the_tree() -> None:
     from utils.config.schema import declare
 
     known = {key for key, _ in leaves(declare(framework_options()).defaults())}
-    named = {key for key, *_ in [*cli._VALUES.values(), *cli._SWITCHES.values()]}
+    named = {flag.key for flag in FLAGS.values()}
     assert named | set(PROBE.values()) <= known
 
 
@@ -104,10 +111,15 @@ def test_a_probe_renames_what_means_its_own_thing() -> None:
             ["--gradient-accumulation-steps", "--accumulation-steps"],
         ),
         (["--batchsize", "8"], ["'--batchsize'", "--batch-size"]),
-        (["--data", "x"], ["'--data'", "did you mean"]),
+        (["--data", "x"], ["'--data x'; here it is --data-path x"]),
         (["--outputs=x"], ["--output"]),
         (["-x"], ["'-x'"]),
         (["stray"], ["'stray'"]),
+        (["--epoch", "3"], ["did you mean --epochs?"]),
+        (["-a", "resnet18"], ["here it is --backbone resnet18"]),
+        (["--moco-t=0.07"], ["here it is --opts MODEL.METHOD.TEMPERATURE 0.07"]),
+        (["--gpu", "3"], ["'--gpu 3': put CUDA_VISIBLE_DEVICES=3 in front"]),
+        (["/data/imagenet"], ["here it is --data-path /data/imagenet"]),
         (["--batch-size", "many"], ["--batch-size", "'many'"]),
         (["--amp-opt-level", "O3"], ["--amp-opt-level", "O3"]),
         (["--tag"], ["--tag"]),
@@ -122,6 +134,71 @@ def test_what_is_not_understood_is_refused(
     message = capsys.readouterr().err
     for word in [*words, "--help"]:
         assert word in message
+
+
+@pytest.mark.parametrize("flag", ["--zzz", "--lrr=3", "--hel-me-with-it", "--local-ran"])
+def test_nothing_is_suggested_that_is_not_near(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(cli.make_parser("test", flags=["--tag"]), [flag])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+MOCO = """-a resnet50 --lr 0.03 --batch-size 256 --mlp --moco-t 0.2 --aug-plus --cos --schedule 120 160
+    --dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0 D/imagenet"""
+
+
+def test_each_flag_of_a_published_command_gets_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*MOCO.split())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 12
+    assert all("here it is --" in line or "torchrun" in line for line in lines[:-1])
+    assert "SCHEDULE.MILESTONES '[120,160]'" in lines[5]
+    assert lines[-2].endswith("--data-path D/imagenet")
+
+
+def test_a_published_flag_is_answered_with_a_flag_and_a_key_that_exist() -> None:
+    from models import framework_options
+    from utils.config.schema import declare
+
+    known = declare(framework_options())
+    options = {key.rpartition(".")[2] for key in known if key.count(".") == 2}
+    flags = {*FLAGS, "--opts", "--eval", "--pretrained"}
+    for table in (published_flags._VALUED, published_flags._SWITCHES):
+        for name in table:
+            ours = dict(our_spelling([name]))[name]
+            assert ours.startswith("(") or ours.split()[0] in flags, name
+            for word in ours.replace(",", " ").split():
+                if word.startswith("MODEL.METHOD."):
+                    assert word.removeprefix("MODEL.METHOD.") in options, name
+                elif word.count(".") and word[0].isupper():
+                    assert word in known, name
+
+
+def test_a_probe_is_told_the_keys_of_its_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--cos", "--schedule", "60", "80", renamed=PROBE)
+    assert "LINEAR.SCHEDULE.NAME milestones LINEAR.SCHEDULE" in capsys.readouterr().err
+
+
+def test_without_a_word_the_answer_is_the_help_and_no_run_starts(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, str(ROOT / "main_pretrain.py")]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, "--data-path" in ran.stdout) == (2, True), ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_names_commit_and_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as stop:
+        parsed("--version")
+    assert stop.value.code == 0
+    assert f"torch {version('torch')}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--local_rank", "--local-rank"])
@@ -174,7 +251,11 @@ def test_help_and_a_mistyped_flag_answer_without_torch(main: str) -> None:
         "    heavy = {'torch', 'numpy', 'timm', 'torchvision', 'yacs'} & set(sys.modules)\n"
         "    sys.exit(f'imported {heavy}' if heavy else stop.code)\n"
     )
-    for flag, code, text in (("--help", 0, "--data-path"), ("--hepl", 2, "did you mean --help")):
+    for flag, code, text in (
+        ("--help", 0, "--data-path"),
+        ("--hepl", 2, "did you mean --help"),
+        ("--version", 0, "torch "),
+    ):
         ran = subprocess.run(
             [sys.executable, "-c", script, flag],
             cwd=ROOT,
@@ -203,8 +284,8 @@ runpy.run_path("main_pretrain.py", run_name="__main__")
     ("error", "flags", "code", "text"),
     [
         ("ImportError('no torch here')", ["--help"], 0, "--data-path"),
-        ("ImportError('no torch here')", [], 2, "error: no torch here\n"),
-        ("KeyboardInterrupt", [], 130, "error: stopped by Ctrl-C\n"),
+        ("ImportError('no torch here')", ["--tag", "t"], 2, "error: no torch here\n"),
+        ("KeyboardInterrupt", ["--tag", "t"], 130, "error: stopped by Ctrl-C\n"),
     ],
 )
 def test_help_needs_no_torch_and_an_import_that_fails_is_one_line(
@@ -213,16 +294,16 @@ def test_help_needs_no_torch_and_an_import_that_fails_is_one_line(
     command = [sys.executable, "-c", NO_TORCH.format(error=error), *flags]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == code, ran.stderr
-    assert text in ran.stdout if flags else ran.stderr == text
+    assert text in ran.stdout if code == 0 else ran.stderr == text
 
 
 def test_help_names_every_flag_with_its_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("--help", renamed=PROBE)
     text = capsys.readouterr().out
-    for flag, (key, *_) in {**cli._VALUES, **cli._SWITCHES}.items():
-        assert flag in text
-        assert PROBE.get(flag, key) in text
+    for name, flag in FLAGS.items():
+        assert (f"{name} " in text) == (name not in OF_PRETRAINING), name
+        assert PROBE.get(name, flag.key) in text or name in OF_PRETRAINING
     assert "--local" not in text
 
 

@@ -1,0 +1,173 @@
+"""The parser of all programs: `--help` in groups, and a remedy for each word that it does not know.
+
+Imports nothing heavy: `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import os
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NoReturn
+
+from utils.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
+from utils.published_flags import our_spelling
+from utils.version import version_line
+
+_NEAR = 0.7  # below this similarity a suggestion misleads: `--lr` is not `--help`
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description as it is written: an example stays one line to copy."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, 110) - 2
+        super().__init__(prog, max_help_position=27, width=width)
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is looked for only then, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        sys.stdout.write(version_line() + "\n")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses what it does not know, with the nearest flag or the spelling of ours."""
+
+    section = ""  # of the program in the configuration, for messages: `LINEAR.`
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """Return the group of `--help` with this title."""
+        found = [group for group in self._action_groups if group.title == title]
+        return found[0] if found else self.add_argument_group(title)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2; the usage, which may fill a page, is left to --help."""
+        typed = sys.argv[0]
+        program = typed if self.prog == os.path.basename(typed) else self.prog
+        self.exit(2, f"error: {message}\nSee {program} --help\n")
+
+    def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse; refuse unknown words, each with what it is called here."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error("\n  ".join(self._remedies(unknown)))
+        return args
+
+    def _remedies(self, unknown: Sequence[str]) -> Iterator[str]:
+        shown = {
+            option: action
+            for action in self._actions
+            if action.help is not argparse.SUPPRESS
+            for option in action.option_strings
+        }
+        for given, ours in our_spelling(unknown, self.section):
+            if ours.startswith("("):
+                yield f"unknown argument {given!r}: {ours[1:-1]}"
+            elif ours and ours.split()[0] in shown:
+                yield f"unknown argument {given!r}; here it is {ours}"
+            elif given.startswith("-") or given == unknown[0]:
+                near = difflib.get_close_matches(given.split()[0], shown, n=1, cutoff=_NEAR)
+                yield f"unknown argument {given!r}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def make_parser(
+    description: str,
+    renamed: Mapping[str, str] | None = None,
+    flags: Collection[str] | None = None,
+) -> Parser:
+    """Return the parser of the shared flags; with `flags` of --cfg, --opts and those only.
+
+    `renamed` maps a flag to another key: a probe has epochs and a batch size of its own.
+    """
+    renamed = renamed or {}
+    parser = Parser(
+        prog=sys.argv[0] if sys.argv[0].endswith(".py") else None,
+        usage="%(prog)s --cfg FILE [flags]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        conflict_handler="resolve",  # a program may give a shared flag a meaning of its own
+    )
+    if "--epochs" in renamed:
+        parser.section = renamed["--epochs"].partition(".")[0] + "."
+    for title in GROUPS:
+        parser.group(title)
+    run = parser.group(RUN)
+    run.add_argument("--cfg", metavar="FILE", help="yaml configuration, see --list recipes")
+    for name, flag in FLAGS.items():
+        if (flags is None and not (renamed and name in OF_PRETRAINING)) or name in (flags or ()):
+            _add(parser, name, flag._replace(key=renamed.get(name, flag.key)))
+    run.add_argument(
+        "--opts",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY VALUE",
+        help="any key of --show-config; also KEY=VALUE",
+    )
+    if flags is None:
+        _add_special(parser)
+    return parser
+
+
+def _add(parser: Parser, name: str, flag: Flag) -> None:
+    group = parser.group(flag.group)
+    text = f"{flag.text} [{flag.key}]".strip()
+    if flag.constant is None:
+        group.add_argument(
+            name,
+            dest=flag.key,
+            type=flag.kind,
+            metavar=flag.metavar,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+    else:
+        group.add_argument(
+            name,
+            dest=flag.key,
+            action="store_const",
+            const=flag.constant,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def _add_special(parser: Parser) -> None:
+    parser.group(MACHINE).add_argument(
+        "--amp-opt-level",
+        choices=["O0", "O1", "O2"],
+        default=argparse.SUPPRESS,
+        help="published: O0 is fp32, others auto",
+    )
+    special = parser.group(SPECIAL)
+    special.add_argument("--eval", action="store_true", help="evaluate the newest checkpoint")
+    special.add_argument(
+        "--throughput", action="store_true", help="measure the backbone's images/s"
+    )
+    special.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="of code and torch"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+
+
+def add_which(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says which network of a file of several is meant."""
+    parser.add_argument(
+        "--which",
+        choices=["online", "target", "student", "teacher"],
+        default="",
+        help="of a file of several networks; default: as the original evaluates",
+    )
+
+
+def names_nothing(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> bool:
+    """Tell whether the command line of a program that needs `--cfg` is empty."""
+    words = sys.argv[1:] if argv is None else argv
+    return not words and any("--cfg" in action.option_strings for action in parser._actions)
