@@ -1,5 +1,6 @@
 # make demo   pretrain and probe a small backbone on embedded real images, no download
 # make test   the tests         make test-slow   the long ones too         make check   lint, format, types
+# make docs   docs/configuration.md from the declared keys
 # make reliability   kills, crashes and damage counted, into docs/results/reliability.md
 # All build a virtual environment in .venv first; VENV=/path uses or builds another. JOBS: tests at a time.
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.synco-ready
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-slow reliability check format clean
+.PHONY: demo test test-slow docs reliability check format clean
 
 $(READY): requirements.txt requirements-dev.txt
 ifneq ($(UV),)
@@ -28,6 +29,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST)
+
+docs: $(READY)
+	$(BIN)/python tools/key_page.py
 
 reliability: $(READY)
 	$(BIN)/python tests/reliability/driver.py

@@ -7,12 +7,14 @@ import pytest
 
 from detection.defaults import DETECTION, RCNN
 from models import framework_options
+from tools import key_page
 from utils.config.schema import declare
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What other repositories call theirs stands in the first column of these pages.
-FOREIGN = {"docs/migrate/moby.md", "docs/migrate/moco.md", "docs/migrate/mocov3.md", "docs/sit.md"}
+FOREIGN = {page.relative_to(ROOT).as_posix() for page in (ROOT / "docs/migrate").glob("*.md")}
+FOREIGN.add("docs/sit.md")
 
 
 def text_of(page: Path) -> str:
@@ -21,6 +23,10 @@ def text_of(page: Path) -> str:
         rows = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
         return "\n".join(row[-2] for row in rows)
     return text
+
+
+def test_the_page_of_keys_is_up_to_date() -> None:
+    assert key_page.PAGE.read_text() == key_page.render(), "run `make docs`"
 
 
 def known_keys() -> set[str]:
