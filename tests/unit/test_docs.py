@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.defaults import DETECTION, RCNN
+from detection.defaults import detection_schema
 from models import framework_options
 from tools import key_page
 from utils.config.schema import declare
@@ -31,8 +31,7 @@ def test_the_page_of_keys_is_up_to_date() -> None:
 
 def known_keys() -> set[str]:
     keys = set(declare(framework_options()))
-    keys |= {f"MODEL.RCNN.{name}" for name in RCNN} | {f"DETECTION.{name}" for name in DETECTION}
-    return keys
+    return keys | set(detection_schema())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
