@@ -25,7 +25,11 @@ DEFAULTS = SCHEMA.defaults()
 IMAGENET, CIFAR = 1_281_167, 50_000
 PIECES = sorted(CONFIGS.glob("_base_/*.yaml"))
 CIFAR_RECIPES = sorted(CONFIGS.glob("cifar10/*.yaml"))
-RECIPE_FILES = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith(("demo", "own_images"))]
+RECIPE_FILES = [
+    path
+    for path in sorted(CONFIGS.glob("*.yaml"))
+    if not path.stem.startswith(("demo", "own_images"))
+]
 OTHERS = [path for path in CONFIGS.glob("*.yaml") if path not in RECIPE_FILES]
 
 # name -> processes of the published run; what the file says about a recipe stands in the tests
