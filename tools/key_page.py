@@ -43,13 +43,16 @@ from utils.config.schema import declare
 HEAD = """# Configuration
 
 *Written by `make docs` from the declarations of the keys
-([schema.py](../utils/config/schema.py), the signatures of the methods, and [detection](../detection/defaults.py)).*
+([schema.py](../utils/config/schema.py), the signatures of the methods, and
+[detection](../detection/defaults.py)).*
 
-A yaml states what differs from the defaults below; `--opts KEY VALUE` sets any key. Later wins: defaults, `_BASE_` files, yaml,
-`--opts`, flags. An unknown key is an error that names the nearest one.
+A yaml states what differs from the defaults below; `--opts KEY VALUE` sets any key. Later wins:
+defaults, `_BASE_` files, yaml, `--opts`, flags. An unknown key is an error that names the nearest
+one.
 
-The last column says what a changed value means when a run continues. **fixed**: it would be another run, so it is refused. **free**: allowed and
-logged. **local**: allowed (paths, workers, logging). A fixed key concerns only the named programs, if there are any.
+The last column says what a changed value means when a run continues. **fixed**: it would be another
+run, so it is refused. **free**: allowed and logged. **local**: allowed (paths, workers, logging). A
+fixed key concerns only the named programs, if there are any.
 """
 # What options of several methods mean. One that is not here is explained above its table.
 MEANINGS = {
@@ -113,7 +116,7 @@ def _shared() -> Iterator[str]:
         if section == "DATA":
             yield f"`DATA.DATASET` is one of {_listed(SOURCES)}. [What each holds](data.md).\n"
         if section == "AUG":
-            yield f"`AUG.RECIPE` is one of {_listed(RECIPES)}. [How they are made](augmentation.md).\n"
+            yield f"`AUG.RECIPE` is one of {_listed(RECIPES)}. [More](augmentation.md).\n"
 
 
 def _methods() -> Iterator[str]:
