@@ -31,7 +31,7 @@ test: $(READY)
 	$(PYTEST)
 
 docs: $(READY)
-	$(BIN)/python tools/key_page.py
+	$(BIN)/python docs/key_page.py
 
 reliability: $(READY)
 	$(BIN)/python tests/reliability/driver.py

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from detection.defaults import detection_schema
+from docs import key_page
 from models import framework_options
-from tools import key_page
 from utils.config.schema import declare
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Write docs/configuration.md, the page of all configuration keys, from their declarations.
 
-Example: python tools/key_page.py
+Example: python docs/key_page.py
 
 A test fails while the page is out of date; `make docs` runs this program.
 """
