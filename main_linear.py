@@ -7,229 +7,299 @@ another. Writes to O/<name>/T/linear/. Each head trains as if it were alone.
 --cached-features trains on features of the images without augmentation, which are computed once,
 kept in O/<name>/T/linear/<weights>-cached/ and used again while weights, images, size and precision
 are the same. Only so --labels 1 10 100 probes with few labels: each percentage is the run that it
-would be alone, on the images that main_semisup.py draws, with LINEAR.EPOCHS epochs of them and a
-folder of its own.
+would be alone, on the images that main_semisup.py draws, with LINEAR.EPOCHS epochs of them.
 """
 
 import argparse
-import logging
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from utils.cli import add_which, make_parser, parse, run_main
+from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
 
-if TYPE_CHECKING:
-    import torch
-
-    from data.batch import Batch
-    from data.features import FeatureLoader
-    from data.loader import GlobalLoader
-    from data.sources.base import Source
-    from engine.run import Run
-    from engine.state import TrainState
-    from evaluation.features import Features, SharedFeatures
-    from evaluation.probe import GridPoint
-    from models.classifier import LinearHeads
-    from models.parts.backbones import Backbone
-    from utils.schedules import Progress
-
-logger = logging.getLogger("synco")
-
-CONFIGS = Path(__file__).parent / "configs"
+_GRIDS = {
+    "--lr": ("LINEAR.LRS", "learning-rate grid"),
+    "--weight-decay": ("LINEAR.WEIGHT_DECAYS", "each with each learning rate"),
+    "--labels": ("LINEAR.LABEL_PERCENTS", "percent of each class's labels, a probe each"),
+}
 
 
-def main() -> int:
-    """Probe the pretrained weights, and random ones if asked; return the exit code."""
-    args, flags = parse(_parser())
-
-    from evaluation.probe import check_linear, find_weights, show_probes
-    from models import framework_options
-    from utils.config.load import load_config
-    from utils.config.schema import declare
-
-    protocol = CONFIGS / "_base_" / f"linear_{args.protocol}.yaml" if args.protocol else None
-    cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
-    check_linear(cfg.LINEAR)
-    weights = find_weights(cfg, args.pretrained)
-    results = []
-    for path in [weights, None] if args.random_baseline else [weights]:
-        found, exit_code = probe(cfg, args, path)
-        if exit_code:
-            return exit_code
-        results += found
-    if not args.throughput:
-        show_probes(results)
-    return 0
-
-
-def _parser() -> Any:
-    parser = make_parser(
-        __doc__, renamed={"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
-    )
-    absent: Any = argparse.SUPPRESS
+def _parser() -> Parser:
+    renamed = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
+    parser = make_parser(__doc__, renamed=renamed)
     parser.add_argument(
         "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
     )
     add_which(parser)
     parser.add_argument("--protocol", choices=["moco", "mocov3", "moby"], help="a published one")
-    for flag, key, text in (
-        ("--lr", "LINEAR.LRS", "learning-rate grid"),
-        ("--weight-decay", "LINEAR.WEIGHT_DECAYS", "each with each learning rate"),
-        ("--labels", "LINEAR.LABEL_PERCENTS", "percent of each class's labels, a probe each"),
-    ):
+    for flag, (key, text) in _GRIDS.items():
         parser.add_argument(
-            flag, dest=key, type=float, nargs="+", default=absent, help=f"{text} [{key}]"
+            flag,
+            dest=key,
+            type=float,
+            nargs="+",
+            default=argparse.SUPPRESS,
+            help=f"{text} [{key}]",
         )
     parser.add_argument(
         "--cached-features",
         dest="LINEAR.CACHED_FEATURES",
         action="store_const",
         const=True,
-        default=absent,
+        default=argparse.SUPPRESS,
         help="train on features of images without augmentation, computed once",
     )
     parser.add_argument(
-        "--drop-path-rate", dest="LINEAR.DROP_PATH", type=float, default=absent, help="MoBY: 0.2"
+        "--drop-path-rate",
+        dest="LINEAR.DROP_PATH",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="MoBY: 0.2",
     )
     parser.add_argument("--random-baseline", action="store_true", help="probe random weights too")
     return parser
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data import build_loader, evaluation_loader
+from data.augment.recipes import build_recipe
+from data.batch import Batch
+from data.features import FeatureLoader, refuse_missing
+from data.labels import label_subset
+from data.loader import GlobalLoader
+from data.sources import open_split, subset
+from data.sources.base import Source
+from engine.loop import Outcome, StepFunction, fit
+from engine.optim import build_optimizer
+from engine.plan import Plan, global_batch_size, make_plan
+from engine.run import Run, start_run
+from engine.state import TrainState
+from evaluation.accuracy import measure_throughput
+from evaluation.feature_cache import cached_features
+from evaluation.features import Features, SharedFeatures, compute_features
+from evaluation.knn import features_knn
+from evaluation.probe import (
+    GridPoint,
+    check_linear,
+    find_weights,
+    grid_points,
+    head_accuracies,
+    open_points,
+    probe_folder,
+    show_probes,
+    weights_fingerprint,
+    weights_label,
+    write_result,
+)
+from models import framework_options, pretrained_backbone
+from models.classifier import LinearHeads, freeze, grid_loss
+from models.parts.backbones import Backbone
+from utils.config.load import load_config
+from utils.config.schema import declare
+from utils.config.sections import section_options
+from utils.randomness import keyed_seed
+from utils.schedules import Progress
+
+logger = logging.getLogger("synco")
+
+PROTOCOLS = Path(__file__).parent / "configs" / "_base_"
+
+
+def main() -> int:
+    """Probe the pretrained weights, and random ones if asked; return the exit code."""
+    args, flags = parse(_parser())
+    protocol = PROTOCOLS / f"linear_{args.protocol}.yaml" if args.protocol else None
+    cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
+    check_linear(cfg.LINEAR)
+    weights = find_weights(cfg, args.pretrained)
+    if args.throughput:
+        run = start_run(cfg, task="linear", training=False)
+        backbone, _ = frozen_backbone(cfg, run, weights, args.which)
+        measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
+        return 0
+    results = []
+    for start in [weights, None] if args.random_baseline else [weights]:
+        label, inputs = weights_label(start, args.which), None
+        for percent in cfg.LINEAR.LABEL_PERCENTS:
+            folder = probe_folder(cfg.LINEAR, label, percent)
+            run = start_run(cfg, folder, task="linear", training=not args.eval)
+            inputs = inputs or open_inputs(cfg, run, start, args.which)
+            result = probe(cfg, run, inputs, label, percent)
+            if result is None:
+                return Outcome.PREEMPTED.value
+            results.append(result)
+    show_probes(results)
+    return 0
 
 
 @dataclass
 class ProbeInputs:
     """What the probes of one set of weights share: the network, the images, their features."""
 
-    backbone: "Backbone"
+    backbone: Backbone
     name: str  # of the weights, with their sha256
-    train: "Source"
-    bank: "Features | None"  # of the training images, where they are needed
-    queries: list[
-        tuple["torch.Tensor", "torch.Tensor"]
-    ]  # this process's features and labels of the val split
+    train: Source
+    bank: Features | None  # of the training images, where they are needed
+    queries: list[tuple[Tensor, Tensor]]  # this process's features and labels of the val split
 
 
-def probe(
-    cfg: Any, args: argparse.Namespace, weights: Path | None
-) -> tuple[list[dict[str, Any]], int]:
-    """Probe `weights` (`None`: random ones) with each share of labels; return results and code."""
-    from engine.run import start_run
-    from evaluation.accuracy import measure_throughput
-    from evaluation.probe import probe_folder, weights_label
-
-    label = weights_label(weights, args.which)
-    frozen, results = None, []
-    for percent in cfg.LINEAR.LABEL_PERCENTS:
-        folder = probe_folder(cfg.LINEAR, label, percent)
-        run = start_run(cfg, folder, task="linear", training=not (args.eval or args.throughput))
-        if args.throughput:
-            backbone, _ = frozen_backbone(cfg, run, weights, args.which)
-            measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
-            return [], 0
-        frozen = frozen or freeze_network(cfg, run, weights, args.which)
-        result, exit_code = train_heads(cfg, args, run, frozen, label, percent)
-        if exit_code:
-            return [], exit_code
-        results.append(result)
-    return results, 0
-
-
-def frozen_backbone(
-    cfg: Any, run: "Run", weights: Path | None, which: str
-) -> tuple["Backbone", str]:
-    """Build the backbone, load `weights`, freeze it; return it and the network that was taken."""
-    from models.classifier import freeze, pretrained_backbone
-    from models.weights.find import find_network
-    from utils.checkpoints.foreign import read_torch
-    from utils.config.load import section_options
-
-    checkpoint = read_torch(weights) if weights else None
-    backbone = pretrained_backbone(
-        section_options(cfg.MODEL.BACKBONE),
-        checkpoint,
-        str(weights),
-        which,
-        img_size=cfg.DATA.IMG_SIZE,
-        drop_path=cfg.LINEAR.DROP_PATH,
-    )
-    own = backbone.state_dict()
-    taken = find_network(checkpoint, which, own=own).taken if checkpoint else "online"
-    return freeze(run.prepare(backbone), active_drop_path=cfg.LINEAR.DROP_PATH > 0), taken
-
-
-def freeze_network(cfg: Any, run: "Run", weights: Path | None, which: str) -> ProbeInputs:
+def open_inputs(cfg: CfgNode, run: Run, weights: Path | None, which: str) -> ProbeInputs:
     """Return the frozen backbone and the features that do not change while heads train."""
-    from data.augment.recipes import build_recipe
-    from data.features import refuse_missing
-    from data.loader import evaluation_batches
-    from data.sources import open_split
-    from evaluation.feature_cache import cached_features
-    from evaluation.features import compute_features
-    from evaluation.probe import probe_folder, weights_fingerprint, weights_label
-    from utils.config.load import section_options
-
-    cached, size = cfg.LINEAR.CACHED_FEATURES, cfg.DATA.IMG_SIZE
-    backbone, taken = frozen_backbone(cfg, run, weights, which)
-    name = weights_fingerprint(weights, taken)
-    place = run.folder.parents[1] / probe_folder(cfg.LINEAR, weights_label(weights, which), 100)
-
-    def features_of(split: str, source: "Source") -> "Features":
-        def compute() -> "SharedFeatures":
-            batches = evaluation_batches(
-                source,
-                size,
-                batch_size=cfg.LINEAR.BATCH_SIZE,
-                device=run.device,
-                num_workers=cfg.DATA.NUM_WORKERS,
-                timeout=cfg.DATA.TIMEOUT,
-                skip_unreadable=split == "train",  # as in training, where another image stands in
-            )
-            with run.evaluating(backbone):
-                return compute_features(backbone, batches)
-
-        if not cached:
-            return compute()
-        key = {
-            "weights": name if weights else f"{name}, seed {run.seed}",
-            "backbone": section_options(cfg.MODEL.BACKBONE),
-            "data": source.fingerprint(),
-            "view": repr(build_recipe("eval", size)),
-            "precision": run.precision,
-        }
-        return cached_features(
-            place, split, key, source.labels, run.device, compute, write=run.training
-        )
-
+    backbone, network = frozen_backbone(cfg, run, weights, which)
+    name = weights_fingerprint(weights, network)
+    kept = {
+        "weights": name if weights else f"{name}, seed {run.seed}",
+        "folder": probe_folder(cfg.LINEAR, weights_label(weights, which), 100),
+    }
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
-    queries = features_of("val", val).blocks()
-    bank = features_of("train", train) if cfg.KNN.K or cached else None
-    if cached and bank is not None:
+    queries = split_features(cfg, run, backbone, val, "val", **kept).blocks()
+    bank = None
+    if cfg.KNN.K or cfg.LINEAR.CACHED_FEATURES:
+        bank = split_features(cfg, run, backbone, train, "train", **kept)
+    if cfg.LINEAR.CACHED_FEATURES and bank is not None:
         refuse_missing(train, bank.indices, cfg.DATA.MAX_BAD_FRACTION)
     return ProbeInputs(backbone, name, train, bank, queries)
 
 
-def train_heads(
-    cfg: Any, args: argparse.Namespace, run: "Run", frozen: ProbeInputs, label: str, percent: float
-) -> tuple[dict[str, Any], int]:
-    """Train the grid of heads on ``percent`` of the labels; return the results and an exit code."""
-    import torch
+def frozen_backbone(
+    cfg: CfgNode, run: Run, weights: Path | None, which: str
+) -> tuple[Backbone, str]:
+    """Build the backbone on `weights` and freeze it; return it and the network that was taken."""
+    drop_path = cfg.LINEAR.DROP_PATH
+    backbone, network = pretrained_backbone(cfg, weights, which, drop_path=drop_path)
+    return freeze(run.prepare(backbone), active_drop_path=drop_path > 0), network
 
-    from engine.loop import fit
-    from engine.plan import make_plan
-    from evaluation.knn import features_knn
-    from evaluation.probe import grid_points, head_accuracies, open_points, write_result
-    from models.classifier import grid_loss
 
-    linear, points = cfg.LINEAR, grid_points(cfg.LINEAR)
-    source, bank = labelled_images(frozen, percent, cfg.SEED)
-    run.fingerprint = f"{frozen.name}, data {source.fingerprint()}"
+def split_features(
+    cfg: CfgNode,
+    run: Run,
+    backbone: Backbone,
+    source: Source,
+    split: str,
+    *,
+    weights: str,
+    folder: str,
+) -> Features:
+    """Return a split's features without augmentation; with --cached-features those in `folder`."""
+
+    def compute() -> SharedFeatures:
+        # In training another image stands in for an unreadable one: the bank may go without it.
+        skip = split == "train"
+        batches = evaluation_loader(cfg, source, run.device, cfg.LINEAR.BATCH_SIZE, skip)
+        with run.evaluating(backbone):
+            return compute_features(backbone, batches)
+
+    if not cfg.LINEAR.CACHED_FEATURES:
+        return compute()
+    key = {
+        "weights": weights,
+        "backbone": section_options(cfg.MODEL.BACKBONE),
+        "data": source.fingerprint(),
+        "view": repr(build_recipe("eval", cfg.DATA.IMG_SIZE)),
+        "precision": run.precision,
+    }
+    place, write = run.folder.parents[1] / folder, run.training
+    return cached_features(place, split, key, source.labels, run.device, compute, write=write)
+
+
+def probe(
+    cfg: CfgNode, run: Run, inputs: ProbeInputs, label: str, percent: float
+) -> dict[str, object] | None:
+    """Train the grid of heads on `percent` of the labels; with --eval look at what is trained.
+
+    Returns the results, None if the run was asked to stop.
+    """
+    points = grid_points(cfg.LINEAR)
+    source, bank = labelled_images(inputs, percent, cfg.SEED)
+    run.fingerprint = f"{inputs.name}, data {source.fingerprint()}"
     knn = {}
     if cfg.KNN.K and bank is not None:
-        knn = features_knn(bank, frozen.queries, source.num_classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
-    loader = open_loader(cfg, run, source, bank)
+        classes = source.num_classes
+        knn = features_knn(bank, inputs.queries, classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
 
-    heads = draw_heads(cfg, run, frozen, points)
-    plan = make_plan(
+    loader = open_loader(cfg, run, source, bank)
+    heads = draw_heads(cfg, run, inputs, len(points))
+    plan = plan_of(cfg, loader)
+    state = open_state(cfg, run, heads, points)
+    resumed = run.resume(state, plan)
+    run.describe(heads, plan, len(source))
+
+    def evaluate(progress: Progress) -> dict[str, float]:
+        return head_accuracies(heads, inputs.queries, open_points(points, state.closed_at))
+
+    if run.training:
+        step = step_of(cfg, run, inputs.backbone, state)
+        if fit(state, loader, step, plan, run, evaluate) is not Outcome.DONE:
+            return None
+    elif not resumed:
+        raise ValueError(
+            f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give "
+            "--resume"
+        )
+    final = evaluate(plan.progress(state.step))
+    what = {"weights": label, "labels": f"{percent:g}pct", "images": len(source)}
+    return write_result(run, what, state.best, final, knn, points, state.closed_at)
+
+
+def labelled_images(
+    inputs: ProbeInputs, percent: float, seed: int
+) -> tuple[Source, Features | None]:
+    """Return the training images with labels, and their features; few labels are few for both."""
+    if percent == 100:
+        return inputs.train, inputs.bank
+    chosen = label_subset(inputs.train, percent, seed)
+    bank = inputs.bank and inputs.bank.select(torch.from_numpy(chosen))
+    return subset(inputs.train, chosen), bank
+
+
+def open_loader(
+    cfg: CfgNode, run: Run, source: Source, bank: Features | None
+) -> GlobalLoader | FeatureLoader:
+    """Return the loader of the heads' batches: augmented images, or kept features."""
+    accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+    global_batch = global_batch_size(cfg.LINEAR.BATCH_SIZE, accumulation)
+    if cfg.LINEAR.CACHED_FEATURES:
+        assert bank is not None
+        return FeatureLoader(
+            bank.at,
+            bank.labels,
+            bank.indices,
+            global_batch=global_batch,
+            seed=cfg.SEED,
+            accumulation=accumulation,
+        )
+    return build_loader(
+        cfg,
+        source,
+        build_recipe("linear", cfg.DATA.IMG_SIZE),
+        run.device,
+        global_batch=global_batch,
+        accumulation=accumulation,
+        drop_last=False,
+        size_key="LINEAR.BATCH_SIZE",
+    )
+
+
+def draw_heads(cfg: CfgNode, run: Run, inputs: ProbeInputs, count: int) -> LinearHeads:
+    """Return `count` heads, one for each point of the grid."""
+    # A key for the heads alone: they do not depend on what the backbone drew before.
+    torch.manual_seed(keyed_seed("heads", cfg.SEED))
+    num_features, num_classes = inputs.backbone.num_features, inputs.train.num_classes
+    return run.prepare(LinearHeads(num_features, num_classes, count, cfg.LINEAR.HEAD_INIT))
+
+
+def plan_of(cfg: CfgNode, loader: GlobalLoader | FeatureLoader) -> Plan:
+    """Return the plan of the probe; each learning rate of the grid has a schedule."""
+    linear = cfg.LINEAR
+    return make_plan(
         linear.OPTIM,
         linear.SCHEDULE,
         epochs=linear.EPOCHS,
@@ -239,110 +309,10 @@ def train_heads(
         section="LINEAR.",
         accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
     )
-    state = open_state(cfg, run, heads, points)
-    resumed = run.resume(state, plan)
-    run.describe(heads, plan, len(source))
-
-    def step(batch: "Batch", progress: "Progress") -> dict[str, torch.Tensor]:
-        features = batch.views[0]
-        if not linear.CACHED_FEATURES:
-            with torch.no_grad(), run.autocast():
-                features = frozen.backbone(run.views(features)).float()
-        losses = grid_loss(state.model(features), batch.labels, linear.LABEL_SMOOTHING)
-        # The loss of a head that diverges stays out of the sum; its gradient is still not finite.
-        finite = losses.detach().isfinite()
-        best = losses.detach().where(finite, torch.inf).min()
-        return {"loss": losses.where(finite, 0.0).sum(), "best_loss": best}
-
-    def evaluate(progress: "Progress") -> dict[str, float]:
-        return head_accuracies(heads, frozen.queries, open_points(points, state.closed_at))
-
-    if args.eval and not resumed:
-        raise ValueError(
-            f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give "
-            "--resume"
-        )
-    if not args.eval:
-        outcome = fit(state, loader, step, plan, run, evaluate)
-        if outcome.value:
-            return {}, outcome.value
-    final = evaluate(plan.progress(state.step))
-    what = {"weights": label, "labels": f"{percent:g}pct", "images": len(source)}
-    return write_result(run, what, state.best, final, knn, points, state.closed_at), 0
 
 
-def labelled_images(
-    frozen: ProbeInputs, percent: float, seed: int
-) -> tuple["Source", "Features | None"]:
-    """Return the training images with labels, and their features; few labels are few for both."""
-    import torch
-
-    from data.labels import label_subset
-    from data.sources import subset
-
-    if percent == 100:
-        return frozen.train, frozen.bank
-    chosen = label_subset(frozen.train, percent, seed)
-    return subset(frozen.train, chosen), frozen.bank and frozen.bank.select(
-        torch.from_numpy(chosen)
-    )
-
-
-def open_loader(
-    cfg: Any, run: "Run", source: "Source", features: "Features | None"
-) -> "GlobalLoader | FeatureLoader":
-    """Return the loader of the heads' batches: augmented images, or kept features."""
-    from data.augment.recipes import build_recipe
-    from data.features import FeatureLoader
-    from data.loader import GlobalLoader
-    from engine.plan import global_batch_size
-
-    accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-    batches: dict[str, Any] = {
-        "global_batch": global_batch_size(cfg.LINEAR.BATCH_SIZE, accumulation),
-        "accumulation": accumulation,
-        "seed": cfg.SEED,
-    }
-    if cfg.LINEAR.CACHED_FEATURES:
-        assert features is not None
-        return FeatureLoader(features.at, features.labels, features.indices, **batches)
-    return GlobalLoader(
-        source,
-        build_recipe("linear", cfg.DATA.IMG_SIZE),
-        drop_last=False,
-        device=run.device,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        timeout=cfg.DATA.TIMEOUT,
-        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
-        backend=cfg.AUG.BACKEND,
-        size_key="LINEAR.BATCH_SIZE",
-        **batches,
-    )
-
-
-def draw_heads(
-    cfg: Any, run: "Run", frozen: ProbeInputs, points: list["GridPoint"]
-) -> "LinearHeads":
-    """Return a head for each point of the grid, drawn from a key of its own."""
-    import torch
-
-    from models.classifier import LinearHeads
-    from utils.randomness import keyed_seed
-
-    torch.manual_seed(keyed_seed("heads", cfg.SEED))
-    num_features, num_classes = frozen.backbone.num_features, frozen.train.num_classes
-    return run.prepare(LinearHeads(num_features, num_classes, len(points), cfg.LINEAR.HEAD_INIT))
-
-
-def open_state(
-    cfg: Any, run: "Run", heads: "LinearHeads", points: list["GridPoint"]
-) -> "TrainState":
+def open_state(cfg: CfgNode, run: Run, heads: LinearHeads, points: list[GridPoint]) -> TrainState:
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
-    import torch
-
-    from engine.optim import build_optimizer
-    from engine.state import TrainState
-
     groups = [
         {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}
         for pair, point in zip(heads.pairs(), points, strict=True)
@@ -353,6 +323,23 @@ def open_state(
     return TrainState(
         heads, optimizer, run.wrap(heads), clip_groups=heads.pairs(), closed_at=closed_at
     )
+
+
+def step_of(cfg: CfgNode, run: Run, backbone: Backbone, state: TrainState) -> StepFunction[Batch]:
+    """Return the step that trains all heads on one batch of images, or of kept features."""
+
+    def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        seen = batch.views[0]
+        if not cfg.LINEAR.CACHED_FEATURES:
+            with torch.no_grad(), run.autocast():
+                seen = backbone(run.views(seen)).float()
+        losses = grid_loss(state.model(seen), batch.labels, cfg.LINEAR.LABEL_SMOOTHING)
+        # The loss of a head that diverges stays out of the sum; its gradient is still not finite.
+        finite = losses.detach().isfinite()
+        best = losses.detach().where(finite, torch.inf).min()
+        return {"loss": losses.where(finite, 0.0).sum(), "best_loss": best}
+
+    return step
 
 
 if __name__ == "__main__":

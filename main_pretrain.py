@@ -18,11 +18,18 @@ REPLAY = (
 TRAINING_MODE = "SiT's published spelling: SSL is this program, finetune is main_semisup.py"
 
 
+def _training_mode(text: str) -> str:
+    if text == "SSL":
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no pretraining: for finetune use main_semisup.py with the same --cfg, "
+        "--output and --tag; for SSL leave it out"
+    )
+
+
 def _parser() -> Parser:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--training-mode", choices=["SSL", "finetune"], default="SSL", help=TRAINING_MODE
-    )
+    parser.add_argument("--training-mode", type=_training_mode, metavar="SSL", help=TRAINING_MODE)
     parser.add_argument(
         "--held-out",
         dest="HELD_OUT.EVERY_EPOCHS",
@@ -46,16 +53,17 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from data import build_loader, evaluation_loader
 from data.augment.base import Recipe
 from data.augment.preview import first_views, save_grid, save_preview
 from data.augment.recipes import build_recipe
 from data.batch import Batch
-from data.loader import GlobalLoader, evaluation_batches
+from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
 from data.sources.base import Source
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
-from engine.plan import global_batch_size, held_out_batch, make_plan
+from engine.plan import Plan, global_batch_size, held_out_batch, make_plan
 from engine.replay import load_kept, replay
 from engine.run import Run, start_run
 from engine.state import TrainState
@@ -66,7 +74,7 @@ from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
 from utils.checkpoints.folder import require
 from utils.config.key import Value
-from utils.config.load import load_config, load_saved, method_section, section_options
+from utils.config.load import load_config, load_saved
 from utils.config.schema import declare
 from utils.distributed import world_size
 from utils.schedules import Progress
@@ -79,70 +87,36 @@ def main() -> int:
     args, flags = parse(_parser())
     if args.replay:
         return replay_batch(args, flags)
-    if args.training_mode == "finetune":
-        raise ValueError(
-            "--training-mode finetune: use main_semisup.py with the same --cfg, --output and --tag"
-        )
-
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
+    check_pretrain(cfg)
     run = start_run(cfg, training=not (args.eval or args.throughput))
 
     # data
     source = open_split(cfg.DATA, "train")
     run.fingerprint = source.fingerprint()
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
-    accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-    if cfg.TRAIN.CUDA_GRAPHS and accumulation > 1:
-        raise ValueError(
-            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
-            "False, or TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
-        )
-    loader = loader_of(
+    loader = build_loader(
         cfg,
         source,
         recipe,
         run.device,
-        global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, accumulation),
-        accumulation=accumulation,
-        max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
+        global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS),
+        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
         repeated_aug=cfg.DATA.REPEATED_AUG,
+        decode=cfg.DATA.DECODE,
     )
 
     # model, plan, optimiser
-    framework = run.prepare(framework_of(cfg))
-    if cfg.TRAIN.COMPILE or cfg.TRAIN.CUDA_GRAPHS:
-        framework.compile_backbones(cuda_graphs=cfg.TRAIN.CUDA_GRAPHS)
-    plan = make_plan(
-        cfg.OPTIM,
-        cfg.SCHEDULE,
-        epochs=cfg.TRAIN.EPOCHS,
-        steps_per_epoch=loader.steps_per_epoch,
-        global_batch=loader.plan.global_batch,
-        base_rates=[cfg.OPTIM.BASE_LR],
-        accumulation=accumulation,
-    )
-    optimizer = build_optimizer(
-        cfg.OPTIM, parameter_groups(framework, cfg.OPTIM), fused=run.scaler() is None
-    )
-    state = TrainState(
-        framework,
-        optimizer,
-        run.wrap(framework),
-        run.scaler(),
-        lower_is_better=held_out_names(framework.lower_is_better),
-    )
+    framework = run.prepare(build_framework(cfg))
+    plan = plan_of(cfg, loader)
+    state = open_state(cfg, run, framework)
     resumed = run.resume(state, plan)
     run.describe(framework, plan, len(source))
-    evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, at_once=args.eval)
-
-    def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        with run.autocast():
-            return state.model([run.views(view) for view in batch.views], progress)
-
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:
             measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.TRAIN.BATCH_SIZE, run.device)
         return 0
+    evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, at_once=args.eval)
     if args.eval:
         if not resumed:
             raise ValueError(
@@ -151,6 +125,11 @@ def main() -> int:
         progress = plan.progress(state.step)
         run.meter.record(progress, evaluate(progress), state)
         return 0
+
+    def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with run.autocast():
+            return state.model([run.views(view) for view in batch.views], progress)
+
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
         show_restored(run, framework, source, recipe, state.step)
@@ -160,32 +139,38 @@ def main() -> int:
     return outcome.value
 
 
-def loader_of(
-    cfg: CfgNode,
-    source: Source,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    global_batch: int,
-    max_bad_fraction: float = 0.0,
-    accumulation: int = 1,
-    repeated_aug: int = 1,
-) -> GlobalLoader:
-    """Return the loader of a recipe's views that a configuration describes."""
-    return GlobalLoader(
-        source,
-        recipe,
-        seed=cfg.SEED,
-        device=device,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        timeout=cfg.DATA.TIMEOUT,
-        backend=cfg.AUG.BACKEND,
-        decode=cfg.DATA.DECODE,
-        global_batch=global_batch,
-        max_bad_fraction=max_bad_fraction,
-        accumulation=accumulation,
-        repeated_aug=repeated_aug,
+def check_pretrain(cfg: CfgNode) -> None:
+    """Raise `ValueError` for settings of a pretraining that contradict each other."""
+    if cfg.TRAIN.CUDA_GRAPHS and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+        raise ValueError(
+            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
+            "False, or TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
+        )
+
+
+def plan_of(cfg: CfgNode, loader: GlobalLoader) -> Plan:
+    """Return the plan of the run: steps, and the schedule of the learning rate."""
+    return make_plan(
+        cfg.OPTIM,
+        cfg.SCHEDULE,
+        epochs=cfg.TRAIN.EPOCHS,
+        steps_per_epoch=loader.steps_per_epoch,
+        global_batch=loader.plan.global_batch,
+        base_rates=[cfg.OPTIM.BASE_LR],
+        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
     )
+
+
+def open_state(cfg: CfgNode, run: Run, framework: MomentumFramework) -> TrainState:
+    """Return the method with its optimiser, compiled and wrapped as configured."""
+    if cfg.TRAIN.COMPILE or cfg.TRAIN.CUDA_GRAPHS:
+        framework.compile_backbones(cuda_graphs=cfg.TRAIN.CUDA_GRAPHS)
+    scaler = run.scaler()
+    groups = parameter_groups(framework, cfg.OPTIM)
+    optimizer = build_optimizer(cfg.OPTIM, groups, fused=scaler is None)
+    losses = held_out_names(framework.lower_is_better)
+    model = run.wrap(framework)
+    return TrainState(framework, optimizer, model, scaler, lower_is_better=losses)
 
 
 class Evaluations:
@@ -212,7 +197,16 @@ class Evaluations:
         if cfg.HELD_OUT.EVERY_EPOCHS:
             unseen = open_split(cfg.DATA, "val")
             size = held_out_batch(len(unseen), cfg.TRAIN.BATCH_SIZE)
-            self.held_out = loader_of(cfg, unseen, recipe, run.device, global_batch=size)
+            # An evaluation replaces no image, so not one may be unreadable.
+            self.held_out = build_loader(
+                cfg,
+                unseen,
+                recipe,
+                run.device,
+                global_batch=size,
+                max_bad_fraction=0.0,
+                decode=cfg.DATA.DECODE,
+            )
             seen = self.held_out.steps_per_epoch * size
             logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), size)
         if cfg.KNN.EVERY_EPOCHS or (at_once and not self.held_out):
@@ -240,15 +234,8 @@ class Evaluations:
         return features_knn(bank, queries, self.knn["train"].num_classes, knn.K, knn.TEMPERATURE)
 
     def _features(self, split: str) -> SharedFeatures:
-        batches = evaluation_batches(
-            self.knn[split],
-            self.cfg.DATA.IMG_SIZE,
-            batch_size=self.cfg.TRAIN.BATCH_SIZE,
-            skip_unreadable=split == "train",
-            device=self.run.device,
-            num_workers=self.cfg.DATA.NUM_WORKERS,
-            timeout=self.cfg.DATA.TIMEOUT,
-        )
+        size, skip = self.cfg.TRAIN.BATCH_SIZE, split == "train"
+        batches = evaluation_loader(self.cfg, self.knn[split], self.run.device, size, skip)
         with self.run.evaluating(self.framework.online.backbone) as backbone:
             return compute_features(backbone, batches)
 
@@ -276,19 +263,6 @@ def show_restored(
     run.write_extra(f"reconstruction_{step:07d}.png", lambda path: save_grid(path, columns, titles))
 
 
-def framework_of(cfg: CfgNode) -> MomentumFramework:
-    """Build the method that a configuration describes."""
-    return build_framework(
-        cfg.MODEL.NAME,
-        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
-        section_options(cfg.MODEL.BACKBONE),
-        batchformer=section_options(cfg.MODEL.BATCHFORMER),
-        img_size=cfg.DATA.IMG_SIZE,
-        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
-        stack_views=cfg.MODEL.STACK_VIEWS,
-    )
-
-
 def replay_batch(args: argparse.Namespace, flags: dict[str, Value]) -> int:
     """Play the batch of `--replay` again on one process; all but the device comes from the file."""
     path = Path(args.replay)
@@ -298,7 +272,7 @@ def replay_batch(args: argparse.Namespace, flags: dict[str, Value]) -> int:
     run = start_run(cfg, training=False)
     if world_size() > 1:
         raise ValueError("--replay: plays on one process; start it without torchrun")
-    replay(run, run.prepare(framework_of(cfg)), kept, path)
+    replay(run, run.prepare(build_framework(cfg)), kept, path)
     return 0
 
 

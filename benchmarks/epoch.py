@@ -30,7 +30,7 @@ from data.sources.base import ArraySource, Source
 from engine.loop import forward_and_backward
 from engine.precision import resolve_precision
 from engine.state import TrainState
-from models import build_framework
+from models import assemble_framework
 from models.moco import MoCoV2
 from utils.schedules import Progress
 
@@ -133,7 +133,7 @@ class _Ours:
     ) -> None:
         options = {"queue_size": args.queue, "symmetric": args.symmetric}
         self.device, self.precision = device, resolve_precision("auto", device)
-        module = build_framework("moco_v2", options, backbone).to(device)
+        module = assemble_framework("moco_v2", options, backbone).to(device)
         self.module = module.to(memory_format=torch.channels_last)
         if args.compile:
             module.compile_backbones(cuda_graphs=args.compile == "graphs")
@@ -189,7 +189,7 @@ def _published(
         persistent_workers=args.workers > 0,
     )
     supply: Iterator[list[Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
-    framework = build_framework("moco_v2", {"queue_size": args.queue}, backbone).to(device)
+    framework = assemble_framework("moco_v2", {"queue_size": args.queue}, backbone).to(device)
     assert isinstance(framework, MoCoV2)
     # only its networks and queue: loss and average are the published ones below
     online, target, queue = framework.online, framework.target, framework.queue

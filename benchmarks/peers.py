@@ -22,7 +22,7 @@ from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources.base import ArraySource
 from engine.precision import resolve_precision
-from models import build_framework
+from models import assemble_framework
 from models.parts.backbones import build_backbone
 
 _KEYS = 4096  # of the queue, and of lightly's memory bank
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     precision = resolve_precision("auto", device)
     theirs = _Lightly(args, device, precision)
     options = {"queue_size": _KEYS}
-    framework = build_framework("moco_v2", options, _backbone(args), img_size=args.size)
+    framework = assemble_framework("moco_v2", options, _backbone(args), img_size=args.size)
     ours = method_step(framework, device, precision)
     views = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(2)]
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.common import Side, autocast, measure, ratio, show
 from engine.optim import build_optimizer, parameter_groups
 from engine.precision import resolve_precision
-from models import build_framework, framework_options
+from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
 from models.parts.momentum import MomentumFramework
 from utils.config.load import load_config
@@ -147,7 +147,7 @@ def whole_steps(device: torch.device, batch: int, rounds: int) -> dict[str, floa
     def side(name: str, method: str, compiled: bool = False) -> Side:
         # SynCo makes no synthetic negatives while it warms up
         options = {"warmup_epochs": 0} if method == "synco" else {}
-        framework = build_framework(method, options, {"name": "resnet50"})
+        framework = assemble_framework(method, options, {"name": "resnet50"})
         if compiled:
             framework.compile_backbones()
         step = method_step(framework, device, "bf16")

@@ -32,7 +32,7 @@ from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
 from models.weights.load import load_network
 from utils.checkpoints.foreign import read_torch
-from utils.config.load import section_options
+from utils.config.sections import section_options
 
 logger = logging.getLogger("synco")
 

@@ -1,23 +1,32 @@
-"""Build the method that `MODEL.NAME` selects."""
+"""Build what a configuration describes: the method that `MODEL.NAME` selects, or a backbone."""
 
 import inspect
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast, get_type_hints
+
+from yacs.config import CfgNode
 
 from models.batchformer import BatchFormerMoCoV3
 from models.byol import BYOL
 from models.moby import MoBY
 from models.moco import MoCoV2
 from models.mocov3 import MoCoV3
-from models.parts.backbones import build_backbone
+from models.parts.backbones import Backbone, build_backbone
 from models.parts.batchformer import BatchFormer
 from models.parts.momentum import MomentumFramework
 from models.parts.norm import convert_sync_batch_norm
 from models.sit import SiT
 from models.synco import SynCo
 from models.synco_v2 import SynCoV2
+from models.weights.load import check_norm_eps, load_network
+from utils.checkpoints.foreign import read_torch
 from utils.config.key import Key, Limits
+from utils.config.sections import method_section, section_options
 from utils.distributed import world_size
+
+logger = logging.getLogger("synco")
 
 FRAMEWORKS: dict[str, type[MomentumFramework]] = {
     "moco_v2": MoCoV2,
@@ -58,7 +67,20 @@ def _options(framework: type) -> dict[str, Key]:
     return options
 
 
-def build_framework(
+def build_framework(cfg: CfgNode) -> MomentumFramework:
+    """Build the method and the networks that a configuration describes."""
+    return assemble_framework(
+        cfg.MODEL.NAME,
+        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
+        section_options(cfg.MODEL.BACKBONE),
+        batchformer=section_options(cfg.MODEL.BATCHFORMER),
+        img_size=cfg.DATA.IMG_SIZE,
+        use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
+        stack_views=cfg.MODEL.STACK_VIEWS,
+    )
+
+
+def assemble_framework(
     name: str,
     options: Mapping[str, Any],
     backbone: Mapping[str, Any],
@@ -68,7 +90,7 @@ def build_framework(
     use_checkpoint: bool = False,
     stack_views: bool = False,
 ) -> MomentumFramework:
-    """Build the method `name` with its `options` over `build_backbone(**backbone)`.
+    """Build the method `name` with its `options` over two of `build_backbone(**backbone)`.
 
     `backbone` may also hold `target_drop_path`, the target's own drop-path rate (default 0);
     `batchformer` holds `enabled` and the options of `BatchFormer`. On several processes batch norms
@@ -91,3 +113,28 @@ def build_framework(
     if world_size() > 1 and getattr(framework, "sync_batch_norm", False):
         convert_sync_batch_norm(framework)
     return framework
+
+
+def online_backbone(cfg: CfgNode, **changes: Any) -> Backbone:
+    """Build the online network's backbone of a configuration; `changes` replace its options."""
+    options = section_options(cfg.MODEL.BACKBONE) | {"img_size": cfg.DATA.IMG_SIZE} | changes
+    options.pop("target_drop_path", None)  # of the target network, which is not built here
+    return build_backbone(**options)
+
+
+def pretrained_backbone(
+    cfg: CfgNode, weights: Path | None, which: str = "", **changes: Any
+) -> tuple[Backbone, str]:
+    """Build the backbone on a file of weights (`None`: random ones); say which network it took.
+
+    `which` asks for a network of a file of several, see `find_network`. Raises `ValueError` if the
+    file lacks a part of the backbone.
+    """
+    backbone = online_backbone(cfg, **changes)
+    if weights is None:
+        return backbone, "online"
+    checkpoint = read_torch(weights)
+    check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(weights))
+    report = load_network(backbone, checkpoint, str(weights), which)
+    logger.info(report)
+    return backbone, report.network.taken

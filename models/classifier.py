@@ -1,39 +1,14 @@
 """Put linear classifiers on a frozen or fine-tuned backbone."""
 
-import logging
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.backbones import Backbone, build_backbone
-from models.weights.load import check_norm_eps, load_network
-
-logger = logging.getLogger("synco")
+from models.parts.backbones import Backbone
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def pretrained_backbone(
-    options: Mapping[str, Any],
-    checkpoint: Mapping[str, object] | None,
-    source: str,
-    which: str = "",
-    **changes: Any,
-) -> Backbone:
-    """Build the backbone of a `MODEL.BACKBONE` section with `changes`, on a checkpoint if given.
-
-    `source` is the file's name, for messages, `which` the network (see `find_network`).
-    Raises `ValueError` if the file lacks a part of the backbone.
-    """
-    own = {key: value for key, value in options.items() if key != "target_drop_path"}
-    backbone = build_backbone(**(own | changes))
-    if checkpoint is not None:
-        check_norm_eps(checkpoint, own.get("norm_eps", 0.0), source)
-        logger.info(load_network(backbone, checkpoint, source, which))
-    return backbone
 
 
 def freeze(backbone: M, active_drop_path: bool = False) -> M:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.checkpoints import file as checkpoint
-from utils.config.load import method_section
+from utils.config.sections import method_section
 
 STEPS = 11  # of an epoch of digits at a global batch of 128
 KEYS = {

@@ -68,9 +68,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from models import build_framework, framework_options
-from models.parts.backbones import Backbone, build_backbone
-from models.parts.momentum import MomentumFramework
+from models import build_framework, framework_options, online_backbone
 from models.weights import export
 from models.weights.find import find_network, listed, tensors_of
 from models.weights.load import LoadReport, check_norm_eps, load_backbone
@@ -79,7 +77,7 @@ from tools.parts.model_card import write_huggingface
 from utils.checkpoints import file as checkpoints
 from utils.checkpoints.atomic import write_file
 from utils.checkpoints.foreign import read_torch
-from utils.config.load import load_config, method_section, section_options
+from utils.config.load import load_config
 from utils.config.schema import declare
 
 TIMM_NAMES = {
@@ -147,7 +145,7 @@ def import_file(args: argparse.Namespace) -> None:
     cfg = _config(args)
     checkpoint = _read(args.source)
     if args.full:
-        own = _framework(cfg).state_dict()
+        own = build_framework(cfg).state_dict()
         try:
             state = framework_state(checkpoint, own)
         except ValueError as error:
@@ -156,7 +154,7 @@ def import_file(args: argparse.Namespace) -> None:
         note = f"{len(own)} tensors"
         framework = {key: state[key] for key in own}
     else:
-        backbone = _backbone(cfg)
+        backbone = online_backbone(cfg).eval()
         source = str(args.source)
         network = find_network(checkpoint, args.which, source, backbone.state_dict())
         said, which = str(network), network.taken
@@ -176,7 +174,7 @@ def export_file(args: argparse.Namespace) -> None:
     cfg = _config(args)
     checkpoint = _read(source)
     check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(source))
-    backbone = _backbone(cfg)
+    backbone = online_backbone(cfg).eval()
     network = find_network(checkpoint, args.which, str(source), backbone.state_dict())
     args.which = network.taken  # what the model card and the head go by
     print(f"{load_backbone(backbone, network.state, str(source), network.beside)} ({network})")
@@ -249,22 +247,6 @@ def _config(args: argparse.Namespace) -> CfgNode:
     if args.cfg is None and not own.is_file():
         raise ValueError("--cfg: is needed to know the backbone; give the run's yaml")
     return load_config(declare(framework_options()), [args.cfg or own], args.opts, {})
-
-
-def _backbone(cfg: CfgNode) -> Backbone:
-    options = section_options(cfg.MODEL.BACKBONE)
-    del options["target_drop_path"]  # of the target network, which is not built here
-    return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE).eval()
-
-
-def _framework(cfg: CfgNode) -> MomentumFramework:
-    return build_framework(
-        cfg.MODEL.NAME,
-        section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)]),
-        section_options(cfg.MODEL.BACKBONE),
-        batchformer=section_options(cfg.MODEL.BATCHFORMER),
-        img_size=cfg.DATA.IMG_SIZE,
-    )
 
 
 def _checkpoint_of(source: Path) -> Path:

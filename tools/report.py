@@ -26,22 +26,21 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from data import evaluation_loader
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
-from data.loader import evaluation_batches
 from data.sources import open_split
 from data.sources.base import Source
 from engine.precision import choose_device
 from engine.run import Run
 from evaluation.accuracy import extract_features, few_label_accuracy, logistic_probe, topk_correct
 from evaluation.knn import knn_accuracy
-from models import framework_options
-from models.parts.backbones import build_backbone
+from models import framework_options, online_backbone
 from models.weights.load import load_network
 from tools.parts.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch
-from utils.config.load import load_config, section_options
+from utils.config.load import load_config
 from utils.config.schema import declare
 from utils.logger import setup_logger
 from utils.randomness import keyed_seed
@@ -143,9 +142,7 @@ def representations(run: Run, train: Source, val: Source, path: Path) -> dict[st
 def build_online(cfg: CfgNode) -> nn.Module:
     """Build the run's backbone as pretraining does, with its weights of step 0."""
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # as start_run does before anything is built
-    options = section_options(cfg.MODEL.BACKBONE)
-    del options["target_drop_path"]  # of the target network, which is not built here
-    return build_backbone(**options, img_size=cfg.DATA.IMG_SIZE)
+    return online_backbone(cfg)
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -186,15 +183,10 @@ def _is_grey(levels: Tensor) -> bool:
 
 def extract(run: Run, train: Source, val: Source, backbone: Callable[[Tensor], Tensor]) -> Split:
     """Return the features of both splits under the evaluation view."""
-    options = {
-        "batch_size": run.cfg.LINEAR.BATCH_SIZE,
-        "num_workers": run.cfg.DATA.NUM_WORKERS,
-        "device": run.device,
-    }
     parts: list[Tensor] = []
     with run.evaluating(backbone if isinstance(backbone, nn.Module) else nn.Identity()):
         for source in (train, val):
-            batches = evaluation_batches(source, run.cfg.DATA.IMG_SIZE, **options)
+            batches = evaluation_loader(run.cfg, source, run.device, run.cfg.LINEAR.BATCH_SIZE)
             parts += (tensor.cpu() for tensor in extract_features(backbone, batches))
     return Split(*parts)
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from data.loader import evaluation_batches
+from data import evaluation_loader
 from data.sources.folder import FileSource
 from evaluation.accuracy import extract_features
 from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
@@ -96,14 +96,8 @@ def image_features(
 ) -> Tensor:
     """Return the features (N, F) of `folder`/<name>.jpg in the evaluation view, not normalised."""
     cfg = frozen.run.cfg
-    batches = evaluation_batches(
-        BoxedSource(folder, names, boxes),
-        cfg.DATA.IMG_SIZE,
-        batch_size=cfg.LINEAR.BATCH_SIZE,
-        device=frozen.run.device,
-        num_workers=cfg.DATA.NUM_WORKERS,
-        timeout=cfg.DATA.TIMEOUT,
-    )
+    source = BoxedSource(folder, names, boxes)
+    batches = evaluation_loader(cfg, source, frozen.run.device, cfg.LINEAR.BATCH_SIZE)
     with torch.no_grad():
         return extract_features(
             scaled_features(frozen.backbone, cfg.DATA.IMG_SIZE, scales), batches

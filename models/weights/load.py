@@ -7,14 +7,14 @@ backbone must be found, and what the file holds beyond it must be a head or a de
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.mocov3_vit import sincos_positions
-from models.weights.find import find_network, listed, not_needed, some
+from models.weights.find import Network, find_network, listed, not_needed, some
 
 # MoCo v3's ViT-S has 12 heads, DeiT's 6, and the tensors have the same shapes
 _AMBIGUOUS_WIDTH = 384
@@ -37,13 +37,23 @@ class LoadReport:
         return f"loaded {self.matched} tensors of the backbone from {self.source}{left}{sizes}"
 
 
+class Loaded(NamedTuple):
+    """What was loaded, and the network of the file that it is."""
+
+    report: LoadReport
+    network: Network
+
+    def __str__(self) -> str:
+        """Return one line for the log."""
+        return f"{self.report} ({self.network})"
+
+
 def load_network(
     backbone: nn.Module, checkpoint: Mapping[str, object], source: str, which: str = ""
-) -> str:
-    """Load a network of a checkpoint (see `find_network`); return what was loaded, for the log."""
+) -> Loaded:
+    """Load a network of a checkpoint (see `find_network`) into the backbone."""
     network = find_network(checkpoint, which, source, backbone.state_dict())
-    report = load_backbone(backbone, network.state, source, network.beside)
-    return f"{report} ({network})"
+    return Loaded(load_backbone(backbone, network.state, source, network.beside), network)
 
 
 def check_norm_eps(checkpoint: Mapping[str, object], norm_eps: float, source: str) -> None:

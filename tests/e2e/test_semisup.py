@@ -176,15 +176,15 @@ def test_a_frozen_backbone_stays_bit_identical(runner: Runner) -> None:
 
 def move_a_statistic(rank: int) -> None:
     """Move one number of the frozen backbone in the middle of the first epoch."""
-    from models import classifier
+    import main_semisup
 
-    freeze = classifier.freeze
+    freeze = main_semisup.freeze
 
-    def wrapper(backbone: Any, *args: Any) -> Any:
+    def wrapper(backbone: Any, **options: Any) -> Any:
         runs.at_step(2, lambda: backbone.bn1.running_mean.data[0].add_(1e-6))
-        return freeze(backbone, *args)
+        return freeze(backbone, **options)
 
-    classifier.freeze = wrapper
+    main_semisup.freeze = wrapper
 
 
 def test_a_frozen_backbone_that_moves_stops_the_run(runner: Runner) -> None:

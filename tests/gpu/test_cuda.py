@@ -10,7 +10,7 @@ from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources import ArraySource
 from data.sources.folder import imagefolder
-from models import FRAMEWORKS, build_framework
+from models import FRAMEWORKS, assemble_framework
 from models.parts.corruption import corrupt, corrupt_plain, draw_corruption
 from models.parts.losses import queue_contrast, queue_contrast_plain
 from models.parts.negatives import SyntheticConfig
@@ -91,7 +91,7 @@ def test_corruption_at_once_equals_the_loop_over_images() -> None:
 @pytest.mark.parametrize("method", FRAMEWORKS)
 def test_three_steps_repeat(method: str, precision: torch.dtype | None) -> None:
     known = {name: value for name, value in OPTIONS.items() if name in _options(method)}
-    start = build_framework(
+    start = assemble_framework(
         method, known, {"name": "resnet18", "stem": "cifar"}, img_size=32
     ).cuda()
     states = []
@@ -116,7 +116,7 @@ def test_three_steps_repeat(method: str, precision: torch.dtype | None) -> None:
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_compiled_steps_train_as_plain_ones(cuda_graphs: bool) -> None:
-    start = build_framework(
+    start = assemble_framework(
         "moco_v2", {"queue_size": 64}, {"name": "resnet18", "stem": "cifar"}
     ).cuda()
     losses = {}

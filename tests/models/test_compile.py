@@ -4,14 +4,14 @@ import pytest
 import torch
 from test_methods import FAMILIES, SMALL, views
 
-from models import build_framework
+from models import assemble_framework
 from utils.schedules import Progress
 
 
 def gradients(compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     torch.manual_seed(3)
     backbone = {**FAMILIES["resnet"], "name": "resnet8"}
-    framework = build_framework("byol", SMALL["byol"], backbone, img_size=32)
+    framework = assemble_framework("byol", SMALL["byol"], backbone, img_size=32)
     if compiled:
         framework.compile_backbones("aot_eager")  # inductor takes minutes on a CPU
     loss = framework(views(0), Progress(0, 2, 4))["loss"]
@@ -28,7 +28,7 @@ def gradients(compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def test_graphs_are_asked_of_the_compiler_and_every_step_is_marked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    framework = build_framework("byol", SMALL["byol"], FAMILIES["resnet"], img_size=32)
+    framework = assemble_framework("byol", SMALL["byol"], FAMILIES["resnet"], img_size=32)
     asked, marked = [], []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda part, **options: asked.append((part, options))
@@ -56,6 +56,6 @@ def test_the_same_loss_gradients_statistics_and_names() -> None:
 
 
 def test_sit_refuses() -> None:
-    framework = build_framework("sit", SMALL["sit"], FAMILIES["resnet"], img_size=32)
+    framework = assemble_framework("sit", SMALL["sit"], FAMILIES["resnet"], img_size=32)
     with pytest.raises(ValueError, match=r"TRAIN\.COMPILE"):
         framework.compile_backbones()

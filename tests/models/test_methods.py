@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import FRAMEWORKS, build_framework, framework_options
+from models import FRAMEWORKS, assemble_framework, framework_options
 from models.parts.backbones import _warn_of_cut, build_backbone, feature_map
 from models.parts.heads import mlp
 from models.parts.mocov3_vit import sincos_positions
@@ -61,7 +61,7 @@ def small(
         **FAMILIES[family],
         **({"num_tokens": 2} if (method, family) == ("sit", "deit") else {}),
     }
-    return build_framework(
+    return assemble_framework(
         method, {**SMALL[method], **(more or {})}, backbone, img_size=32, **options
     )
 
@@ -187,7 +187,7 @@ def test_batchformer_refuses(method: str, batchformer: dict, message: str) -> No
 def test_synthetics_change_the_loss_only_in_their_window(method: str) -> None:
     options = {**SMALL[method], "warmup_epochs": 1}
     torch.manual_seed(0)
-    framework = build_framework(method, options, FAMILIES["resnet"], img_size=32)
+    framework = assemble_framework(method, options, FAMILIES["resnet"], img_size=32)
     losses = []
     for step in (1, 2):  # two steps an epoch: the first is in epoch 0, the second in epoch 1
         torch.manual_seed(5)
@@ -292,7 +292,7 @@ def test_queue_that_does_not_divide_is_refused() -> None:
 
 
 def test_drop_path_rates_differ_between_online_and_target() -> None:
-    framework = build_framework(
+    framework = assemble_framework(
         "moby",
         SMALL["moby"],
         {"name": "swin_tiny", "drop_path": 0.2, "target_drop_path": 0.0},

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import build_framework
+from models import assemble_framework
 from models.parts.backbones import build_backbone, map_geometry, summaries_and_map
 from models.parts.corruption import (
     Corruption,
@@ -26,7 +26,7 @@ RESNET = {"name": "resnet8", "stem": "cifar"}
 
 
 def build(options: dict, backbone: dict | None = None, size: int = 32) -> SiT:
-    framework = build_framework("sit", options, backbone or RESNET, img_size=size)
+    framework = assemble_framework("sit", options, backbone or RESNET, img_size=size)
     assert isinstance(framework, SiT)
     return framework
 
@@ -234,7 +234,7 @@ def test_the_later_variant_is_its_definition() -> None:
 
 def test_batchformer_attends_over_each_view_by_itself() -> None:
     """Another second view changes nothing about the first, but through the batch norms of the heads."""
-    framework = build_framework("sit", GMML, RESNET, batchformer={"enabled": True}, img_size=32)
+    framework = assemble_framework("sit", GMML, RESNET, batchformer={"enabled": True}, img_size=32)
     seen: list[Tensor] = []
     batchformer = framework.online.batchformer
     batchformer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))  # type: ignore[union-attr]

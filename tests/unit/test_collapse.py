@@ -10,7 +10,6 @@ import torch
 from figures import figure
 from torch import Tensor, nn
 
-import main_pretrain
 from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources import open_split
@@ -21,10 +20,11 @@ from engine.meter import Meter
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import make_plan
 from engine.state import TrainState
-from models import framework_options
+from models import build_framework, framework_options
 from models.parts.losses import cosine_regression, unit
-from utils.config.load import load_config, method_section
+from utils.config.load import load_config
 from utils.config.schema import declare
+from utils.config.sections import method_section
 from utils.logger import Metrics
 
 POINT = "collapsing to a point"
@@ -112,7 +112,7 @@ def course(method: str, broken: str, seed: int, steps: int, every: int, batch: i
     keys |= {"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" or every < 10 else {}
     cfg = load_config(declare(framework_options()), flags=keys)
     torch.manual_seed(seed)
-    framework = main_pretrain.framework_of(cfg)
+    framework = build_framework(cfg)
     if "predictor" in broken:
         framework.predictor = nn.Identity()
     loader = GlobalLoader(

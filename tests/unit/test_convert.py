@@ -20,14 +20,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from yacs.config import CfgNode
 
-from models.classifier import pretrained_backbone
+from models import pretrained_backbone
 from models.parts.backbones import build_backbone
 from models.weights.find import find_network
 from models.weights.load import load_backbone
 from tools import compare_checkpoints, convert
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_pickle, read_torch
-from utils.config.load import load_config, section_options, to_yaml
+from utils.config.load import load_config, to_yaml
 from utils.config.schema import declare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def small(name: str, **_: Any) -> Any:
 def test_out_and_in_again_is_bit_identical_in_every_layout(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "build_backbone", small)
+    monkeypatch.setattr(convert, "online_backbone", lambda cfg: small(cfg.MODEL.BACKBONE.NAME))
     cfg = yaml_file(tmp_path, name)
     original = shaken(small(name))
     torch.save({"state_dict": original.state_dict()}, tmp_path / "a.pth")
@@ -181,17 +181,16 @@ def test_the_eps_of_norms_comes_in_and_goes_out(
     torch.save({"model": prefixed("encoder.", original.state_dict())}, tmp_path / "theirs.pth")
     run("import", tmp_path / "theirs.pth", "--cfg", *recipe, "--output", tmp_path / "ours.pt")
     cfg = load_config(declare(convert_options()), [recipe[0]], ["DATA.IMG_SIZE", "32"], {})
-    options, file = section_options(cfg.MODEL.BACKBONE), read_torch(tmp_path / "ours.pt")
     images = 0.01 * torch.randn(2, 3, 32, 32)  # of little variance, so that eps shows
     with torch.no_grad():
-        found = pretrained_backbone(options, file, "ours.pt", img_size=32, drop_path=0.0).eval()(
-            images
-        )
-        assert torch.equal(found, original(images))
+        backbone, _ = pretrained_backbone(cfg, tmp_path / "ours.pt", drop_path=0.0)
+        assert torch.equal(backbone.eval()(images), original(images))
+        cfg.defrost()
+        cfg.MODEL.BACKBONE.NORM_EPS = 0.0
         with pytest.raises(
-            ValueError, match=r"NORM_EPS: 0.0, but ours.pt was imported with 1e-06; add"
+            ValueError, match=r"NORM_EPS: 0.0, but .*ours.pt was imported with 1e-06; add"
         ):
-            pretrained_backbone({**options, "norm_eps": 0.0}, file, "ours.pt", img_size=32)
+            pretrained_backbone(cfg, tmp_path / "ours.pt")
         out = tmp_path / "out.pth"
         capsys.readouterr()
         run("export", tmp_path / "ours.pt", "--cfg", *recipe, "--to", to, "--output", out)
@@ -217,7 +216,7 @@ def test_a_transformers_swin_gets_the_eps_by_the_exported_words(
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     original = shaken(small("swin_tiny"))
     own_eps(original)
-    monkeypatch.setattr(convert, "build_backbone", lambda *_, **__: copy.deepcopy(original))
+    monkeypatch.setattr(convert, "online_backbone", lambda _: copy.deepcopy(original))
     torch.save({"state_dict": original.state_dict()}, tmp_path / "a.pth")
     cfg = yaml_file(tmp_path, "swin_tiny")
     eps = ("--opts", "MODEL.BACKBONE.NORM_EPS", "1e-6")

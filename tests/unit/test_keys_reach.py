@@ -22,11 +22,12 @@ import main_linear
 import main_pretrain
 import main_semisup
 import utils.config.load
-from models import FRAMEWORKS, build_framework, framework_options
+from models import FRAMEWORKS, assemble_framework, framework_options
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import SplitBatchNorm2d
-from utils.config.load import leaves, method_section, section_options
+from utils.config.load import leaves
 from utils.config.schema import declare
+from utils.config.sections import method_section, section_options
 from utils.logger import close_logger
 
 SCHEMA = declare(framework_options())
@@ -109,8 +110,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         plain[id(recorder)] = cfg
         return recorder
 
-    # main_pretrain has a name of its own for it
-    for module in (utils.config.load, main_pretrain):
+    for module in (main_pretrain, main_linear, main_semisup):
         monkeypatch.setattr(module, "load_config", load_recording)
     for module in (engine.run, engine.checkpointing):
         monkeypatch.setattr(module, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))
@@ -305,7 +305,7 @@ def build(
     method: str, options: dict[str, Any], backbone: dict[str, Any] | None = None, **more: Any
 ) -> nn.Module:
     with torch.device("meta"):
-        return build_framework(
+        return assemble_framework(
             method, options, backbone or {"name": "resnet8", "stem": "cifar"}, **more
         )
 
@@ -404,7 +404,7 @@ def test_each_option_of_a_backbone_changes_what_is_built(name: str) -> None:
     }
     after[name] = changes.get(name, other(before[name], name))
     if name == "zero_init_residual":  # only values differ, so they must exist
-        old, new = (build_framework("byol", {}, options) for options in (before, after))
+        old, new = (assemble_framework("byol", {}, options) for options in (before, after))
         weights = [framework.online.backbone.layer1[0].bn2.weight for framework in (old, new)]
         assert (float(weights[0].detach().sum()) != 0, float(weights[1].detach().sum())) == (
             True,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from engine.optim import LARS, build_optimizer, parameter_groups
-from models import build_framework, framework_options
+from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
 from utils.config.load import ConfigError, load_config
 from utils.config.schema import declare
@@ -92,7 +92,7 @@ def test_lars_exempts_one_dimensional_tensors_without_being_asked() -> None:
 
 def test_what_does_not_train_is_in_no_group() -> None:
     options = {"name": "vit_small", "patch_size": 8, "freeze_patch_embed": True}
-    framework = build_framework("byol", {"hidden_dim": 8, "out_dim": 4}, options, img_size=16)
+    framework = assemble_framework("byol", {"hidden_dim": 8, "out_dim": 4}, options, img_size=16)
     found = decays(framework, optim(EXCLUDE_1D=True))
     assert not any(name.startswith("target.") for name in found)
     frozen = {"online.backbone.pos_embed", "online.backbone.patch_embed.proj.weight"}

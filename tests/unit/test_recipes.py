@@ -13,10 +13,11 @@ from yacs.config import CfgNode
 from data.augment.recipes import build_recipe
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, make_plan
-from models import build_framework, framework_options
+from models import assemble_framework, framework_options
 from models.parts.momentum import MomentumFramework
-from utils.config.load import leaves, load_config, method_section, section_options
+from utils.config.load import leaves, load_config
 from utils.config.schema import declare
+from utils.config.sections import method_section, section_options
 from utils.config.strict_yaml import load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -73,7 +74,7 @@ def build(cfg: CfgNode) -> MomentumFramework:
     backbone = section_options(cfg.MODEL.BACKBONE)
     more = {"batchformer": section_options(cfg.MODEL.BATCHFORMER), "img_size": cfg.DATA.IMG_SIZE}
     with torch.device("meta"):
-        return build_framework(cfg.MODEL.NAME, options, backbone, **more)
+        return assemble_framework(cfg.MODEL.NAME, options, backbone, **more)
 
 
 def plan(cfg: CfgNode, images: int, processes: int) -> Plan:

@@ -16,13 +16,14 @@ import main_pretrain
 from data.sources.base import ArraySource
 from engine import precision as device
 from engine.run import Run
-from models import build_framework, framework_options
+from models import assemble_framework, framework_options
 from tools import demo, report
 from tools.parts import pictures
 from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
-from utils.config.load import ConfigError, load_config, section_options
+from utils.config.load import ConfigError, load_config
 from utils.config.schema import declare
+from utils.config.sections import section_options
 from utils.randomness import keyed_seed
 
 TINY = """
@@ -101,7 +102,9 @@ def test_the_random_row_is_the_run_before_its_first_step(trained: Path) -> None:
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # start_run
     options = section_options(cfg.MODEL.BACKBONE)
     del options["target_drop_path"]
-    framework = build_framework("moco_v2", section_options(cfg.MODEL.MOCO_V2), options, img_size=8)
+    framework = assemble_framework(
+        "moco_v2", section_options(cfg.MODEL.MOCO_V2), options, img_size=8
+    )
     built = report.build_online(cfg).state_dict()
     for name, tensor in framework.online.backbone.state_dict().items():
         assert torch.equal(built[name], tensor)

@@ -33,7 +33,14 @@ ALLOWED_UTILS = {
         "utils.reading",
         "utils.limits",
     },
-    "models": {"utils.distributed", "utils.randomness", "utils.schedules", "utils.config.key"},
+    "models": {
+        "utils.distributed",
+        "utils.randomness",
+        "utils.schedules",
+        "utils.config.key",
+        "utils.config.sections",
+        "utils.checkpoints.foreign",
+    },
 }
 
 

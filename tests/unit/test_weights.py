@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models import build_framework
+from models import assemble_framework
 from models.parts.backbones import build_backbone
 from models.parts.mocov3_vit import sincos_positions
 from models.weights.find import find_network
@@ -368,7 +368,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def framework(method: str, **options: Any) -> nn.Module:
     return randomised(
-        build_framework(method, {**SMALL[method], **options}, {"name": "resnet8"}, img_size=32)
+        assemble_framework(method, {**SMALL[method], **options}, {"name": "resnet8"}, img_size=32)
     )
 
 

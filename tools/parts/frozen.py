@@ -10,13 +10,12 @@ import torch
 from engine.precision import choose_device
 from engine.run import Run
 from evaluation.probe import find_weights, weights_label
-from models import framework_options
-from models.classifier import freeze, pretrained_backbone
+from models import framework_options, pretrained_backbone
+from models.classifier import freeze
 from models.parts.backbones import Backbone
 from utils.checkpoints import file as checkpoint
-from utils.checkpoints.foreign import read_torch
 from utils.config.key import Value
-from utils.config.load import load_config, section_options
+from utils.config.load import load_config
 from utils.config.schema import declare
 from utils.logger import setup_logger
 from utils.randomness import keyed_seed
@@ -49,15 +48,7 @@ def open_frozen(args: argparse.Namespace, flags: Mapping[str, Value]) -> FrozenB
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # `--pretrained none`: as before step 1
-    options = section_options(cfg.MODEL.BACKBONE)
-    backbone = pretrained_backbone(
-        options,
-        read_torch(weights) if weights else None,
-        str(weights),
-        args.which,
-        img_size=cfg.DATA.IMG_SIZE,
-        drop_path=0.0,
-    )
+    backbone, _ = pretrained_backbone(cfg, weights, args.which, drop_path=0.0)
     label = weights_label(weights, args.which)
     label += f"-{checkpoint.sha256_of(weights)[:8]}" if weights else ""  # two files of one name
     return FrozenBackbone(freeze(run.prepare(backbone)), run, label)

@@ -9,13 +9,14 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from yacs.config import CfgNode
 
 from utils.config import strict_yaml
 from utils.config.key import Key, Limits, Value
-from utils.config.schema import COMMON_SECTIONS, KEYS, SECTION_OF, Schema, key_class, plain
+from utils.config.schema import COMMON_SECTIONS, KEYS, Schema, key_class, plain
+from utils.config.sections import method_section
 from utils.reading import read_bytes
 
 BASE_KEY = "_BASE_"
@@ -97,16 +98,6 @@ def leaves(tree: CfgNode, prefix: str = "") -> Iterator[tuple[str, Value]]:
 def to_yaml(tree: CfgNode) -> str:
     """Return the tree as YAML text that `load_config` and `yaml.safe_load` read back unchanged."""
     return strict_yaml.dump(_nested(tree))
-
-
-def section_options(node: CfgNode) -> dict[str, Any]:
-    """Return a section as keyword arguments, names in lower case."""
-    return {key.lower(): value for key, value in node.items()}
-
-
-def method_section(method: str) -> str:
-    """Return the name of the section of `MODEL` that holds a method's options."""
-    return SECTION_OF.get(method, method.upper())
 
 
 def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -> list[str]:

@@ -19,8 +19,6 @@ DEVICES = ("auto", "cpu", "cuda")
 
 # Sections of `MODEL` that every method reads.
 COMMON_SECTIONS = ("BACKBONE", "BATCHFORMER")
-# `batchformer` is MoCo v3 with BatchFormer always on, so it reads the options of MoCo v3.
-SECTION_OF = {"batchformer": "MOCOV3"}
 
 # The programs whose result depends on a key.
 PRETRAIN: tuple[Program, ...] = ("pretrain",)
