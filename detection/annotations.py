@@ -1,36 +1,21 @@
-"""Read COCO's JSON and Pascal VOC's XML, with errors that name the file and the entry."""
+"""Annotated images of a detection data set, whatever format they come from."""
 
-import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
-from data.decode import MAX_PIXELS, decode_rgb
+from data.decode import FORMATS, MAX_PIXELS, decode_rgb
 from data.sources.base import digest
-from utils.reading import read_text
 
 logger = logging.getLogger("synco")
 
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *(
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-    ),
-    "tvmonitor",
-)
+Polygons = tuple[tuple[float, ...], ...]  # flat lists x, y, x, y, ... of one object
 
 
 class AnnotationError(ValueError):
@@ -48,17 +33,14 @@ class Objects:
     boxes: np.ndarray
     labels: np.ndarray
     ignored: np.ndarray
-    polygons: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    polygons: tuple[Polygons, ...] = ()
 
     def chosen(self, keep: np.ndarray) -> "Objects":
         """Return the objects for which `keep` (n,) holds."""
-        polygons = tuple(p for p, kept in zip(self.polygons, keep, strict=True) if kept)
-        return Objects(
-            self.boxes[keep],
-            self.labels[keep],
-            self.ignored[keep],
-            polygons if self.polygons else (),
-        )
+        polygons = self.polygons
+        if polygons:
+            polygons = tuple(p for p, kept in zip(polygons, keep, strict=True) if kept)
+        return Objects(self.boxes[keep], self.labels[keep], self.ignored[keep], polygons)
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,7 @@ class DetectionData:
         """Return an image's path."""
         return str(self.files[index])
 
-    def load(self, index: int) -> Any:
+    def load(self, index: int) -> Tensor:
         """Read an image as uint8 (3,H,W) RGB."""
         return decode_rgb(self.files[index].read_bytes(), self.max_pixels)
 
@@ -100,6 +82,7 @@ class DetectionData:
     def for_training(self) -> "DetectionData":
         """Leave out COCO's crowds, and images that then show nothing, as published detectors do."""
         objects = [o.chosen(~o.ignored) if self.annotation_file else o for o in self.objects]
+        self._check_polygons(objects)
         keep = [index for index, o in enumerate(objects) if len(o.labels)]
         if not keep:
             raise AnnotationError(
@@ -118,212 +101,35 @@ class DetectionData:
             objects=tuple(objects[i] for i in keep),
         )
 
-
-def read_split(dataset: str, root: str, split: str, classes: str = "") -> DetectionData:
-    """Read a split of `coco` or `voc` below `root`; `classes` are `DETECTION.CLASSES`."""
-    if not root or not Path(root).is_dir():
-        raise AnnotationError(
-            f"DATA.PATH (--data-path): {root!r} is no folder; give the data set's root"
-        )
-    if dataset == "coco":
-        if classes:
-            raise AnnotationError(
-                f"DETECTION.CLASSES: {classes!r}; COCO's file names its classes, leave it empty"
-            )
-        return read_coco(Path(root), split)
-    return read_voc(
-        Path(root), split, [name.strip() for name in classes.split(",") if name.strip()]
-    )
+    def _check_polygons(self, objects: Sequence[Objects]) -> None:
+        """Refuse an object without polygons where others have them: its mask would be empty."""
+        for file, item in zip(self.files, objects, strict=True):
+            for box, polygons in zip(item.boxes.tolist(), item.polygons, strict=False):
+                if not polygons:
+                    raise AnnotationError(
+                        f"{self.annotation_file}: {file.name}: the object at (x1, y1, x2, y2) "
+                        f"{box} has a run-length encoded mask, and masks are trained from "
+                        "polygons; convert it to polygons, or set MODEL.RCNN.MASKS to False"
+                    )
 
 
-# ---- COCO ----------------------------------------------------------------------------------------
-
-
-def read_coco(root: Path, split: str) -> DetectionData:
-    """Read annotations/instances_<split>.json and the images in <split>/, labels by category id."""
-    file = root / "annotations" / f"instances_{split}.json"
-    tree = _read_json(file)
-    try:
-        categories = sorted((int(entry["id"]), str(entry["name"])) for entry in tree["categories"])
-        images = {int(entry["id"]): entry for entry in tree["images"]}
-        found: dict[int, list[dict[str, Any]]] = {ident: [] for ident in images}
-        for entry in tree["annotations"]:
-            if entry["image_id"] not in found:
-                raise AnnotationError(
-                    f"{file}: annotation {entry.get('id')} is of image {entry['image_id']}, which "
-                    "it lacks"
-                )
-            found[entry["image_id"]].append(entry)
-        names = [(root / split / str(images[ident]["file_name"])) for ident in images]
-        sizes = [(float(image["width"]), float(image["height"])) for image in images.values()]
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, AnnotationError):
-            raise
-        raise AnnotationError(
-            f"{file}: {error!r}; expected COCO's images, annotations and categories"
-        ) from error
-    if len(images) != len(tree["images"]):
-        raise AnnotationError(f"{file}: two images have the same id; ids must differ")
-    _check_files(names, file)
-    labels = {ident: label for label, (ident, _) in enumerate(categories, start=1)}
-    objects = [
-        _coco_objects(found[ident], size, labels, file)
-        for ident, size in zip(images, sizes, strict=True)
-    ]
-    return DetectionData(
-        tuple(names),
-        tuple(images),
-        tuple(objects),
-        tuple(name for _, name in categories),
-        tuple(ident for ident, _ in categories),
-        annotation_file=file,
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_bytes())
-    except OSError as error:
-        raise AnnotationError(
-            f"{file}: cannot be read ({error.strerror}); check DATA.PATH and the DETECTION.*_SPLIT"
-        ) from error
-    except ValueError as error:
-        raise AnnotationError(f"{file}: is not valid JSON ({error})") from error
-    lacking = {"images", "annotations", "categories"} - set(tree if isinstance(tree, dict) else ())
-    if lacking:
-        raise AnnotationError(
-            f"{file}: has no {', '.join(sorted(lacking))}; expected COCO's instances file"
-        )
-    return tree
-
-
-def _coco_objects(
-    entries: list[dict[str, Any]], size: tuple[float, float], labels: dict[int, int], file: Path
+def make_objects(
+    boxes: Sequence[np.ndarray],
+    labels: Sequence[int],
+    ignored: Sequence[bool],
+    polygons: tuple[Polygons, ...] = (),
 ) -> Objects:
-    boxes, names, crowd, polygons = [], [], [], []
-    limit = np.array(size * 2, dtype=np.float32)
-    for entry in entries:
-        box, where = entry.get("bbox"), f"{file}: annotation {entry.get('id')}"
-        if (
-            not isinstance(box, list)
-            or len(box) != 4
-            or not np.isfinite(np.array(box, dtype=float)).all()
-        ):
-            raise AnnotationError(f"{where}: bbox {box!r} is not x, y, width, height")
-        if entry.get("category_id") not in labels:
-            raise AnnotationError(f"{where}: there is no category {entry.get('category_id')!r}")
-        x, y, width, height = box
-        corners = np.minimum(
-            np.maximum(np.array([x, y, x + width, y + height], dtype=np.float32), 0), limit
-        )
-        if (corners[2:] - corners[:2]).min() <= 1e-5:
-            continue  # COCO has a few, and all published detectors drop them
-        outline = entry.get("segmentation")
-        boxes.append(corners)
-        names.append(labels[entry["category_id"]])
-        crowd.append(bool(entry.get("iscrowd", 0)))
-        polygons.append(_polygons(outline, where) if isinstance(outline, list) else ())
-    return _objects(boxes, names, crowd, tuple(polygons))
-
-
-def _polygons(outline: list[Any], where: str) -> tuple[tuple[float, ...], ...]:
-    for polygon in outline:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise AnnotationError(f"{where}: a polygon needs x, y of at least three corners")
-    return tuple(tuple(map(float, polygon)) for polygon in outline)
-
-
-def _objects(
-    boxes: list[np.ndarray],
-    labels: list[int],
-    ignored: list[bool],
-    polygons: tuple[tuple[tuple[float, ...], ...], ...] = (),
-) -> Objects:
-    corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    """Return the objects of an image, which may be none, as arrays."""
     return Objects(
-        corners, np.array(labels, dtype=np.int64), np.array(ignored, dtype=bool), polygons
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(ignored, dtype=bool),
+        polygons,
     )
 
 
-# ---- Pascal VOC ----------------------------------------------------------------------------------
-
-
-def read_voc(root: Path, split: str, classes: Sequence[str] = ()) -> DetectionData:
-    """Read ``<year>_<list>`` splits joined by ``+`` below `root` or `root`/VOCdevkit.
-
-    Boxes become 0-based and half-open: VOC's (xmin, ymin, xmax, ymax) count pixels from 1, both
-    included.
-    """
-    classes = tuple(classes) or VOC_CLASSES
-    home = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
-    files: list[Path] = []
-    ids: list[int | str] = []
-    objects: list[Objects] = []
-    years = []
-    for part in split.split("+"):
-        year, _, name = part.partition("_")
-        folder = home / f"VOC{year}"
-        names = _voc_list(folder / "ImageSets" / "Main" / f"{name}.txt", part)
-        files += [folder / "JPEGImages" / f"{ident}.jpg" for ident in names]
-        ids += [f"{year}/{ident}" for ident in names]
-        objects += [
-            _voc_objects(folder / "Annotations" / f"{ident}.xml", classes) for ident in names
-        ]
-        years.append(year)
-    _check_files(files, home)
-    numbers = tuple(range(1, len(classes) + 1))
-    return DetectionData(
-        tuple(files), tuple(ids), tuple(objects), classes, numbers, years=tuple(years)
-    )
-
-
-def _voc_list(file: Path, part: str) -> list[str]:
-    try:
-        names = [line.split()[0] for line in read_text(file).split("\n") if line.strip()]
-    except OSError as error:
-        raise AnnotationError(
-            f"{file}: cannot be read ({error.strerror}); the split {part!r} means <year>_<list>, "
-            "e.g. 2007_trainval, below DATA.PATH or its VOCdevkit"
-        ) from error
-    if not names:
-        raise AnnotationError(f"{file}: names no image")
-    return names
-
-
-def _voc_objects(file: Path, classes: Sequence[str]) -> Objects:
-    try:
-        tree = ElementTree.parse(file)
-    except (OSError, ElementTree.ParseError) as error:
-        raise AnnotationError(f"{file}: cannot be read as XML ({error})") from error
-    boxes, labels, difficult = [], [], []
-    for number, entry in enumerate(tree.iterfind("object")):
-        name = (entry.findtext("name") or "").strip()
-        if name not in classes:
-            raise AnnotationError(
-                f"{file}: object {number} is a {name!r}, not one of {', '.join(classes)}; "
-                "set DETECTION.CLASSES to the classes of this data set"
-            )
-        try:
-            box = [
-                float(entry.findtext(f"bndbox/{key}") or "")
-                for key in ("xmin", "ymin", "xmax", "ymax")
-            ]
-        except ValueError:
-            raise AnnotationError(
-                f"{file}: object {number} ({name}) has no bndbox of four numbers"
-            ) from None
-        corners = np.array(
-            [max(box[0] - 1, 0), max(box[1] - 1, 0), box[2], box[3]], dtype=np.float32
-        )
-        if (corners[2:] <= corners[:2]).any():
-            raise AnnotationError(f"{file}: object {number} ({name}) has an empty bndbox {box}")
-        boxes.append(corners)
-        labels.append(classes.index(name) + 1)
-        difficult.append((entry.findtext("difficult") or "0").strip() == "1")
-    return _objects(boxes, labels, difficult)
-
-
-def _check_files(files: Sequence[Path], source: Path) -> None:
+def check_files(files: Sequence[Path], source: Path) -> None:
+    """Refuse a data set without images, or with absent ones."""
     absent = [file for file in files if not file.is_file()]
     if absent:
         raise AnnotationError(
@@ -332,3 +138,30 @@ def _check_files(files: Sequence[Path], source: Path) -> None:
         )
     if not files:
         raise AnnotationError(f"{source}: lists no image")
+
+
+def check_sizes(files: Sequence[Path], expected: Sequence[tuple[int, int]], source: Path) -> None:
+    """Compare every image's head with the width and height that its boxes were drawn for."""
+    with ThreadPoolExecutor(16) as pool:  # most of the time is waiting for the disk
+        sizes = list(pool.map(_stored_size, files))
+    wrong = []
+    for file, size, drawn in zip(files, sizes, expected, strict=True):
+        if size is not None and size != drawn:
+            wrong.append(
+                f"{file} has {size[0]} x {size[1]} pixels, its entry says {drawn[0]} x {drawn[1]}"
+            )
+    if wrong:
+        raise AnnotationError(
+            f"{source}: {len(wrong)} of {len(files)} images have another width and height than "
+            f"their entries, e.g. {wrong[0]}. Boxes must be drawn on the image as it is stored, "
+            "without its EXIF orientation: turn or resize the images, or correct the annotations"
+        )
+
+
+def _stored_size(file: Path) -> tuple[int, int] | None:
+    """Return width and height, None for a damaged image, which the loader treats."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # whatever a decoder may raise
+        return None

@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from yacs.config import CfgNode
 
 from detection.annotations import DetectionData
+from detection.coco import ground_truth
 from detection.loader import images_of_test
 from detection.metrics import Found, voc_metrics
 from utils import distributed
@@ -134,6 +135,7 @@ def coco_results(found: list[Detection], data: DetectionData) -> list[Detection]
 
 def _coco(found: list[Detection], data: DetectionData, masks: bool) -> dict[str, float]:
     """Return AP, AP50, AP75 and AP by object size; with masks mask/AP and so on."""
+    assert data.annotation_file is not None
     COCO, COCOeval, _ = coco_api()
     kinds = {"bbox": "", "segm": "mask/"} if masks else {"bbox": ""}
     names = ("AP", "AP50", "AP75", "AP/small", "AP/medium", "AP/large")
@@ -141,7 +143,9 @@ def _coco(found: list[Detection], data: DetectionData, masks: bool) -> dict[str,
         return {prefix + name: 0.0 for prefix in kinds.values() for name in names[:3]}
     values = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools speaks
-        truth = COCO(str(data.annotation_file))
+        truth = COCO()
+        truth.dataset = ground_truth(data.annotation_file, masks)
+        truth.createIndex()
         for kind, prefix in kinds.items():
             entries = coco_results(found, data)
             if kind == "segm":  # or their areas would be the boxes'

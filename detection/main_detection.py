@@ -40,7 +40,6 @@ def main() -> int:
     add_which(parser)
     args, flags = parse(parser)
 
-    from detection.annotations import read_split
     from detection.defaults import load_detection_config
     from detection.evaluation import coco_api, evaluate
     from detection.loader import DetectionLoader
@@ -68,11 +67,7 @@ def main() -> int:
 
     # data
     detection = cfg.DETECTION
-    where = (cfg.DATA.DATASET, cfg.DATA.PATH)
-    train, test = (
-        replace(read_split(*where, split, detection.CLASSES), max_pixels=cfg.DATA.MAX_PIXELS)
-        for split in (detection.TRAIN_SPLIT, detection.TEST_SPLIT)
-    )
+    train, test = read(cfg, detection.TRAIN_SPLIT), read(cfg, detection.TEST_SPLIT)
     train = train.for_training()
     if test.classes != train.classes:
         raise ValueError(
@@ -128,6 +123,16 @@ def main() -> int:
             write_result(run, start | {"step": state.step, **result})
             draw(run, detector, test, cfg)
     return outcome.value
+
+
+def read(cfg: "CfgNode", split: str) -> "DetectionData":
+    """Read and check a split of the configured data set."""
+    from detection.datasets import read_split
+
+    data = read_split(
+        cfg.DATA.DATASET, cfg.DATA.PATH, split, cfg.DETECTION.CLASSES, cfg.MODEL.RCNN.MASKS
+    )
+    return replace(data, max_pixels=cfg.DATA.MAX_PIXELS)
 
 
 def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":

@@ -13,15 +13,11 @@ import shapes
 import torch
 
 from detection import loader as loading
-from detection.annotations import (
-    VOC_CLASSES,
-    AnnotationError,
-    Objects,
-    read_coco,
-    read_split,
-    read_voc,
-)
+from detection.annotations import AnnotationError, Objects
+from detection.coco import read_coco
+from detection.datasets import read_split
 from detection.defaults import load_detection_config
+from detection.voc import VOC_CLASSES, read_voc
 from utils import distributed
 
 CPU = torch.device("cpu")
@@ -36,7 +32,7 @@ def config(**changes: Any) -> Any:
 
 
 def test_coco_labels_follow_the_category_ids(coco_root: Path) -> None:
-    data = read_coco(coco_root, "train2017")
+    data = read_coco(coco_root, "train2017", masks=True)
     assert (len(data), data.classes, data.category_ids) == (8, shapes.CLASSES, (3, 5, 7))
     tree = json.loads((coco_root / "annotations" / "instances_train2017.json").read_text())
     for ident, objects in zip(data.ids, data.objects, strict=True):
@@ -54,11 +50,11 @@ def test_coco_crowds_and_empty_images_are_left_out_of_training_only(
 ) -> None:
     def change(tree: dict[str, Any]) -> None:
         tree["annotations"][0]["iscrowd"] = 1
-        tree["annotations"][0]["segmentation"] = {"size": [2, 2], "counts": [0, 4]}
+        tree["annotations"][0]["segmentation"] = {"size": [96, 80], "counts": [0, 96 * 80]}
         last = tree["images"][-1]["id"]
         tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != last]
 
-    data = read_coco(edited(coco_root, tmp_path, change), "train2017")
+    data = read_coco(edited(coco_root, tmp_path, change), "train2017", masks=True)
     train = data.for_training()
     # the first picture's one shape is now a crowd
     assert set(data.ids) - set(train.ids) == {100, 107}
@@ -80,16 +76,19 @@ def edited(root: Path, target: Path, change: Callable[[dict[str, Any]], object])
     ("change", "words"),
     [
         (lambda t: t.pop("categories"), ["has no categories"]),
-        (lambda t: t["annotations"][0].update(bbox=[1, 2, 3]), ["annotation 1", "bbox"]),
+        (lambda t: t["annotations"][0].update(bbox=[1, 2, 3]), ["annotations[0] (id 1)", "bbox"]),
         (
             lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
-            ["annotation 1", "bbox"],
+            ["annotations[0] (id 1)", "bbox"],
         ),
-        (lambda t: t["annotations"][0].update(category_id=99), ["annotation 1", "category 99"]),
-        (lambda t: t["annotations"][0].update(image_id=1), ["annotation 1", "image 1"]),
+        (
+            lambda t: t["annotations"][0].update(category_id=99),
+            ["annotations[0] (id 1)", "category 99"],
+        ),
+        (lambda t: t["annotations"][0].update(image_id=1), ["annotations[0] (id 1)", "image_id 1"]),
         (
             lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3]]),
-            ["annotation 1", "polygon"],
+            ["annotations[0] (id 1)", "polygon"],
         ),
         (lambda t: t["images"][0].update(file_name="lost.png"), ["absent", "lost.png"]),
         (lambda t: t["images"].append(dict(t["images"][0])), ["same id"]),
@@ -100,7 +99,7 @@ def test_bad_coco_is_refused_with_the_entry(
     coco_root: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], words: list[str]
 ) -> None:
     with pytest.raises(AnnotationError) as error:
-        read_coco(edited(coco_root, tmp_path, change), "train2017")
+        read_coco(edited(coco_root, tmp_path, change), "train2017", masks=True)
     assert all(word in str(error.value) for word in ["instances_train2017.json", *words])
 
 
@@ -180,7 +179,8 @@ def make_loader(root: Path, batch: int = 4, **changes: Any) -> loading.Detection
     cfg = config(**changes)
     dataset = cfg.DATA.DATASET
     split = "train2017" if dataset == "coco" else "2007_trainval"
-    data = read_split(dataset, str(root), split, cfg.DETECTION.CLASSES).for_training()
+    data = read_split(dataset, str(root), split, cfg.DETECTION.CLASSES, cfg.MODEL.RCNN.MASKS)
+    data = data.for_training()
     return loading.DetectionLoader(data, cfg, global_batch=batch, device=CPU)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import shapes
 
-from detection.annotations import Objects, read_coco
+from detection.annotations import Objects
+from detection.coco import read_coco
 from detection.evaluation import _coco, coco_api
 from detection.metrics import THRESHOLDS, Found, average_precision, voc_metrics
 
@@ -134,7 +135,7 @@ def test_a_recall_is_reached_by_its_best_later_precision() -> None:
 
 def test_the_coco_evaluator_gives_full_marks_to_the_truth(coco_root: Path) -> None:
     pytest.importorskip("faster_coco_eval")
-    data = read_coco(coco_root, "val2017")
+    data = read_coco(coco_root, "val2017", masks=True)
     mask = coco_api()[2]
     found = []
     for index, objects in enumerate(data.objects):
