@@ -131,6 +131,7 @@ def main() -> int:
         for percent in cfg.LINEAR.LABEL_PERCENTS:
             folder = probe_folder(cfg.LINEAR, label, percent)
             run = start_run(cfg, folder, task="linear", training=not args.eval)
+            # The network and its features are the same for each share of the labels.
             inputs = inputs or open_inputs(cfg, run, start, args.which)
             result = probe(cfg, run, inputs, label, percent)
             if result is None:
@@ -331,6 +332,7 @@ def step_of(cfg: CfgNode, run: Run, backbone: Backbone, state: TrainState) -> St
     def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
         seen = batch.views[0]
         if not cfg.LINEAR.CACHED_FEATURES:
+            # The backbone is frozen: only the heads, in float32, need a gradient.
             with torch.no_grad(), run.autocast():
                 seen = backbone(run.views(seen)).float()
         losses = grid_loss(state.model(seen), batch.labels, cfg.LINEAR.LABEL_SMOOTHING)

@@ -93,6 +93,7 @@ def main() -> int:
 
     # data
     source = open_split(cfg.DATA, "train")
+    # Resume refuses other data by it.
     run.fingerprint = source.fingerprint()
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
     loader = build_loader(

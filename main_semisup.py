@@ -251,6 +251,7 @@ def open_mixing(cfg: CfgNode, num_classes: int) -> Mixing:
 def open_loader(cfg: CfgNode, run: Run, train: Source, in_pairs: bool) -> GlobalLoader:
     """Return the loader of the training images; `in_pairs`: each batch can be mixed in pairs."""
     node, accumulation = cfg.FINETUNE, cfg.TRAIN.ACCUMULATION_STEPS
+    # With few labels a batch may be all of them: it shrinks, evenly for all processes.
     share = accumulation * world_size()
     return build_loader(
         cfg,

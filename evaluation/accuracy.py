@@ -27,9 +27,11 @@ def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> Tensor:
     of -1 is never right; k > C means C.
     """
     known = labels >= 0
+    # `gather` has no place -1; those rows are masked below.
     places = labels.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1)
     own = logits.gather(-1, places)
     classes = torch.arange(logits.shape[-1], device=logits.device)
+    # The classes before the label in the ranking; NaN compares as False, so it is named apart.
     better = (logits > own) | ((logits == own) & (classes < places)) | logits.isnan()
     position = better.sum(-1).masked_fill(~known, logits.shape[-1])
     return torch.stack([(position < min(k, logits.shape[-1])).sum(-1) for k in ks], dim=-1)
@@ -48,6 +50,7 @@ def held_out_losses(
         )
     names = sorted(rows[0])
     means = torch.stack([torch.stack([row[name] for name in names]) for row in rows]).mean(0)
+    # All processes have equally many batches of one size: the mean of means is the mean.
     means = all_reduce_sum(means) / world_size()
     return {f"held_out_{name}": value for name, value in zip(names, means.tolist(), strict=True)}
 
@@ -126,6 +129,7 @@ def class_balanced_draws(
         )
     rows = []
     for draw in range(draws):
+        # A generator for each draw: the number of draws changes none of them.
         generator = torch.Generator().manual_seed(keyed_seed(seed, per_class, draw))
         order = torch.randperm(len(labels), generator=generator)
         rows.append(torch.cat([order[labels[order] == c][:per_class] for c in range(num_classes)]))
@@ -150,6 +154,7 @@ def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Te
     inputs = x if basis is None else x @ basis
     weight = inputs.new_zeros(*x.shape[:-2], inputs.shape[-1], num_classes, requires_grad=True)
     bias = inputs.new_zeros(*x.shape[:-2], 1, num_classes, requires_grad=True)
+    # The problem is convex: L-BFGS ends at the optimum, without a rate to choose.
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=300,
@@ -161,6 +166,7 @@ def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Te
     def closure() -> Tensor:
         optimizer.zero_grad()
         logits = inputs @ weight + bias
+        # The sum over all fits of the mean of each: they share a step but not a gradient.
         fit = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum") / x.shape[-2]
         loss = fit + 0.5 * l2 * weight.square().sum()
         loss.backward()
@@ -186,6 +192,7 @@ def measure_throughput(
             batches, start = 0, time.perf_counter()
             while time.perf_counter() - start < budget:
                 backbone(images)
+                # Kernels are only queued: without this their launch would be timed.
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 batches += 1

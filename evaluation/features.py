@@ -89,6 +89,7 @@ class SharedFeatures(Features):
         mine = self.rows[first:last].to(self.device)
         if world_size() == 1:
             return mine
+        # Rows come in the order of the ranks; their places put them in that of the data set.
         places = gather_uneven((self.places[first:last] - start).to(self.device))
         gathered = gather_uneven(mine)
         return torch.empty_like(gathered).index_copy_(0, places, gathered)
@@ -136,6 +137,7 @@ class WholeFeatures(Features):
 
     def select(self, indices: Tensor) -> "WholeFeatures":
         """Return those of the images at `indices` of the data set, as far as they could be read."""
+        # The rows stay where they are, in a file perhaps: only the choice is kept.
         chosen = torch.nonzero(torch.isin(self.indices, indices)).flatten()
         rows = self.chosen[chosen] if len(self.chosen) else chosen
         labels, indices = self.labels[chosen], self.indices[chosen]
@@ -153,6 +155,7 @@ def compute_features(
     """
     features, labels, indices = [], [], []
     for batch in batches:
+        # On the host: the features of a whole data set need not fit on the device.
         features.append(backbone(batch.views[0]).float().cpu())
         labels.append(batch.labels)
         indices.append(batch.indices)
@@ -170,6 +173,7 @@ def compute_features(
     origin = origin[first]
     known = gather_uneven(torch.cat(labels).to(device))[origin]
     sizes = gather_rows(torch.tensor([len(own)], device=device)).tolist()
+    # Where the samples of this process begin among those of all.
     begin = sum(sizes[: rank()])
     places = torch.nonzero((origin >= begin) & (origin < begin + len(own))).flatten()
     rows, held = torch.cat(features), (origin[places] - begin).cpu()

@@ -51,12 +51,14 @@ def run_name(cfg: CfgNode, weights: Path | None, which: str = "") -> str:
     labels = Path(node.SUBSET).stem if node.SUBSET else f"{node.TRAIN_PERCENT:g}pct"
     said = f"{weights_label(weights, which)}-{labels}-{node.WEIGHTS}"
     rates = f"lr{node.LR_BACKBONE:g}-{node.LR_CLASSIFIER:g}-{node.EPOCHS}ep"
+    # A list of labels may have any name; a folder may not.
     return re.sub(r"[^\w.-]", "_", f"{said}-{rates}-{_digest(cfg, weights)}")
 
 
 def _digest(cfg: CfgNode, weights: Path | None) -> str:
     """Digest weights, identity keys that are not default, list of labels, and global batch."""
     defaults = {name: plain(key.default) for name, key in KEYS.items()}
+    # Only what differs from the defaults: a key that a later version adds renames no folder.
     own = {
         key: value
         for key, value in leaves(cfg)
@@ -83,6 +85,7 @@ def fitting_batch(num_images: int, wanted: int, share: int, even: bool = False) 
     `share` is processes x micro-batches; `even`: the images of one micro-batch are paired.
     Raises `ValueError` if the images are too few, or `wanted` cannot be paired.
     """
+    # Every micro-batch of every process must be even to be paired within itself.
     unit = 2 * share if even else share
     if wanted % unit:
         raise ValueError(
@@ -115,6 +118,7 @@ def finetune_groups(
             parameter: node.LAYER_DECAY ** (above - layers[name])
             for name, parameter in backbone.named_parameters()
         }
+        # A group has one rate, so each layer becomes a group.
         groups = [part for group in groups for part in _split(group, scale)]
     return [
         *groups,
@@ -134,6 +138,7 @@ class FrozenCheck:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        # Buffers too: running statistics move without a gradient.
         self._before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
     def check(self) -> None:

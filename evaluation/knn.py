@@ -45,9 +45,11 @@ def nearest(
             raise ValueError(_NOT_FINITE)
         columns = (chunk / length).T
         for number, block in enumerate(queries):
+            # Only the k best of each chunk can be among the k best of all.
             similarity, rows = _top(block @ columns, k)
             similarity = torch.cat([best[number][0], similarity], dim=1)
             rows = torch.cat([best[number][1], rows + seen], dim=1)
+            # Earlier rows stand first, so a stable sort gives equals the smaller row.
             similarity, order = similarity.sort(dim=1, descending=True, stable=True)
             best[number] = similarity[:, :k], rows.gather(1, order[:, :k])
         seen += len(chunk)
@@ -88,6 +90,7 @@ def vote(
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     found = {}
     for k in ks:
+        # votes[q, c]: the sum of the weights of those of the k neighbours that are of class c.
         votes = weights.new_zeros(len(weights), num_classes).scatter_add_(
             1, classes[:, :k], weights[:, :k]
         )
@@ -124,6 +127,7 @@ def _ranking(
     if len(bank) == 0:
         raise ValueError("k-NN needs a bank of labelled features, but it is empty")
     low, high = int(bank.labels.min()), int(bank.labels.max())
+    # A wrong label would stop `scatter_add_` in CUDA without a word about the label.
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"k-NN bank labels run from {low} to {high}, expected 0 to {num_classes - 1} (-1: "
@@ -154,6 +158,7 @@ def features_knn(
     for ranking, (_, labels) in zip(found, queries, strict=True):
         hits = torch.stack([ranking[k] == labels.unsqueeze(1) for k in ks])  # (K, q, 5)
         total = torch.full((1,), len(labels), device=right.device)
+        # All k at once: one exchange between the processes for the whole table.
         right += torch.cat([hits[:, :, 0].sum(1), hits.any(2).sum(1), total])
     return _percent(all_reduce_sum(right), ks)
 

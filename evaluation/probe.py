@@ -80,6 +80,7 @@ def grid_points(linear: CfgNode) -> list[GridPoint]:
         for decay in decays
         for number, lr in enumerate(linear.LRS)
     ]
+    # Two points of one name would overwrite each other in the log and in the result.
     twice = [name for name, times in Counter(point.name for point in points).items() if times > 1]
     if twice:
         raise ValueError(
@@ -110,6 +111,7 @@ def probe_folder(linear: CfgNode, label: str, percent: float) -> str:
     Raises `ValueError` for the name of a file that would lead elsewhere, such as `...pt`.
     """
     subset = f"-{percent:g}pct" if percent < 100 else ""
+    # The stem of a hostile name such as "...pt" would leave the folder.
     place = folder_name(label, "--pretrained: the name of the weights' file, without its ending")
     return f"linear/{place}{'-cached' if linear.CACHED_FEATURES else ''}{subset}"
 
@@ -194,6 +196,7 @@ def write_result(
     def best_of(point: GridPoint) -> float:
         return best.get(f"{point.name}/top1", final[f"{point.name}/top1"])
 
+    # By the best epoch, as the published tables do; the final accuracy stands beside it.
     chosen = max(trained, key=best_of)
     several = len({point.weight_decay for point in points}) > 1
     result = {
