@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from utils.config import strict_yaml
 from utils.config.key import Key, Limits, Value
+from utils.config.published import translated
 from utils.config.schema import COMMON_SECTIONS, KEYS, Schema, key_class, plain
 from utils.config.sections import method_section
 from utils.reading import read_bytes
@@ -234,7 +235,10 @@ def _read_chain(
     count = count or itertools.count(1)
     if next(count) > _MAX_FILES:
         raise ConfigError(f"{file}: more than {_MAX_FILES} {BASE_KEY} files are read; flatten them")
-    values = _read_yaml(file)
+    try:
+        values = translated(_read_yaml(file), file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     path = file.resolve()
     if path in seen:
         raise ConfigError(f"{file}: {BASE_KEY} comes back to {path.name}; remove the cycle")
