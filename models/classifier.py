@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone
@@ -157,8 +158,6 @@ def layer_ids(backbone: Backbone) -> dict[str, int]:
     The final norm belongs to the last block. Raises `ValueError` for a model that timm cannot take
     apart.
     """
-    from timm.models import group_parameters
-
     matcher = getattr(backbone, "group_matcher", None)
     if matcher is None:
         raise ValueError(

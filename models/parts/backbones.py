@@ -9,16 +9,34 @@ import difflib
 import functools
 import logging
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
+import timm
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from models.parts.mocov3_vit import MOCOV3_VITS, mocov3_vit
 
 logger = logging.getLogger("synco")
 
-RESNETS = ("resnet8", "resnet18", "resnet34", "resnet50", "resnet101")
+Options: TypeAlias = dict[str, Any]  # of `timm.create_model`
+
+
+class _ResNetShape(NamedTuple):
+    block: type[BasicBlock | Bottleneck]
+    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+
+
+_RESNETS = {
+    # He et al. 2016, section 4.2, n = 1: three stages; `_resnet` takes the fourth away
+    "resnet8": _ResNetShape(BasicBlock, (1, 1, 1, 1), (32, 64, 128, 256)),
+    "resnet18": _ResNetShape(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _ResNetShape(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _ResNetShape(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": _ResNetShape(Bottleneck, (3, 4, 23, 3)),
+}
 _TIMM_NAMES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
@@ -27,7 +45,7 @@ _TIMM_NAMES = {
     "swin_small": "swin_small_patch4_window7_224",
     "swin_base": "swin_base_patch4_window7_224",
 }
-BACKBONES = (*RESNETS, *_TIMM_NAMES, *MOCOV3_VITS)
+BACKBONES = (*_RESNETS, *_TIMM_NAMES, *MOCOV3_VITS)
 STEMS = ("imagenet", "cifar", "cifar_stride2")
 
 
@@ -35,10 +53,19 @@ class Backbone(nn.Module):
     """The type of what `build_backbone` returns: a timm module without a classifier."""
 
     num_features: int
+    head_hidden_size: int
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last map or token sequence of images (N, 3, H, W)."""
         raise NotImplementedError
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Return the pooled features (N, F) of a map."""
+        raise NotImplementedError
+
+
+class _Checkpointing(Protocol):
+    def set_grad_checkpointing(self) -> None: ...
 
 
 def build_backbone(
@@ -62,14 +89,14 @@ def build_backbone(
     before the MLPs. Raises `ValueError` naming the key for an unknown name, an option that the
     backbone does not have, and images smaller than a patch.
     """
-    if name in RESNETS:
+    if name in _RESNETS:
         tokens = num_tokens != 1 and num_tokens
         _refuse(
             name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed, num_tokens=tokens
         )
         backbone = _resnet(name, stem, drop_path, zero_init_residual)
     else:
-        options: dict[str, Any] = {"img_size": img_size, "drop_path_rate": drop_path}
+        options: Options = {"img_size": img_size, "drop_path_rate": drop_path}
         if patch_size:
             options["patch_size"] = patch_size
         if num_tokens != 1:
@@ -101,7 +128,7 @@ def summaries_and_map(backbone: Backbone, images: Tensor) -> tuple[tuple[Tensor,
     if features.ndim == 3:
         summaries = features[:, : getattr(backbone, "num_prefix_tokens", 1)].unbind(1)
     else:
-        summaries = (cast(Any, backbone).forward_head(features),)
+        summaries = (backbone.forward_head(features),)
     return summaries, _as_map(backbone, features)
 
 
@@ -158,47 +185,38 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
         raise ValueError(
             f"--use-checkpoint: {name} has no activation checkpointing in timm; remove the flag"
         )
-    cast(Any, backbone).set_grad_checkpointing()
+    cast(_Checkpointing, backbone).set_grad_checkpointing()
 
 
 def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) -> nn.Module:
-    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-
-    layers: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "resnet8": (BasicBlock, (1, 1, 1, 0)),
-        "resnet18": (BasicBlock, (2, 2, 2, 2)),
-        "resnet34": (BasicBlock, (3, 4, 6, 3)),
-        "resnet50": (Bottleneck, (3, 4, 6, 3)),
-        "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    }
-    block, depths = layers[name]
-    narrow: dict[str, Any] = {"channels": (32, 64, 128, 256)} if name == "resnet8" else {}
-    backbone: Any = ResNet(
-        block,
-        tuple(max(depth, 1) for depth in depths),
+    shape = _RESNETS[name]
+    resnet = ResNet(
+        shape.block,  # type: ignore[arg-type]  # timm means the class
+        shape.depths,
         num_classes=0,
+        channels=shape.widths,
         drop_path_rate=drop_path,
         zero_init_last=zero_init_residual,
-        **narrow,
     )
-    if name == "resnet8":  # He et al. 2016, section 4.2, n = 1: three stages
+    backbone = cast(Backbone, resnet)
+    if name == "resnet8":
         backbone.layer4 = nn.Sequential()
         backbone.num_features = backbone.head_hidden_size = 128
     if stem not in STEMS:
         raise ValueError(f"MODEL.BACKBONE.STEM: {stem!r} is not one of {', '.join(STEMS)}")
     if stem != "imagenet":  # small images: no 4x reduction before the first stage
-        width = backbone.conv1.out_channels
-        backbone.conv1 = nn.Conv2d(
+        width = cast(nn.Conv2d, backbone.conv1).out_channels
+        conv = nn.Conv2d(
             3, width, 3, stride=2 if stem == "cifar_stride2" else 1, padding=1, bias=False
         )
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        # as timm starts the convolutions that stay
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        backbone.conv1 = conv
         backbone.maxpool = nn.Identity()
     return backbone
 
 
-def _transformer(name: str, options: dict[str, Any]) -> nn.Module:
-    import timm
-
+def _transformer(name: str, options: Options) -> nn.Module:
     if name in MOCOV3_VITS:
         _check_patches(options["img_size"], options.get("patch_size", 16), stem="conv" in name)
         vit = mocov3_vit(name, **options)
@@ -228,17 +246,15 @@ def _with_deit_tokens(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
+def _any_timm_model(timm_name: str, options: Options) -> nn.Module:
     """Build any timm model. Its width is measured, since some models report another."""
-    import timm
-
     size = options["img_size"]
     wanted = {key: value for key, value in options.items() if value and key != "img_size"}
     try:
-        backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
+        built = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
     except TypeError:  # a convolutional network takes any size and knows no img_size
         try:
-            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **wanted)
+            built = timm.create_model(timm_name, pretrained=False, num_classes=0, **wanted)
         except TypeError as error:
             raise ValueError(
                 f"MODEL.BACKBONE: timm/{timm_name} does not take {', '.join(wanted)} ({error}); "
@@ -246,12 +262,14 @@ def _any_timm_model(timm_name: str, options: dict[str, Any]) -> nn.Module:
             ) from error
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
+    backbone = cast(Backbone, built)
+    # eval: measuring must not change the statistics of batch norms
     backbone.num_features = _width_at(backbone.eval(), timm_name, size)
     return backbone.train()
 
 
 @torch.enable_grad()
-def _width_at(backbone: Any, timm_name: str, size: int) -> int:
+def _width_at(backbone: nn.Module, timm_name: str, size: int) -> int:
     """Return the width of a timm model's features. Warn of pixels that do not influence them."""
     # Noise without a generator, whose state would change the run.
     pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(12.9898).sin()
@@ -274,8 +292,6 @@ def _width_at(backbone: Any, timm_name: str, size: int) -> int:
 
 
 def _unfit_size(timm_name: str, size: int, error: Exception) -> ValueError:
-    import timm
-
     published = timm.models.get_pretrained_cfg(timm_name)
     own = published.input_size[-1] if published else 224
     return ValueError(

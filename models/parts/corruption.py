@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
 
 MAX_BLOCKS = 64  # of about 2 % of the image each: in practice they always cover 30 %
 MAX_KERNEL = 15
@@ -156,8 +157,6 @@ def corrupt_at_once(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
 
 def corrupt_plain(images: Tensor, drawn: Corruption, noise: Tensor) -> Tensor:
     """Compute `corrupt` as the published code does: image by image, block by block."""
-    from torchvision.transforms.functional import gaussian_blur
-
     out = images.clone()
     for i in range(len(images)):
         for top, left, bottom, right in _listed(drawn.grey, i):

@@ -1,10 +1,11 @@
 """Losses, in float32 under any autocast. Each fast form has a slow, plain form for tests."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 import utils.distributed as distributed
 from models.parts.negatives import (
@@ -120,7 +121,7 @@ def queue_contrast_plain(
 class _QueueContrast(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: BackwardCFunction,
         queries: Tensor,
         keys: Tensor,
         queue: Tensor,
@@ -140,7 +141,7 @@ class _QueueContrast(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: BackwardCFunction, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return grad_loss * gradient, None, None, None, None
 

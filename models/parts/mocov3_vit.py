@@ -2,47 +2,60 @@
 
 import functools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+
+class _Shape(NamedTuple):
+    width: int
+    depth: int
+    conv_stem: bool = False
+
 
 # 12 heads also at width 384, so vit_small is not deit_small. With a convolutional stem there is one
 # block fewer (Xiao et al. 2021, arXiv:2106.14881).
-MOCOV3_VITS: dict[str, dict[str, Any]] = {
-    "vit_small": {"embed_dim": 384, "depth": 12},
-    "vit_base": {"embed_dim": 768, "depth": 12},
-    "vit_conv_small": {"embed_dim": 384, "depth": 11, "conv_stem": True},
-    "vit_conv_base": {"embed_dim": 768, "depth": 11, "conv_stem": True},
+MOCOV3_VITS = {
+    "vit_small": _Shape(384, depth=12),
+    "vit_base": _Shape(768, depth=12),
+    "vit_conv_small": _Shape(384, depth=11, conv_stem=True),
+    "vit_conv_base": _Shape(768, depth=11, conv_stem=True),
 }
 
 
-def mocov3_vit(name: str, *, patch_size: int = 16, **options: Any) -> nn.Module:
-    """Build a ViT of `MOCOV3_VITS`: fixed 2-D sin-cos positions, Xavier initialisation.
-
-    `options` go to timm's `VisionTransformer`.
-    """
-    from timm.models.vision_transformer import VisionTransformer
-
-    shape = dict(MOCOV3_VITS[name])
-    conv_stem = shape.pop("conv_stem", False)
-    if conv_stem:
-        if patch_size != 16:
-            raise ValueError(
-                f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels"
-            )
-        options["embed_layer"] = ConvStem
-    vit: Any = VisionTransformer(
+def mocov3_vit(
+    name: str,
+    *,
+    img_size: int = 224,
+    patch_size: int = 16,
+    drop_path_rate: float = 0.0,
+    reg_tokens: int = 0,
+) -> nn.Module:
+    """Build a ViT of `MOCOV3_VITS`: fixed 2-D sin-cos positions, Xavier initialisation."""
+    shape = MOCOV3_VITS[name]
+    if shape.conv_stem and patch_size != 16:
+        raise ValueError(
+            f"MODEL.BACKBONE.PATCH_SIZE: {patch_size}: a convolutional stem spans 16 pixels"
+        )
+    vit = VisionTransformer(
+        img_size=img_size,
         patch_size=patch_size,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        drop_path_rate=drop_path_rate,
+        reg_tokens=reg_tokens,
+        embed_layer=ConvStem if shape.conv_stem else PatchEmbed,
         num_classes=0,
         num_heads=12,
         qkv_bias=True,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-        **shape,
-        **options,
     )
     _initialise(vit)
-    if not conv_stem:
+    if not shape.conv_stem:
+        # Xavier's bound of the linear layer that the projection of patches is
         bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
         nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
         nn.init.zeros_(vit.patch_embed.proj.bias)
@@ -75,7 +88,7 @@ class ConvStem(nn.Module):
         in_chans: int,
         embed_dim: int,
         bias: bool = True,
-        **_: Any,
+        **_: object,  # what timm passes for its own patch embedding
     ) -> None:
         super().__init__()
         self.img_size = (img_size, img_size)

@@ -1,17 +1,17 @@
 """Batch norms with the statistics of all processes, or of parts of one batch."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.distributed import all_reduce_sum, world_size
 
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """`nn.SyncBatchNorm` that also works on a CPU, where torch's own refuses to run.
 
     It is no subclass of torch's, since `DistributedDataParallel` refuses those on a CPU.
@@ -62,11 +62,12 @@ class _SumOverRanks(torch.autograd.Function):
     """Sum over processes. All losses depend on every summand, so gradients are summed too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        # a copy: the sum is in place, and the caller's tensor must not change
         return all_reduce_sum(tensor.clone())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
         return all_reduce_sum(gradient.clone())
 
 
@@ -137,15 +138,15 @@ def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
 def _refuse_fused_norms(module: nn.Module) -> None:
     """Raise for norms with an activation inside (BatchNormAct2d), which would be lost."""
     for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and type(child) not in _PLAIN_NORMS:
+        if isinstance(child, _BatchNorm) and type(child) not in _PLAIN_NORMS:
             raise ValueError(
                 f"MODEL.BACKBONE.NAME: {name} is a {type(child).__name__}, which can neither be "
                 "synchronised nor split; use a ResNet, a transformer, or one process"
             )
 
 
-def _replace(module: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
-    if type(module) in _PLAIN_NORMS:
+def _replace(module: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    if isinstance(module, _BatchNorm) and type(module) in _PLAIN_NORMS:
         new = make(module)
         if new is not module:
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):

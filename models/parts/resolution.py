@@ -1,11 +1,15 @@
 """Use a backbone at other image sizes than the one it was built for."""
 
 import copy
-from typing import Any, cast
+from typing import Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, feature_map
+
+
+class _Resizable(Protocol):
+    def set_input_size(self, **options: object) -> None: ...
 
 
 def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
@@ -15,21 +19,20 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     unless its feature maps become smaller than a window. Raises ValueError for a transformer of a
     fixed size.
     """
-    body = cast(Any, backbone)
-    patches = getattr(body, "patch_embed", None)
+    patches = getattr(backbone, "patch_embed", None)
     built_for = getattr(patches, "img_size", None)
     if built_for is None or tuple(built_for) == tuple(size):
         return backbone
-    if not (hasattr(body, "set_input_size") and hasattr(patches, "set_input_size")):
+    if not (hasattr(backbone, "set_input_size") and hasattr(patches, "set_input_size")):
         raise ValueError(
-            f"{type(body).__name__} works only on images of {built_for}, not of {size}"
+            f"{type(backbone).__name__} works only on images of {built_for}, not of {size}"
         )
-    resized = copy.deepcopy(body)
-    resized.set_input_size(img_size=tuple(size), **_window_options(body))
-    return cast(Backbone, resized.requires_grad_(False))
+    resized = copy.deepcopy(backbone)  # the positions that are trained stay as they are
+    cast(_Resizable, resized).set_input_size(img_size=tuple(size), **_window_options(backbone))
+    return resized.requires_grad_(False)
 
 
-def _window_options(body: Any) -> dict[str, Any]:
+def _window_options(body: nn.Module) -> dict[str, object]:
     stages = [stage for stage in getattr(body, "layers", []) if hasattr(stage, "blocks")]
     windows = [
         tuple(stage.blocks[0].window_size)
