@@ -59,7 +59,7 @@ def _parser() -> Parser:
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    answer_at_once(_parser())
+    answer_at_once(_parser(), program="linear")
 
 import logging
 from dataclasses import dataclass

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn, cast
 
-from utils.config.key import Value
+from utils.config.key import Program, Value
+from utils.config.programs import answer_from_config
 from utils.limits import LIMITS, error_number, first_line, worker_failure
 from utils.names import visible
 from utils.parser import Parser, add_which, make_parser, names_nothing
@@ -29,11 +30,16 @@ __all__ = [
 ]
 
 
-def answer_at_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
+def answer_at_once(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    program: Program | None = None,
+) -> None:
     """Answer --help and a mistyped flag, before the program imports anything slow.
 
-    `argv` are the words, by default those of the command line. An error in the imports that
-    follow, Ctrl-C too, ends as one in `run_main` does.
+    With `program` the configuration is checked too, or shown. `argv` are the words, by default
+    those of the command line. An error here or in the imports that follow, Ctrl-C too, ends as one
+    in `run_main` does.
     """
     guard_streams()
     sys.excepthook = _end_of_import
@@ -41,10 +47,15 @@ def answer_at_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None =
     if names_nothing(parser, argv):
         parser.print_help()
         sys.exit(2)
-    if isinstance(parser, Parser):
+    if not isinstance(parser, Parser):
+        parser.parse_args(argv)
+    elif program is None:
         parser.parse_strictly(argv)
     else:
-        parser.parse_args(argv)
+        answer = answer_from_config(program, *parse(parser, argv))
+        if answer:
+            sys.stdout.write(answer)
+            sys.exit()
 
 
 def _end_of_import(

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from utils.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
+from utils.lists import LISTS, listing
 from utils.published_flags import our_spelling
 from utils.version import version_line
 
@@ -31,6 +32,16 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         sys.stdout.write(version_line() + "\n")
+        parser.exit()
+
+
+class _List(argparse.Action):
+    """Prints what there is of a kind, and exits."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: argparse.Namespace, kind: object, *rest: object
+    ) -> None:
+        sys.stdout.write(listing(str(kind)))
         parser.exit()
 
 
@@ -148,6 +159,12 @@ def _add_special(parser: Parser) -> None:
     special.add_argument("--eval", action="store_true", help="evaluate the newest checkpoint")
     special.add_argument(
         "--throughput", action="store_true", help="measure the backbone's images/s"
+    )
+    special.add_argument(
+        "--list", action=_List, choices=list(LISTS), default=argparse.SUPPRESS, help="what there is"
+    )
+    special.add_argument(
+        "--show-config", action="store_true", help="each value, and where it comes from"
     )
     special.add_argument(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="of code and torch"

@@ -248,7 +248,7 @@ def test_help_and_a_mistyped_flag_answer_without_torch(main: str) -> None:
         f"import runpy, sys\nsys.argv = [{main!r}, sys.argv[1]]\n"
         f"try:\n    runpy.run_path({main!r}, run_name='__main__')\n"
         "except SystemExit as stop:\n"
-        "    heavy = {'torch', 'numpy', 'timm', 'torchvision', 'yacs'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'numpy', 'timm', 'torchvision'} & set(sys.modules)\n"
         "    sys.exit(f'imported {heavy}' if heavy else stop.code)\n"
     )
     for flag, code, text in (
@@ -284,8 +284,8 @@ runpy.run_path("main_pretrain.py", run_name="__main__")
     ("error", "flags", "code", "text"),
     [
         ("ImportError('no torch here')", ["--help"], 0, "--data-path"),
-        ("ImportError('no torch here')", ["--tag", "t"], 2, "error: no torch here\n"),
-        ("KeyboardInterrupt", ["--tag", "t"], 130, "error: stopped by Ctrl-C\n"),
+        ("ImportError('no torch here')", ["--dataset", "digits"], 2, "error: no torch here\n"),
+        ("KeyboardInterrupt", ["--dataset", "digits"], 130, "error: stopped by Ctrl-C\n"),
     ],
 )
 def test_help_needs_no_torch_and_an_import_that_fails_is_one_line(

@@ -6,6 +6,7 @@ numbers derived from it live in `engine.plan.Plan`.
 
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from utils.config.key import Key, Limits, Value
 from utils.config.published import translated
 from utils.config.schema import COMMON_SECTIONS, KEYS, Schema, key_class, plain
 from utils.config.sections import method_section
+from utils.flags import FLAGS
 from utils.reading import read_bytes
 
 BASE_KEY = "_BASE_"
+_RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _MAX_FILES = 256  # reads for one --cfg: bases that name two files each double at every level
 _MAX_BYTES = 1 << 20  # of one file; ours have some hundred lines
 _MAX_INT = 1 << 63
@@ -42,15 +45,30 @@ def load_config(
     The first file names the run, unless `NAME` does; a `None` among them is passed over. Raises
     `ConfigError` for an unknown key, a value of a wrong type or out of range, a bad or cyclic file.
     """
+    return load_with_origins(schema, files, opts, flags)[0]
+
+
+def load_with_origins(
+    schema: Schema,
+    files: Sequence[str | Path | None] = (),
+    opts: Sequence[str] = (),
+    flags: Mapping[str, Value] | None = None,
+) -> tuple[CfgNode, dict[str, str]]:
+    """Return what `load_config` returns, and where the value of each key comes from."""
     paths = [Path(file) for file in files if file is not None]
-    values: dict[str, Value] = {}
-    for path in paths:
-        for source, tree in _read_chain(path):
-            values.update(_checked(_flatten(tree, source, schema), source, schema))
     pairs = ((key, _parse_scalar(text, key)) for key, text in _pairs(opts))
-    values.update(_checked(pairs, "--opts", schema))
-    values.update(_checked((flags or {}).items(), "command line", schema))
-    return _merged(schema, values, paths[0].stem if paths else "")
+    layers = [
+        (source, _flatten(tree, source, schema))
+        for path in paths
+        for source, tree in _read_chain(path)
+    ]
+    layers += [("--opts", pairs), ("command line", iter((flags or {}).items()))]
+    values: dict[str, Value] = {}
+    origins = dict.fromkeys(schema, "default")
+    for source, found in layers:
+        for key, value in _checked(found, source, schema):
+            values[key], origins[key] = value, source
+    return _merged(schema, values, paths[0].stem if paths else ""), origins
 
 
 def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -155,7 +173,7 @@ def validate(tree: CfgNode, schema: Schema) -> None:
 
 def _check_limits(key: str, value: Value, limits: Limits) -> None:
     if limits.choices and value not in limits.choices:
-        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(limits.choices)}")
+        raise ConfigError(f"{_named(key)}: {value!r} is not one of {', '.join(limits.choices)}")
     entries = value if isinstance(value, list) else [value]
     fewest, most = limits.entries
     if isinstance(value, list) and not fewest <= len(value) <= most:
@@ -165,7 +183,16 @@ def _check_limits(key: str, value: Value, limits: Limits) -> None:
     for number in entries:
         if isinstance(number, (int, float)) and not low <= number <= high:
             span = f"of at least {low:g}" if number < low else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{key}: {number} is out of range; use a value {span}")
+            raise ConfigError(f"{_named(key)}: {number} is out of range; use a value {span}")
+
+
+def _named(key: str) -> str:
+    """Return the key with the flag that sets it, where there is one."""
+    flags = {flag.key: name for name, flag in FLAGS.items() if flag.constant is None}
+    # the probes give these two flags keys of their own
+    for section in ("LINEAR", "FINETUNE"):
+        flags |= {f"{section}.EPOCHS": "--epochs", f"{section}.BATCH_SIZE": "--batch-size"}
+    return f"{key} ({flags[key]})" if key in flags else key
 
 
 def _checked(
@@ -199,6 +226,8 @@ def _coerce(default: Value, value: object, key: str, source: str) -> Value:
 
 
 def _no_leaf(key: str, known: Mapping[str, Key]) -> str:
+    if key.startswith(("DETECTION.", "MODEL.RCNN.")):
+        return f"{key} is a key of detection; use detection/main_detection.py with this --cfg"
     inside = next((name for name in known if name.startswith(f"{key}.")), None)
     if inside:
         return f"{key} is a section; set a key of it, e.g. {inside}"
@@ -257,9 +286,13 @@ def _read_yaml(file: Path) -> dict[str, object]:
     try:
         text = read_bytes(file, _MAX_BYTES).decode()
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        raise ConfigError(
-            f"{file}: cannot be read ({error}); check the path of --cfg or {BASE_KEY}"
-        ) from error
+        remedy = f"check the path of --cfg or {BASE_KEY}"
+        if isinstance(error, FileNotFoundError):
+            recipes = {path.name: path for path in _RECIPES.rglob("*.yaml")}
+            near = difflib.get_close_matches(file.name, recipes, n=1, cutoff=0.6)
+            meant = f"did you mean {os.path.relpath(recipes[near[0]])}? " if near else ""
+            remedy = f"{meant}--list recipes shows all"
+        raise ConfigError(f"{file}: cannot be read ({error}); {remedy}") from error
     return _parse_yaml(text, str(file))
 
 

@@ -10,11 +10,22 @@ import yaml
 
 
 def load(text: str) -> object:
-    """Parse one document; raises `ValueError` with the reason and the place in one line."""
+    """Parse one document; raises `ValueError` with the reason, the place and the line itself."""
     try:
         return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader, only stricter
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = str(getattr(error, "problem", ""))
+    if "'\\t'" in problem or mark.buffer[mark.pointer : mark.pointer + 1] == "\t":
+        problem += " (a tab: indent with spaces)"
+    place = f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+    return f"{place}\n{mark.get_snippet(indent=2)}" if mark.buffer else place
 
 
 def dump(value: object) -> str:

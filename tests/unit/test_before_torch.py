@@ -1,0 +1,200 @@
+"""Answers that come before torch is imported: checks of the configuration, lists, --show-config."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.config import programs
+from utils.config.datasets import BUNDLED, DATASETS, DOWNLOADABLE
+from utils.config.key import Value
+from utils.config.load import ConfigError, load_config, load_with_origins
+from utils.config.methods import backbone_names, method_options, method_titles
+from utils.config.schema import declare
+from utils.lists import listing
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "configs" / "demo.yaml")
+CIFAR = str(ROOT / "configs" / "demo_cifar10.yaml")
+NO_TORCH = """
+import runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "numpy", "timm"):
+            raise SystemError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def answered(
+    folder: Path, *words: str, main: str = "main_pretrain.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run a program where torch cannot be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", NO_TORCH, str(ROOT / main), *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--cfg", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["--cfg", CIFAR.replace("cifar10", "cifra10")], "did you mean"),
+        (["--cfg", DEMO, "--opts", "OPTIM.BASE_LRR", "1"], "did you mean OPTIM.BASE_LR"),
+        (["--cfg", DEMO, "--epochs", "0"], "TRAIN.EPOCHS (--epochs): 0 is out of range"),
+        (["--cfg", DEMO, "--opts", "MODEL.NAME=simclr"], "'simclr' is not one of moco_v2"),
+        (["--cfg", CIFAR, "--data-path", "absent"], "DATA.PATH (--data-path) 'absent' is not a"),
+        (["--cfg", CIFAR], "DATA.PATH (--data-path) is empty"),
+        (["--cfg", DEMO, "--batch-size", "60"], "use --batch-size 64, or --opts MODEL.SYNCO.QUEUE"),
+        (["--cfg", DEMO, "--dataset", "folder", "--data-path", "."], "--opts KNN.EVERY_EPOCHS 0"),
+    ],
+)
+def test_a_mistake_is_answered_without_torch_and_leaves_no_folder(
+    words: list[str], text: str, tmp_path: Path
+) -> None:
+    ran = answered(tmp_path, *words)
+    assert (ran.returncode, text in ran.stderr) == (2, True), ran.stderr
+    assert ran.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--list", "methods"], "arXiv:2003.04297"),
+        (["--show-config", "--cfg", DEMO, "--lr", "3"], "OPTIM.BASE_LR"),
+    ],
+)
+def test_lists_and_the_configuration_are_shown_without_torch(
+    words: list[str], text: str, tmp_path: Path
+) -> None:
+    ran = answered(tmp_path, *words)
+    assert (ran.returncode, text in ran.stdout) == (0, True), ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_text_of_the_signatures_declares_what_the_classes_have() -> None:
+    from models import framework_options
+
+    read, asked = method_options(), framework_options()
+    assert read == asked
+    assert [list(options) for options in read.values()] == [list(o) for o in asked.values()]
+
+
+def test_the_lists_are_those_of_the_registries() -> None:
+    from data import sources
+    from models import FRAMEWORKS
+    from models.parts.backbones import BACKBONES
+
+    assert list(DATASETS) == list(sources.SOURCES)
+    assert (set(BUNDLED), set(DOWNLOADABLE)) == (sources._BUNDLED, sources._DOWNLOADABLE)
+    assert tuple(backbone_names()) == BACKBONES
+    assert list(method_titles()) == list(FRAMEWORKS)
+    assert all(method_titles().values())
+
+
+@pytest.mark.parametrize("kind", ["methods", "backbones", "recipes", "datasets"])
+def test_a_list_names_what_there_is(kind: str) -> None:
+    expected = {
+        "methods": "synco_v2",
+        "backbones": "timm/",
+        "recipes": "moby_swin_tiny.yaml",
+        "datasets": "pets",
+    }
+    lines = listing(kind).splitlines()
+    assert any(expected[kind] in line for line in lines)
+    assert len({line.split()[0] for line in lines}) == len(lines)
+
+
+def configured(path: str, **flags: Value) -> None:
+    """Check the configuration of a pretraining."""
+    args = argparse.Namespace(cfg=path, opts=[], eval=False, throughput=False, show_config=False)
+    given = {key.replace("__", "."): value for key, value in flags.items()}
+    assert programs.answer_from_config("pretrain", args, given) == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "fits"),
+    [
+        ({}, 1, True),
+        ({"TRAIN__BATCH_SIZE": 96}, 1, False),
+        ({"TRAIN__BATCH_SIZE": 512, "TRAIN__ACCUMULATION_STEPS": 2}, 1, True),
+        ({"TRAIN__BATCH_SIZE": 512, "TRAIN__ACCUMULATION_STEPS": 2}, 2, False),
+        ({"TRAIN__BATCH_SIZE": 1024, "MODEL__SYNCO__SYMMETRIC": True}, 1, False),
+        ({"TRAIN__BATCH_SIZE": 1024, "MODEL__BATCHFORMER__ENABLED": True}, 1, False),
+        ({"TRAIN__BATCH_SIZE": 96, "MODEL__NAME": "byol"}, 1, True),
+    ],
+)
+def test_the_queue_holds_whole_steps(
+    flags: dict[str, Value], world: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    if fits:
+        configured(DEMO, **flags)
+        return
+    with pytest.raises(ConfigError, match=r"MODEL\.SYNCO\.QUEUE_SIZE: 1024 is not a multiple"):
+        configured(DEMO, **flags)
+
+
+def test_images_without_a_val_split_are_no_start_with_k_nn(tmp_path: Path) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    flags: dict[str, Value] = {"DATA__DATASET": "imagefolder", "DATA__PATH": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"val does not exist; make it, or add --opts KNN\.EVERY"):
+        configured(DEMO, **flags)
+    configured(DEMO, KNN__EVERY_EPOCHS=0, **flags)
+    (tmp_path / "val").mkdir()
+    configured(DEMO, **flags)
+
+
+def test_graphs_and_accumulation_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"--accumulation-steps\) to 1"):
+        configured(DEMO, TRAIN__CUDA_GRAPHS=True, TRAIN__ACCUMULATION_STEPS=2)
+
+
+def test_a_key_of_detection_names_its_program(tmp_path: Path) -> None:
+    file = tmp_path / "boxes.yaml"
+    file.write_text("MODEL: {RCNN: {NECK: fpn}}\n")
+    with pytest.raises(ConfigError, match=r"use detection/main_detection\.py"):
+        load_config(declare(method_options()), [file])
+
+
+def test_each_value_has_an_origin(tmp_path: Path) -> None:
+    base, file = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("TRAIN: {EPOCHS: 7}\nOPTIM: {BASE_LR: 1.0}\n")
+    file.write_text("_BASE_: base.yaml\nOPTIM: {BASE_LR: 2.0}\n")
+    schema = declare(method_options())
+    cfg, origins = load_with_origins(schema, [file], ["SEED", "4"], {"TAG": "t"})
+    expected = {"TRAIN.EPOCHS": str(base), "OPTIM.BASE_LR": str(file), "SEED": "--opts"}
+    expected |= {"TAG": "command line", "DEVICE": "default"}
+    assert {key: origins[key] for key in expected} == expected
+    shown = programs.show_config(cfg, origins, "pretrain").splitlines()
+    assert any(line.split()[:3] == ["OPTIM.BASE_LR", "2.0", str(file)] for line in shown)
+    assert not any(line.startswith(("LINEAR.", "MODEL.MOBY.")) for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MODEL: {NAME: moco_v2\nTAG: x\n", ["line 2, column 4", "TAG: x\n     ^"]),
+        ("TRAIN:\n\tEPOCHS: 3\n", ["line 2, column 1", "a tab: indent with spaces", "EPOCHS: 3"]),
+    ],
+)
+def test_an_error_of_yaml_points_at_its_place(text: str, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(declare(method_options()), [file])
+    for word in words:
+        assert word in str(caught.value)

@@ -1,0 +1,143 @@
+"""The configuration of a program, checked for all that needs neither data nor torch.
+
+The mains load it a second time after their imports; here a mistake is answered at once.
+"""
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from utils.config.datasets import BUNDLED, CLASS_FOLDERS, DATASETS, DOWNLOADABLE, UNLABELLED
+from utils.config.key import Program, Value
+from utils.config.load import ConfigError, load_with_origins
+from utils.config.methods import method_options
+from utils.config.schema import declare
+from utils.config.sections import method_section
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# What --protocol reads after --cfg.
+_PROTOCOLS = {"linear": "linear", "semisup": "finetune"}
+_NO_KNN = "--opts KNN.EVERY_EPOCHS 0"
+
+
+def answer_from_config(
+    program: Program, args: argparse.Namespace, flags: Mapping[str, Value]
+) -> str:
+    """Check the configuration of a command line; return what `--show-config` prints, else ""."""
+    if getattr(args, "replay", None):  # the file holds its configuration
+        return ""
+    files: list[str | Path | None] = [args.cfg]
+    if getattr(args, "protocol", None):
+        files.append(CONFIGS / "_base_" / f"{_PROTOCOLS[program]}_{args.protocol}.yaml")
+    schema = declare(method_options())
+    cfg, origins = load_with_origins(schema, files, args.opts, flags)
+    if args.show_config:
+        return show_config(cfg, origins, program)
+    check_program(program, args, cfg)
+    return ""
+
+
+def check_program(program: Program, args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Refuse what can be refused before torch is imported and a folder is made."""
+    check_data(cfg.DATA)
+    if program != "pretrain" and cfg.DATA.DATASET in UNLABELLED:
+        raise ConfigError(
+            f"DATA.DATASET (--dataset) {cfg.DATA.DATASET!r} has no labels, and this program needs "
+            "them; use imagefolder, with a folder for each class"
+        )
+    if program == "pretrain" and not (args.eval or args.throughput):
+        check_training(cfg)
+
+
+def check_data(data: CfgNode) -> None:
+    """Refuse a data set that is not known, and a folder that is not there."""
+    name = data.DATASET
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"DATA.DATASET (--dataset) {name!r} is unknown; did you mean {near!r}? Known: "
+            f"{', '.join(DATASETS)}"
+        )
+    if name in BUNDLED:
+        return
+    if not data.PATH:
+        raise ConfigError(f"DATA.PATH (--data-path) is empty: DATA.DATASET {name!r} needs a folder")
+    # a download makes the folder
+    if not os.path.exists(data.PATH) and not (name in DOWNLOADABLE and data.DOWNLOAD):
+        remedy = ", or add --download" if name in DOWNLOADABLE else ""
+        raise ConfigError(
+            f"DATA.PATH (--data-path) {data.PATH!r} is not a folder: DATA.DATASET {name!r} needs "
+            f"one{remedy}"
+        )
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Refuse what would stop a pretraining at its first step, or after its first epoch."""
+    if cfg.TRAIN.CUDA_GRAPHS and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+        raise ConfigError(
+            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
+            "False, or TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
+        )
+    _check_queue(cfg)
+    if cfg.KNN.EVERY_EPOCHS and cfg.DATA.DATASET in UNLABELLED:
+        raise ConfigError(
+            f"KNN.EVERY_EPOCHS: {cfg.KNN.EVERY_EPOCHS}, but DATA.DATASET {cfg.DATA.DATASET!r} has "
+            f"no labels; add {_NO_KNN}, or use --dataset imagefolder"
+        )
+    root = Path(cfg.DATA.PATH)
+    if cfg.DATA.DATASET in CLASS_FOLDERS and (root / "train").is_dir():
+        for key, remedy in (("KNN", _NO_KNN), ("HELD_OUT", "--opts HELD_OUT.EVERY_EPOCHS 0")):
+            if cfg[key].EVERY_EPOCHS and not (root / "val").is_dir():
+                raise ConfigError(
+                    f"{key}.EVERY_EPOCHS: {cfg[key].EVERY_EPOCHS} needs images to test, but "
+                    f"{root / 'val'} does not exist; make it, or add {remedy}"
+                )
+
+
+def _check_queue(cfg: CfgNode) -> None:
+    section = method_section(cfg.MODEL.NAME)
+    options = cfg.MODEL[section]
+    size = options.get("QUEUE_SIZE")
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if size is None or not world.isdecimal():  # a wrong WORLD_SIZE is refused where it is used
+        return
+    streams = 1 + bool(cfg.MODEL.BATCHFORMER.ENABLED)
+    streams *= 1 + bool(options.get("SYMMETRIC", False))
+    share = int(world) * cfg.TRAIN.ACCUMULATION_STEPS * streams
+    keys = cfg.TRAIN.BATCH_SIZE * share
+    if size % keys == 0:
+        return
+    below = size // keys * keys
+    sizes = f"{below} or {below + keys}" if below else f"{keys}"
+    batches = [n for n in range(1, size // share + 1) if size % (n * share) == 0]
+    remedy = f"--opts MODEL.{section}.QUEUE_SIZE {sizes}"
+    if batches:
+        nearest = min(batches, key=lambda n: abs(n - cfg.TRAIN.BATCH_SIZE))
+        remedy = f"--batch-size {nearest}, or {remedy}"
+    raise ConfigError(
+        f"MODEL.{section}.QUEUE_SIZE: {size} is not a multiple of the {keys} keys of one step "
+        "(batch size x processes x accumulation, twice that under BatchFormer or SYMMETRIC); use "
+        f"{remedy}"
+    )
+
+
+def show_config(cfg: CfgNode, origins: Mapping[str, str], program: Program) -> str:
+    """Return each key that the program reads, its value and where the value comes from."""
+    schema = declare(method_options())
+    method = method_section(cfg.MODEL.NAME)
+    rows = []
+    for key, origin in origins.items():
+        sections = key.split(".")
+        of_other = len(sections) == 3 and sections[0] == "MODEL"
+        of_other = of_other and sections[1] not in (method, "BACKBONE", "BATCHFORMER")
+        if program in schema[key].programs and not of_other:
+            node = cfg
+            for section in sections:
+                node = node[section]
+            rows.append((key, str(node) if node != "" else "''", origin))
+    width = max(len(key) for key, *_ in rows)
+    return "\n".join(f"{key:{width}}  {value:24} {origin}" for key, value, origin in rows) + "\n"
