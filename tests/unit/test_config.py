@@ -14,10 +14,10 @@ from utils.config.load import (
     compare_for_resume,
     leaves,
     load_config,
-    section_options,
     to_yaml,
 )
 from utils.config.schema import declare
+from utils.config.sections import section_options
 
 SCHEMA = declare(framework_options())
 DEFAULTS = SCHEMA.defaults()
