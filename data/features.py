@@ -33,6 +33,7 @@ class FeatureLoader:
     ) -> None:
         world = distributed.world_size()
         share = world * accumulation
+        # few labels make a small batch, which all ranks still share evenly
         fitting = min(global_batch, max(len(labels) // share, 1) * share)
         self.at, self.labels, self.indices = at, labels, indices
         self.rank = distributed.rank()

@@ -68,6 +68,7 @@ def write_subset(path: str | Path, source: Source, indices: np.ndarray) -> None:
     temporary = Path(f"{path}.tmp")
     text = "".join(f"{line}\n" for line in lines)
     temporary.write_text(text, encoding="utf-8", errors=_ANY_NAME)
+    # in one step: another process may read the list
     os.replace(temporary, path)
 
 
@@ -131,6 +132,7 @@ def _balanced(
     order = np.lexsort((key, labels))
     classes, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(first, sizes)
+    # the first image of each class comes before all others
     turn = np.where(rank == 0, 0.0, (rank + 0.5) / np.repeat(sizes, sizes))
     earliest = np.lexsort((key[order], turn))
     return np.sort(order[earliest[: max(count, len(classes))]])

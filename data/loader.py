@@ -96,6 +96,7 @@ class GlobalLoader:
         self.plan = BatchPlan(
             len(source), global_batch, seed, world, accumulation, drop_last, repeated_aug, size_key
         )
+        # the images that one process sees in an epoch
         self.bad = BadImages(max_bad_fraction, self.steps_per_epoch * global_batch // world)
         if resident is None:
             resident = source.images is not None and not needs_pil(recipe)
@@ -113,6 +114,7 @@ class GlobalLoader:
 
     def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[Batch]]]:
         """Yield (step, micro-batches) from `step` up to `total_steps`; starting is O(1)."""
+        # nothing before `step` is read or drawn
         requests = RequestSampler(self.plan, self.rank, step, total_steps)
         with contextlib.closing(self._batches(requests)) as batches:
             for current in range(step, total_steps):
@@ -166,6 +168,7 @@ class GlobalLoader:
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    # only from pinned memory a copy runs beside the host
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -251,6 +254,7 @@ def refuse_small_shm(batch_bytes: int, num_batches: int) -> None:
     """Refuse batches that /dev/shm cannot hold while they wait for this machine's processes."""
     if not os.path.isdir(_SHM):
         return
+    # the launcher's count: all ranks of a machine share its /dev/shm
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     needed, free = batch_bytes * num_batches * ranks, shutil.disk_usage(_SHM).free
     if needed > free:
@@ -296,6 +300,7 @@ def fetch_in_order(
         raise
     workers = [child for child in multiprocessing.active_children() if child not in before]
     stop = functools.partial(_stop, iterator, workers)
+    # a program that ends inside the loop would leave workers behind
     atexit.register(stop)
     try:
         yield from iterator

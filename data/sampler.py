@@ -90,17 +90,16 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarray:
-    """Return indices and copy numbers (2,G) of batch `position` of an epoch of `order`.
-
-    The last batch wraps around to the epoch's start.
-    """
+    """Return indices and copy numbers (2,G) of batch `position` of an epoch of `order`."""
     start = position * plan.global_batch
+    # the last batch wraps around to the epoch's start
     places = np.arange(start, start + plan.global_batch) % len(order)
     return np.stack([order[places // plan.repeats], places % plan.repeats])
 
 
 def rank_batches(batch: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarray]:
     """Cut the part of `rank` out of a global batch (2,G): one array (2,n) per micro-batch."""
+    # every W-th: copies of an image stand side by side and go to different ranks
     return np.split(batch[:, rank :: plan.world], plan.accumulation, axis=1)
 
 

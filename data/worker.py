@@ -56,6 +56,7 @@ class Fetched(Loaded):
 
 def loaded_as(request: Request, indices: list[int], failures: list[tuple[str, str]]) -> Loaded:
     """Return what is known of a request whose images `indices` were loaded."""
+    # a copy: torch wants memory that may be written
     copies = np.broadcast_to(request.copies, len(request.indices)).copy()
     return {
         "epoch": request.epoch,
@@ -89,6 +90,7 @@ class Fetcher(Dataset[Fetched]):
     def __getitem__(self, request: Request) -> Fetched:
         """Load and crop the images of a request."""
         failures: list[tuple[str, str]] = []
+        # an evaluation of images in memory: all rows at once
         if self.source.images is not None and self.seed is None:
             rows = self.source.images[torch.from_numpy(request.indices)]
             views = [crop_batch(rows, view, None) for view in self.recipe]

@@ -87,6 +87,7 @@ def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     With smoothing s: (1 - s) * NLL + s * mean over classes of -log p. The sum of the result gives
     every head the gradient it would have alone.
     """
+    # float32: in half precision small probabilities round to 0
     log_p = logits.transpose(0, 1).float().log_softmax(dim=-1)  # (N, G, C), as the heads left it
     nll = -log_p.gather(-1, labels[:, None, None].expand(-1, len(logits), 1)).squeeze(-1)
     if smoothing:

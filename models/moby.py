@@ -52,6 +52,7 @@ class MoBY(MomentumFramework):
             self.paired_rows(queries[0], keys[1], num),
             self.paired_rows(queries[1], keys[0], num),
         ]
+        # queries of view 1 meet old keys of view 2, and the other way round
         first = queue_contrast(*pairs[0], self.queue2.keys, self.temperature, synthetics)
         second = queue_contrast(*pairs[1], self.queue1.keys, self.temperature, synthetics)
         self.queue1.hold(keys[0])

@@ -94,5 +94,6 @@ class MoCoV2(MomentumFramework):
         if world_size() == 1 and self.bn_groups <= 1:
             return unit(self.target(images))
         keys = unit(self.target(exchange_rows(images, order)))
+        # the inverse permutation, of this process's rows
         back = order.argsort()[rank() * num : (rank() + 1) * num].to(keys.device)
         return torch.cat([gather_rows(stream)[back] for stream in keys.split(num)])

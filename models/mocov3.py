@@ -68,6 +68,7 @@ class MoCoV3(MomentumFramework):
         contrasts = [batch_contrast(*pair, self.temperature) for pair in pairs]
         loss = torch.stack([contrast.loss for contrast in contrasts]).sum()
         if self.online.batchformer is not None and self.online.batchformer.loss == "mean":
+            # four pairs of streams a direction weigh as much as one
             loss = loss * (2.0 / len(pairs))
         return {"loss": loss, "embedding": keys[0][:num], **contrast_metrics(*contrasts)}
 

@@ -53,6 +53,7 @@ class StudentHeads(Heads):
         self, width: int, hidden_dim: int, out_dim: int, stride: int, map_width: int
     ) -> None:
         super().__init__(width, out_dim, stride, map_width)
+        # keeps the shape of `Outputs`; nobody reads it
         self.rotation = nn.Identity()  # type: ignore[assignment]
         self.contrast = nn.Sequential(
             *(nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)),
@@ -141,6 +142,7 @@ class SiT(MomentumFramework):
             else Heads(width, out_dim, *geometry)
         )
         super().__init__(SiTEncoder(backbone, heads), target_backbone)
+        # learned together with the weights (Kendall et al. 2018, arXiv:1705.07115)
         if not gmml:  # one each of TASKS
             self.uncertainty = nn.Parameter(torch.ones(3))
         self.variant = variant
@@ -170,8 +172,8 @@ class SiT(MomentumFramework):
     def after_step(self, progress: Progress) -> None:
         """Average the target with this step's momentum, as published.
 
-        A teacher has batch-norm statistics of its own. A target that sees no images takes over the
-        online's.
+        A teacher has its own batch-norm statistics. A target that sees no images copies the online
+        network's.
         """
         momentum = momentum_at(progress.fraction, self.base_momentum, self.momentum_schedule)
         self.update_target(momentum, buffers=self.variant == "rotation")
@@ -231,6 +233,7 @@ class SiT(MomentumFramework):
         contrast = torch.stack([each.loss for each in contrasts]).sum() * (2.0 / len(pairs))
         error = (student.pixels - torch.cat(views)).abs()
         mask = torch.cat(masks)
+        # an image without a mask divides by 1, not by 0
         reconstruction = (error * mask).sum() / (mask.sum().clamp(min=1) * error.shape[1])
         return {
             "loss": contrast + self.reconstruction_weight * reconstruction,

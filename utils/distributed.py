@@ -227,6 +227,7 @@ def gather_uneven(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor.detach()
     sizes = all_objects(tensor.shape[0])  # by the host: it is where a missing rank is noticed
+    # a collective needs equal shapes
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     parts = gather_rows(padded).chunk(world_size())
@@ -253,5 +254,6 @@ def exchange_rows(tensor: Tensor, order: Tensor) -> Tensor:
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, sent.contiguous(), arriving, mine.sum(1).tolist())
         place = owner[rank()].argsort(stable=True)  # rows come sorted by their owner
+        # the inverse permutation: back into the order of `wanted`
         sent = received[place.argsort().to(tensor.device)]
     return sent.permute(0, 3, 1, 2) if channels_last else sent

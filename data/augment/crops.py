@@ -67,6 +67,7 @@ class CropDraws:
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 top, left = self._corners[sample]
+                # + 1: a window of h rows has height - h + 1 places
                 return math.floor(top * (height - h + 1)), math.floor(left * (width - w + 1)), h, w
         return _central(self.op, height, width)
 

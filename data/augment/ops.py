@@ -60,6 +60,7 @@ class ColorJitter(BatchOp):
     def draw(self, keys: np.ndarray, size: int) -> Draws:
         """Draw jitter (N,), order (N,4), three factors (N,) and hue (N,) in turns."""
         draws = {"jitter": uniform(keys, 2) < self.p}
+        # one of the 24 orders, each equally likely
         draws["order"] = _ORDERS[np.floor(uniform(keys, 3) * len(_ORDERS)).astype(np.int64)]
         strengths = (self.brightness, self.contrast, self.saturation)
         for name, stream, strength in zip(JITTER_OPS, (10, 11, 12), strengths, strict=False):
@@ -151,6 +152,7 @@ class RandomErasing(BatchOp):
         h = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         w = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (h < size) & (w < size)
+        # argmax of booleans: the first attempt that fits, 0 if none does
         first = fits.argmax(axis=1)[:, None]
         h, w = np.take_along_axis(h, first, 1)[:, 0], np.take_along_axis(w, first, 1)[:, 0]
         top = np.floor(uniform(keys, 600) * (size - h + 1)).astype(np.int64)
@@ -194,6 +196,7 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
     y = x.index_select(0, index)
     for slot, count in enumerate(before):
         _affine_(y[:count], factors[slot, :, :count])
+    # hue is the dearest of the four; recipes without it skip it
     if np.any(ranked["hue"]):
         y = adjust_hue(y, send(ranked["hue"], x.device))
     for slot, count in enumerate(before, start=3):

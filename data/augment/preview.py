@@ -45,6 +45,7 @@ def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) 
     loader = GlobalLoader(
         source, recipe, global_batch=num_images, seed=seed, device=host, rank=0, world=1
     )
+    # rank 0 of 1: every process shows the same images
     _, (batch,) = next(iter(loader.from_step(0, 1)))
     return batch.views
 

@@ -125,6 +125,7 @@ def _linear(size: int) -> Recipe:
 
 
 def _eval(size: int) -> Recipe:
+    # a crop would cut away a large part of a small image
     margin = 0 if size <= SMALL_IMAGE else 32
     return ((Resize(size + margin), CenterCrop(size)),)
 

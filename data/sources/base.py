@@ -115,6 +115,7 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Sour
         found = f"{chosen.min()} to {chosen.max()}"
         raise ValueError(f"subset indices must lie in [0, {len(source)}), got {found}")
     if isinstance(source, ArraySource):
+        # cut at once: a loader keeps arrays on the device
         rows = torch.from_numpy(chosen)
         return ArraySource(source.title, source.images[rows], source.labels[rows], source.classes)
     return Subset(source, chosen)
@@ -124,6 +125,7 @@ class PackedStrings:
     """Strings in two arrays: a million Python strings would be copied by every worker."""
 
     def __init__(self, strings: Iterable[str]) -> None:
+        # a file's name may hold bytes that are no UTF-8
         encoded = [os.fsencode(s) for s in strings]
         self.offsets = np.cumsum([0, *(len(s) for s in encoded)], dtype=np.int64)
         self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)

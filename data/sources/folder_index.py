@@ -218,6 +218,7 @@ def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with removed_on_error(temporary):
             write_synced(temporary, lambda out: [out.write(part) for part in (head, text, body)])
+            # a reader finds a whole index or none
             os.replace(temporary, file)
         _prune(file.parent)
     except OSError as error:

@@ -123,6 +123,7 @@ class PackedSource(Source):
         """Read the bytes of one image; `OSError` if they are not those that were packed."""
         start, stop = (int(place) for place in self.index.offsets[index : index + 2])
         data = bytearray(stop - start)  # torch wants memory that may be written to
+        # positioned: workers share the file and its position
         if os.preadv(self._file.fileno(), [data], start) < len(data):
             raise OSError(f"the pack was cut while it was in use: copy {self.path} again")
         if checksum(data) != self.index.checksums[index]:
@@ -165,6 +166,7 @@ def _read_header(file: BinaryIO) -> tuple[Header, bytearray]:
     if size < len(HEAD) + _TAIL.size or _read(file, 0, 12) != HEAD[:12]:
         raise ValueError("it does not begin as a pack of this version does")
     end, length, expected, magic = _TAIL.unpack(_read(file, size - _TAIL.size, _TAIL.size))
+    # a cut file ends anywhere but in a tail
     if magic != _MAGIC or end + length + _TAIL.size != size:
         raise ValueError("its end is missing")
     text = _read(file, end, length)
@@ -210,6 +212,7 @@ def _check_index(index: PackIndex, header: Header) -> None:
         (index.offsets, len(HEAD), header["start"]),
         (index.names_at, 0, len(index.names)),
     ):
+        # views of the index are not checked again when images are read
         if cuts[0] != first or cuts[-1] > last or (cuts[1:] < cuts[:-1]).any():
             raise ValueError("its index points outside of the file, or backwards")
     if count and not -1 <= index.labels.min() <= index.labels.max() < len(header["classes"]):

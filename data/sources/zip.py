@@ -62,6 +62,7 @@ class ZipSource(Source):
             kept.append(data)
             room -= len(data)
         self._offsets = np.cumsum([0, *(len(data) for data in kept)], dtype=np.int64)
+        # one array: the counters of many objects would copy their pages into every worker
         self._cache = np.frombuffer(b"".join(kept), dtype=np.uint8)
 
     def name(self, index: int) -> str:
@@ -84,6 +85,7 @@ class ZipSource(Source):
         """Read and check the encoded bytes of one image; `OSError`, `zlib.error` if damaged."""
         start, packed, method, checksum = (int(value) for value in self._entries[index])
         size, descriptor = int(self._sizes[index]), self._descriptor()
+        # its name and extra field may have other lengths than in the directory
         header = os.pread(descriptor, _LOCAL_HEADER.size, start)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise OSError(f"damaged zip entry {self.name(index)}: its header is missing")
@@ -101,6 +103,7 @@ class ZipSource(Source):
         return data
 
     def _descriptor(self) -> int:
+        # a worker that was not forked has no open file of its parent
         if self._file is None or self._file[0] != os.getpid():
             self._file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         return self._file[1]
@@ -136,6 +139,7 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
             )
     infos = [known[name] for name in names]
     rows = [(i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in infos]
+    # a size that is a lie need not fit into int64
     sizes = [min(i.file_size, 1 << 62) for i in infos]
     return np.array(rows, dtype=np.int64), np.array(sizes, dtype=np.int64)
 

@@ -100,6 +100,7 @@ def build_backbone(
         if patch_size:
             options["patch_size"] = patch_size
         if num_tokens != 1:
+            # timm counts them apart from the class token
             options["reg_tokens"] = _extra_tokens(name, num_tokens)
         # Before the other checks, so that an unknown name is reported as unknown.
         backbone = _transformer(name, options)
@@ -137,6 +138,7 @@ def map_geometry(backbone: Backbone) -> tuple[int, int]:
     """Return the stride of the last feature map in pixels, and its number of channels."""
     size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or (128, 128)
     training, device = backbone.training, next(backbone.parameters()).device
+    # eval: the zeros must not enter the statistics of batch norms
     features = feature_map(backbone.eval(), torch.zeros(1, 3, *size, device=device))
     backbone.train(training)
     return size[-1] // features.shape[-1], features.shape[1]
@@ -151,6 +153,7 @@ def _as_map(backbone: Backbone, features: Tensor) -> Tensor:
                 f"feature_map: {tokens.shape[1]} tokens are no square grid; use square images"
             )
         return tokens.transpose(1, 2).unflatten(2, (side, side))
+    # timm's Swin returns (N, h, w, F), its ResNets (N, F, h, w)
     channels_last = features.shape[-1] == backbone.num_features != features.shape[1]
     return features.permute(0, 3, 1, 2) if channels_last else features
 
@@ -283,6 +286,7 @@ def _width_at(backbone: nn.Module, timm_name: str, size: int) -> int:
             f"MODEL.BACKBONE.NAME: timm/{timm_name} gives {tuple(features.shape)}, no vector"
         )
     width = int(features.shape[1])
+    # unequal weights: the plain sum of layer-normed features is constant and has no gradient
     (gradient,) = torch.autograd.grad((features * torch.linspace(1.0, 2.0, width)).sum(), images)
     seen = gradient.abs().amax((0, 1, 3)).nonzero()
     stages = getattr(backbone, "feature_info", None) or [{"reduction": 32}]

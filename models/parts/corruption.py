@@ -78,6 +78,7 @@ def draw_corruption(num: int, height: int, width: int) -> Corruption:
         (low, max(int(0.25 * side), low + 1))
         for low, side in zip(tops, (height, width), strict=True)
     ]
+    # the order of these draws is fixed: golden values and resumed runs depend on it
     grey = draw_blocks(num, 1, height, width, *large)
     kernel = torch.randint(3, 16, (num,)) // 2 * 2 + 1
     sigma = 5.0 * torch.rand(num) + 0.1
@@ -189,6 +190,7 @@ def covered(blocks: Blocks, height: int, width: int) -> Tensor:
     over a pixel, however many there are.
     """
     num = len(blocks.top)
+    # one row and one column more: an exclusive edge may lie at the border
     counts = torch.zeros(num, height + 1, width + 1, dtype=torch.int32, device=blocks.top.device)
     row = torch.arange(num, device=counts.device)[:, None].expand_as(blocks.top)
     one = torch.ones_like(blocks.top, dtype=torch.int32)
@@ -198,6 +200,7 @@ def covered(blocks: Blocks, height: int, width: int) -> Tensor:
         (blocks.top, blocks.right, -one),
         (blocks.bottom, blocks.left, -one),
     ):
+        # corners of several blocks may coincide
         counts.index_put_((row, y, x), sign, accumulate=True)
     counts = counts.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
     return counts[:, None, :height, :width] > 0
@@ -251,6 +254,7 @@ def _replace(out: Tensor, clean: Tensor, mask: Tensor, source: Tensor) -> Tensor
     for i, j in enumerate(chosen):
         level.append(level[j] + 1 if j < i else 0)
     for current in range(max(level) + 1):
+        # a level reads images that the levels before it have finished
         images = torch.tensor([i for i, j in enumerate(chosen) if level[i] == current and j != i])
         if not len(images):
             continue
@@ -292,6 +296,7 @@ def draw_group_mask(
     foreign = (torch.rand(num) < 0.5) & (num > 1)
     least = min(0.5, drop)
     share = torch.where(foreign, torch.tensor(replace), least + (drop - least) * torch.rand(num))
+    # a shift by 1 to num - 1 never ends at the image itself
     others = (torch.arange(num) + torch.randint(1, max(num, 2), (num,))) % num
     aligned = Blocks(*(edge * align for edge in blocks))
     return GroupMask(aligned, (share * height * width).long()[:, None], foreign, others)
@@ -315,6 +320,7 @@ def _until_union(blocks: Blocks, pixels: Tensor, height: int, width: int) -> Ten
     """Return masks of the fewest first blocks whose union covers `pixels` (N, 1), by bisection."""
     number = torch.arange(blocks.top.shape[1], device=blocks.top.device)
     low, high = torch.zeros_like(pixels), torch.full_like(pixels, len(number))
+    # all images at once, and the device is never waited for
     for _ in range(len(number).bit_length()):
         middle = (low + high) // 2
         union = covered(_keep(blocks, number < middle), height, width).sum((1, 2, 3))[:, None]

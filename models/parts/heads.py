@@ -54,6 +54,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        # None, so that the state dict has no key of it
         self.batchformer: BatchFormer | None = None
 
     def forward(self, images: Tensor) -> Tensor:

@@ -38,8 +38,10 @@ def batch_contrast(queries: Tensor, keys: Tensor, temperature: float) -> "Contra
     gradient independent of the temperature T.
     """
     queries, keys = unit(queries), distributed.gather_rows(unit(keys.detach()))
+    # near a logit of 10, bfloat16 has steps of 0.06
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries @ keys.T / temperature  # (N, N * processes)
+    # the positive of row n is row n of this process's block of the gathered keys
     labels = torch.arange(len(queries), device=queries.device) + len(queries) * distributed.rank()
     with torch.no_grad():
         positive_rank = (logits > logits.gather(1, labels[:, None])).sum(1)
@@ -54,9 +56,11 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     rows = torch.cat([unit(first), unit(second)])
     with torch.autocast(rows.device.type, enabled=False):
         logits = rows @ rows.T / temperature
+    # a row is no negative of itself
     logits = logits.masked_fill(
         torch.eye(len(rows), dtype=torch.bool, device=rows.device), float("-inf")
     )
+    # row n of one view belongs to row n of the other
     positives = torch.arange(len(rows), device=rows.device).roll(len(first))
     return F.cross_entropy(logits, positives)
 
@@ -136,6 +140,7 @@ class _QueueContrast(torch.autograd.Function):
                 temperature,
                 synthetics,
             )
+        # (B, D), where autograd would keep (B, K)
         ctx.save_for_backward(gradient.to(queries.dtype))
         ctx.mark_non_differentiable(rank)
         return loss, rank
@@ -163,6 +168,7 @@ def _contrast_and_gradient(
         largest = torch.maximum(largest, form.logits.amax(1, keepdim=True))
     weights = [((form.logits - largest) / temperature).exp_() for form in forms]
     positive_weight = ((positive - largest) / temperature).exp_()
+    # in place: B x K is the largest tensor of the step
     buffer.sub_(largest).mul_(1.0 / temperature).exp_()
     total = (
         buffer.sum(1, keepdim=True) + positive_weight + sum(w.sum(1, keepdim=True) for w in weights)
@@ -172,6 +178,7 @@ def _contrast_and_gradient(
     # d loss / d q = sum_j p_j x_j - k, with p_j = weight_j / total; divided by T and B
     gradient = positive_weight * keys
     for form, weight in zip(forms, weights, strict=True):
+        # adds the weights of queue entries to `buffer`: one product below serves all
         gradient = gradient + form.accumulate(weight, buffer, queries)
     gradient = (gradient + buffer @ queue) / total - keys
     return loss, rank, gradient / (temperature * len(queries))

@@ -75,6 +75,7 @@ def _initialise(vit: nn.Module) -> None:
         else:
             nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+    # as in MoCo v3's code; DeiT has 0.02
     nn.init.normal_(vit.cls_token, std=1e-6)  # type: ignore[arg-type]
 
 

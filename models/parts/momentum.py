@@ -29,6 +29,7 @@ class MomentumFramework(nn.Module):
         self.target = type(online)(
             target_backbone or copy.deepcopy(online.backbone), copy.deepcopy(online.projector)
         )
+        # a backbone that was built apart has other random weights
         self.target.load_state_dict(online.state_dict())
         self.target.requires_grad_(False)
 
@@ -105,11 +106,13 @@ class MomentumFramework(nn.Module):
         With `buffers` its buffers are averaged too. Without, they stay its own: its own forwards
         fill them.
         """
+        # one call for all tensors: hundreds of small ones would wait for Python
         torch._foreach_lerp_(
             list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum
         )
         if buffers:
             for own, other in zip(self.target.buffers(), self.online.buffers(), strict=True):
+                # counters are whole numbers and cannot be averaged
                 if own.is_floating_point():
                     own.lerp_(other, 1.0 - momentum)
                 else:
@@ -154,6 +157,7 @@ class KeyQueue(nn.Module):
         Raises `ValueError` when the queue length is not a multiple of the number of keys of one
         step. The published codes require it too, so that the queue always holds whole batches.
         """
+        # all ranks write the same rows, so their queues stay equal
         keys = gather_rows(torch.cat(self._pending))
         self._pending.clear()
         size, num = self.keys.shape[0], keys.shape[0]

@@ -165,6 +165,7 @@ class ClosedForm:
             top = top + s.e * (queries * sign).sum(1, keepdim=True)
             norm2 = norm2 + s.e * s.e * sign.square().sum(1, keepdim=True)
             norm2 = norm2 + 2 * s.b * s.e * torch.einsum("bnd,bd->bn", _rows(queue, s.first), sign)
+        # rounding may make a small square negative
         self.norm = norm2.clamp_min(0).sqrt().clamp_min(_EPS)
         self.logits = top / self.norm  # (B, N), before the temperature
 
@@ -176,6 +177,7 @@ class ClosedForm:
         logits.
         """
         s, w = self.synthetics, weights / self.norm
+        # a queue entry may be drawn several times: its weights add up
         queue_weights.scatter_add_(1, s.first, w * s.b)
         direct = torch.zeros_like(queries)
         if s.a is not None:
@@ -207,6 +209,7 @@ def _uniform(queries: Tensor, num: int) -> Tensor:
 
 def _legacy_slope(queries: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Return random directions (B, N, D) and the slope (B, N) of q . n along them."""
+    # a draw for each synthetic, as published: one large draw would give other numbers
     noise = torch.stack([torch.randn_like(queries) for _ in range(num)], dim=1)
     return noise, torch.einsum("bnd,bd->bn", noise, queries)
 

@@ -32,7 +32,9 @@ class SyncBatchNorm(_BatchNorm):
     def _forward_cpu(self, input: Tensor) -> Tensor:
         axes = [0, *range(2, input.dim())]
         count = input.numel() / input.shape[1]
+        # a sum over a batch in half precision would lose most digits
         dtype, input = input.dtype, input.to(torch.promote_types(input.dtype, torch.float32))
+        # the count travels along: batches may differ in size between processes
         local = torch.cat([input.sum(axes), input.new_tensor([count])])
         total = _SumOverRanks.apply(local)
         mean = total[:-1] / total[-1]
@@ -55,6 +57,7 @@ class SyncBatchNorm(_BatchNorm):
             self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         )
         self.running_mean.lerp_(mean, momentum)
+        # torch's running variance is the unbiased one, over n - 1
         self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), momentum)
 
 
@@ -101,6 +104,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         mean, var = self.running_mean.repeat(splits), self.running_var.repeat(splits)
         out = nn.functional.batch_norm(
+            # a group's channels are channels apart, so one call normalises all groups
             input.reshape(-1, self.num_features * splits, *input.shape[2:]),
             mean,
             var,

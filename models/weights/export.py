@@ -146,6 +146,7 @@ def _with_indices(state: State, flat: bool = False) -> State:
     for key, tensor in state.items():
         result[key] = tensor
         if key.endswith(_TABLE):
+            # the table of a window of w has (2 w - 1)^2 rows
             index = relative_position_index((math.isqrt(len(tensor)) + 1) // 2)
             name = key.removesuffix(_TABLE) + "relative_position_index"
             result[name] = index.flatten() if flat else index
@@ -185,6 +186,7 @@ def _resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
         "layer_type": _block_type(state),
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
+        # the stride is in the 3x3 convolution, as in torchvision and timm
         "downsample_in_bottleneck": False,
     }
 

@@ -87,6 +87,7 @@ def load_backbone(
     if lost or foreign or misfits:
         raise ValueError(_refusal(own, state, source, lost, foreign, misfits))
     _refuse_other_heads(backbone, matched, own, source)
+    # a NaN would only show as chance accuracy, hours later
     broken = [key for key in sorted(matched) if not torch.isfinite(matched[key]).all()]
     if broken:
         raise ValueError(
@@ -160,6 +161,7 @@ def is_sincos(positions: Tensor) -> bool:
     """Tell whether positions (1, tokens + h*h, F) are MoCo v3's fixed ones, even fine-tuned."""
     side = math.isqrt(positions.shape[1])
     patches = positions[0, -side * side :].float().flatten()
+    # [0, 1:]: without the class token
     fixed = sincos_positions(side, side, positions.shape[-1])[0, 1:].flatten()
     return bool(F.cosine_similarity(patches, fixed, dim=0) > 0.9)
 

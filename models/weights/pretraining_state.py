@@ -44,6 +44,7 @@ def framework_state(
 
 def _beside(encoder: str, paths: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of an encoder and of all that lies next to it, behind any wrappers."""
+    # the first path with the encoder's name tells which wrappers stand before it
     for path in paths:
         words = path.split(".")
         if encoder in words:
@@ -78,7 +79,7 @@ def _moco_head(key: str) -> str:
 
 def _mocov3_head(tensors: Mapping[str, Tensor]) -> Rename:
     """Return the renaming of MoCo v3's projector."""
-    # BatchFormer is the first layer of their projector. Ours is a module of its own.
+    # BatchFormer is the first layer of their projector. Ours is a separate module.
     shift = 1 if any(".0.encoder_layers." in key for key in tensors) else 0
 
     def rename(key: str) -> str:

@@ -26,6 +26,7 @@ class _HashingFile:
         except OSError as error:
             self.error = error
             raise
+        # not len(): it counts elements, which may be larger than a byte
         size = memoryview(data).nbytes
         self.sha256.update(data)
         self.bytes += size
@@ -50,6 +51,7 @@ def write_synced(path: Path, fill: Fill) -> dict[str, int | str]:
     try:
         fill(cast(BinaryIO, hashing))  # torch and pickle only write and flush
         file.flush()
+        # before the rename: a power cut could else leave the new name without content
         os.fsync(file.fileno())
         file.close()
     except BaseException as error:
@@ -68,6 +70,7 @@ def write_file(path: Path, fill: Fill) -> dict[str, int | str]:
     """
     with removed_on_error(tmp_path(path)):
         written = write_synced(tmp_path(path), fill)
+        # atomic: a reader sees the old file or the new one
         os.replace(tmp_path(path), path)
     sync_folder(path.parent)
     return written

@@ -122,6 +122,7 @@ def _portable_tensor(tensor: Tensor, key: str) -> Tensor:
 
 def _write_record(target: Path, record: Record) -> None:
     try:
+        # the seal is over what a reader will get: a tuple becomes a list
         record = json.loads(json.dumps(record, allow_nan=False))
     except TypeError as error:
         raise CheckpointError(f"meta must hold JSON values only: {error}") from error
@@ -200,6 +201,7 @@ def read(path: Path) -> tuple[Contents, list[str]]:
     recorded = _has_record(path)
     if recorded:
         _verify(path)
+    # a sha256 that fits makes the checksums inside the file needless
     value, stand_ins = read_file(path, checksums=not recorded)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a dictionary of tensors")
@@ -222,6 +224,7 @@ def _verify(path: Path) -> Record:
         raise CheckpointError(
             f"{path} has {size} bytes, its .json says {record['bytes']}: truncated or swapped"
         )
+    # the size first: it costs nothing, the hash reads the whole file
     if (size, sha256_of(path)) not in [(entry["bytes"], entry["sha256"]) for entry in accepted]:
         raise CheckpointError(f"{path} does not have the sha256 of its .json: damaged or swapped")
     return record

@@ -262,6 +262,7 @@ def _turn(turns: np.float32, red: Array, green: Array, blue: Array) -> None:
 
 @_inner
 def _sextant(turned: np.float32) -> np.float32:
+    # adding and subtracting a large number rounds, and unlike a call it is vectorised
     wrapped = turned - _SIX * ((turned * _SIXTH + _ROUNDING) - _ROUNDING)
     return _clamp(_TWO - abs(wrapped))
 
@@ -327,6 +328,7 @@ def _convolve(source: Array, start: int, step: int, taps: Array, reach: int, tar
     )
     for x in range(n):
         target[x] = centre[x] * t0 + (a[x] + b[x]) * t1 + (c[x] + d[x]) * t2
+    # two taps a pass: half as many reads and writes of the target
     for near in range(3, reach + 1, 2):
         low, high, t1, t2 = start - near * step, start + near * step, taps[near], taps[near + 1]
         a, b = source[low : low + n], source[high : high + n]

@@ -59,6 +59,7 @@ def _point(code, value, mean, red, green, blue):
     elif code == HUE:
         top = tl.maximum(tl.maximum(red, green), blue)
         chroma = top - tl.minimum(tl.minimum(red, green), blue)
+        # grey pixels have no hue: any will do
         inverse = 1.0 / tl.maximum(chroma, _TINY)
         hue = tl.where(top == green, (blue - red) * inverse + 2.0, (red - green) * inverse + 4.0)
         hue = tl.where(top == red, (green - blue) * inverse, hue) + 6.0 * value
