@@ -1,5 +1,6 @@
 """Numbers derived from the configuration once: batches, steps, scaled learning rates."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ from yacs.config import CfgNode
 
 from utils.distributed import world_size
 from utils.schedules import LearningRate, Progress, cosine
+
+logger = logging.getLogger("synco")
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,12 @@ def make_plan(
 
     `section` is what both stand in (`LINEAR.`), for messages.
     """
-    if schedule.WARMUP_EPOCHS >= epochs and schedule.WARMUP_EPOCHS > 0:
-        raise ValueError(
-            f"{section}SCHEDULE.WARMUP_EPOCHS: {schedule.WARMUP_EPOCHS} leaves nothing of {epochs} "
-            "epochs; lower it"
-        )
+    warmup = schedule.WARMUP_EPOCHS * steps_per_epoch
+    if schedule.WARMUP_EPOCHS and schedule.WARMUP_EPOCHS >= epochs:
+        # a trial of an epoch or two (--epochs 1) of a recipe of hundreds
+        warmup = epochs * steps_per_epoch // 10
+        message = "%sSCHEDULE.WARMUP_EPOCHS: %d leaves nothing of %d epochs; shortened to %d steps"
+        logger.warning(message, section, schedule.WARMUP_EPOCHS, epochs, warmup)
     scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
     rates = tuple(
         LearningRate(
@@ -99,7 +103,7 @@ def make_plan(
             base=base * scale,
             warmup_start=optim.WARMUP_LR * scale,
             minimum=optim.MIN_LR * scale,
-            warmup_steps=schedule.WARMUP_EPOCHS * steps_per_epoch,
+            warmup_steps=warmup,
             total_steps=epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,
             milestones=tuple(schedule.MILESTONES),

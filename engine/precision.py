@@ -39,6 +39,11 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if not count:
+            raise ValueError(
+                f"--device {name}: no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, "
+                "or use --device cpu"
+            )
         if distributed.local_rank() >= count:
             raise ValueError(
                 f"--device {name}: this process has local rank {distributed.local_rank()}, the "

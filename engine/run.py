@@ -22,7 +22,7 @@ from engine.precision import Precision, choose_device
 from engine.state import TrainState
 from utils import distributed, heartbeat
 from utils.checkpoints.atomic import write_text
-from utils.cli import lost_processes
+from utils.cli import at_failure, lost_processes
 from utils.config.load import to_yaml
 from utils.locks import try_lock
 from utils.logger import Metrics, setup_logger
@@ -156,6 +156,17 @@ class Run(Precision):
             )
         raise SystemExit(75)
 
+    def start_failed(self, reason: str) -> None:
+        """Keep why a run ended before its first step: in `status.json` and in the log."""
+        status = self._status()
+        if not self.training or status.get("state") != "starting":
+            return
+        self.finish("failed", status["step"], reason)
+        for handler in logger.handlers:
+            # the terminal shows the reason anyway
+            if isinstance(handler, logging.FileHandler):
+                handler.emit(logger.makeRecord(logger.name, logging.ERROR, "", 0, reason, (), None))
+
     def done(self, step: int) -> None:
         """Say that the run is complete; raise `OSError` if its last checkpoint was not written."""
         if not self.checkpoints.is_saved(step):
@@ -231,6 +242,8 @@ def start_run(
     run = Run(cfg, folder, device, task, training)
     if training:
         run.open_folder()
+        if distributed.is_main():
+            at_failure.append(run.start_failed)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):  # until fit() takes them
                 signal.signal(number, run.stop_before_training)

@@ -23,6 +23,7 @@ __all__ = [
     "Parser",
     "add_which",
     "answer_at_once",
+    "at_failure",
     "lost_processes",
     "make_parser",
     "parse",
@@ -102,6 +103,10 @@ def _mixed_precision() -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+# What is told the reason of an error that ends the program: a run that has not begun to train.
+at_failure: list[Callable[[str], None]] = []
+
+
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Run a main and exit: one line for what the user can mend, a traceback for what only we can.
 
@@ -114,6 +119,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         code = _recorded(main)()
     except (Exception, KeyboardInterrupt) as error:
         explained = _explain(error)
+        for tell in at_failure if isinstance(error, Exception) else []:
+            tell(explained[1] if explained else f"{type(error).__name__}: {error}")
         if explained is None:
             raise
         code, message = explained

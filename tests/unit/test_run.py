@@ -16,12 +16,15 @@ from torch import nn
 
 from engine import guards
 from engine.guards import FiniteGuard, NonFiniteError, StopFlag
-from engine.run import Run
+from engine.run import Run, start_run
 from engine.state import TrainState
 from models import framework_options
 from models.classifier import freeze
+from utils import cli
 from utils.checkpoints import file as checkpoint
+from utils.config.load import load_config
 from utils.config.schema import declare
+from utils.logger import close_logger
 
 CPU = torch.device("cpu")
 NAN = torch.tensor(float("nan"))
@@ -87,6 +90,39 @@ def test_the_status_of_a_complete_run_survives_another_start(run: Run) -> None:
     run.close()
     run.open_folder()
     assert runs.status(run.folder)["state"] == "starting"
+
+
+@pytest.mark.parametrize("error", [ValueError("no such data"), RuntimeError("a bug")])
+def test_a_start_that_fails_says_why_in_status_and_log(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "at_failure", [])
+    monkeypatch.setattr("engine.run.at_failure", cli.at_failure)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's own stay
+    flags = {"OUTPUT": str(tmp_path), "DEVICE": "cpu", "NAME": "n", "TAG": "t"}
+    cfg = load_config(declare(framework_options()), flags=flags)
+
+    def main() -> int:
+        start_run(cfg)
+        raise error
+
+    with pytest.raises((SystemExit, RuntimeError)):
+        cli.run_main(main)
+    close_logger()
+    folder = tmp_path / "n" / "t"
+    status = runs.status(folder)
+    assert status["state"] == "failed"
+    assert str(error) in status["reason"]
+    last = (folder / "log.txt").read_text().splitlines()[-1]
+    assert "ERROR" in last
+    assert str(error) in last
+
+
+def test_a_run_that_trained_keeps_its_own_reason(run: Run) -> None:
+    run.open_folder()
+    run.finish("done", 9)
+    run.start_failed("later")
+    assert runs.status(run.folder)["state"] == "done"
 
 
 def test_a_reason_in_the_status_holds_no_control_characters(run: Run) -> None:

@@ -161,9 +161,17 @@ def test_a_grid_of_rates_gives_one_schedule_each() -> None:
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(5, 5), (5, 6), (1, 1)])
-def test_a_warm_up_that_leaves_nothing_is_refused(epochs: int, warmup: int) -> None:
-    with pytest.raises(ValueError, match=rf"WARMUP_EPOCHS: {warmup}.*{epochs} epochs"):
-        plan_of("SCHEDULE.WARMUP_EPOCHS", str(warmup), epochs=epochs)
+def test_a_warm_up_that_leaves_nothing_is_shortened_and_said(
+    epochs: int, warmup: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_of("SCHEDULE.WARMUP_EPOCHS", str(warmup), epochs=epochs)
+    assert plan.rates[0].warmup_steps == epochs  # a tenth of the run of ten steps an epoch
+    assert f"WARMUP_EPOCHS: {warmup} leaves nothing of {epochs} epochs" in caplog.text
+
+
+def test_a_warm_up_that_leaves_something_stays(caplog: pytest.LogCaptureFixture) -> None:
+    assert plan_of("SCHEDULE.WARMUP_EPOCHS", "4", epochs=5).rates[0].warmup_steps == 40
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
