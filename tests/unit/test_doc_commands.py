@@ -77,8 +77,9 @@ def parse_program(program: str, words: list[str]) -> None:
     try:
         args, flags = parse(parser, words)
     except SystemExit as end:  # --list and --version answer and stop
-        assert end.code == 0, words
-        return
+        if end.code == 0:
+            return
+        raise AssertionError(words) from end
     if program in MAINS:
         load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     else:
