@@ -8,6 +8,7 @@ goes on where it stopped.
 import argparse
 
 from utils.cli import Parser, answer_at_once, make_parser, parse, run_main
+from utils.flags import SPECIAL
 
 HELD_OUT = (
     "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
@@ -38,6 +39,9 @@ def _parser() -> Parser:
         default=argparse.SUPPRESS,
         help=HELD_OUT,
     )
+    parser.group(SPECIAL).add_argument(
+        "--dry-run", action="store_true", help="three steps: what a run would do and need"
+    )
     parser.add_argument("--replay", metavar="FILE", help=REPLAY)
     return parser
 
@@ -47,6 +51,7 @@ if __name__ == "__main__":
     answer_at_once(_parser(), program="pretrain")
 
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -72,9 +77,10 @@ from evaluation.features import SharedFeatures, compute_features
 from evaluation.knn import features_knn
 from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
+from tools.parts.dry_run import dry_run
 from utils.checkpoints.folder import require
 from utils.config.key import Value
-from utils.config.load import load_config, load_saved
+from utils.config.load import load_saved, load_with_origins
 from utils.config.schema import declare
 from utils.distributed import world_size
 from utils.schedules import Progress
@@ -87,9 +93,10 @@ def main() -> int:
     args, flags = parse(_parser())
     if args.replay:
         return replay_batch(args, flags)
-    cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
+    schema = declare(framework_options())
+    cfg, origins = load_with_origins(schema, [args.cfg], args.opts, flags)
     check_pretrain(cfg)
-    run = start_run(cfg, training=not (args.eval or args.throughput))
+    run = start_run(cfg, training=not (args.eval or args.throughput or args.dry_run))
 
     # data
     source = open_split(cfg.DATA, "train")
@@ -111,7 +118,7 @@ def main() -> int:
     framework = run.prepare(build_framework(cfg))
     plan = plan_of(cfg, loader)
     state = open_state(cfg, run, framework)
-    resumed = run.resume(state, plan)
+    resumed = not args.dry_run and run.resume(state, plan)
     run.describe(framework, plan, len(source))
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:
@@ -131,6 +138,11 @@ def main() -> int:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
 
+    if args.dry_run:
+        sys.stdout.write(
+            dry_run(cfg, origins, run, source, recipe, loader, framework, state, plan, step)
+        )
+        return 0
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
         show_restored(run, framework, source, recipe, state.step)

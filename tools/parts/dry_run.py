@@ -1,0 +1,190 @@
+"""`main_pretrain.py --dry-run`: what a run would do and need, from three real steps.
+
+Nothing of the run's folder is read or written. Pictures go to OUTPUT/dry_run/NAME.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
+
+from data import build_loader, evaluation_loader
+from data.augment.base import Recipe
+from data.augment.preview import save_grid
+from data.batch import Batch
+from data.loader import GlobalLoader
+from data.sources.base import Source, subset
+from engine.loop import forward_and_backward, seed_step, set_rates
+from engine.plan import Plan
+from engine.run import Run
+from engine.state import TrainState
+from utils.schedules import Progress, momentum_at
+
+_SHOWN = 8  # images of the contact sheet
+_READ = 64  # images for the speed of the disk
+_SIZE = (640, 160)  # pixels of one curve
+
+
+def dry_run(
+    cfg: CfgNode,
+    origins: Mapping[str, str],
+    run: Run,
+    source: Source,
+    recipe: Recipe,
+    loader: GlobalLoader,
+    framework: nn.Module,
+    state: TrainState,
+    plan: Plan,
+    step: Callable[[Batch, Progress], dict[str, Tensor]],
+) -> str:
+    """Return one screen of text; write the pictures that it names."""
+    folder = Path(cfg.OUTPUT) / "dry_run" / cfg.NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = loader.from_step(0, 3)
+    lines = [
+        f"{key} {_value(cfg, key)} ({origin})"
+        for key, origin in origins.items()
+        if origin != "default" and not key.startswith(("LINEAR.", "FINETUNE."))
+    ]
+    trained = sum(p.numel() for p in framework.parameters() if p.requires_grad)
+    lines.append(f"images: {len(source)}; {plan.describe()}")
+    lines.append(f"trained parameters: {trained / 1e6:.2f} M in {run.precision} on {run.device}")
+
+    # the first step is counted: it also compiles and allocates, so it is not timed
+    with FlopCounterMode(display=False) as counter:
+        loss = _step(run, state, plan, step, *next(batches))
+    lines.append(f"a step on this process: {counter.get_total_flops() / 1e9:.1f} GFLOP")
+    seconds = []
+    for index, micro_batches in batches:
+        started = time.perf_counter()
+        loss = _step(run, state, plan, step, index, micro_batches)
+        seconds.append(time.perf_counter() - started)
+    hours = min(seconds) * plan.total_steps / 3600
+    speed = plan.global_batch / min(seconds)
+    lines.append(
+        f"two steps: loss {loss:.4f}, {min(seconds):.3f} s each, {speed:.0f} images/s; the run "
+        f"would take {hours:.1f} h, if loading keeps up"
+    )
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device) / 2**30
+        lines.append(f"memory of the GPU: {peak:.1f} GiB")
+    one_core = _views_a_second(cfg, source, recipe)
+    lines.append(
+        f"one core makes the views of {one_core:.0f} images/s: the device needs "
+        f"{speed / one_core:.1f} cores, there are {os.cpu_count()}"
+    )
+    lines.append(_disk(source))
+    _draw_curves(folder / "schedule.png", plan, framework)
+    _contact_sheet(folder / "views.png", cfg, source, recipe)
+    lines.append(f"pictures: {folder / 'schedule.png'}, {folder / 'views.png'}")
+    return "\n".join(lines) + "\n"
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    node: object = cfg
+    for name in key.split("."):
+        assert isinstance(node, CfgNode)
+        node = node[name]
+    return node
+
+
+def _step(
+    run: Run,
+    state: TrainState,
+    plan: Plan,
+    step: Callable[[Batch, Progress], dict[str, Tensor]],
+    index: int,
+    micro_batches: list[Batch],
+) -> float:
+    """Train one step; return its loss."""
+    progress = plan.progress(index)
+    seed_step(run.seed, index)
+    set_rates(state.optimizer, plan, index)
+    out = forward_and_backward(state, micro_batches, step, progress)
+    if state.scaler:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.module.after_step(progress)
+    return float(out["loss"])  # also waits for the device
+
+
+def _views_a_second(cfg: CfgNode, source: Source, recipe: Recipe) -> float:
+    """Return the images/s that one core decodes and augments."""
+    one = cfg.clone()
+    one.defrost()
+    one.DATA.NUM_WORKERS = 0
+    size = min(len(source), 32)
+    loader = build_loader(one, source, recipe, torch.device("cpu"), global_batch=size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    batches = loader.from_step(0, 3)
+    next(batches)  # may compile
+    started = time.perf_counter()
+    count = sum(1 for _ in batches)
+    torch.set_num_threads(threads)
+    return count * size / (time.perf_counter() - started)
+
+
+def _disk(source: Source) -> str:
+    """Say how fast the files of images are read; some may be in the memory of the system."""
+    started = time.perf_counter()
+    stride = max(1, len(source) // _READ)
+    # far from the first images, which the steps have just read
+    read = [source.encoded(index) for index in range(stride - 1, len(source), stride)][:_READ]
+    size = sum(len(data) for data in read if data is not None)
+    if not size:
+        return "images are held in memory"
+    return f"disk: {size / 2**20 / (time.perf_counter() - started):.0f} MiB/s in {len(read)} images"
+
+
+def _draw_curves(path: Path, plan: Plan, framework: nn.Module) -> None:
+    """Draw learning rate, weight decay and momentum of the target over the run."""
+    width, height = _SIZE
+    points = [plan.total_steps * x // width for x in range(width)]
+    curves = {
+        "learning rate": [plan.rates[0].at(step) for step in points],
+        "weight decay": [plan.weight_decay_at(step) for step in points],
+    }
+    base = getattr(framework, "base_momentum", None)
+    if isinstance(base, float):
+        how = str(getattr(framework, "momentum_schedule", "constant"))
+        fractions = [step / plan.total_steps for step in points]
+        curves["momentum of the target"] = [momentum_at(part, base, how) for part in fractions]
+    page = Image.new("RGB", (width, height * len(curves)), "white")
+    draw = ImageDraw.Draw(page)
+    for number, (title, values) in enumerate(curves.items()):
+        top, most = number * height, max(*values, 1e-30)
+        # a momentum that goes from 0.99 to 1 would be a flat line above zero
+        low = min(values) if most / 2 < min(values) < most else 0.0
+        scale = (height - 36) / (most - low)
+        line = [(x, top + height - 8 - (v - low) * scale) for x, v in enumerate(values)]
+        draw.line(line, fill="navy", width=2)
+        text = f"{title}, {min(values):.4g} to {most:.4g}, over {plan.epochs} epochs"
+        draw.text((6, top + 4), text, fill="black")
+    page.save(path)
+
+
+def _contact_sheet(path: Path, cfg: CfgNode, source: Source, recipe: Recipe) -> None:
+    """Write the first images of the run beside their views."""
+    count = min(_SHOWN, len(source))
+    host = torch.device("cpu")
+    loader = GlobalLoader(
+        source, recipe, global_batch=count, seed=cfg.SEED, device=host, rank=0, world=1
+    )
+    _, (batch,) = next(iter(loader.from_step(0, 1)))
+    one = cfg.clone()
+    one.defrost()
+    one.DATA.NUM_WORKERS = 0
+    plain = next(iter(evaluation_loader(one, subset(source, batch.indices), host, count)))
+    columns = torch.stack([plain.views[0], *batch.views], dim=1)
+    titles = ["image", *(f"view {number + 1}" for number in range(len(batch.views)))]
+    save_grid(path, columns, titles)
