@@ -128,7 +128,9 @@ def _balanced(
     the earliest are taken. For equal classes that is rounding by largest remainder; unlike that,
     more images never take one away from a class, so draws are nested.
     """
+    # of the image's number alone: the images beside it do not change its draw
     key = hashed(indices, purpose, seed)
+    # lexsort's last key counts first: by class, then by the keyed order
     order = np.lexsort((key, labels))
     classes, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(first, sizes)

@@ -38,6 +38,7 @@ class BYOL(MomentumFramework):
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Regress each view's prediction on the other view's target."""
         predictions = [self.predictor(rows) for rows in self.online.each(views)]
+        # the paper's stop-gradient: only the online network learns
         with torch.no_grad():
             targets = [unit(rows) for rows in self.target.each(views)]
         num = len(views[0])

@@ -53,12 +53,9 @@ class LinearHeads(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits (G, N, C) of features (N, F).
-
-        Each head is one matrix product, so its logits are bit-identical to those of a run
-        alone. One product for all heads would first copy all weights into one matrix, which costs
-        more.
-        """
+        """Return the logits (G, N, C) of features (N, F)."""
+        # One product a head: its logits are bit-identical to those of a run alone. One product for
+        # all heads would first copy all weights into one matrix, which costs more.
         logits = [F.linear(features, weight, bias) for weight, bias in self.pairs()]
         return torch.stack(logits, dim=1).transpose(0, 1)
 

@@ -67,6 +67,7 @@ class MoCoV2(MomentumFramework):
             rows = self.paired_rows(queries, keys, len(query_view))
             synthetics = self.synthetics(progress)
             contrasts.append(queue_contrast(*rows, self.queue.keys, self.temperature, synthetics))
+            # after the contrast: a query must not meet its own key among the negatives
             self.queue.hold(keys)
         loss = torch.stack([contrast.loss for contrast in contrasts]).mean()
         return {"loss": loss, "embedding": keys[: len(views[0])], **contrast_metrics(*contrasts)}

@@ -57,6 +57,7 @@ class MoCoV3(MomentumFramework):
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
         """Sum the contrasts of both directions, under BatchFormer over all pairs of streams."""
         queries = [self.predictor(rows) for rows in self.online.each(views)]
+        # not of unit length yet: `batch_contrast` does that
         with torch.no_grad():
             keys = self.target.each(views)
         num = len(views[0])

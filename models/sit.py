@@ -92,6 +92,7 @@ class SiTEncoder(Encoder):
         summaries, features = summaries_and_map(self.backbone, images)
         if self.batchformer is not None:
             attended = torch.cat([self.batchformer(view) for view in summaries[0].chunk(num_views)])
+            # the rotation is read from the plain summary, also where there is only one
             summaries = (attended, *(summaries[1:] or summaries))
         outputs = self.projector(summaries, features, len(images))
         if outputs.pixels.shape != images.shape:
@@ -181,6 +182,7 @@ class SiT(MomentumFramework):
     # ---- the published method --------------------------------------------------------------------
 
     def _three_tasks(self, views: list[Tensor]) -> dict[str, Tensor]:
+        # on the host: how many images get which turn is known without a wait for the GPU
         turns = [torch.randint(4, (len(view),)) for view in views]
         clean = [rotate(view, turn) for view, turn in zip(views, turns, strict=True)]
         outputs = [self.online(self.corrupted(view)[0]) for view in clean]

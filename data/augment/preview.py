@@ -59,7 +59,9 @@ def save_grid(path: Path, rows: Tensor, titles: Sequence[str] | None = None) -> 
         raise ValueError(f"save_grid: {len(titles)} titles for {rows.shape[1]} columns")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     levels = rows.detach().float().cpu() * std + mean
+    # a white line around each picture
     framed = torch.nn.functional.pad(levels, (1, 1, 1, 1), value=1.0)
+    # (N, H, V, W, 3): a row an image, its views side by side
     grid = framed.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray((grid.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     zoom = max(1, _SIDE // rows.shape[-1])

@@ -46,6 +46,7 @@ class RandAugment(HostOp):
         """Run timm's transform with global generators that the sample's key seeds."""
         augment = rand_augmenter(self.config, crop.shape[-1], interpolation)
         image = Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+        # timm draws from the global generators of Python and NumPy
         with seeded_globals(int(stream_keys(key, RAND_AUGMENT)[0])):
             image = augment(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

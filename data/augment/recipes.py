@@ -55,6 +55,7 @@ def _check_draws(view: View) -> None:
 
 
 _MOCO_JITTER = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+# less saturation than SimCLR's (arXiv:2006.07733, appendix B)
 _BYOL_JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)
 
 

@@ -172,6 +172,7 @@ def compare_labels(
             f"DATA.PATH (--data-path): {split} has {len(unknown)} classes that train lacks: "
             f"{[classes[label] for label in unknown[:5]]}"
         )
+    # once, not by every process
     if len(absent) and distributed.is_main():
         known, names = len(np.unique(of_train)), [classes[label] for label in absent[:5]]
         message = "%s has no image of %d of train's %d classes, such as %s"

@@ -109,6 +109,7 @@ def _untrusted(tree: Tree) -> str:
     for kind in sorted(timeless):
         if kind.startswith(_TIMELESS):
             return f"the folders' times mean nothing on {kind}"
+    # a change in the tick of the clock in which the scan began would not move the times
     newest = max((max(changed, modified) for _, modified, changed, _ in tree.folders), default=0)
     return "a folder has just changed" if newest > tree.started - _RACY_NS else ""
 

@@ -17,6 +17,7 @@ from utils.randomness import hashed
 
 def stratified_split(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted train and val indices, the same share of every class, fixed by a hash."""
+    # a hash: the streams of NumPy's generators may change with its version
     order = hashed(np.arange(len(labels)), "stratified split")
     val = []
     for label in np.unique(labels):

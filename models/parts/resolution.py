@@ -49,6 +49,7 @@ def size_multiple(backbone: Backbone) -> int:
     patches = getattr(backbone, "patch_embed", None)
     if patches is None:
         return 1
+    # each stage of Swin after the first halves its map
     return int(patches.patch_size[0]) * 2 ** max(len(getattr(backbone, "layers", [])) - 1, 0)
 
 

@@ -149,6 +149,7 @@ def _with_indices(state: State, flat: bool = False) -> State:
             # the table of a window of w has (2 w - 1)^2 rows
             index = relative_position_index((math.isqrt(len(tensor)) + 1) // 2)
             name = key.removesuffix(_TABLE) + "relative_position_index"
+            # torchvision keeps it flat
             result[name] = index.flatten() if flat else index
     return result
 

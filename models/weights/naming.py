@@ -61,6 +61,7 @@ class Naming:
                     break
             else:
                 result[key] = tensor
+        # our qkv is query, key and value in one tensor
         for name, parts in thirds.items():
             result[name] = torch.cat([parts[part] for part in sorted(parts)])
         return result
@@ -77,6 +78,7 @@ class Naming:
                     f"{self.name} has no name for {key}; export with --to timm instead"
                 )
             match, theirs = found
+            # the parts of a chunk are views; safetensors takes none, so they are copied below
             values = tensor.chunk(3) if isinstance(theirs, tuple) else (tensor,)
             names = theirs if isinstance(theirs, tuple) else (theirs,)
             for name, value in zip(names, values, strict=True):

@@ -42,6 +42,7 @@ def run_on_gpu(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
     sums = torch.empty((count, blocks), device=images.device)
     grid, shape = (count, blocks), (width, plane, *images.stride())
     constants = _constants(images.device)
+    # a batch without a contrast needs no means
     if np.any(ints[:, sizes["K"]] >= 0):
         grey_sums[grid](images, table, numbers, sums, *shape, **sizes)
     power = 1 << (blocks - 1).bit_length()  # Triton's ranges are powers of two

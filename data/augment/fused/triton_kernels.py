@@ -114,6 +114,7 @@ def grey_sums(
     K: tl.constexpr, INTS: tl.constexpr, FLOATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write each block's sum of the grey image that a contrast meets to `sums` (N, blocks)."""
+    # int64: places in a large batch exceed 2**31
     sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ints += sample * INTS
     contrast = tl.load(ints + K)
@@ -158,6 +159,7 @@ def _taps(source, pixel, inside, place, length, step, taps, reach):
     `place` is a pixel's coordinate along the axis of `length`.
     """
     total = tl.load(source + pixel, inside, 0.0) * tl.load(taps)
+    # the kernel is symmetric: one weight for both sides
     for distance in range(1, reach + 1):
         low = pixel - step * tl.minimum(distance, place)
         high = pixel + step * tl.minimum(distance, length - 1 - place)
