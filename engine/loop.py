@@ -62,7 +62,8 @@ def fit(
         if evaluate is not None and first and first % plan.steps_per_epoch == 0:
             known = checkpoints.known_evaluation or evaluate(plan.progress(first))
             checkpoints.evaluated(state, plan, known)
-        for index, micro_batches in loader.from_step(first, plan.total_steps):
+        steps = run.meter.around(loader.from_step(first, plan.total_steps), first)
+        for index, micro_batches in steps:
             run.begin_step(index, first)
             progress = plan.progress(index)
             seed_step(run.seed, index)

@@ -1,20 +1,27 @@
 """What a person sees of a run: mean metrics, progress, time left, a warning of collapse."""
 
 import logging
-import time
-from typing import TypedDict
+from collections.abc import Iterable, Iterator
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.collapse import EARLY, HEALTHY, CollapseMonitor, CollapseState
+from engine.pace import Pace
 from engine.plan import Plan
 from engine.state import TrainState
-from utils import distributed
-from utils.logger import Metrics, ProgressLine, format_duration
+from utils import distributed, heartbeat
+from utils.logger import Metrics
+from utils.progress import ProgressLine, format_duration, progress_text
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
+
+T = TypeVar("T")
+
+_LINE = 111  # columns of a log line: 120 with the time of day before it
+_LONG = 3.0  # seconds after which the progress line says what takes so long
 
 
 class MeterState(TypedDict):
@@ -31,20 +38,44 @@ class Meter:
     def __init__(self, metrics: Metrics, every: int) -> None:
         self.metrics = metrics
         self._every = every
+        self._plan: Plan | None = None
         self._line: ProgressLine | None = None
+        self._step = 0  # steps that are done
+        self._shown: dict[str, float] = {}  # of the newest log line
         self._window: list[dict[str, Tensor]] = []
-        self._window_start = time.perf_counter()
-        self._timed = 0  # steps since then
+        self._pace = Pace()
         self._collapse = CollapseMonitor()
         self._verdict = HEALTHY
 
-    def start(self, total_steps: int) -> None:
-        """Begin to measure the pace of a run of `total_steps`."""
-        self._line = ProgressLine(total_steps) if distributed.is_main() else None
-        self._restart_clock()
+    def start(self, plan: Plan) -> None:
+        """Take the plan of the run."""
+        self._plan = plan
 
-    def _restart_clock(self) -> None:
-        self._window_start, self._timed = time.perf_counter(), 0
+    def around(self, steps: Iterable[T], step: int) -> Iterator[T]:
+        """Yield the steps of a loader from `step` on, timed, under a progress line."""
+        self._step = step
+        if distributed.is_main() and self._plan is not None:
+            self._line = ProgressLine(self._describe)
+            self._line.start()
+        return self._pace.around(steps)
+
+    def status(self) -> dict[str, object]:
+        """Return what a run that trains tells of itself, for `status.json`."""
+        if self._plan is None:
+            return {}
+        total, left = self._plan.total_steps, self._seconds_left()
+        return {
+            "total": total,
+            "epoch": round(self._step / self._plan.steps_per_epoch, 3),
+            "epochs": self._plan.epochs,
+            "eta": round(left, 1) if left == left else None,  # NaN while the run settles
+            "loss": self._shown.get("loss"),
+            "images_per_second": self._shown.get("images_per_second"),
+        }
+
+    def _seconds_left(self) -> float:
+        assert self._plan is not None
+        return self._pace.seconds_left(self._plan.total_steps - self._step)
 
     def state_dict(self) -> MeterState:
         """Return what a resumed run needs to log what an uninterrupted one logs.
@@ -77,27 +108,31 @@ class Meter:
 
     def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
         """Note a step's scalars; every `LOG.PRINT_FREQ` steps write their means."""
-        self._timed += 1
+        self._plan, self._step = plan, progress.step + 1
         self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
         if "embedding" in out and distributed.is_main():
             self._collapse.note(out["embedding"])
-        if (progress.step + 1) % self._every and progress.step + 1 != plan.total_steps:
+        if self._step % self._every and self._step != plan.total_steps:
+            self._pace.end_step()
             return
         distributed.meet()
         values = self._mean_of_window()
         if seen := self._collapse.look():
             values |= seen
             self._tell(self._collapse.verdict())
-        seconds_per_step = (time.perf_counter() - self._window_start) / self._timed
-        values["images_per_second"] = plan.global_batch / seconds_per_step
+        # Reading the means has waited for the device: the step ends here, not at its launch.
+        self._pace.end_step()
+        seconds, waiting = self._pace.window()
+        values["images_per_second"] = plan.global_batch / seconds
+        values["data_wait_percent"] = 100.0 * waiting
+        if torch.cuda.is_initialized():
+            values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         values["lr"] = plan.rates[0].at(progress.step)
         values["epoch"] = progress.next.epoch_position
         self._window.clear()
-        self.metrics.write(progress.step + 1, values)
-        self._say(
-            progress, values, seconds_left=(plan.total_steps - progress.step - 1) * seconds_per_step
-        )
-        self._restart_clock()
+        self._shown = values
+        self.metrics.write(self._step, values)
+        logger.info("%s", self._log_line(progress, values, plan))
 
     def record(self, progress: Progress, values: dict[str, float], state: TrainState) -> None:
         """Log an epoch's evaluation, if there was one, beside the best values so far."""
@@ -110,8 +145,7 @@ class Meter:
             for name, value in values.items()
             if "/" not in name
         )
-        logger.info("epoch %d done: %s", progress.epoch - 1, shown)
-        self._restart_clock()  # the evaluation's time is not training's
+        logger.info("epoch %d done: %s", progress.epoch, shown)
 
     def _mean_of_window(self) -> dict[str, float]:
         names = sorted(self._window[-1])
@@ -125,20 +159,45 @@ class Meter:
         rows = [torch.stack([row[name].to(device) for name in names]) for row in self._window]
         return torch.stack(rows)
 
-    def _say(self, progress: Progress, values: dict[str, float], seconds_left: float) -> None:
-        hidden = ("epoch", "images_per_second")
-        verdict = f"| embeddings {self._verdict} " if "embedding_std" in values else ""
-        shown = " ".join(
-            f"{name} {values[name]:.4g}" for name in sorted(values) if name not in hidden
-        )
-        step, rate = progress.step + 1, values["images_per_second"]
-        logger.info(
-            "epoch %d step %d/%d %s %s| %.0f images/s | %s left",
-            *(progress.epoch, step, progress.total_steps, shown, verdict, rate),
-            format_duration(seconds_left),
-        )
-        if self._line is not None:
-            self._line.update(progress.epoch, step, values["loss"], values["lr"], rate)
+    def _log_line(self, progress: Progress, values: dict[str, float], plan: Plan) -> str:
+        """Return the line of a person: what does not fit is in metrics.jsonl."""
+        speed = self._speed(values)
+        ends = [f"ETA {format_duration(self._seconds_left())}"]
+        # A grid's loss is a sum over its heads, which says little.
+        loss = f"loss {values.get('best_loss', values['loss']):.4g}"
+        start = [f"epoch {progress.epoch + 1}/{plan.epochs}"]
+        start += [f"step {self._step}/{plan.total_steps}", loss]
+        health = [f"embeddings {self._verdict}"] if "embedding_std" in values else []
+        # The last of these leaves first where the line is full.
+        middle = [*health, *speed, f"lr {values['lr']:.3g}"]
+        while len("  ".join([*start, *middle, *ends])) > _LINE and len(middle) > len(health):
+            middle.pop()
+        return "  ".join([*start, *middle, *ends])
+
+    def _speed(self, values: dict[str, float]) -> list[str]:
+        fields = [f"{values['images_per_second']:,.0f} img/s"]
+        fields.append(f"data {values['data_wait_percent']:.0f} %")
+        if "gpu_memory_gib" in values:
+            fields.append(f"GPU {values['gpu_memory_gib']:.1f} GiB")
+        return fields
+
+    def _describe(self, columns: int) -> str:
+        """Return the progress line. Its thread reads what the training thread has left."""
+        plan, step, values = self._plan, self._step, self._shown
+        assert plan is not None
+        epoch = min(step // plan.steps_per_epoch + 1, plan.epochs)
+        fields = [f"{step}/{plan.total_steps}"]
+        doing, seconds = heartbeat.latest()
+        if seconds > _LONG:
+            fields.append(f"{doing}: {format_duration(seconds)}")
+        elif values:
+            pace = self._pace.seconds_per_step()
+            now = {**values, "images_per_second": plan.global_batch / pace} if pace else values
+            loss = values.get("best_loss", values["loss"])
+            fields += [f"loss {loss:.4g}", *self._speed(now)]
+        fields.append(f"ETA {format_duration(self._seconds_left())}")
+        head = f"epoch {epoch}/{plan.epochs}"
+        return progress_text(head, step / max(plan.total_steps, 1), fields, columns)
 
     def _tell(self, verdict: str) -> None:
         """Warn when the embeddings begin to collapse; the line of each look has the verdict too."""

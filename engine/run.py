@@ -1,10 +1,13 @@
 """A run: its folder with lock, log and status, and the process that it runs in."""
 
+import contextlib
 import json
 import logging
 import os
+import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +28,14 @@ from utils.checkpoints.atomic import write_text
 from utils.cli import at_failure, lost_processes
 from utils.config.load import to_yaml
 from utils.locks import try_lock
-from utils.logger import Metrics, setup_logger
+from utils.logger import Metrics, finite_json, now, setup_logger
 from utils.names import visible
 from utils.provenance import RUN_FILE, record_start
 from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
+
+_STATUS_SECONDS = 5.0  # between two looks at a run that trains
 
 
 class Run(Precision):
@@ -55,6 +60,7 @@ class Run(Precision):
         self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD)
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
+        self._next_status = 0.0
         self.checkpoints = Checkpoints(
             cfg, folder, self.meter, task=task, training=training, check_lock=self._check_lock
         )
@@ -85,23 +91,28 @@ class Run(Precision):
 
     def _check_lock(self) -> None:
         """Refuse to write into a folder that is no longer the one that this run locked."""
-        if self._lock is None:
-            return
-        held = os.fstat(self._lock.fileno())
         try:
-            found = os.stat(self.folder / ".lock")
-        except (FileNotFoundError, NotADirectoryError):
-            found = None
+            ours = self._holds_lock()
         except OSError as error:  # a file server that stutters says nothing about the lock
             logger.warning("%s/.lock cannot be looked at (%s)", self.folder, error)
             return
-        if found is None or (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+        if not ours:
             self.training = False  # nothing more is written there, not even status.json
             raise ValueError(
                 f"--output: {self.folder}/.lock is not the one that this run locked: the folder "
                 "was moved or removed, or another run uses it. Nothing was written. Move the "
                 "folder back and start again"
             )
+
+    def _holds_lock(self) -> bool:
+        if self._lock is None:
+            return True
+        held = os.fstat(self._lock.fileno())
+        try:
+            found = os.stat(self.folder / ".lock")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
     def _status(self) -> dict[str, Any]:
         try:
@@ -131,8 +142,10 @@ class Run(Precision):
             raise
 
     def begin_step(self, step: int, resumed_at: int) -> None:
-        """Note the step for the other processes."""
+        """Note the step for the other processes, and now and then in `status.json`."""
         heartbeat.beat(f"step {step}")
+        if time.monotonic() >= self._next_status and distributed.is_main():
+            self._refresh_status(step)
         # The first step may compile for minutes, so waits are limited from the second on.
         if step == resumed_at + 1:
             distributed.limit_waits(self.cfg.TRAIN.RANK_TIMEOUT)
@@ -186,8 +199,24 @@ class Run(Precision):
         self.meter.close_line()
         if not self.training:
             return
-        status = json.dumps({"state": state, "step": step, "reason": visible(reason)})
+        status = self._status_text(state, step, reason)
         self.write_extra("status.json", lambda path: write_text(path, status))
+
+    def _status_text(self, state: str, step: int, reason: str = "") -> str:
+        status = {"state": state, "step": step, "reason": visible(reason), **self.meter.status()}
+        status |= {"host": platform.node(), "pid": os.getpid(), "time": now()}
+        return json.dumps(finite_json(status), allow_nan=False)
+
+    def _refresh_status(self, step: int) -> None:
+        """Write the status of a run that trains, unless the folder or the disk is in trouble."""
+        start = time.monotonic()
+        # The next checkpoint says what is wrong; a look at the status must not end a run.
+        with contextlib.suppress(OSError):
+            if self.training and self._holds_lock():
+                write_text(self.folder / "status.json", self._status_text("running", step))
+        took = time.monotonic() - start
+        # a slow disk is asked more rarely: less than 1 % of the time goes into this
+        self._next_status = start + max(_STATUS_SECONDS, 200 * took)
 
     def close(self) -> None:
         """Close the logs and release the folder."""
@@ -218,7 +247,7 @@ class Run(Precision):
             self.precision,
         )
         logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
-        self.meter.start(plan.total_steps)
+        self.meter.start(plan)
 
 
 def start_run(

@@ -21,15 +21,23 @@ _GRACE = 1.0  # seconds that the others have to notice too
 _PATIENCE = 3.0
 
 _count = 0  # notes so far; alike on all ranks at the same line of the program
+_latest = ("", time.monotonic())  # the newest note of this process, and when
 _told = ""  # what was found out once: asking again would wait again
 
 
 def beat(doing: str) -> None:
     """Note what this process begins to do (`step 120`)."""
-    global _count
+    global _count, _latest
+    _latest = (doing, time.monotonic())
     if distributed.world_size() > 1:
         _count += 1
         _store().set(f"synco/beat/{distributed.rank()}", f"{_count} {time.time()} {doing}")
+
+
+def latest() -> tuple[str, float]:
+    """Return this process's newest note, and the seconds since."""
+    doing, moment = _latest
+    return doing, time.monotonic() - moment
 
 
 def missing() -> str:

@@ -1,4 +1,4 @@
-"""Write what a run says: terminal, log file, metrics (JSON lines, TensorBoard), a progress line.
+"""Write what a run says: terminal, log file, metrics (JSON lines, TensorBoard).
 
 Logging never stops a training: a full disk or a lost folder is reported once and the run goes on.
 """
@@ -7,18 +7,18 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from termcolor import colored
 
 from utils.distributed import rank
 from utils.names import OneLine, visible
+from utils.progress import is_terminal
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -51,14 +51,10 @@ class _TerminalFormatter(OneLine):
 class _TerminalHandler(logging.StreamHandler):
     """Write to the terminal."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            # wipe the progress line; its next update draws it again
-            if _is_terminal(self.stream):
-                self.stream.write("\r\x1b[K")
-        except (OSError, ValueError):
-            return
-        super().emit(record)
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, which wipes the progress line in the same write."""
+        wipe = "\r\x1b[K" if is_terminal(self.stream) else ""
+        return wipe + super().format(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Stay silent: a closed terminal (nohup, broken pipe) is no reason to stop."""
@@ -75,15 +71,6 @@ class _FileHandler(logging.FileHandler):
             logger.warning(_FAILED, self.baseFilename, sys.exc_info()[1])
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
-    if stream is None:  # closed before Python started
-        return False
-    try:
-        return stream.isatty() and os.environ.get("TERM") != "dumb"
-    except ValueError:  # closed
-        return False
-
-
 def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
     """Return the logger "synco": INFO on rank 0, which also appends to log.txt, WARNING elsewhere.
 
@@ -93,7 +80,7 @@ def setup_logger(folder: Path | None, is_main: bool) -> logging.Logger:
     close_logger()
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
     terminal = _TerminalHandler(sys.stderr)
-    color = _is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
+    color = is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
     terminal.setFormatter(_TerminalFormatter(color, "" if is_main else f"[rank {rank()}] "))
     logger.addHandler(terminal)
     if is_main and folder is not None:
@@ -117,6 +104,11 @@ def close_logger() -> None:
                 handler.close()
             except OSError:  # unwritten text of a full disk; said when it happened
                 pass
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as `2026-11-29T00:06:48+00:00`."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def finite_json(value: Any) -> Any:
@@ -153,7 +145,7 @@ class Metrics:
             self._guard(METRICS_FILE, lambda: self._rewrite(step, evaluation_too))
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append the line {"step": step, **values}; numbers go to TensorBoard too."""
+        """Append the line {"step", **values, "time"}; numbers go to TensorBoard too."""
         if self._folder is None:
             return
         # tensors of one element become numbers
@@ -189,7 +181,8 @@ class Metrics:
     def _append(self, step: int, values: Mapping[str, object]) -> None:
         if self._file is None:
             self._file = self._open()
-        line = json.dumps(finite_json({"step": step, **values}), allow_nan=False) + "\n"
+        record = {"step": step, **values, "time": now()}
+        line = json.dumps(finite_json(record), allow_nan=False) + "\n"
         data = ("\n" + line if self._torn else line).encode()
         self._torn = True
         # unbuffered: a full disk raises or takes a part
@@ -242,61 +235,3 @@ def _stays(line: str, step: int, evaluation_too: bool) -> bool:
     if type(found) is not int or not line.endswith("\n"):
         return False
     return found < step or (found == step and ("lr" in record or not evaluation_too))
-
-
-class ProgressLine:
-    """Show one line that rewrites itself on a terminal; write nothing to a file or a pipe."""
-
-    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
-        """Write to `stream`, standard error if None."""
-        self._total = total_steps
-        self._stream = sys.stderr if stream is None else stream
-        self._active = _is_terminal(self._stream)
-        self._first: tuple[float, int] | None = None
-
-    def update(
-        self, epoch: int, step: int, loss: float, lr: float, images_per_second: float
-    ) -> None:
-        """Redraw the line; `step` counts finished steps."""
-        if not self._active:
-            return
-        # the time left follows from the pace of this process, not of the one before a resume
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (now, step)
-        since, start = self._first
-        left = (now - since) / (step - start) * (self._total - step) if step > start else math.nan
-        text = (
-            f"epoch {epoch}  {_bar(step / max(self._total, 1))} {step}/{self._total}"
-            f"  loss {loss:.4f}  lr {lr:.2e}  {images_per_second:.0f} images/s"
-            f"  ETA {format_duration(left)}"
-        )
-        self._write("\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K")
-
-    def close(self) -> None:
-        """Wipe the line."""
-        if self._active:
-            self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, ValueError):  # the terminal went away
-            self._active = False
-
-
-def _bar(fraction: float, width: int = 20) -> str:
-    done = round(width * min(max(fraction, 0.0), 1.0))
-    return "[" + "#" * done + "." * (width - done) + "]"
-
-
-def format_duration(seconds: float) -> str:
-    """Return seconds as "1:02:03" or "2d 03:04:05"; "-:--:--" if not finite or negative."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "-:--:--"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    rest = f"{minute:02d}:{second:02d}"
-    return f"{days}d {hour:02d}:{rest}" if days else f"{hour}:{rest}"
