@@ -86,6 +86,10 @@ def image_folder(root: Path, train: int = 48, val: int = 12, size: int = 24) -> 
 # ---- what a run left -----------------------------------------------------------------------------
 
 
+# what two runs of the same course may differ in
+CLOCK = {"images_per_second", "data_wait_percent", "time"}
+
+
 def status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "status.json").read_text())
 

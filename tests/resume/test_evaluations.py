@@ -27,9 +27,7 @@ KEYS: dict[str, Any] = {
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without the pace."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key != "images_per_second"} for line in lines
-    ]
+    return [{key: value for key, value in line.items() if key not in runs.CLOCK} for line in lines]
 
 
 def records(folder: Path) -> dict[str, Any]:

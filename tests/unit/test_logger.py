@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +17,11 @@ import torch
 
 from utils.logger import (
     Metrics,
-    ProgressLine,
     close_logger,
     finite_json,
-    format_duration,
     setup_logger,
 )
+from utils.progress import ProgressLine
 
 
 class Terminal(io.StringIO):
@@ -51,7 +51,10 @@ def full_disk() -> Iterator[None]:
 
 def read_lines(folder: Path) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    for line in found:
+        assert datetime.fromisoformat(line.pop("time")).tzinfo  # each line says when
+    return found
 
 
 def test_main_rank_logs_info_to_terminal_and_file(
@@ -189,7 +192,9 @@ def test_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, tensorboard=False)
     metrics.write(2, {})
     metrics.close()
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[-1] == '{"step": 2}'
+    assert (
+        (tmp_path / "metrics.jsonl").read_text().splitlines()[-1].startswith('{"step": 2, "time"')
+    )
 
 
 def test_full_disk_at_the_metrics_warns_once_and_recovers(
@@ -291,54 +296,6 @@ def test_finite_json_reaches_every_depth() -> None:
     assert finite_json(value) == {"a": [1.0, "inf", {"b": ["nan", None, True]}]}
 
 
-def test_progress_line_rewrites_itself_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
-    terminal = Terminal()
-    line = ProgressLine(100, terminal)
-    line.update(epoch=0, step=10, loss=1.5, lr=0.03, images_per_second=321.4)
-    line.update(epoch=1, step=50, loss=1.25, lr=0.02, images_per_second=300.0)
-    text = terminal.getvalue()
-    assert text.count("\r") == 2
-    assert "\n" not in text
-    for part in ("epoch 1", "50/100", "loss 1.2500", "lr 2.00e-02", "300 images/s", "ETA 0:00:0"):
-        assert part in text.split("\r")[-1]
-    line.close()
-    assert terminal.getvalue().endswith("\r\x1b[K")
-
-
-def test_progress_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "20")
-    terminal = Terminal()
-    ProgressLine(100, terminal).update(epoch=0, step=1, loss=1.5, lr=0.03, images_per_second=1.0)
-    assert len(terminal.getvalue().removeprefix("\r").removesuffix("\x1b[K")) == 19
-
-
-def test_progress_line_is_silent_elsewhere() -> None:
-    stream = io.StringIO()
-    line = ProgressLine(10, stream)
-    line.update(epoch=0, step=1, loss=1.0, lr=0.1, images_per_second=1.0)
-    line.close()
-    assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00:00"),
-        (59.6, "0:01:00"),
-        (3_723, "1:02:03"),
-        (183_845, "2d 03:04:05"),
-        (float("nan"), "-:--:--"),
-        (float("inf"), "-:--:--"),
-        (-1, "-:--:--"),
-    ],
-)
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
-
-
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -388,7 +345,7 @@ def test_a_closed_standard_error_is_no_reason_to_stop(
 ) -> None:
     monkeypatch.setattr("sys.stderr", None)  # as with 2>&-
     setup_logger(tmp_path, is_main=True).info("still here")
-    line = ProgressLine(10)
-    line.update(epoch=0, step=1, loss=1.0, lr=0.1, images_per_second=1.0)
+    line = ProgressLine(lambda columns: "x")
+    line.start()
     line.close()
     assert "still here" in (tmp_path / "log.txt").read_text()

@@ -1,10 +1,14 @@
 """What a run says of itself: means over steps, and the best so far."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
+from engine import pace
 from engine.meter import Meter
 from engine.plan import Plan
 from engine.state import TrainState
@@ -23,7 +27,7 @@ def outputs(loss: float) -> dict[str, torch.Tensor]:
 
 def test_means_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
     meter = Meter(Metrics(tmp_path, tensorboard=False), every=3)
-    meter.start(8)
+    meter.start(PLAN)
     for step in range(8):
         meter.log(Progress(step, 4, 8), outputs(float(step)), PLAN)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -43,3 +47,51 @@ def test_best_is_kept_and_no_evaluation_is_no_line(tmp_path: Path) -> None:
     meter.record(Progress(12, 4, 12), {}, state)
     assert state.best == {"top1": 30.0}
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_time_left_forgets_the_first_steps_and_counts_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    timed = pace.Pace()
+    for number, _ in enumerate(timed.around(slow(8, clock))):
+        clock[0] += 100.0 if number < 3 else 3.0  # the first ones compile
+        timed.end_step()
+        clock[0] += 8.0 if number == 3 else 0.0  # an evaluation
+    assert timed.seconds_per_step() == pytest.approx(4.0)
+    assert timed.seconds_left(10) == pytest.approx(10 * (4.0 + 8.0 / 8))
+    assert timed.seconds_left(0) == 0.0
+    assert timed.window() == pytest.approx((4.0, 0.25))
+
+
+def slow(count: int, clock: list[float]) -> Iterator[int]:
+    for number in range(count):
+        clock[0] += 1.0  # a second of each step is waiting for data
+        yield number
+
+
+def test_a_log_line_is_in_the_order_of_a_reader_and_fits_120_columns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = Plan(300, 5004, 4096, 1, 0.0, (LearningRate("constant", 1 / 3, 0, 0, 0, 8, 4),))
+    meter = Meter(Metrics(None), every=1)
+    meter.start(plan)
+    with caplog.at_level(logging.INFO, logger="synco"):
+        meter.log(Progress(1_000_000, 5004, plan.total_steps), outputs(1 / 3), plan)
+    (line,) = caplog.messages
+    assert len(line) <= 111  # and 9 of the time of day
+    order = ["epoch 200/300", "step 1000001/1501200", "loss 0.3333", "img/s", "data", "ETA"]
+    places = [line.index(part) for part in order]
+    assert places == sorted(places)
+
+
+def test_the_status_of_a_run_that_settles_is_known_but_for_the_time_left() -> None:
+    meter = Meter(Metrics(None), every=1)
+    assert meter.status() == {}
+    meter.start(PLAN)
+    meter.log(Progress(2, 4, 8), outputs(2.0), PLAN)
+    status = meter.status()
+    assert (status["total"], status["epoch"], status["epochs"]) == (8, 0.75, 2)
+    assert status["eta"] is None
+    assert status["loss"] == 2.0

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +86,11 @@ def test_the_status_of_a_complete_run_survives_another_start(run: Run) -> None:
     run.finish("done", 9)
     run.close()
     run.open_folder()
-    assert runs.status(run.folder) == {"state": "done", "step": 9, "reason": ""}
+    status = runs.status(run.folder)
+    assert (status["state"], status["step"], status["reason"]) == ("done", 9, "")
+    assert status["pid"] == os.getpid()
+    assert status["host"]
+    assert datetime.fromisoformat(status["time"]).tzinfo
     (run.folder / "status.json").write_text("torn")
     run.close()
     run.open_folder()
@@ -129,7 +134,8 @@ def test_a_reason_in_the_status_holds_no_control_characters(run: Run) -> None:
     run.open_folder()
     run.finish("failed", 3, "ValueError: a\x1b[2J\n/x\udcff.png")
     status = json.loads((run.folder / "status.json").read_text())
-    assert status == {"state": "failed", "step": 3, "reason": r"ValueError: a\x1b[2J\n/x\udcff.png"}
+    assert status["state"] == "failed"
+    assert status["reason"] == r"ValueError: a\x1b[2J\n/x\udcff.png"
 
 
 def test_a_stop_that_could_not_be_saved_is_not_called_saved(
@@ -300,4 +306,31 @@ def test_the_evaluation_of_a_file_from_elsewhere_is_noted_in_no_record_of_the_fo
     before = mine.with_suffix(".json").read_bytes()
     again.checkpoints.evaluated(state, PLAN, {"knn5_top1": 50.0})
     assert (mine.with_suffix(".json").read_bytes() != before) == ours
+    run.close()
+
+
+def test_the_status_follows_the_steps_but_not_each(run: Run) -> None:
+    run.open_folder()
+    for step in (1, 2):
+        run.begin_step(step, 0)
+    assert runs.status(run.folder)["step"] == 1  # the second came too soon
+    run._next_status = 0.0
+    run.begin_step(3, 0)
+    assert runs.status(run.folder)["step"] == 3
+    (run.folder / ".lock").unlink()  # the folder may be another run's now
+    run._next_status = 0.0
+    run.begin_step(4, 0)
+    assert runs.status(run.folder)["step"] == 3
+    run.close()
+
+
+def test_a_status_that_cannot_be_written_stops_no_training(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    run.open_folder()
+    monkeypatch.setattr("engine.run.write_text", full)
+    run.begin_step(1, 0)
     run.close()
