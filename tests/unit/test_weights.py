@@ -16,34 +16,18 @@ from models.parts.mocov3_vit import sincos_positions
 from models.weights.find import find_network
 from models.weights.load import load_backbone
 from models.weights.pretraining_state import framework_state
+from tests.small_models import small_swin, small_vit
 
 State = dict[str, Tensor]
 
 
 def vit(**options: Any) -> VisionTransformer:
     """Return a small ViT with random positions and norms, so that no two tensors look alike."""
-    settings = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 48,
-        "depth": 2,
-        "num_heads": 3,
-        "num_classes": 0,
-    }
-    return randomised(VisionTransformer(**{**settings, **options}))
+    return randomised(small_vit(**options))
 
 
 def swin(**options: Any) -> SwinTransformer:
-    """Return a small Swin of four stages whose windows of 4 fit every stage."""
-    settings = {
-        "img_size": 64,
-        "patch_size": 2,
-        "window_size": 4,
-        "embed_dim": 16,
-        "depths": (2, 2, 2, 2),
-    }
-    heads = {"num_heads": (1, 2, 4, 8), "num_classes": 0}
-    return randomised(SwinTransformer(**{**settings, **heads, **options}))
+    return randomised(small_swin(**options))
 
 
 def randomised(model: Any) -> Any:

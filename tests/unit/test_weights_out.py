@@ -12,7 +12,6 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.weights.export import (
@@ -30,6 +29,7 @@ from models.weights.export import (
 from models.weights.find import find_network
 from models.weights.load import load_backbone
 from models.weights.naming import NAMINGS, to_our_names
+from tests.small_models import small_swin, small_vit
 
 State = dict[str, Tensor]
 
@@ -39,27 +39,11 @@ def resnet(name: str = "resnet18") -> Any:
 
 
 def vit(**options: Any) -> Any:
-    settings = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 48,
-        "depth": 2,
-        "num_heads": 3,
-        "num_classes": 0,
-    }
-    return shaken(VisionTransformer(**{**settings, **options}))
+    return shaken(small_vit(**options))
 
 
 def swin(**options: Any) -> Any:
-    settings = {
-        "img_size": 64,
-        "patch_size": 2,
-        "window_size": 4,
-        "embed_dim": 16,
-        "depths": (2, 2, 2, 2),
-    }
-    heads = {"num_heads": (1, 2, 4, 8), "num_classes": 0}
-    return shaken(SwinTransformer(**{**settings, **heads, **options}))
+    return shaken(small_swin(**options))
 
 
 def shaken(model: Any) -> Any:
