@@ -63,49 +63,70 @@ def augment(
     # written once.
     rest = np.empty((3, height + 2 * margin, width), dtype=np.float32)
     for i in range(start, stop):
-        first, source, mean, mean_known = 0, _LEVELS, _ZERO, False
-        while True:
-            last = first + 1 if mean_known else first
-            while codes[i, last] not in (CONTRAST, BLUR, END):
-                last += 1
-            goal = codes[i, last]
-            sums[:] = _ZERO
-            for top in range(0, height, rows):
-                bottom = min(height, top + rows)
-                n = (bottom - top) * width
-                red, green, blue = block[0, :n], block[1, :n], block[2, :n]
-                if source == _LEVELS:
-                    _load(levels[i], interleaved, flips[i], height, width, top, bottom, block)
-                elif source == _KEPT:
-                    _recall(rest, margin + top, n, block)
-                elif source == _OUTPUT:
-                    _recall(out[i], top, n, block)
-                else:
-                    _blur_columns(rest, top, bottom, taps[i], reaches[i], margin, block)
-                for k in range(first, last):
-                    _point(codes[i, k], values[i, k], mean, red, green, blue)
-                if goal == CONTRAST:
-                    _add_luma(sums, red, green, blue)
-                    if source == _BLURRED:  # later rows need those of `rest`
-                        _store(block, n, out[i], top)
-                    elif last > first:
-                        _store(block, n, rest, margin + top)
-                elif goal == BLUR:
-                    _blur_rows(block, top, bottom, taps[i], reaches[i], margin, padded, rest)
-                else:
-                    _normalise(block, top, bottom, width, scale, shift, out[i])
-            if goal == END:
-                break
-            mean_known = goal == CONTRAST
-            if mean_known:
-                mean = np.float32(_total(sums) / (height * width))
-                if source == _BLURRED:
-                    source = _OUTPUT
-                elif last > first:
-                    source = _KEPT
-                first = last
+        image = levels[i], interleaved, flips[i]
+        program = codes[i], values[i], taps[i], reaches[i]
+        _run(image, program, (scale, shift), (block, sums, padded, rest), out[i])
+
+
+@_inner
+def _run(
+    image: tuple[Array, bool, bool],
+    program: tuple[Array, Array, Array, int],
+    constants: tuple[Array, Array],
+    buffers: tuple[Array, Array, Array, Array],
+    out: Array,
+) -> None:
+    """Run the program of one sample in passes: each ends at a contrast, a blur or the end."""
+    levels, interleaved, flip = image
+    codes, values, taps, reach = program
+    scale, shift = constants
+    block, sums, padded, rest = buffers
+    height, width = out.shape[1], out.shape[2]
+    rows, margin = block.shape[1] // width, len(taps) - 1
+    first, source, mean, mean_known = 0, _LEVELS, _ZERO, False
+    while True:
+        last = first + 1 if mean_known else first
+        while codes[last] not in (CONTRAST, BLUR, END):
+            last += 1
+        goal = codes[last]
+        # a sum for each place of a block: one float32 sum of a whole image would be coarse
+        sums[:] = _ZERO
+        for top in range(0, height, rows):
+            bottom = min(height, top + rows)
+            n = (bottom - top) * width
+            red, green, blue = block[0, :n], block[1, :n], block[2, :n]
+            if source == _LEVELS:
+                _load(levels, interleaved, flip, height, width, top, bottom, block)
+            elif source == _KEPT:
+                _recall(rest, margin + top, n, block)
+            elif source == _OUTPUT:
+                _recall(out, top, n, block)
             else:
-                first, source = last + 1, _BLURRED
+                _blur_columns(rest, top, bottom, taps, reach, margin, block)
+            for k in range(first, last):
+                _point(codes[k], values[k], mean, red, green, blue)
+            if goal == CONTRAST:
+                _add_luma(sums, red, green, blue)
+                if source == _BLURRED:  # later rows need those of `rest`
+                    _store(block, n, out, top)
+                elif last > first:
+                    _store(block, n, rest, margin + top)
+            elif goal == BLUR:
+                _blur_rows(block, top, bottom, taps, reach, margin, padded, rest)
+            else:
+                _normalise(block, top, bottom, width, scale, shift, out)
+        if goal == END:
+            break
+        mean_known = goal == CONTRAST
+        if not mean_known:
+            first, source = last + 1, _BLURRED
+            continue
+        mean = np.float32(_total(sums) / (height * width))
+        if source == _BLURRED:
+            source = _OUTPUT
+        elif last > first:
+            source = _KEPT
+        first = last
 
 
 @_inner
@@ -127,11 +148,8 @@ def _load(
     plane = height * width
     for y in range(top, bottom):
         at = (y - top) * width
-        red, green, blue = (
-            block[0, at : at + width],
-            block[1, at : at + width],
-            block[2, at : at + width],
-        )
+        part = block[:, at : at + width]
+        red, green, blue = part[0], part[1], part[2]
         if interleaved:
             row = levels[3 * y * width : 3 * (y + 1) * width]
             if flip:
@@ -176,12 +194,8 @@ def _normalise(
 ) -> None:
     n = (bottom - top) * width
     for c in range(3):
-        kept, target, factor, offset = (
-            block[c, :n],
-            image[c, top:bottom].reshape(n),
-            scale[c],
-            shift[c],
-        )
+        kept, target = block[c, :n], image[c, top:bottom].reshape(n)
+        factor, offset = scale[c], shift[c]
         for x in range(n):
             target[x] = kept[x] * factor - offset
 
