@@ -24,19 +24,23 @@ _GRIDS = {
 def _parser() -> Parser:
     renamed = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
     parser = make_parser(__doc__, renamed=renamed)
-    parser.add_argument(
-        "--pretrained", metavar="FILE", help="weights to probe instead of the run's own newest"
-    )
+    parser.add_argument("--pretrained", metavar="FILE", help="weights, not the run's own newest")
     add_which(parser)
-    parser.add_argument("--protocol", choices=["moco", "mocov3", "moby"], help="a published one")
+    parser.add_argument(
+        "--protocol",
+        choices=["moco", "mocov3", "moby"],
+        metavar="NAME",
+        help="published: moco, mocov3, moby",
+    )
     for flag, (key, text) in _GRIDS.items():
         parser.add_argument(
             flag,
             dest=key,
             type=float,
             nargs="+",
+            metavar="X",
             default=argparse.SUPPRESS,
-            help=f"{text} [{key}]",
+            help=text,
         )
     parser.add_argument(
         "--cached-features",
@@ -44,13 +48,14 @@ def _parser() -> Parser:
         action="store_const",
         const=True,
         default=argparse.SUPPRESS,
-        help="train on features of images without augmentation, computed once",
+        help="on features without augmentation, made once",
     )
     parser.add_argument(
         "--drop-path-rate",
         dest="LINEAR.DROP_PATH",
         type=float,
         default=argparse.SUPPRESS,
+        metavar="X",
         help="MoBY: 0.2",
     )
     parser.add_argument("--random-baseline", action="store_true", help="probe random weights too")

@@ -10,16 +10,15 @@ import argparse
 
 from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
 
-_HOLD_OUT = "share of these labels that is held out and watched instead of the test split"
 _FLAGS: dict[str, tuple[type, str]] = {
     "--train-percent": (float, "percent of each class's labels"),
-    "--subset": (str, "list of labelled images in SimCLR's format, instead of a draw"),
+    "--subset": (str, "file of labelled images, in SimCLR's format"),
     "--weights": (str, "finetune or freeze the backbone"),
-    "--hold-out": (float, _HOLD_OUT),
-    "--lr-backbone": (float, "its learning rate"),
-    "--lr-classifier": (float, "that of the head"),
-    "--layer-decay": (float, "factor from a layer's learning rate to that of the layer below"),
-    "--representation-size": (int, "width of a tanh layer before the head; 0: none"),
+    "--hold-out": (float, "share of labels to watch, not the test split"),
+    "--lr-backbone": (float, "learning rate of the backbone"),
+    "--lr-classifier": (float, "learning rate of the head"),
+    "--layer-decay": (float, "rate of a layer over that of the next"),
+    "--representation-size": (int, "width of a tanh layer before the head"),
 }
 _PROTOCOLS = ["barlow", "deit", "swin", "sit", "sit_linear"]
 
@@ -30,26 +29,27 @@ def _parser() -> Parser:
     for flag, (kind, text) in _FLAGS.items():
         key = "FINETUNE." + flag[2:].replace("-", "_").upper()
         parser.add_argument(
-            flag, dest=key, type=kind, default=argparse.SUPPRESS, help=f"{text} [{key}]"
+            flag, dest=key, type=kind, metavar="X", default=argparse.SUPPRESS, help=text
         )
     parser.add_argument(
         "--weight-decay",
         "--wd",
         dest="FINETUNE.OPTIM.WEIGHT_DECAY",
         type=float,
+        metavar="X",
         default=argparse.SUPPRESS,
     )
-    pretrained = "weights or a run's folder; none: an untrained backbone"
+    pretrained = "weights or a run; none: an untrained backbone"
     parser.add_argument("--pretrained", metavar="FILE", help=pretrained)
     add_which(parser)
-    protocol = "a published protocol, not the recipe's own"
-    parser.add_argument("--protocol", choices=_PROTOCOLS, help=protocol)
+    protocol = f"published: {', '.join(_PROTOCOLS)}"
+    parser.add_argument("--protocol", choices=_PROTOCOLS, metavar="NAME", help=protocol)
     baseline = "train an untrained backbone as well"
     parser.add_argument("--random-baseline", action="store_true", help=baseline)
-    name = "name of the folder below semisup/, instead of one made up"
-    parser.add_argument("--run-name", help=name)
-    mode = "SiT's flag: there is one mode here"
-    parser.add_argument("--training-mode", choices=["finetune"], help=mode)
+    name = "folder below semisup/"
+    parser.add_argument("--run-name", metavar="NAME", help=name)
+    # SiT's flag: there is one mode here
+    parser.add_argument("--training-mode", choices=["finetune"], help=argparse.SUPPRESS)
     return parser
 
 

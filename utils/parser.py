@@ -117,8 +117,8 @@ def make_parser(
         nargs="+",
         action="extend",
         default=[],
-        metavar="KEY VALUE",
-        help="any key of --show-config; also KEY=VALUE",
+        metavar="K=V",
+        help="any key of --show-config; also KEY VALUE",
     )
     if flags is None:
         _add_special(parser)
@@ -149,11 +149,12 @@ def _add(parser: Parser, name: str, flag: Flag) -> None:
 
 
 def _add_special(parser: Parser) -> None:
+    # the published spelling of --precision
     parser.group(MACHINE).add_argument(
         "--amp-opt-level",
         choices=["O0", "O1", "O2"],
         default=argparse.SUPPRESS,
-        help="published: O0 is fp32, others auto",
+        help=argparse.SUPPRESS,
     )
     special = parser.group(SPECIAL)
     special.add_argument("--eval", action="store_true", help="evaluate the newest checkpoint")
@@ -161,7 +162,12 @@ def _add_special(parser: Parser) -> None:
         "--throughput", action="store_true", help="measure the backbone's images/s"
     )
     special.add_argument(
-        "--list", action=_List, choices=list(LISTS), default=argparse.SUPPRESS, help="what there is"
+        "--list",
+        action=_List,
+        choices=list(LISTS),
+        metavar="KIND",
+        default=argparse.SUPPRESS,
+        help=", ".join(LISTS),
     )
     special.add_argument(
         "--show-config", action="store_true", help="each value, and where it comes from"
@@ -179,8 +185,9 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--which",
         choices=["online", "target", "student", "teacher"],
+        metavar="NET",
         default="",
-        help="of a file of several networks; default: as the original evaluates",
+        help="online or target (student, teacher) of a file",
     )
 
 

@@ -1,6 +1,7 @@
 """The command line: every published flag is understood, nothing is dropped in silence, --help is quick."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -295,6 +296,15 @@ def test_help_needs_no_torch_and_an_import_that_fails_is_one_line(
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == code, ran.stderr
     assert text in ran.stdout if code == 0 else ran.stderr == text
+
+
+@pytest.mark.parametrize("main", ["main_pretrain.py", "main_linear.py", "main_semisup.py"])
+def test_help_fits_a_screen_and_has_no_keys_for_values(main: str) -> None:
+    command = [sys.executable, main, "--help"]
+    env = {**os.environ, "COLUMNS": "80"}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert len(ran.stdout.splitlines()) <= 60, ran.stdout
+    assert not re.search(r"--[a-z-]+ [A-Z]+\.[A-Z]", ran.stdout)
 
 
 def test_help_names_every_flag_with_its_key(capsys: pytest.CaptureFixture[str]) -> None:

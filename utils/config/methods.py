@@ -40,7 +40,7 @@ def method_titles() -> dict[str, str]:
 def backbone_names() -> list[str]:
     """Return the names of the backbones that have a short name here."""
     places = (
-        ("models/parts/backbones.py", "RESNETS"),
+        ("models/parts/backbones.py", "_RESNETS"),
         ("models/parts/backbones.py", "_TIMM_NAMES"),
         ("models/parts/mocov3_vit.py", "MOCOV3_VITS"),
     )
