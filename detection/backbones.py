@@ -25,7 +25,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def family(body: nn.Module) -> str:
-    """Return ``resnet``, ``swin`` or ``vit``; ValueError for a backbone of another build."""
+    """Return `resnet`, `swin` or `vit`; ValueError for a backbone of another build."""
     from timm.models.resnet import ResNet
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer

@@ -35,8 +35,8 @@ def main() -> int:
 def convert(source: Path, target: Path, which: str = "") -> int:
     """Write the backbone of `source` to `target` and return the number of arrays.
 
-    Layout as published (spec 3.7): {"model": name -> array, "__author__", "matching_heuristics"}.
-    Raises ``ValueError`` for another ending than .pkl, an unknown layout, and a backbone that is no
+    Layout of MoCo's converter: {"model": name -> array, "__author__", "matching_heuristics"}.
+    Raises `ValueError` for another ending than .pkl, an unknown layout, and a backbone that is no
     ResNet.
     """
     from models.weights.export import to_detectron2

@@ -98,9 +98,9 @@ def detection_config() -> CfgNode:
 def load_detection_config(
     files: list[str | None], opts: list[str], flags: dict[str, Value]
 ) -> CfgNode:
-    """Merge files, ``--opts`` and flags over the defaults and refuse what no detector can be.
+    """Merge files, `--opts` and flags over the defaults and refuse what no detector can be.
 
-    Raises ``ConfigError`` naming key, value and remedy.
+    Raises `ConfigError` naming key, value and remedy.
     """
     cfg = load_config(detection_schema(), files, opts, flags)
     rcnn, detection = cfg.MODEL.RCNN, cfg.DETECTION

@@ -50,12 +50,12 @@ class Resizing:
 
     @staticmethod
     def for_training(node: CfgNode) -> "Resizing":
-        """Read a ``DETECTION`` section."""
+        """Read a `DETECTION` section."""
         return Resizing(tuple(node.MIN_SIZES), node.MAX_SIZE, node.FLIP)
 
     @staticmethod
     def for_test(node: CfgNode) -> "Resizing":
-        """Read a ``DETECTION`` section."""
+        """Read a `DETECTION` section."""
         return Resizing((node.TEST_SIZE,), node.MAX_SIZE)
 
     def shape(self, height: int, width: int, choice: float = 0.0) -> tuple[int, int]:
@@ -232,7 +232,7 @@ def images_of_test(
 ) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
     """Yield (index, original (height, width), resized image in [0, 1]) of this rank's test images.
 
-    `count` limits them to the first so many on rank 0 (for pictures). Raises ``BadImagesError`` for
+    `count` limits them to the first so many on rank 0 (for pictures). Raises `BadImagesError` for
     an image that cannot be read.
     """
     mine = range(count) if count else range(distributed.rank(), len(data), distributed.world_size())

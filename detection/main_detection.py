@@ -168,14 +168,14 @@ def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
 
 
 def write_result(run: "Run", result: dict[str, Any]) -> None:
-    """Write ``result.json``: the weights it started from and the final metrics in percent."""
+    """Write `result.json`: the weights it started from and the final metrics in percent."""
     from utils.checkpoints.atomic import write_text
 
     run.write_extra("result.json", lambda path: write_text(path, json.dumps(result, indent=1)))
 
 
 def draw(run: "Run", detector: "nn.Module", data: "DetectionData", cfg: "CfgNode") -> None:
-    """Write ``detections.png``, what the final detector finds in the first test images."""
+    """Write `detections.png`, what the final detector finds in the first test images."""
     from detection.evaluation import detections
     from detection.pictures import draw_grid
 

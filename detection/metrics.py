@@ -25,7 +25,7 @@ def voc_metrics(
     """Return AP (mean over thresholds .5 to .95), AP50 and AP75 in percent, means over classes.
 
     `eleven_points` takes the precision at eleven recalls (VOC2007), else the whole area (VOC2010
-    on); the other of the two is reported for AP50 as well, as ``AP50/area`` or ``AP50/11``.
+    on); the other of the two is reported for AP50 as well, as `AP50/area` or `AP50/11`.
     """
     table, other = [], []
     for label in range(1, num_classes + 1):

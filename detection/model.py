@@ -149,7 +149,7 @@ def build_detector(
 ) -> Detector:
     """Build the detector of `MODEL` for `num_classes` objects; without `weights` it is random.
 
-    Raises ``ValueError`` for a neck that the backbone cannot have and for weights that do not fit
+    Raises `ValueError` for a neck that the backbone cannot have and for weights that do not fit
     it.
     """
     rcnn, canvas = cfg.MODEL.RCNN, cfg.DETECTION.CANVAS

@@ -82,9 +82,9 @@ def make_trainer() -> Any:
 
 
 def register_heads() -> None:
-    """Add ``Res5ROIHeadsExtraNorm``: Detectron2's Res5 head with one more norm after the stage.
+    """Add `Res5ROIHeadsExtraNorm`: Detectron2's Res5 head with one more norm after the stage.
 
-    The norm's type is MODEL.RESNETS.NORM, its name in checkpoints ``roi_heads.res5.norm``.
+    The norm's type is MODEL.RESNETS.NORM, its name in checkpoints `roi_heads.res5.norm`.
     """
     from detectron2.layers import get_norm
     from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads

@@ -139,7 +139,7 @@ TINY = {
 
 
 def opts(**changes: Any) -> list[str]:
-    """Return ``--opts`` of a tiny detector; `changes` are DOTTED__KEY=value, None the default."""
+    """Return `--opts` of a tiny detector; `changes` are DOTTED__KEY=value, None the default."""
     keys = {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
     chosen = {key: json.dumps(value).strip('"') for key, value in keys.items() if value is not None}
     return [part for pair in chosen.items() for part in pair]
