@@ -5,32 +5,15 @@ python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml -
 O/<name>/T/. Also under torchrun.
 """
 
-import json
-import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import add_which, make_parser, parse, run_main
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from yacs.config import CfgNode
-
-    from detection.annotations import DetectionData
-    from detection.loader import DetectionBatch
-    from engine.plan import Plan
-    from engine.run import Run
-    from utils.schedules import Progress
-
-logger = logging.getLogger("synco")
+from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
 
 
-def main() -> int:
-    """Fine-tune, evaluate and draw what was found; return the exit code."""
+def _parser() -> Parser:
     parser = make_parser(__doc__)
     parser.add_argument(
         "--pretrained",
@@ -38,22 +21,46 @@ def main() -> int:
         help="backbone: a file, a run's folder, or none for random weights",
     )
     add_which(parser)
-    args, flags = parse(parser)
+    return parser
 
-    from detection.defaults import load_detection_config
-    from detection.evaluation import coco_api, evaluate
-    from detection.loader import DetectionLoader
-    from detection.model import build_detector
-    from engine.loop import Outcome, fit
-    from engine.optim import build_optimizer, parameter_groups
-    from engine.plan import global_batch_size
-    from engine.run import start_run
-    from engine.state import TrainState
-    from evaluation.accuracy import measure_throughput
-    from evaluation.probe import find_weights, weights_fingerprint
-    from models.weights.find import find_network
-    from utils.checkpoints.foreign import read_torch
 
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from detection.annotations import DetectionData
+from detection.datasets import read_split
+from detection.defaults import load_detection_config
+from detection.evaluation import coco_api, detections, evaluate
+from detection.loader import DetectionBatch, DetectionLoader
+from detection.model import Detector, build_detector
+from detection.pictures import draw_grid
+from engine.loop import Outcome, fit
+from engine.optim import build_optimizer, parameter_groups
+from engine.plan import Plan, global_batch_size
+from engine.run import Run, start_run
+from engine.state import TrainState
+from evaluation.accuracy import measure_throughput
+from evaluation.probe import find_weights, weights_fingerprint
+from models.weights.find import find_network
+from utils.checkpoints.atomic import write_text
+from utils.checkpoints.foreign import read_torch
+from utils.schedules import LearningRate, Progress
+
+logger = logging.getLogger("synco")
+
+
+def main() -> int:
+    """Fine-tune, evaluate and draw what was found; return the exit code."""
+    args, flags = parse(_parser())
     cfg = load_detection_config([args.cfg], args.opts, flags)
     if not args.pretrained:
         raise ValueError(
@@ -67,13 +74,7 @@ def main() -> int:
 
     # data
     detection = cfg.DETECTION
-    train, test = read(cfg, detection.TRAIN_SPLIT), read(cfg, detection.TEST_SPLIT)
-    train = train.for_training()
-    if test.classes != train.classes:
-        raise ValueError(
-            f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than "
-            f"{detection.TRAIN_SPLIT}"
-        )
+    train, test = open_splits(cfg)
     global_batch = global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS)
     loader = DetectionLoader(train, cfg, global_batch=global_batch, device=run.device)
 
@@ -82,21 +83,18 @@ def main() -> int:
     taken = find_network(read_torch(weights), args.which).taken if weights else "online"
     run.fingerprint = f"{weights_fingerprint(weights, taken)}, data {train.fingerprint()}"
     plan = make_detection_plan(cfg, global_batch)
-    optimizer = build_optimizer(
-        cfg.OPTIM, parameter_groups(detector, cfg.OPTIM), fused=run.scaler() is None
-    )
-    state = TrainState(detector, optimizer, run.wrap(detector), run.scaler())
+    state = open_state(cfg, run, detector)
     resumed = run.resume(state, plan)
     run.describe(detector, plan, len(train))
 
-    def step(batch: "DetectionBatch", progress: "Progress") -> "dict[str, Tensor]":
+    def step(batch: DetectionBatch, progress: Progress) -> dict[str, Tensor]:
         with run.autocast():
             losses = state.model(batch.views, batch.targets)
         return {**losses, "loss": sum(losses.values())}
 
     measured: dict[str, float] = {}
 
-    def measure(progress: "Progress") -> dict[str, float]:
+    def measure(progress: Progress) -> dict[str, float]:
         with run.evaluating(detector) as model:
             measured.update(evaluate(model, test, cfg, run.device))
         return dict(measured)
@@ -125,9 +123,29 @@ def main() -> int:
     return outcome.value
 
 
-def read(cfg: "CfgNode", split: str) -> "DetectionData":
+def open_state(cfg: CfgNode, run: Run, detector: Detector) -> TrainState:
+    """Return the detector with its optimiser, ready for the engine."""
+    optimizer = build_optimizer(
+        cfg.OPTIM, parameter_groups(detector, cfg.OPTIM), fused=run.scaler() is None
+    )
+    return TrainState(detector, optimizer, run.wrap(detector), run.scaler())
+
+
+def open_splits(cfg: CfgNode) -> tuple[DetectionData, DetectionData]:
+    """Read and check the splits of training and test."""
+    detection = cfg.DETECTION
+    train, test = read(cfg, detection.TRAIN_SPLIT), read(cfg, detection.TEST_SPLIT)
+    train = train.for_training()
+    if test.classes != train.classes:
+        raise ValueError(
+            f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than "
+            f"{detection.TRAIN_SPLIT}"
+        )
+    return train, test
+
+
+def read(cfg: CfgNode, split: str) -> DetectionData:
     """Read and check a split of the configured data set."""
-    from detection.datasets import read_split
 
     data = read_split(
         cfg.DATA.DATASET, cfg.DATA.PATH, split, cfg.DETECTION.CLASSES, cfg.MODEL.RCNN.MASKS
@@ -135,10 +153,8 @@ def read(cfg: "CfgNode", split: str) -> "DetectionData":
     return replace(data, max_pixels=cfg.DATA.MAX_PIXELS)
 
 
-def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
+def make_detection_plan(cfg: CfgNode, global_batch: int) -> Plan:
     """Derive the plan: steps are iterations; the log's epoch is one `EVAL_PERIOD`."""
-    from engine.plan import Plan
-    from utils.schedules import LearningRate
 
     optim, detection = cfg.OPTIM, cfg.DETECTION
     period = detection.EVAL_PERIOD or detection.MAX_ITER
@@ -167,17 +183,14 @@ def make_detection_plan(cfg: "CfgNode", global_batch: int) -> "Plan":
     )
 
 
-def write_result(run: "Run", result: dict[str, Any]) -> None:
+def write_result(run: Run, result: Mapping[str, object]) -> None:
     """Write `result.json`: the weights it started from and the final metrics in percent."""
-    from utils.checkpoints.atomic import write_text
 
     run.write_extra("result.json", lambda path: write_text(path, json.dumps(result, indent=1)))
 
 
-def draw(run: "Run", detector: "nn.Module", data: "DetectionData", cfg: "CfgNode") -> None:
+def draw(run: Run, detector: nn.Module, data: DetectionData, cfg: CfgNode) -> None:
     """Write `detections.png`, what the final detector finds in the first test images."""
-    from detection.evaluation import detections
-    from detection.pictures import draw_grid
 
     count = cfg.LOG.PICTURES
     if not count:
