@@ -94,6 +94,11 @@ def status(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "status.json").read_text())
 
 
+def outcome(folder: Path) -> tuple[str, int, str]:
+    found = status(folder)
+    return found["state"], found["step"], found["reason"]
+
+
 def steps_saved(folder: Path) -> list[int]:
     return sorted(int(path.stem[5:]) for path in folder.glob("ckpt_*.json"))
 

@@ -236,7 +236,7 @@ def test_padding_does_not_move_boxes(coco_root: Path) -> None:
 
 
 def detector_error(kind: str, **changes: Any) -> str:
-    with pytest.raises(ValueError, match=r"^[A-Z_.]+: ") as error:
+    with pytest.raises(ValueError, match=r"^[A-Z_.]+( \(--[a-z-]+\))?: ") as error:
         build_detector(config(kind, **changes), 3, None)
     return str(error.value)
 

@@ -132,7 +132,7 @@ def launched(place: Place) -> Place:
     """Pretrain with the published command."""
     text = place.run(*launch(PRETRAIN, *place.flags("launch", 4)))
     assert "global batch 8 = 2 process(es) x 1 micro-batch(es) x 4" in text
-    assert runs.status(place.folder("launch")) == {"state": "done", "step": 8, "reason": ""}
+    assert runs.outcome(place.folder("launch")) == ("done", 8, "")
     return place
 
 
@@ -247,7 +247,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_ends_the_same(
     text, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, text
     assert resumed_at(text) == 4, text
-    assert runs.status(launched.folder(tag)) == {"state": "done", "step": 8, "reason": ""}
+    assert runs.outcome(launched.folder(tag)) == ("done", 8, "")
     assert runs.digest(launched.folder(tag)) == runs.digest(launched.folder("launch"))
 
 

@@ -42,11 +42,7 @@ def finish(argv: list[str], folder: Path, log: Path, world: int = 1) -> int:
     """Start the same command again, to the end; return the step from which it went on."""
     jobs = forked.start("main_pretrain", argv, log, ranks=world)
     assert [job.wait() for job in jobs] == [0] * world, jobs[0].text()
-    assert runs.status(folder) == {
-        "state": "done",
-        "step": runs.final_state(folder)["step"],
-        "reason": "",
-    }
+    assert runs.outcome(folder) == ("done", runs.final_state(folder)["step"], "")
     return runs.resumed_at(jobs[0].text())
 
 

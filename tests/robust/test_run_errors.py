@@ -87,7 +87,7 @@ BAD_INPUT: dict[str, tuple[list[str], dict[str, Any], str]] = {
         r"TRAIN.CUDA_GRAPHS.*TRAIN.ACCUMULATION_STEPS",
     ),
     "bf16": ([], {"TRAIN__PRECISION": "bf16"}, r"TRAIN.PRECISION: bf16 on a CPU.*--precision fp32"),
-    "file": (["--cfg", "/no/such.yaml"], {}, r"/no/such.yaml.*--cfg"),
+    "file": (["--cfg", "/no/such.yaml"], {}, r"/no/such.yaml: cannot be read.*--list recipes"),
     "python file": (["--cfg", __file__], {}, r"\.yaml file"),
     "flag": (["--epoch", "3"], {}, r"--epoch.*--epochs"),
     "device": (["--device", "tpu"], {}, r"DEVICE.*tpu"),

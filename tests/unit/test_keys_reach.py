@@ -110,7 +110,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         plain[id(recorder)] = cfg
         return recorder
 
-    for module in (main_pretrain, main_linear, main_semisup):
+    def load_with_origins(*args: Any, **kwargs: Any) -> tuple[CfgNode, dict[str, str]]:
+        return load_recording(*args, **kwargs), {}
+
+    monkeypatch.setattr(main_pretrain, "load_with_origins", load_with_origins)
+    for module in (main_linear, main_semisup):
         monkeypatch.setattr(module, "load_config", load_recording)
     for module in (engine.run, engine.checkpointing):
         monkeypatch.setattr(module, "to_yaml", lambda cfg: to_yaml(plain[id(cfg)]))

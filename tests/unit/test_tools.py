@@ -43,7 +43,8 @@ def test_a_mistyped_flag_is_one_line_and_needs_no_torch(name: str) -> None:
     error, see = done.stderr.splitlines()
     assert error.startswith("error: ")
     assert "--oups" in error
-    assert see.startswith(f"See {name}")
+    assert see.startswith("See ")
+    assert see.endswith(f"{name} --help")
 
 
 @pytest.mark.parametrize("name", ["retrieval.py", "propagate.py"])
@@ -54,7 +55,7 @@ def test_a_shared_flag_that_would_do_nothing_is_refused(name: str, flag: str) ->
     assert f"unknown argument '{flag}'" in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--oups", "--", "--opts"], ["--", "--oups"]])
+@pytest.mark.parametrize("words", [["--oups", "--", "--opts"], ["--seeds", "0", "--", "--oups"]])
 def test_the_sweep_reads_its_own_flags_only(words: list[str]) -> None:
     done = answer(ROOT / "tools/sweep.py", *words)
     # behind -- stand flags of the runs, so the sweep goes on to import torch

@@ -226,7 +226,8 @@ def _coerce(default: Value, value: object, key: str, source: str) -> Value:
 
 
 def _no_leaf(key: str, known: Mapping[str, Key]) -> str:
-    if key.startswith(("DETECTION.", "MODEL.RCNN.")):
+    detects = any(name.startswith("DETECTION.") for name in known)
+    if key.startswith(("DETECTION.", "MODEL.RCNN.")) and not detects:
         return f"{key} is a key of detection; use detection/main_detection.py with this --cfg"
     inside = next((name for name in known if name.startswith(f"{key}.")), None)
     if inside:
