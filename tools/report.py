@@ -1,25 +1,44 @@
-"""Say what a pretraining run has learned: a table beside raw pixels and a random backbone.
+"""Say what pretraining runs have learned: one HTML page, a table, pictures.
 
-Example: python tools/report.py --cfg configs/demo.yaml --output O --tag T
+Example: python tools/report.py output/demo/demo1
 
-Takes the flags of the run and writes report.md, report.json, learning_curve.png and neighbours.png
-into its folder. The few-label columns are where pretraining shows: all rows see the same labels.
+Takes folders of runs (or the flags of one run) and writes report.html, report.md, report.json,
+learning_curve.png and neighbours.png into each. With several, the page of the first shows them
+side by side. The few-label columns are where pretraining shows: all rows see the same labels.
 """
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
-from utils.cli import answer_at_once, make_parser, parse, run_main
+from utils.cli import Parser, answer_at_once, make_parser, parse, run_main
+
+# of the flags of a run, which are all taken, those that mean something here
+_USEFUL = ("DATA.PATH", "DATA.DATASET", "OUTPUT", "TAG", "DEVICE", "SEED", "TRAIN.PRECISION")
+
+
+def _parser() -> Parser:
+    parser = make_parser(__doc__ or "")
+    for action in parser._actions:
+        if action.option_strings and action.dest not in (*_USEFUL, "cfg", "opts", "help"):
+            action.help = argparse.SUPPRESS
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="default: RUN/report.html")
+    return parser
+
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    answer_at_once(make_parser(__doc__ or ""))
+    # read when torch is loaded: on a busy machine spinning threads make this ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    answer_at_once(_parser())
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,48 +48,50 @@ from yacs.config import CfgNode
 from data import evaluation_loader
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from data.sources import open_split
-from data.sources.base import Source
+from data.sources.base import Source, subset
 from engine.precision import choose_device
 from engine.run import Run
 from evaluation.accuracy import extract_features, few_label_accuracy, logistic_probe, topk_correct
 from evaluation.knn import knn_accuracy
 from models import framework_options, online_backbone
 from models.weights.load import load_network
+from tools.parts.changed_keys import changed_keys
+from tools.parts.looks import (
+    Strip,
+    attention_maps,
+    attention_strips,
+    feature_map_chart,
+    neighbour_strips,
+    reconstruction_tiles,
+    view_strips,
+)
+from tools.parts.page import RunPage, write_page
 from tools.parts.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
+from tools.parts.run_files import open_run_files
+from tools.parts.score_table import (
+    DRAWS,
+    FEW_LABELS,
+    KNN_K,
+    MANY_IMAGES,
+    NOTES,
+    PIXEL_COMPONENTS,
+    PIXEL_SIDE,
+    Scores,
+    cells,
+    markdown_table,
+    plain,
+    terminal_table,
+)
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch
+from utils.config.key import Value
 from utils.config.load import load_config
 from utils.config.schema import declare
 from utils.logger import setup_logger
 from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
-
-KNN_K = 20
-FEW_LABELS = (10, 1)  # a class
-DRAWS = 20
-PIXEL_SIDE = 32
-MANY_IMAGES = 20_000  # with more, probes on thousands of correlated pixels take minutes
-PIXEL_COMPONENTS = 256
-COLUMNS = {
-    "knn": f"k-NN (k={KNN_K})",
-    "linear": "linear, all labels",
-    "labels10": "10 labels/class",
-    "labels1": "1 label/class",
-}
-NOTES = (
-    f"Top-1 accuracy on the test images, percent. k-NN: weighted vote of the {KNN_K} nearest "
-    "training images by cosine. Linear: logistic regression on frozen features. Few labels: the "
-    f"same, mean ± standard deviation over {DRAWS} draws of the labelled images, equal for all "
-    f"rows. Raw pixels: the evaluation view, at most {PIXEL_SIDE} pixels a side, minus the mean "
-    f"image ({PIXEL_COMPONENTS} principal components for more than {MANY_IMAGES:,} images). Random "
-    "backbone: the run's network before its first step, batch norms as initialised (statistics of "
-    "the data change its k-NN by about a point and lower its probes)."
-)
-
-# column -> (mean, standard deviation over draws)
-Scores = dict[str, tuple[float, float | None] | None]
 
 
 class Split(NamedTuple):
@@ -82,21 +103,59 @@ class Split(NamedTuple):
     query_labels: Tensor
 
 
+class Measured(NamedTuple):
+    """What a report says of a run: its checkpoint, its data, its features and their scores."""
+
+    run: Run
+    found: checkpoint.Found
+    train: Source
+    val: Source
+    splits: dict[str, Split]
+    scores: dict[str, Scores]
+    title: str
+
+
 def main() -> int:
-    """Report on the run that the flags name; return the exit code."""
-    args, flags = parse(make_parser(__doc__ or ""))
+    """Report on the runs that the command line names; return the exit code."""
+    args, flags = parse(_parser())
     if args.eval or args.throughput:
         raise ValueError("--eval and --throughput belong to the mains; a report takes neither")
-    cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     setup_logger(None, is_main=True)
-    run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))
-    # the result, so standard output: the log shows a line break as an escape
-    print(report(run))
+    runs = open_runs(args.runs, args.cfg, args.opts, flags)
+    # the results, so standard output: the log shows a line break as an escape
+    measured = []
+    for run in runs:
+        measured.append(measure(run))
+        print(write_report(measured[-1]), flush=True)
+    page = args.html or runs[0].folder / "report.html"
+    few = max(2, 8 // len(runs))  # so that the page of many runs stays small
+    write_page(page, [run_page(one, few) for one in measured], NOTES)
+    print(page)
     return 0
 
 
-def report(run: Run) -> str:
-    """Probe a run's newest valid checkpoint, write report and pictures; return what to show.
+def open_runs(
+    folders: list[Path], cfg: str | None, opts: list[str], flags: Mapping[str, Value]
+) -> list[Run]:
+    """Return the runs in `folders`, or the one that the flags name if there is none."""
+    schema = declare(framework_options())
+    if not folders:
+        tree = load_config(schema, [cfg], opts, flags)
+        folder = Path(tree.OUTPUT) / tree.NAME / tree.TAG
+        return [Run(tree, folder, choose_device(tree.DEVICE), training=False)]
+    if cfg:
+        raise ValueError("--cfg: a run's folder has its own config.yaml; leave out --cfg")
+    runs = []
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder} is no folder of a run: it has no config.yaml")
+        tree = load_config(schema, [folder / "config.yaml"], opts, flags)
+        runs.append(Run(tree, folder, choose_device(tree.DEVICE), training=False))
+    return runs
+
+
+def measure(run: Run) -> Measured:
+    """Probe a run's newest valid checkpoint.
 
     Raises `ValueError` if the run has no checkpoint or its data no labels.
     """
@@ -108,28 +167,72 @@ def report(run: Run) -> str:
         )
     train, val = (open_split(run.cfg.DATA, split, labelled=True) for split in ("train", "val"))
     splits = representations(run, train, val, found.path)
-    scores = {name: evaluate(split, train.num_classes, run.seed) for name, split in splits.items()}
+    scores = {}
+    for name, split in splits.items():
+        logger.info("probing %s", name)
+        scores[name] = evaluate(split, train.num_classes, run.seed)
     images = f"{len(train)} training and {len(val)} test images"
     title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {images}"
+    return Measured(run, found, train, val, splits, scores, title)
+
+
+def write_report(measured: Measured) -> str:
+    """Write the table and the pictures of a run into its folder; return what to show."""
+    folder, scores, title = measured.run.folder, measured.scores, measured.title
     record = {
-        "checkpoint": found.path.name,
-        "step": found.step,
+        "checkpoint": measured.found.path.name,
+        "step": measured.found.step,
         "k": KNN_K,
         "draws": DRAWS,
-        "rows": _plain(scores),
+        "rows": plain(scores),
     }
-    write_text(run.folder / "report.json", json.dumps(record, indent=1))
-    write_text(run.folder / "report.md", f"# {title}\n\n{markdown_table(scores)}\n\n{NOTES}\n")
-    files = [
-        run.folder / "report.md",
-        *save_pictures(run, train, val, splits["trained backbone"], scores),
-    ]
+    write_text(folder / "report.json", json.dumps(record, indent=1))
+    write_text(folder / "report.md", f"# {title}\n\n{markdown_table(scores)}\n\n{NOTES}\n")
+    trained = measured.splits["trained backbone"]
+    pictures = save_pictures(measured.run, measured.train, measured.val, trained, scores)
+    files = [folder / "report.md", *pictures]
     return "\n".join([f"{title}\n", terminal_table(scores), "", *map(str, files)])
+
+
+def run_page(measured: Measured, rows: int) -> RunPage:
+    """Return what the page shows of a run, with `rows` rows of each kind of picture."""
+    run, found, train, val, splits, scores, title = measured
+    files = open_run_files(run.folder)
+    levels = _baselines(scores)
+    recipe, changed = changed_keys(run.cfg, files)
+    marks = [[cell.startswith("*") for cell in line] for line in cells(scores, "*{}", "{}")[1:]]
+    table, chance = cells(scores, "{}", "{}"), 100.0 / train.num_classes
+    page = RunPage(files, title, table, marks, levels, chance, recipe, changed)
+    page.views = view_strips(run.cfg, train, rows)
+    trained, random = splits["trained backbone"], splits["random backbone"]
+    chosen = pick_queries(trained.query_labels, rows, run.seed)
+    features = [(name, splits[name].bank, splits[name].queries) for name in list(splits)[:0:-1]]
+    page.neighbours = neighbour_strips(features, chosen, val, train)
+    for name, split in (("trained backbone", trained), ("random backbone", random)):
+        page.maps.append(feature_map_chart(name, split.queries, split.query_labels, run.seed))
+    page.map_classes = list(val.classes)
+    page.attention = attention(run, val, found.path, chosen)
+    page.reconstructions = reconstruction_tiles(run.folder)
+    return page
+
+
+def attention(run: Run, val: Source, path: Path, chosen: Tensor) -> list[Strip]:
+    """Return the attention of a ViT on the `chosen` test images; nothing for other networks."""
+    backbone = run.prepare(build_online(run.cfg))
+    if not hasattr(backbone, "blocks"):
+        return []
+    load_network(backbone, read_torch(path), str(path))
+    batches = evaluation_loader(run.cfg, subset(val, chosen), run.device, len(chosen))
+    images = next(iter(batches)).views[0]
+    with run.evaluating(backbone):
+        maps = attention_maps(backbone, images)
+    return [] if maps is None else attention_strips(images.cpu(), maps)
 
 
 def representations(run: Run, train: Source, val: Source, path: Path) -> dict[str, Split]:
     """Return raw pixels, features of the random and of the trained backbone, for both splits."""
     backbone = run.prepare(build_online(run.cfg))
+    logger.info("%s: features of the random backbone, of raw pixels, of %s", run.folder, path.name)
     random = extract(run, train, val, backbone)
     load_network(backbone, read_torch(path), str(path))
     return {
@@ -208,56 +311,9 @@ def evaluate(split: Split, num_classes: int, seed: int) -> Scores:
     return scores
 
 
-def terminal_table(scores: dict[str, Scores]) -> str:
-    """Return the table with aligned columns, the best of each marked with a star."""
-    return "\n".join("  ".join(row) for row in _aligned(_cells(scores, "{}*", "{} ")))
-
-
-def markdown_table(scores: dict[str, Scores]) -> str:
-    """Return the table as Markdown, the best of each column in bold."""
-    header, *rows = _aligned(_cells(scores, "**{}**", "{}"))
-    rule = ["-" * len(header[0]), *("-" * (len(cell) - 1) + ":" for cell in header[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-def _cells(scores: dict[str, Scores], best: str, other: str) -> list[list[str]]:
-    top = {
-        column: max((row[column] or (-1.0, None))[0] for row in scores.values())
-        for column in COLUMNS
-    }
-    table = [["", *COLUMNS.values()]]
-    for name, row in scores.items():
-        cells = [name]
-        for column in COLUMNS:
-            value = row[column]
-            mark = best if value and value[0] == top[column] else other
-            cells.append(mark.format(_number(value)))
-        table.append(cells)
-    return table
-
-
-def _number(value: tuple[float, float | None] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value[0]:.1f}" if value[1] is None else f"{value[0]:.1f} ± {value[1]:.1f}"
-
-
-def _aligned(table: list[list[str]]) -> list[list[str]]:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    rows = []
-    for name, *cells in table:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        rows.append([name.ljust(widths[0]), *right])
-    return rows
-
-
-def _plain(scores: dict[str, Scores]) -> dict[str, object]:
-    return {
-        name: {
-            column: value and {"mean": value[0], "std": value[1]} for column, value in row.items()
-        }
-        for name, row in scores.items()
-    }
+def _baselines(scores: dict[str, Scores]) -> dict[str, float]:
+    rows = {name: row["knn"] for name, row in scores.items() if name != "trained backbone"}
+    return {name: cell[0] for name, cell in rows.items() if cell}
 
 
 def save_pictures(
@@ -266,11 +322,7 @@ def save_pictures(
     """Write the learning curve and the neighbours; return the paths of all pictures of the run."""
     curve, neighbours = run.folder / "learning_curve.png", run.folder / "neighbours.png"
     shown = KNN_K if KNN_K in run.cfg.KNN.K else next(iter(run.cfg.KNN.K), KNN_K)
-    baselines = {
-        name: row["knn"][0]
-        for name, row in scores.items()
-        if name != "trained backbone" and row["knn"]
-    }
+    baselines = _baselines(scores)
     save_learning_curve(curve, run.folder, f"knn{shown}", baselines if shown == KNN_K else {})
     chosen = pick_queries(trained.query_labels, 8, run.seed)
     save_neighbours(

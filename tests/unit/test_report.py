@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,11 @@ from data.sources.base import ArraySource
 from engine import precision as device
 from engine.run import Run
 from models import assemble_framework, framework_options
+from models.parts.backbones import build_backbone
 from tools import demo, report
-from tools.parts import pictures
+from tools.parts import charts, looks, page, pictures
+from tools.parts.run_files import open_run_files
+from tools.parts.score_table import COLUMNS
 from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
 from utils.config.load import ConfigError, load_config
@@ -89,12 +94,160 @@ def test_report_of_a_run(
     rows = rows_of(run)
     assert list(rows) == ["raw pixels", "random backbone", "trained backbone"]
     for row in rows.values():
-        assert list(row) == list(report.COLUMNS)
+        assert list(row) == list(COLUMNS)
         assert all(0 <= cell["mean"] <= 100 for cell in row.values())
         assert row["labels1"]["std"] > 0
         assert row["labels1"]["mean"] < row["labels10"]["mean"] < row["linear"]["mean"]
         assert f"{row['labels10']['mean']:.1f} ± {row['labels10']['std']:.1f}" in shown
     assert rows["trained backbone"] != rows["random backbone"]
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+COUNT = """<script>addEventListener('load', () => {
+const all = [...document.images], bad = all.filter(i => !i.complete || !i.naturalWidth);
+document.body.innerHTML = `found ${all.length} pictures, ${bad.length} broken,`
++ ` ${document.querySelectorAll('svg').length} charts, too wide ${document.body.scrollWidth > innerWidth}`;
+});</script>"""
+
+
+@pytest.fixture(scope="module")
+def pages(trained: Path) -> Path:
+    """Write the page of one run, and of it beside itself, and return the folder of the run."""
+    folder = open_run(trained).folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "DRAWS", 3)
+        for words in ([folder], [folder, folder, "--html", folder / "two.html"]):
+            patch.setattr(sys, "argv", ["report.py", *map(str, words), "--device", "cpu"])
+            assert report.main() == 0
+    return folder
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+@pytest.mark.parametrize("name", ["report.html", "two.html"])
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_shows_the_page(pages: Path, tmp_path: Path, name: str, width: int) -> None:
+    """No error on the console, every picture decodes, no sideways scrolling on a narrow screen."""
+    assert CHROMIUM is not None
+    text = (pages / name).read_text()
+    (tmp_path / name).write_text(text.replace("</body>", COUNT + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--window-size={width},2000", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", f"file://{tmp_path / name}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in shown.stderr
+    found = re.search(r"found (\d+) pictures, 0 broken, (\d+) charts, too wide false", shown.stdout)
+    assert found, shown.stdout[-500:]
+    assert int(found[1]) == text.count("<img ") > 60
+    assert int(found[2]) >= 8
+
+
+def test_the_page_is_one_small_file_that_needs_no_network(pages: Path) -> None:
+    for name in ("report.html", "two.html"):
+        text = (pages / name).read_text()
+        assert len(text) < 3e6
+        assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", text)
+        assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_says_what_was_run(pages: Path, trained: Path) -> None:
+    text = (pages / "report.html").read_text()
+    for words in ("moco_v2", "resnet8", "digits", "raw pixels", "MODEL.MOCO_V2.QUEUE_SIZE"):
+        assert words in text
+    assert "MODEL.SYNCO." not in text  # keys of other methods say nothing
+    assert f"torch {torch.__version__}" in text  # from run.json
+    assert "side by side" in (pages / "two.html").read_text()
+
+
+def test_a_key_that_a_flag_changed_is_marked(trained: Path) -> None:
+    cfg = open_run(trained).cfg
+    files = open_run_files(open_run(trained).folder)
+    files.starts[:] = [{"command": ["main_pretrain.py", "--cfg", str(trained)]}]
+    recipe, rows = report.changed_keys(cfg, files)
+    assert recipe == str(trained)
+    marked = {key for key, _, _, by_flag in rows if by_flag}
+    assert "DEVICE" in marked
+    assert "MODEL.NAME" not in marked
+
+
+def test_events_stand_at_their_epochs(tmp_path: Path) -> None:
+    config = "MODEL: {NAME: synco, SYNCO: {WARMUP_EPOCHS: 4}}\nSCHEDULE: {WARMUP_EPOCHS: 1}\n"
+    (tmp_path / "config.yaml").write_text(config)
+    rows = [{"step": step, "epoch": step / 10, "loss": 1.0} for step in range(10, 80, 10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.json").write_text('{"starts": [{"step": 0}, {"step": 35}]}')
+    files = open_run_files(tmp_path)
+    made = page.RunPage(files, "t", [["", "knn"], ["x", "1"]], [[False]], {}, 10.0, "", [])
+    expected = [
+        (1.0, "warm-up of the rate ends"),
+        (4.0, "synthetic negatives join"),
+        (4.0, "restart"),
+    ]
+    assert made.events == expected
+    (loss,) = page.charts([made])
+    assert all(name in loss.svg for _, name in expected)
+
+
+def test_ticks_are_round_and_enclose() -> None:
+    assert charts.nice_ticks(0, 10) == [0, 5, 10]
+    assert charts.nice_ticks(5, 5)[0] <= 5 <= charts.nice_ticks(5, 5)[-1]
+    ticks = charts.nice_ticks(0.013, 0.021)
+    assert ticks[0] <= 0.013
+    assert ticks[-1] >= 0.021
+
+
+def test_names_cannot_break_the_page() -> None:
+    line = charts.Line("<b>", [(0, 1.0), (1, float("nan")), (2, 3.0)], 0, dots=True)
+    svg = charts.line_chart("<i>", [line], [(1, "<u>")], [("<s>", 2.0)]).svg
+    assert not re.search("<[bius]>", svg)
+    assert "nan" not in svg
+
+
+def test_attention_is_that_of_the_last_block() -> None:
+    vit = build_backbone("deit_tiny", img_size=32, patch_size=8).eval()
+    attention = vit.blocks[-1].attn
+    with torch.no_grad():
+        # keys that grow with one token's mark: the class token then looks at that token only
+        attention.qkv.weight.zero_()
+        attention.qkv.bias.zero_()
+    images = torch.randn(2, 3, 32, 32)
+    flat = looks.attention_maps(vit, images)
+    assert flat.shape == (2, 4, 4)
+    assert flat.max() < 1e-3  # all keys alike: no token stands out
+    with torch.no_grad():
+        attention.qkv.weight.normal_()
+    maps = looks.attention_maps(vit, images)
+    assert maps.amin() == 0
+    assert torch.allclose(maps.flatten(1).amax(1), torch.ones(2))
+    seen = []
+    attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    attention.fused_attn = False
+    with torch.no_grad():
+        vit(images)
+    own = seen[0].mean(1)[:, 0, 1:].unflatten(1, (4, 4))
+    own = own - own.amin((1, 2), keepdim=True)
+    assert torch.allclose(maps, own / own.amax((1, 2), keepdim=True), atol=1e-4)
+
+
+def test_a_resnet_has_no_attention() -> None:
+    backbone = build_backbone("resnet8", stem="cifar")
+    assert looks.attention_maps(backbone, torch.zeros(1, 3, 8, 8)) is None
+
+
+def test_a_map_shows_the_classes_apart() -> None:
+    labels = torch.arange(40) % 2
+    features = torch.randn(40, 8) * 0.01 + labels[:, None] * torch.ones(8) - 0.5
+    svg = looks.feature_map_chart("m", features, labels, 0).svg
+    places = re.findall(r'class="f(\d)" cx="([\d.]+)"', svg)
+    left, right = ([float(x) for c, x in places if c == k] for k in "01")
+    assert max(left) < min(right) or max(right) < min(left)
+
+
+def test_a_folder_that_is_no_run_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    with pytest.raises(ValueError, match="is no folder of a run"):
+        report.main()
 
 
 def test_the_random_row_is_the_run_before_its_first_step(trained: Path) -> None:
@@ -139,7 +292,7 @@ def test_the_flags_of_a_main_that_mean_nothing_here_are_refused(
 
 def test_no_checkpoint_is_one_clear_error(trained: Path) -> None:
     with pytest.raises(ValueError, match=r"absent holds no checkpoint.*main_pretrain\.py"):
-        report.report(open_run(trained, "absent"))
+        report.measure(open_run(trained, "absent"))
 
 
 def test_separable_features_score_full_marks() -> None:
@@ -147,9 +300,7 @@ def test_separable_features_score_full_marks() -> None:
     features = torch.eye(3)[labels] + 0.01 * torch.randn(60, 3)
     split = report.Split(features[:45], labels[:45], features[45:], labels[45:])
     scores = report.evaluate(split, 3, seed=0)
-    assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(
-        report.COLUMNS, 100.0
-    )
+    assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(COLUMNS, 100.0)
 
 
 def test_too_few_images_for_a_column_leave_it_empty() -> None:

@@ -1,0 +1,166 @@
+"""Make the page of one or several runs: one HTML file that needs no network."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tools.parts.charts import Chart, Line, line_chart
+from tools.parts.looks import Strip, Tile
+from tools.parts.run_files import RunFiles, differences, seconds_as_text
+
+_TEMPLATE = "report.html.j2"
+_PANELS = {
+    "loss": "training loss",
+    "lr": "learning rate",
+    "embedding_std": "spread of the embeddings (0: collapsed)",
+    "embedding_rank": "effective rank of the embeddings",
+    "images_per_second": "images per second",
+}
+_COLORS = 10  # in the style sheet
+
+
+@dataclass
+class RunPage:
+    """What the page shows of one run."""
+
+    files: RunFiles
+    title: str
+    table: list[list[str]]  # the head, then a row a representation
+    best: list[list[bool]]
+    levels: dict[str, float]  # k-NN accuracy of what was not trained
+    chance: float
+    recipe: str
+    changed: list[tuple[str, object, object, bool]] = field(default_factory=list)
+    views: list[Strip] = field(default_factory=list)
+    neighbours: list[list[Strip]] = field(default_factory=list)
+    maps: list[Chart] = field(default_factory=list)
+    map_classes: list[str] = field(default_factory=list)
+    attention: list[Strip] = field(default_factory=list)
+    reconstructions: list[Tile] = field(default_factory=list)
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what was run, where and for how long, as far as the files say."""
+        config, status = self.files.config, self.files.status
+        start = self.files.starts[-1] if self.files.starts else {}
+        command = start.get("command")
+        began, ended = _first_and_last(self.files.folder / "log.txt")
+        duration = (ended - began).total_seconds() if began and ended else None
+        facts = {
+            "state": f"{status.get('state', 'unknown')}, step {self.files.step()}",
+            "method": config.get("MODEL.NAME"),
+            "backbone": config.get("MODEL.BACKBONE.NAME"),
+            "data": config.get("DATA.DATASET"),
+            "began": began and f"{began:%Y-%m-%d %H:%M}",
+            "first to last log line": duration is not None and seconds_as_text(duration),
+            "starts": len(self.files.starts) > 1 and len(self.files.starts),
+            "machine": " · ".join(
+                str(start[key]) for key in ("host", "device", "processes") if start.get(key)
+            )
+            + (" process(es)" if start else ""),
+            "commit": start.get("commit"),
+            "versions": start and f"torch {start.get('torch')}, Python {start.get('python')}",
+            "command": isinstance(command, list) and shlex.join(map(str, command)),
+        }
+        return [(name, str(value)) for name, value in facts.items() if value]
+
+    @property
+    def events(self) -> list[tuple[float, str]]:
+        """Return the epochs at which something happens to the curves, with its name."""
+        config = self.files.config
+        method = str(config.get("MODEL.NAME", "")).upper()
+        events = []
+        for key, name in (
+            ("SCHEDULE.WARMUP_EPOCHS", "warm-up of the rate ends"),
+            (f"MODEL.{method}.WARMUP_EPOCHS", "synthetic negatives join"),
+            (f"MODEL.{method}.COOLDOWN_EPOCHS", "synthetic negatives leave"),
+        ):
+            epoch = config.get(key)
+            if isinstance(epoch, int | float) and epoch > 0:
+                events.append((float(epoch), name))
+        return events + [(epoch, "restart") for epoch in self._restarts()]
+
+    def _restarts(self) -> list[float]:
+        steps = [start.get("step") for start in self.files.starts[1:]]
+        places = {int(step): epoch for epoch, step in self.files.curve("step")}
+        later = ([p for s, p in places.items() if s >= step] for step in steps if type(step) is int)
+        return [min(found) for found in later if found]
+
+
+def write_page(path: Path, pages: Sequence[RunPage], notes: str) -> None:
+    """Write the page of `pages` to `path`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = [page.files.name for page in pages]
+    content = environment.get_template(_TEMPLATE).render(
+        title=" · ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        pages=pages,
+        charts=charts(pages),
+        differences=differences([page.files.config for page in pages]),
+        summary=[summary(page) for page in pages],
+        notes=notes,
+        colors=_COLORS,
+    )
+    path.write_text(content, encoding="utf-8")
+
+
+def charts(pages: Sequence[RunPage]) -> list[Chart]:
+    """Return the curves of all runs, each panel with a line a run."""
+    events = pages[0].events if len(pages) == 1 else []
+    drawn = []
+    names = pages[0].files.knn_names()
+    if names:
+        levels = list(pages[0].levels.items()) if len(pages) == 1 else []
+        title = f"k-NN accuracy, % (k = {names[0][3:].removesuffix('_top1')}"
+        # no line for chance: the scale would begin there and hide the curve
+        title += f", chance {pages[0].chance:.3g} %)" if len(pages) == 1 else ")"
+        drawn += _panel(pages, names[0], title, events, levels, dots=True)
+    for name, title in _PANELS.items():
+        drawn += _panel(pages, name, title, events)
+    return drawn[1:2] + drawn[:1] + drawn[2:] if names else drawn  # the loss comes first
+
+
+def _panel(
+    pages: Sequence[RunPage],
+    name: str,
+    title: str,
+    events: Sequence[tuple[float, str]],
+    levels: Sequence[tuple[str, float]] = (),
+    dots: bool = False,
+) -> list[Chart]:
+    found = [(i, page.files.name, page.files.curve(name)) for i, page in enumerate(pages)]
+    lines = [Line(label, points, i % _COLORS, dots) for i, label, points in found if points]
+    return [line_chart(title, lines, events, levels)] if lines else []
+
+
+def summary(page: RunPage) -> Mapping[str, str]:
+    """Return the row of a run in the table of several."""
+    files, scores = page.files, page.table[-1]
+    return {
+        "run": files.name,
+        "method": str(files.config.get("MODEL.NAME", "-")),
+        "backbone": str(files.config.get("MODEL.BACKBONE.NAME", "-")),
+        "step": str(files.step()),
+        **dict(zip(page.table[0][1:], scores[1:], strict=True)),
+        "images/s": f"{files.speed() or 0:.0f}",
+    }
+
+
+def _first_and_last(path: Path) -> tuple[datetime | None, datetime | None]:
+    """Return the times of the first and the last line of a log."""
+    times = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+        try:
+            times.append(datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
+        except ValueError:
+            continue
+    return (times[0], times[-1]) if times else (None, None)
