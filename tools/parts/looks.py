@@ -182,7 +182,7 @@ def reconstruction_tiles(folder: Path) -> list[Tile]:
     paths = sorted(folder.glob("reconstruction_*.png"))
     tiles = []
     for path in paths if len(paths) < 2 else (paths[0], paths[-1]):
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.thumbnail((600, 1200))
             tiles.append(Tile(data_uri(image, fit=False), f"step {int(path.stem[-7:])}"))
     return tiles
