@@ -68,7 +68,10 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    answer_at_once(_parser(), _split(sys.argv[1:])[0])
+    own_words = _split(sys.argv[1:])[0]
+    # with words behind -- only there is nothing to answer: an empty line would get the help
+    if own_words or len(sys.argv) == 1:
+        answer_at_once(_parser(), own_words)
 
 import hashlib
 import itertools
