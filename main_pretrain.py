@@ -8,7 +8,7 @@ goes on where it stopped.
 import argparse
 
 from utils.cli import Parser, answer_at_once, make_parser, parse, run_main
-from utils.flags import SPECIAL
+from utils.cli.flags import SPECIAL
 
 HELD_OUT = (
     "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"
@@ -81,6 +81,7 @@ from tools.parts.dry_run import dry_run
 from utils.checkpoints.folder import require
 from utils.config.key import Value
 from utils.config.load import load_saved, load_with_origins
+from utils.config.programs import check_graphs
 from utils.config.schema import declare
 from utils.distributed import world_size
 from utils.schedules import Progress
@@ -93,15 +94,13 @@ def main() -> int:
     args, flags = parse(_parser())
     if args.replay:
         return replay_batch(args, flags)
-    schema = declare(framework_options())
-    cfg, origins = load_with_origins(schema, [args.cfg], args.opts, flags)
-    check_pretrain(cfg)
+    cfg, origins = load_with_origins(declare(framework_options()), [args.cfg], args.opts, flags)
+    check_graphs(cfg.TRAIN)
     run = start_run(cfg, training=not (args.eval or args.throughput or args.dry_run))
 
     # data
     source = open_split(cfg.DATA, "train")
-    # Resume refuses other data by it.
-    run.fingerprint = source.fingerprint()
+    run.fingerprint = source.fingerprint()  # resume refuses other data by it
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
     loader = build_loader(
         cfg,
@@ -150,15 +149,6 @@ def main() -> int:
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored(run, framework, source, recipe, state.step)
     return outcome.value
-
-
-def check_pretrain(cfg: CfgNode) -> None:
-    """Raise `ValueError` for settings of a pretraining that contradict each other."""
-    if cfg.TRAIN.CUDA_GRAPHS and cfg.TRAIN.ACCUMULATION_STEPS > 1:
-        raise ValueError(
-            "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
-            "False, or TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
-        )
 
 
 def plan_of(cfg: CfgNode, loader: GlobalLoader) -> Plan:

@@ -3,7 +3,7 @@
 python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
 --train-percent 1 --weights finetune --lr-backbone 0.01 --lr-classifier 0.5 starts from the newest
 checkpoint of the pretraining run with the same cfg, output and tag, or from --pretrained FILE. Each
-setting writes to a folder in O/<name>/T/semisup/, and the same command goes on where it stopped.
+setting writes to a folder in O/<name>/T/semisup/, and the same command continues it.
 """
 
 import argparse

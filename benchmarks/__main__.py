@@ -34,7 +34,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m benchmarks",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after one that is not")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from yacs.config import CfgNode
 
-from detection.annotations import DetectionData
-from detection.coco import ground_truth
 from detection.loader import images_of_test
 from detection.metrics import Found, voc_metrics
+from detection.sources.annotations import DetectionData
+from detection.sources.coco import ground_truth
 from utils import distributed
 
 logger = logging.getLogger("synco")

@@ -18,7 +18,7 @@ from data.augment.base import sample_keys
 from data.batch import Batch
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.worker import BadImages, BadImagesError, replacement
-from detection.annotations import DetectionData, Objects
+from detection.sources.annotations import DetectionData, Objects
 from utils import distributed
 from utils.randomness import uniform
 

@@ -36,13 +36,13 @@ from dataclasses import replace
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from detection.annotations import DetectionData
-from detection.datasets import read_split
 from detection.defaults import load_detection_config
 from detection.evaluation import coco_api, detections, evaluate
 from detection.loader import DetectionBatch, DetectionLoader
 from detection.model import Detector, build_detector
 from detection.pictures import draw_grid
+from detection.sources.annotations import DetectionData
+from detection.sources.datasets import read_split
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, global_batch_size
@@ -69,8 +69,7 @@ def main() -> int:
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     if cfg.DATA.DATASET == "coco":
         coco_api()  # an evaluator that is missing is told now, not after the training
-    training = not (args.eval or args.throughput)
-    run = start_run(cfg, task="detection", training=training)
+    run = start_run(cfg, task="detection", training=not (args.eval or args.throughput))
 
     # data
     detection = cfg.DETECTION
@@ -112,9 +111,8 @@ def main() -> int:
     if outcome is Outcome.DONE:
         # again, if the run was complete before
         result = measured or measure(plan.progress(state.step))
-        logger.info(
-            "%s: %s", detection.TEST_SPLIT, ", ".join(f"{k} {v:.2f}" for k, v in result.items())
-        )
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in result.items())
+        logger.info("%s: %s", detection.TEST_SPLIT, figures)
         if not args.eval:
             # of a file with several networks the result names the one that was taken
             start = {"weights": args.pretrained} | ({"network": taken} if weights else {})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.annotations import Objects
+from detection.sources.annotations import Objects
 
 THRESHOLDS = tuple(0.5 + 0.05 * step for step in range(10))
 

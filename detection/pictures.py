@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detection.annotations import DetectionData
 from detection.evaluation import Detection
+from detection.sources.annotations import DetectionData
 
 TILE = 320  # pixels
 _SHOWN = 0.3  # least score of what is drawn

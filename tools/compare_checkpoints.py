@@ -6,7 +6,6 @@ Compares weights, target, queues, optimiser, scaler and step, but not the config
 the folder.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from utils.cli import Parser, answer_at_once, run_main
 def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("first", type=Path, metavar="A.pt")
     parser.add_argument("second", type=Path, metavar="B.pt")

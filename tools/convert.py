@@ -23,8 +23,6 @@ FORMATS = ("timm", "torchvision", "detectron2", "mmdet", "swin", "huggingface", 
 def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -32,7 +30,7 @@ def _parser() -> Parser:
         ("import", "make a file that every --pretrained takes"),
         ("export", "write a backbone for another library"),
     ):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text)
         command.add_argument(
             "source", type=Path, metavar="FILE", help="file of weights, or a run's folder"
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils.streams import guard_streams
+from utils.cli.streams import guard_streams
 
 SCRIPTS = ("main_pretrain.py", "tools/report.py")
 THREADS = 8  # more do not make this network faster

@@ -19,14 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import Parser, answer_at_once
-from utils.streams import guard_streams
+from utils.cli.streams import guard_streams
 
 
 def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--data-path", default="", help="root folder of the data set")
     parser.add_argument("--dataset", default="imagefolder", help="as in training")

@@ -55,8 +55,8 @@ from evaluation.accuracy import extract_features, few_label_accuracy, logistic_p
 from evaluation.knn import knn_accuracy
 from models import framework_options, online_backbone
 from models.weights.load import load_network
-from tools.parts.changed_keys import changed_keys
-from tools.parts.looks import (
+from tools.parts.report.changed_keys import changed_keys
+from tools.parts.report.looks import (
     Strip,
     attention_maps,
     attention_strips,
@@ -65,10 +65,9 @@ from tools.parts.looks import (
     reconstruction_tiles,
     view_strips,
 )
-from tools.parts.page import RunPage, write_page
-from tools.parts.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
-from tools.parts.run_files import open_run_files
-from tools.parts.score_table import (
+from tools.parts.report.page import RunPage, write_page
+from tools.parts.report.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
+from tools.parts.report.score_table import (
     DRAWS,
     FEW_LABELS,
     KNN_K,
@@ -82,6 +81,7 @@ from tools.parts.score_table import (
     plain,
     terminal_table,
 )
+from tools.parts.run_files import open_run_files
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch

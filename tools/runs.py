@@ -6,7 +6,6 @@ ls shows all runs, best sorts them by an accuracy, diff compares two of them, ex
 as CSV. A run that says it is running but has written nothing for ten minutes is called silent.
 """
 
-import argparse
 import csv
 import io
 import sys
@@ -30,8 +29,6 @@ COLUMNS = tuple("run method backbone data state step left loss knn linear images
 def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -39,7 +36,7 @@ def _parser() -> Parser:
         ("best", "show all runs, the best first"),
         ("export", "write all runs as CSV"),
     ):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(name, help=text)
         command.add_argument("root", nargs="?", type=Path, default=Path("output"), metavar="FOLDER")
         command.add_argument(
             "--silent-after",
@@ -53,7 +50,7 @@ def _parser() -> Parser:
         if name == "export":
             command.add_argument("--csv", action="store_true", help="the format, the only one")
             command.add_argument("--output", type=Path, metavar="FILE", help="default: the screen")
-    command = commands.add_parser("diff", help="compare two runs", allow_abbrev=False)
+    command = commands.add_parser("diff", help="compare two runs")
     command.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run")
     return parser
 

@@ -28,8 +28,6 @@ HANDED_ON = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol
 def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     for name in HANDED_ON:

@@ -25,7 +25,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 class ProgressLine:
-    """Draws what `describe(columns)` returns, on a terminal, from a thread of its own.
+    """Draws what `describe(columns)` returns, on a terminal, from a second thread.
 
     A thread, since the line has to move during a long step, an evaluation or a compilation too.
     """

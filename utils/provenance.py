@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import torch
 
 from utils.checkpoints.atomic import write_text
+from utils.cli.version import commit
 from utils.distributed import world_size
 
 RUN_FILE = "run.json"
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def record_start(path: Path, step: int, device: torch.device) -> None:
@@ -28,7 +27,7 @@ def record_start(path: Path, step: int, device: torch.device) -> None:
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "step": step,
             "command": sys.argv,
-            "commit": _commit(),
+            "commit": commit(),
             "host": platform.node(),
             "device": f"{device.type} {name}".strip(),
             "processes": world_size(),
@@ -37,20 +36,3 @@ def record_start(path: Path, step: int, device: torch.device) -> None:
         }
     )
     write_text(path, json.dumps({"starts": starts}, indent=1))
-
-
-def _commit() -> str:
-    """Return the commit of this code, with a + if files differ from it; empty if unknown."""
-    git = ["git", "-C", str(_ROOT)]
-    try:
-        # untracked files are not looked for: that takes seconds on a slow disk
-        status = subprocess.run(
-            [*git, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return status.stdout.strip()

@@ -12,10 +12,10 @@ import pytest
 import shapes
 from PIL import Image
 
-from detection.annotations import AnnotationError
-from detection.coco import read_coco, uncompressed
 from detection.evaluation import _coco, coco_api
-from detection.voc import read_voc
+from detection.sources.annotations import AnnotationError
+from detection.sources.coco import read_coco, uncompressed
+from detection.sources.voc import read_voc
 
 Tree = dict[str, Any]
 Change = Callable[[Tree], object]

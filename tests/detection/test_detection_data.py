@@ -13,11 +13,11 @@ import shapes
 import torch
 
 from detection import loader as loading
-from detection.annotations import AnnotationError, Objects
-from detection.coco import read_coco
-from detection.datasets import read_split
 from detection.defaults import load_detection_config
-from detection.voc import VOC_CLASSES, read_voc
+from detection.sources.annotations import AnnotationError, Objects
+from detection.sources.coco import read_coco
+from detection.sources.datasets import read_split
+from detection.sources.voc import VOC_CLASSES, read_voc
 from utils import distributed
 
 CPU = torch.device("cpu")

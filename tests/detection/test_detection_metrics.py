@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import shapes
 
-from detection.annotations import Objects
-from detection.coco import read_coco
 from detection.evaluation import _coco, coco_api
 from detection.metrics import THRESHOLDS, Found, average_precision, voc_metrics
+from detection.sources.annotations import Objects
+from detection.sources.coco import read_coco
 
 
 def random_case(seed: int, images: int = 12, classes: int = 3) -> tuple[list[Found], list[Objects]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from utils.cli.lists import listing
 from utils.config import programs
 from utils.config.datasets import BUNDLED, DATASETS, DOWNLOADABLE
 from utils.config.key import Value
 from utils.config.load import ConfigError, load_config, load_with_origins
 from utils.config.methods import backbone_names, method_options, method_titles
 from utils.config.schema import declare
-from utils.lists import listing
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")

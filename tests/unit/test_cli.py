@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from utils import cli, published_flags
-from utils.flags import FLAGS, OF_PRETRAINING
-from utils.published_flags import our_spelling
+from utils import cli
+from utils.cli import published
+from utils.cli.flags import FLAGS, OF_PRETRAINING
+from utils.cli.published import our_spelling
 
 ROOT = Path(__file__).parents[2]
 PROBE = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
@@ -167,7 +168,7 @@ def test_a_published_flag_is_answered_with_a_flag_and_a_key_that_exist() -> None
     known = declare(framework_options())
     options = {key.rpartition(".")[2] for key in known if key.count(".") == 2}
     flags = {*FLAGS, "--opts", "--eval", "--pretrained"}
-    for table in (published_flags._VALUED, published_flags._SWITCHES):
+    for table in (published._VALUED, published._SWITCHES):
         for name in table:
             ours = dict(our_spelling([name]))[name]
             assert ours.startswith("(") or ours.split()[0] in flags, name

@@ -8,7 +8,7 @@ import pytest
 
 from data.labels import label_subset
 from data.sources import build_source
-from detection.voc import _voc_list
+from detection.sources.voc import _voc_list
 from tools.propagate import read_list
 from utils.reading import read_bytes, read_text
 

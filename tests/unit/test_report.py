@@ -21,9 +21,9 @@ from engine.run import Run
 from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
 from tools import demo, report
-from tools.parts import charts, looks, page, pictures
+from tools.parts.report import charts, looks, page, pictures
+from tools.parts.report.score_table import COLUMNS
 from tools.parts.run_files import open_run_files
-from tools.parts.score_table import COLUMNS
 from utils.checkpoints import file as checkpoint
 from utils.cli import make_parser, parse
 from utils.config.load import ConfigError, load_config

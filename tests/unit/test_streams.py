@@ -9,7 +9,7 @@ import pytest
 
 from utils import cli
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
 START = "import os, sys; from pathlib import Path; from utils.cli import run_main\n"
 
 

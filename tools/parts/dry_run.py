@@ -24,6 +24,7 @@ from engine.loop import forward_and_backward, seed_step, set_rates
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
+from utils.config.load import leaves
 from utils.schedules import Progress, momentum_at
 
 _SHOWN = 8  # images of the contact sheet
@@ -47,8 +48,9 @@ def dry_run(
     folder = Path(cfg.OUTPUT) / "dry_run" / cfg.NAME
     folder.mkdir(parents=True, exist_ok=True)
     batches = loader.from_step(0, 3)
+    values = dict(leaves(cfg))
     lines = [
-        f"{key} {_value(cfg, key)} ({origin})"
+        f"{key} {values[key]} ({origin})"
         for key, origin in origins.items()
         if origin != "default" and not key.startswith(("LINEAR.", "FINETUNE."))
     ]
@@ -86,14 +88,6 @@ def dry_run(
     return "\n".join(lines) + "\n"
 
 
-def _value(cfg: CfgNode, key: str) -> object:
-    node: object = cfg
-    for name in key.split("."):
-        assert isinstance(node, CfgNode)
-        node = node[name]
-    return node
-
-
 def _step(
     run: Run,
     state: TrainState,
@@ -119,11 +113,10 @@ def _step(
 
 def _views_a_second(cfg: CfgNode, source: Source, recipe: Recipe) -> float:
     """Return the images/s that one core decodes and augments."""
-    one = cfg.clone()
-    one.defrost()
-    one.DATA.NUM_WORKERS = 0
     size = min(len(source), 32)
-    loader = build_loader(one, source, recipe, torch.device("cpu"), global_batch=size)
+    loader = build_loader(
+        _without_workers(cfg), source, recipe, torch.device("cpu"), global_batch=size
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     batches = loader.from_step(0, 3)
@@ -132,6 +125,13 @@ def _views_a_second(cfg: CfgNode, source: Source, recipe: Recipe) -> float:
     count = sum(1 for _ in batches)
     torch.set_num_threads(threads)
     return count * size / (time.perf_counter() - started)
+
+
+def _without_workers(cfg: CfgNode) -> CfgNode:
+    alone = cfg.clone()
+    alone.defrost()
+    alone.DATA.NUM_WORKERS = 0
+    return alone
 
 
 def _disk(source: Source) -> str:
@@ -181,10 +181,8 @@ def _contact_sheet(path: Path, cfg: CfgNode, source: Source, recipe: Recipe) -> 
         source, recipe, global_batch=count, seed=cfg.SEED, device=host, rank=0, world=1
     )
     _, (batch,) = next(iter(loader.from_step(0, 1)))
-    one = cfg.clone()
-    one.defrost()
-    one.DATA.NUM_WORKERS = 0
-    plain = next(iter(evaluation_loader(one, subset(source, batch.indices), host, count)))
+    shown = subset(source, batch.indices)
+    plain = next(iter(evaluation_loader(_without_workers(cfg), shown, host, count)))
     columns = torch.stack([plain.views[0], *batch.views], dim=1)
     titles = ["image", *(f"view {number + 1}" for number in range(len(batch.views)))]
     save_grid(path, columns, titles)

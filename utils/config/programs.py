@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from utils.config.datasets import BUNDLED, CLASS_FOLDERS, DATASETS, DOWNLOADABLE, UNLABELLED
 from utils.config.key import Program, Value
-from utils.config.load import ConfigError, load_with_origins
+from utils.config.load import ConfigError, leaves, load_with_origins
 from utils.config.methods import method_options
 from utils.config.schema import declare
 from utils.config.sections import method_section
@@ -49,8 +49,12 @@ def check_program(program: Program, args: argparse.Namespace, cfg: CfgNode) -> N
             f"DATA.DATASET (--dataset) {cfg.DATA.DATASET!r} has no labels, and this program needs "
             "them; use imagefolder, with a folder for each class"
         )
-    if program == "pretrain" and not (args.eval or args.throughput):
-        check_training(cfg)
+    if program == "pretrain":
+        check_graphs(cfg.TRAIN)
+        if args.dry_run and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("--dry-run: measures one process; start it without torchrun")
+        if not (args.eval or args.throughput):
+            check_training(cfg)
 
 
 def check_data(data: CfgNode) -> None:
@@ -75,13 +79,17 @@ def check_data(data: CfgNode) -> None:
         )
 
 
-def check_training(cfg: CfgNode) -> None:
-    """Refuse what would stop a pretraining at its first step, or after its first epoch."""
-    if cfg.TRAIN.CUDA_GRAPHS and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+def check_graphs(train: CfgNode) -> None:
+    """Refuse CUDA graphs with accumulation in a `TRAIN` section."""
+    if train.CUDA_GRAPHS and train.ACCUMULATION_STEPS > 1:
         raise ConfigError(
             "TRAIN.CUDA_GRAPHS: the gradients of a graph do not outlive a micro-batch; set it to "
             "False, or TRAIN.ACCUMULATION_STEPS (--accumulation-steps) to 1"
         )
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Refuse what would stop a pretraining at its first step, or after its first epoch."""
     _check_queue(cfg)
     if cfg.KNN.EVERY_EPOCHS and cfg.DATA.DATASET in UNLABELLED:
         raise ConfigError(
@@ -129,15 +137,13 @@ def show_config(cfg: CfgNode, origins: Mapping[str, str], program: Program) -> s
     """Return each key that the program reads, its value and where the value comes from."""
     schema = declare(method_options())
     method = method_section(cfg.MODEL.NAME)
+    values = dict(leaves(cfg))
     rows = []
     for key, origin in origins.items():
         sections = key.split(".")
         of_other = len(sections) == 3 and sections[0] == "MODEL"
         of_other = of_other and sections[1] not in (method, "BACKBONE", "BATCHFORMER")
         if program in schema[key].programs and not of_other:
-            node = cfg
-            for section in sections:
-                node = node[section]
-            rows.append((key, str(node) if node != "" else "''", origin))
+            rows.append((key, str(values[key]) if values[key] != "" else "''", origin))
     width = max(len(key) for key, *_ in rows)
     return "\n".join(f"{key:{width}}  {value:24} {origin}" for key, value, origin in rows) + "\n"

@@ -141,7 +141,7 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, o
 
 
 def _backbone(flat: Mapping[str, object], file: Path) -> str:
-    """Return our name of the encoder; MoBY's `swin` has its size in a section of its own."""
+    """Return our name of the encoder; MoBY's `swin` names its size in the section SWIN."""
     encoder = flat.get("MODEL.ENCODER", "swin_tiny")
     if encoder != "swin":
         return str(encoder)

@@ -8,16 +8,20 @@ from pathlib import Path
 
 def version_line() -> str:
     """Return commit, torch and Python in one line; torch is not imported."""
-    return f"synco {_commit()}, torch {_version_of('torch')}, Python {platform.python_version()}"
+    code = commit() or "(no git repository)"
+    return f"synco {code}, torch {_version_of('torch')}, Python {platform.python_version()}"
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+def commit() -> str:
+    """Return the commit of this code, with a + if files differ from it; empty if unknown."""
+    root = Path(__file__).resolve().parents[2]
+    # Untracked files are not looked for: that takes seconds on a slow disk.
+    describe = ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(root), *describe]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "(no git repository)"
+        return ""
     return found.stdout.strip()
 
 

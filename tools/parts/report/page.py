@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tools.parts.charts import Chart, Line, line_chart
-from tools.parts.looks import Strip, Tile
+from tools.parts.report.charts import Chart, Line, line_chart
+from tools.parts.report.looks import Strip, Tile
 from tools.parts.run_files import RunFiles, differences, seconds_as_text
 
 _TEMPLATE = "report.html.j2"

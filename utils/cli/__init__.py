@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn, cast
 
+from utils.cli.parser import Parser, add_which, make_parser, names_nothing
+from utils.cli.streams import guard_streams
 from utils.config.key import Program, Value
 from utils.config.programs import answer_from_config
 from utils.limits import LIMITS, error_number, first_line, worker_failure
 from utils.names import visible
-from utils.parser import Parser, add_which, make_parser, names_nothing
-from utils.streams import guard_streams
 
 __all__ = [
     "Parser",

@@ -9,12 +9,12 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from utils.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
-from utils.lists import LISTS, listing
-from utils.published_flags import our_spelling
-from utils.version import version_line
+from utils.cli.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
+from utils.cli.lists import LISTS, listing
+from utils.cli.published import our_spelling
+from utils.cli.version import version_line
 
 _NEAR = 0.7  # below this similarity a suggestion misleads: `--lr` is not `--help`
 
@@ -49,6 +49,12 @@ class Parser(argparse.ArgumentParser):
     """Refuses what it does not know, with the nearest flag or the spelling of ours."""
 
     section = ""  # of the program in the configuration, for messages: `LINEAR.`
+
+    def __init__(self, **options: Any) -> None:
+        # An abbreviated flag would change its meaning with the next flag of the same beginning.
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
 
     def group(self, title: str) -> argparse._ArgumentGroup:
         """Return the group of `--help` with this title."""
@@ -92,16 +98,15 @@ def make_parser(
 ) -> Parser:
     """Return the parser of the shared flags; with `flags` of --cfg, --opts and those only.
 
-    `renamed` maps a flag to another key: a probe has epochs and a batch size of its own.
+    `renamed` maps a flag to another key, such as the number of epochs of a probe.
     """
     renamed = renamed or {}
     parser = Parser(
         prog=sys.argv[0] if sys.argv[0].endswith(".py") else None,
         usage="%(prog)s --cfg FILE [flags]",
         description=description,
-        allow_abbrev=False,
         formatter_class=_HelpFormatter,
-        conflict_handler="resolve",  # a program may give a shared flag a meaning of its own
+        conflict_handler="resolve",  # a program may define a shared flag again
     )
     if "--epochs" in renamed:
         parser.section = renamed["--epochs"].partition(".")[0] + "."

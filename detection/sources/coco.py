@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.annotations import (
+from detection.sources.annotations import (
     AnnotationError,
     DetectionData,
     Objects,

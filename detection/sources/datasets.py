@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from detection.annotations import AnnotationError, DetectionData
-from detection.coco import read_coco
-from detection.voc import read_voc
+from detection.sources.annotations import AnnotationError, DetectionData
+from detection.sources.coco import read_coco
+from detection.sources.voc import read_voc
 
 
 def read_split(

@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.config.datasets import DATASETS
 from utils.config.methods import backbone_names, method_titles
 
-_RECIPES = Path(__file__).resolve().parent.parent / "configs"
+_RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
 
 def listing(kind: str) -> str:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from detection.annotations import (
+from detection.sources.annotations import (
     AnnotationError,
     DetectionData,
     Objects,

@@ -16,8 +16,8 @@ from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources.base import Source
-from tools.parts.charts import Chart, cloud
-from tools.parts.pictures import nearest
+from tools.parts.report.charts import Chart, cloud
+from tools.parts.report.pictures import nearest
 from utils.randomness import keyed_seed
 
 _SIDE = 144  # pixels of the largest tile

@@ -1,0 +1,1 @@
+"""Detection data sets, read and checked: COCO and Pascal VOC."""
