@@ -70,6 +70,14 @@ def test_a_mistake_is_answered_without_torch_and_leaves_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_measures_one_process_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = answered(tmp_path, "--cfg", DEMO, "--dry-run")
+    assert (ran.returncode, "start it without torchrun" in ran.stderr) == (2, True), ran.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

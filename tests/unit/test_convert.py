@@ -311,6 +311,22 @@ def test_export_takes_what_the_original_evaluates_or_the_network_that_was_asked_
         run(*export, "--which", "teacher")
 
 
+@pytest.mark.parametrize("through", ["import", "export alone"])
+def test_the_card_of_weights_of_others_claims_no_history(through: str, tmp_path: Path) -> None:
+    source, cfg = tmp_path / "resnet18-f37072fd.pth", yaml_file(tmp_path)
+    torch.save(fresh("resnet18", 64).state_dict(), source)
+    if through == "import":
+        run("import", source, "--cfg", cfg, "--output", tmp_path / "ours.pt")
+        source = tmp_path / "ours.pt"
+    run("export", source, "--cfg", cfg, "--to", "huggingface", "--output", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith("---\nlicense: unknown\n")
+    assert "# resnet18" in card
+    assert ("imported from | resnet18-f37072fd.pth" in card) == (through == "import")
+    for invented in ("MoCo", "self-supervised", "epochs", "optimiser", "CC BY-NC", "no labels"):
+        assert invented not in card
+
+
 def test_the_model_card_says_what_was_done_and_measured(tmp_path: Path) -> None:
     folder = our_run(tmp_path)
     (folder / "linear" / "ckpt_00000042").mkdir(parents=True)

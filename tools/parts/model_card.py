@@ -26,6 +26,9 @@ PAPERS = {
     "sit": ("SiT", "2104.03602"),
 }
 
+_LICENCE = "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): no commercial use."
+_FOREIGN = "A backbone that was trained elsewhere; how is not recorded in the file."
+
 
 def write_huggingface(
     folder: Path,
@@ -106,29 +109,29 @@ def model_card(
     which: str,
     results: Mapping[str, Result],
 ) -> str:
-    """Return the card: what it is, how it was trained, what we measured, the licence."""
-    name, _ = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
-    imported, origin = checkpoint.get("imported"), ""
-    if isinstance(imported, Mapping):
-        which = imported.get("which", which)
-        origin = f"Imported from {imported['file']} ({imported['layout']})."
-    tuned = _is_tuned(checkpoint)
-    rows = _training(cfg, checkpoint, "fine-tuned" if tuned else f"the {which} one")
+    """Return the card: what it is, how it was trained, what we measured, the licence.
+
+    Of weights that did not come from a run of ours it states only what the file says.
+    """
+    ours = "imported" not in checkpoint and "framework" in checkpoint
+    rows = _training(cfg, checkpoint, which) if ours else _foreign(cfg, checkpoint, which)
+    title, what = _title(cfg, checkpoint) if ours else (cfg.MODEL.BACKBONE.NAME, _FOREIGN)
+    tags = ["self-supervised-learning"] if ours else []
+    tags += [str(config["model_type"]), *([cfg.MODEL.NAME] if ours else [])]
+    tag_lines = "\n".join(f"- {tag}" for tag in tags)
     no_pooler = ", add_pooling_layer=False" if config["model_type"] in ("vit", "deit") else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
-license: cc-by-nc-4.0
+license: {"cc-by-nc-4.0" if ours else "unknown"}
 library_name: transformers
 pipeline_tag: image-feature-extraction
 tags:
-- self-supervised-learning
-- {config["model_type"]}
-- {cfg.MODEL.NAME}
+{tag_lines}
 ---
 
-# {name} {cfg.MODEL.BACKBONE.NAME}
+# {title}
 
-A backbone pretrained without labels{", then fine-tuned with them" if tuned else ""}. {origin}
+{what}
 
 | | |
 |---|---|
@@ -147,8 +150,37 @@ features = model(pixel_values).{_output(config)}
 
 ## Licence
 
-[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): no commercial use.
+{_LICENCE if ours else "That of the original weights, which the file does not name."}
 """
+
+
+def _title(cfg: CfgNode, checkpoint: Mapping[str, object]) -> tuple[str, str]:
+    """Return the heading of a run of ours, and a sentence about it."""
+    name, _ = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
+    tuned = ", then fine-tuned with them" if _is_tuned(checkpoint) else ""
+    return f"{name} {cfg.MODEL.BACKBONE.NAME}", f"A backbone pretrained without labels{tuned}."
+
+
+def _foreign(cfg: CfgNode, checkpoint: Mapping[str, object], which: str) -> dict[str, str]:
+    """Return the rows of the card's table for weights of others."""
+    imported = checkpoint.get("imported")
+    if isinstance(imported, Mapping):
+        which = imported.get("which", which)
+        origin = {"imported from": f"{imported['file']} ({imported['layout']})"}
+    else:
+        origin = {}
+    # A file of one network does not say that it is an online one.
+    return {**origin, **_network(cfg, "" if which == "online" else f"the {which} one, ")}
+
+
+def _network(cfg: CfgNode, taken: str) -> dict[str, str]:
+    eps = cfg.MODEL.BACKBONE.NORM_EPS
+    norms = f"eps {eps:g}, but before the MLPs the model's own" if eps else "the model's own"
+    return {
+        "network": f"{cfg.MODEL.BACKBONE.NAME}, {taken}without heads",
+        "layer norms": norms,
+        "image size": f"{cfg.DATA.IMG_SIZE}",
+    }
 
 
 def _is_tuned(checkpoint: Mapping[str, object]) -> bool:
@@ -158,14 +190,13 @@ def _is_tuned(checkpoint: Mapping[str, object]) -> bool:
     return any(str(key).startswith("backbone.") for key in keys)
 
 
-def _training(cfg: CfgNode, checkpoint: Mapping[str, object], network: str) -> dict[str, str]:
-    """Return the rows of the card's table."""
+def _training(cfg: CfgNode, checkpoint: Mapping[str, object], which: str) -> dict[str, str]:
+    """Return the rows of the card's table for a run of ours."""
     name, paper = PAPERS.get(cfg.MODEL.NAME, (cfg.MODEL.NAME, ""))
     link = f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
     place = f" ({Path(cfg.DATA.PATH).name})" if cfg.DATA.PATH else ""
-    eps = cfg.MODEL.BACKBONE.NORM_EPS
-    norms = f"eps {eps:g}, but before the MLPs the model's own" if eps else "the model's own"
-    if _is_tuned(checkpoint):
+    tuned = _is_tuned(checkpoint)
+    if tuned:
         node, epochs = cfg.FINETUNE, cfg.FINETUNE.EPOCHS
         labels = f"{node.SUBSET or f'{node.TRAIN_PERCENT:g} %'} of the labels"
         rate = f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}"
@@ -174,10 +205,8 @@ def _training(cfg: CfgNode, checkpoint: Mapping[str, object], network: str) -> d
         labels, rate = "no labels", f"{cfg.OPTIM.BASE_LR:g}"
     return {
         "method": f"{name}{link}",
-        "network": f"{cfg.MODEL.BACKBONE.NAME}, {network}, without heads",
         "data": f"{cfg.DATA.DATASET}{place}, {labels}",
-        "layer norms": norms,
-        "image size": f"{cfg.DATA.IMG_SIZE}",
+        **_network(cfg, "fine-tuned, " if tuned else f"the {which} one, "),
         "epochs": f"{epochs}, {checkpoint.get('step', 'unknown')} steps done",
         "optimiser": f"{node.OPTIM.NAME}, weight decay {node.OPTIM.WEIGHT_DECAY:g}",
         "base learning rate": rate,

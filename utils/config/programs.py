@@ -51,7 +51,7 @@ def check_program(program: Program, args: argparse.Namespace, cfg: CfgNode) -> N
         )
     if program == "pretrain":
         check_graphs(cfg.TRAIN)
-        if args.dry_run and os.environ.get("WORLD_SIZE", "1") != "1":
+        if getattr(args, "dry_run", False) and os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError("--dry-run: measures one process; start it without torchrun")
         if not (args.eval or args.throughput):
             check_training(cfg)
