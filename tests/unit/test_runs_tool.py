@@ -13,6 +13,7 @@ import torch
 from tools import runs
 from tools.parts.run_files import find_runs, open_run_files, seconds_as_text
 from utils import provenance
+from utils.cli.version import commit
 
 
 def make_run(root: Path, tag: str, knn: float, state: str = "done", **status: object) -> Path:
@@ -116,4 +117,4 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert provenance._commit() == ""
+    assert commit() == ""
