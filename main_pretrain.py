@@ -8,7 +8,7 @@ goes on where it stopped.
 import argparse
 
 from utils.cli import Parser, answer_at_once, make_parser, parse, run_main
-from utils.cli.flags import SPECIAL
+from utils.config.flags import SPECIAL
 
 HELD_OUT = (
     "the method's own losses on the val split, every epoch or with --eval [HELD_OUT.EVERY_EPOCHS=1]"

@@ -11,8 +11,8 @@ import pytest
 
 from utils import cli
 from utils.cli import published
-from utils.cli.flags import FLAGS, OF_PRETRAINING
 from utils.cli.published import our_spelling
+from utils.config.flags import FLAGS, OF_PRETRAINING
 
 ROOT = Path(__file__).parents[2]
 PROBE = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}

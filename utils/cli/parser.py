@@ -11,10 +11,10 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from utils.cli.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
 from utils.cli.lists import LISTS, listing
 from utils.cli.published import our_spelling
 from utils.cli.version import version_line
+from utils.config.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
 
 _NEAR = 0.7  # below this similarity a suggestion misleads: `--lr` is not `--help`
 

@@ -14,8 +14,8 @@ from typing import cast
 
 from yacs.config import CfgNode
 
-from utils.cli.flags import FLAGS
 from utils.config import strict_yaml
+from utils.config.flags import FLAGS
 from utils.config.key import Key, Limits, Value
 from utils.config.published import translated
 from utils.config.schema import COMMON_SECTIONS, KEYS, Schema, key_class, plain
