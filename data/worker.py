@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import TypeAlias, TypedDict
+from typing import Protocol, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from data.sources.base import Source
 from utils.randomness import hashed
 
 logger = logging.getLogger("synco")
+
+T = TypeVar("T")
 
 # image (3,H,W), its place, view (3,S,S)
 Cropper: TypeAlias = Callable[[Tensor, int, Tensor], object]
@@ -70,6 +72,39 @@ def loaded_as(request: Request, indices: list[int], failures: list[tuple[str, st
 def replacement(seed: int, epoch: int, index: int, attempt: int, count: int) -> int:
     """Return the index in [0, count) that replaces bad image `index`, fixed by the arguments."""
     return int(hashed(np.array([index]), "replacement", seed, epoch, attempt)[0] % np.uint64(count))
+
+
+class Named(Protocol):
+    """A collection whose items have names."""
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    def name(self, index: int) -> str:
+        """Return a path or another readable name of an item."""
+
+
+def load_or_replace(
+    source: Named,
+    read: Callable[[int], T],
+    seed: int,
+    epoch: int,
+    wanted: int,
+    failures: list[tuple[str, str]],
+) -> tuple[int, T]:
+    """Return an index and what `read` gives for it: `wanted`, or its replacement if that fails.
+
+    Every failure is noted as (name, reason).
+    """
+    index = wanted
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return index, read(index)
+        except Exception as error:  # whatever a decoder may raise: the file is bad
+            failures.append((source.name(index), f"{type(error).__name__}: {error}"))
+        index = replacement(seed, epoch, wanted, attempt, len(source))
+    last = failures[-1]
+    raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {last}")
 
 
 class Fetcher(Dataset[Fetched]):
@@ -131,17 +166,14 @@ class Fetcher(Dataset[Fetched]):
 
         `read` may replace the source's `load`.
         """
-        index, read = wanted, read or self.source.load
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                return index, read(index)
-            except Exception as error:  # whatever a decoder may raise: the file is bad
-                failures.append((self.source.name(index), f"{type(error).__name__}: {error}"))
-            if self.seed is None:
-                return index, None
-            index = replacement(self.seed, epoch, wanted, attempt, len(self.source))
-        last = failures[-1]
-        raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {last}")
+        read = read or self.source.load
+        if self.seed is not None:
+            return load_or_replace(self.source, read, self.seed, epoch, wanted, failures)
+        try:
+            return wanted, read(wanted)
+        except Exception as error:  # whatever a decoder may raise: the file is bad
+            failures.append((self.source.name(wanted), f"{type(error).__name__}: {error}"))
+            return wanted, None
 
     def _cropper(self, request: Request, number: int) -> Cropper:
         """Return what crops an image for the sample at a place of the request into its view.

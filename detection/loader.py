@@ -1,32 +1,28 @@
 """Training batches and test images of a detector: keyed flips and resizes, of different sizes."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from data import loader as batches
-from data.augment.base import sample_keys
 from data.batch import Batch
-from data.sampler import BatchPlan, Request, RequestSampler
-from data.worker import BadImages, BadImagesError, replacement
+from data.dense import DenseLoader, TrainingSamples, samples_in_order
+from data.sampler import BatchPlan
+from data.worker import Loaded
 from detection.sources.annotations import DetectionData, Objects
 from utils import distributed
 from utils.randomness import uniform
 
 _FLIP, _SIZE = 1, 2  # streams of draws, see utils.randomness
 _FINER = 3  # odd, so that a pixel's centre is one of the finer pixels' centre
-_ATTEMPTS = 20  # replacements for one image before giving up
 
 Target = dict[str, Tensor]
+Samples = list[tuple[Tensor, Target]]
 
 
 @dataclass(frozen=True)
@@ -116,90 +112,49 @@ def rasterise(
     return mask
 
 
-class TrainingImages(Dataset[dict[str, Any]]):
-    """Turn a request into images and targets; every draw is keyed by (seed, epoch, index)."""
+@dataclass(frozen=True)
+class Augmentation:
+    """Flip and resize a training image with its objects, drawn by the sample's key."""
 
-    def __init__(self, data: DetectionData, resizing: Resizing, seed: int, masks: bool) -> None:
-        self.data, self.resizing, self.seed, self.masks = data, resizing, seed, masks
+    resizing: Resizing
+    masks: bool
 
-    def __getitem__(self, request: Request) -> dict[str, Any]:
-        """Load the images of a request; an unreadable one is replaced by one that the key fixes."""
-        failures: list[tuple[str, str]] = []
-        samples = [self._sample(request.epoch, int(index), failures) for index in request.indices]
-        return {
-            "images": [image for _, image, _ in samples],
-            "targets": [target for _, _, target in samples],
-            "indices": torch.tensor([index for index, _, _ in samples]),
-            "epoch": request.epoch,
-            "failures": failures,
-        }
-
-    def _sample(
-        self, epoch: int, wanted: int, failures: list[tuple[str, str]]
-    ) -> tuple[int, Tensor, Target]:
-        index = wanted
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                image = self.data.load(index)
-            except Exception as error:  # whatever a decoder may raise: the file is bad
-                failures.append((self.data.name(index), f"{type(error).__name__}: {error}"))
-                index = replacement(self.seed, epoch, wanted, attempt, len(self.data))
-            else:
-                return index, *self._augment(image, self.data.objects[index], epoch, wanted)
-        raise BadImagesError(
-            f"{_ATTEMPTS} images in a row cannot be read, the last is {failures[-1]}"
-        )
-
-    def _augment(
-        self, image: Tensor, objects: Objects, epoch: int, key: int
-    ) -> tuple[Tensor, Target]:
-        keys = sample_keys(self.seed, epoch, np.array([key]), 0)
+    def __call__(self, image: Tensor, objects: Objects, key: np.ndarray) -> tuple[Tensor, Target]:
+        """Return the image, uint8, and its target."""
         old = (image.shape[1], image.shape[2])
-        new = self.resizing.shape(*old, choice=float(uniform(keys, _SIZE)[0]))
-        flipped = bool(uniform(keys, _FLIP)[0] < self.resizing.flip)
+        new = self.resizing.shape(*old, choice=float(uniform(key, _SIZE)[0]))
+        flipped = bool(uniform(key, _FLIP)[0] < self.resizing.flip)
         pixels = resize(image, new)
         target = resized_target(objects, old, new, flipped, self.masks)
         return (pixels.flip(2) if flipped else pixels), target
 
 
-class DetectionLoader:
+class DetectionLoader(DenseLoader[Samples, DetectionBatch]):
     """Endless supply of a run's batches for `engine.loop.fit`: a pure function of (seed, step)."""
 
     def __init__(
         self, data: DetectionData, cfg: CfgNode, *, global_batch: int, device: torch.device
     ) -> None:
-        self.device = device
-        self.workers, self.timeout = cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT
-        accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-        world = distributed.world_size()
-        self.plan = BatchPlan(len(data), global_batch, cfg.SEED, world, accumulation)
-        self.images = TrainingImages(
-            data, Resizing.for_training(cfg.DETECTION), cfg.SEED, cfg.MODEL.RCNN.MASKS
+        augment = Augmentation(Resizing.for_training(cfg.DETECTION), cfg.MODEL.RCNN.MASKS)
+        world, accumulation = distributed.world_size(), cfg.TRAIN.ACCUMULATION_STEPS
+        super().__init__(
+            # images of a batch differ in size: they stay a list
+            TrainingSamples(data, cfg.SEED, augment, collate=list),
+            BatchPlan(len(data), global_batch, cfg.SEED, world, accumulation),
+            device=device,
+            workers=cfg.DATA.NUM_WORKERS,
+            timeout=cfg.DATA.TIMEOUT,
+            max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
         )
-        seen = self.plan.steps_per_epoch * global_batch // world
-        self.bad = BadImages(cfg.DATA.MAX_BAD_FRACTION, seen)
 
-    def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[DetectionBatch]]]:
-        """Yield (step, micro-batches) from `step` up to (not including) `total_steps`."""
-        requests = RequestSampler(self.plan, distributed.rank(), step, total_steps)
-        fetched = batches.fetch_in_order(
-            self.images, requests, self.workers, self.timeout, self.device
-        )
-        with contextlib.closing(fetched):
-            for current in range(step, total_steps):
-                yield (
-                    current,
-                    [self._to_device(next(fetched)) for _ in range(self.plan.accumulation)],
-                )
-
-    def _to_device(self, item: Any) -> DetectionBatch:
-        self.bad.count(item["epoch"], item["failures"])
-        images = [to_float(image, self.device) for image in item["images"]]
+    def finish(self, loaded: Loaded, samples: Samples) -> DetectionBatch:
+        """Copy images and targets to the device."""
+        images = [to_float(image, self.device) for image, _ in samples]
         targets = [
             {name: tensor.to(self.device, non_blocking=True) for name, tensor in target.items()}
-            for target in item["targets"]
+            for _, target in samples
         ]
-        indices = item["indices"]
+        indices = loaded["indices"]
         return DetectionBatch(images, torch.full_like(indices, -1), indices, targets)
 
 
@@ -208,23 +163,13 @@ def to_float(image: Tensor, device: torch.device) -> Tensor:
     return image.to(device, non_blocking=True).float() / 255
 
 
-class _TestImages(Dataset[dict[str, Any]]):
-    """Resized test images; an unreadable one is an error, since evaluations replace nothing."""
+@dataclass(frozen=True)
+class _Prepare:
+    resizing: Resizing
 
-    def __init__(self, data: DetectionData, resizing: Resizing) -> None:
-        self.data, self.resizing = data, resizing
-
-    def __getitem__(self, request: Request) -> dict[str, Any]:
-        (index,) = map(int, request.indices)
-        try:
-            image = self.data.load(index)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            return {
-                "failure": f"cannot read {self.data.name(index)}: {reason}. Repair or remove it"
-            }
+    def __call__(self, image: Tensor, objects: Objects) -> tuple[tuple[int, int], Tensor]:
         size = (image.shape[1], image.shape[2])
-        return {"index": index, "size": size, "image": resize(image, self.resizing.shape(*size))}
+        return size, resize(image, self.resizing.shape(*size))
 
 
 def images_of_test(
@@ -235,14 +180,13 @@ def images_of_test(
     `count` limits them to the first so many on rank 0 (for pictures). Raises `BadImagesError` for
     an image that cannot be read.
     """
-    mine = range(count) if count else range(distributed.rank(), len(data), distributed.world_size())
-    requests = [Request(0, 0, np.array([index])) for index in mine if index < len(data)]
-    images = _TestImages(data, Resizing.for_test(cfg.DETECTION))
-    fetched = batches.fetch_in_order(
-        images, requests, cfg.DATA.NUM_WORKERS, cfg.DATA.TIMEOUT, device
+    samples = samples_in_order(
+        data,
+        _Prepare(Resizing.for_test(cfg.DETECTION)),
+        device=device,
+        workers=cfg.DATA.NUM_WORKERS,
+        timeout=cfg.DATA.TIMEOUT,
+        count=count,
     )
-    with contextlib.closing(fetched):
-        for item in fetched:
-            if "failure" in item:
-                raise BadImagesError(item["failure"])
-            yield item["index"], item["size"], to_float(item["image"], device)
+    for index, (size, image) in samples:
+        yield index, size, to_float(image, device)

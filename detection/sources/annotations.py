@@ -71,6 +71,10 @@ class DetectionData:
         """Read an image as uint8 (3,H,W) RGB."""
         return decode_rgb(self.files[index].read_bytes(), self.max_pixels)
 
+    def sample(self, index: int) -> tuple[Tensor, Objects]:
+        """Read an image and its objects."""
+        return self.load(index), self.objects[index]
+
     def fingerprint(self) -> str:
         """Digest the names of the images and every box and label."""
         names = "\n".join(
