@@ -7,21 +7,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("models", "data", "engine", "evaluation", "utils", "tools", "benchmarks", "detection")
+LIBRARY = ("models", "data", "engine", "evaluation", "utils")
+ROOMS = (*LIBRARY, "tools", "benchmarks", "detection", "segmentation")
 PRODUCT = [
     path
     for pattern in ("*.py", *(f"{room}/**/*.py" for room in ROOMS))
     for path in sorted(ROOT.glob(pattern))
 ]
-PROGRAMS = {"tools", "benchmarks", "detection"}
+PROGRAMS = {"tools", "benchmarks", "detection", "segmentation"}
 FORBIDDEN_ROOMS = {
     "utils": {"models", "data", "engine", "evaluation"} | PROGRAMS,
     "data": {"models", "engine", "evaluation"} | PROGRAMS,
     "models": {"data", "engine", "evaluation"} | PROGRAMS,
     "engine": {"models", "data", "evaluation"} | PROGRAMS,
     "evaluation": {"models", "data"} | PROGRAMS,
-    "tools": {"detection", "benchmarks"},
-    "detection": {"tools", "benchmarks"},
+    "tools": {"detection", "segmentation", "benchmarks"},
+    "detection": {"tools", "benchmarks", "segmentation"},
+    "segmentation": {"tools", "benchmarks", "detection"},
 }
 # every room knows what a batch is; it is three tensors, and knows no data set
 ALLOWED_DATA = "data.batch."
