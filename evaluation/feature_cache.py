@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import Features, SharedFeatures, WholeFeatures
+from evaluation.features import Features, SharedFeatures, WholeFeatures, refuse_non_finite
 from utils.checkpoints.atomic import (
     removed_on_error,
     sha256_of,
@@ -137,10 +137,7 @@ def _fill(file: BinaryIO, features: Features, chunks: Iterator[Tensor]) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(features), features.width)}
     np.lib.format.write_array_header_1_0(file, header)
     for chunk in chunks:
-        if not torch.isfinite(chunk).all():
-            raise ValueError(
-                "the features hold NaN or infinity; the backbone has diverged or lacks weights"
-            )
+        refuse_non_finite(chunk)
         file.write(np.ascontiguousarray(chunk.cpu().numpy(), dtype="<f4").data)
 
 

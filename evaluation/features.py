@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from utils.distributed import gather_rows, gather_uneven, rank, world_size
+from utils.progress import Counter
 
 _CHUNK_BYTES = 1 << 26  # of features on the device at a time
 _TILE_ELEMENTS = 1 << 24  # of similarities, 64 MiB
@@ -142,6 +143,22 @@ class WholeFeatures(Features):
         rows = self.chosen[chosen] if len(self.chosen) else chosen
         labels, indices = self.labels[chosen], self.indices[chosen]
         return WholeFeatures(self.rows, labels, indices, self.device, rows, self.before_reading)
+
+
+def counted(title: str, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+    """Yield the batches and say how many of their `total` images are done."""
+    with Counter(title, total) as counter:
+        for batch in batches:
+            yield batch
+            counter.update(counter.done + len(batch.indices))
+
+
+def refuse_non_finite(features: Tensor) -> None:
+    """Raise `ValueError` if features hold NaN or infinity."""
+    if not torch.isfinite(features).all():
+        raise ValueError(
+            "the features hold NaN or infinity; the backbone has diverged or lacks weights"
+        )
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import TextIO
 
 logger = logging.getLogger("synco")
 
 _SECONDS = 1.0  # between two drawings
+_LOG_SECONDS = 30.0  # between two log lines where there is no terminal
 _WIPE = "\r\x1b[K"
 
 
@@ -69,6 +71,58 @@ class ProgressLine:
             os.write(self._stream.fileno(), text.encode())
         except (OSError, ValueError):
             self._closed.set()
+
+
+class Counter:
+    """Say how far a loop is: a line that moves on a terminal, a log line now and then elsewhere."""
+
+    def __init__(
+        self, title: str, total: int, unit: str = "images", stream: TextIO | None = None
+    ) -> None:
+        """Count up to `total`; `unit` names what is counted. Draws on standard error if no other.
+
+        Use it in a `with` block, which wipes the line.
+        """
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
+        self._first: tuple[float, int] | None = None
+        self._line = ProgressLine(self.text, stream)
+        self._silent = is_terminal(sys.stderr if stream is None else stream)
+        self._next = time.monotonic() + _LOG_SECONDS
+
+    def __enter__(self) -> "Counter":
+        """Begin to draw."""
+        self._line.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wipe the line."""
+        self._line.close()
+
+    def update(self, done: int) -> None:
+        """Note that so many are done."""
+        now = time.monotonic()
+        # the pace is measured from here: what came before is the start of the workers
+        self._first = self._first or (now, done)
+        self.done = done
+        if not self._silent and now >= self._next:
+            self._next = now + _LOG_SECONDS
+            share = f"{done:,} of {self.total:,} {self.unit} ({done / max(self.total, 1):.0%})"
+            logger.info("%s: %s", self.title, ", ".join([share, *self._pace(now)]))
+
+    def text(self, columns: int) -> str:
+        """Return the line for a terminal of so many columns."""
+        fields = [f"{self.done:,}/{self.total:,} {self.unit}", *self._pace(time.monotonic())]
+        return progress_text(self.title, self.done / max(self.total, 1), fields, columns)
+
+    def _pace(self, now: float) -> list[str]:
+        """Return rate and time left, once there is a pace."""
+        start, first = self._first or (now, self.done)
+        if now <= start or self.done <= first:
+            return []
+        rate = (self.done - first) / (now - start)
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        left = format_duration((self.total - self.done) / rate)
+        return [f"{shown} {self.unit}/s", f"{left} left"]
 
 
 def progress_text(head: str, fraction: float, fields: list[str], columns: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from utils import progress
-from utils.progress import ProgressLine, format_duration, progress_text
+from utils.progress import Counter, ProgressLine, format_duration, progress_text
 
 FIELDS = ["120/1860", "loss 4.29", "1,096 img/s", "data 4 %", "ETA 0:01:34"]
 
@@ -92,3 +92,47 @@ def test_the_text_fits_and_keeps_the_time_left_longest(columns: int) -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_a_loop_shows_its_pace_from_its_first_result_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 110.0, 110.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    counter = Counter("features", 4000, stream=io.StringIO())
+    counter.update(64)  # after 100 s in which workers started
+    counter.update(1064)
+    assert (
+        counter.text(100)
+        == "features [########......................] 1,064/4,000 images  100 images/s  0:00:29 left"
+    )
+
+
+def test_a_loop_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    caplog.set_level("INFO", "synco")
+    with Counter("packing", 1000, stream=io.StringIO()) as counter:
+        for now in range(100):
+            counter.update(now * 10 + 10)
+    assert caplog.messages == [
+        "packing: 310 of 1,000 images (31%), 10 images/s, 0:01:09 left",
+        "packing: 610 of 1,000 images (61%), 10 images/s, 0:00:39 left",
+        "packing: 910 of 1,000 images (91%), 10 images/s, 0:00:09 left",
+    ]
+
+
+def test_a_loop_on_a_terminal_logs_nothing(
+    terminal: tuple[int, io.TextIOWrapper],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    caplog.set_level("INFO", "synco")
+    with Counter("packing", 50, "files", terminal[1]) as counter:
+        counter.update(20)
+        text = ""
+        while "packing [" not in text or "20/50 files" not in text:
+            text += os.read(terminal[0], 1000).decode()
+    assert not caplog.messages

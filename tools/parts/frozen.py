@@ -36,14 +36,16 @@ class FrozenBackbone:
         return folder
 
 
-def open_frozen(args: argparse.Namespace, flags: Mapping[str, Value]) -> FrozenBackbone:
+def open_frozen(
+    args: argparse.Namespace, flags: Mapping[str, Value], needs_path: bool = True
+) -> FrozenBackbone:
     """Build the backbone that the flags name, on `args.pretrained` or the run's newest weights.
 
     Raises `ValueError` without data path or weights.
     """
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     setup_logger(None, is_main=True)
-    if not cfg.DATA.PATH:
+    if needs_path and not cfg.DATA.PATH:
         raise ValueError("DATA.PATH (--data-path) is empty: name the folder of the data")
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     run = Run(cfg, Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG, choose_device(cfg.DEVICE))

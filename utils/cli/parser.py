@@ -127,6 +127,7 @@ def make_parser(
     )
     if flags is None:
         _add_special(parser)
+    _add_lists(parser)
     return parser
 
 
@@ -167,6 +168,16 @@ def _add_special(parser: Parser) -> None:
         "--throughput", action="store_true", help="measure the backbone's images/s"
     )
     special.add_argument(
+        "--show-config", action="store_true", help="each value, and where it comes from"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+
+
+def _add_lists(parser: Parser) -> None:
+    special = parser.group(SPECIAL)
+    special.add_argument(
         "--list",
         action=_List,
         choices=list(LISTS),
@@ -175,17 +186,11 @@ def _add_special(parser: Parser) -> None:
         help=", ".join(LISTS),
     )
     special.add_argument(
-        "--show-config", action="store_true", help="each value, and where it comes from"
-    )
-    special.add_argument(
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="of code and torch"
     )
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
 
 
-def add_which(parser: argparse.ArgumentParser) -> None:
+def add_which(parser: argparse._ActionsContainer) -> None:
     """Add the flag that says which network of a file of several is meant."""
     parser.add_argument(
         "--which",
