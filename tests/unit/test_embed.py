@@ -119,7 +119,7 @@ def test_weights_of_elsewhere_name_their_network(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = (run / "student.pth").rename("student.pth")
-    with pytest.raises(ValueError, match="--pretrained: name .* --backbone NAME"):
+    with pytest.raises(ValueError, match=r"--pretrained: name .* --backbone NAME"):
         embedded(monkeypatch, "--pretrained", weights)
     words = ["--backbone", "resnet8", "--opts", "MODEL.BACKBONE.STEM=cifar_stride2"]
     words += ["--img-size", "16", "--workers", "0"]
