@@ -34,7 +34,25 @@ RCNN = {
     "RPN_BATCH": Key(256, "anchors an image that the proposal loss samples", least=1),
     "ROI_BATCH": Key(512, "proposals an image that the loss of the head samples", least=1),
     "PYRAMID_WIDTH": Key(256, "channels of the maps of fpn and pyramid", least=1),
-    "HEAD_WIDTH": Key(1024, "of the two layers of the box head of fpn and pyramid", least=1),
+    "BOX_HEAD": Key(
+        "2fc",
+        "fpn, pyramid: 2fc, two layers | 4conv1fc, four convolutions with batch norm and a layer",
+        choices=("2fc", "4conv1fc"),
+    ),
+    "HEAD_WIDTH": Key(1024, "of the layers of the box head of fpn and pyramid", least=1),
+    "MASK_NORM": Key(False, "fpn, pyramid: batch norms in the mask head"),
+    "ALIGNED": Key(
+        False,
+        "RoIAlign with the half-pixel shift and as many samples as a region has cells of the map "
+        "(published); False: as torchvision's own detectors",
+    ),
+    "RPN_LEAST_IOU": Key(0.0, "of an object's best anchor, or it is not matched", most=0.7),
+    "RPN_LOSS": Key("smooth_l1", "of boxes: smooth_l1 (beta 1/9) | l1", choices=("smooth_l1", "l1")),
+    "BOX_LOSS": Key(
+        "smooth_l1",
+        "of the head: smooth_l1 (beta 1/9) | l1 | giou, ten times that of the decoded boxes",
+        choices=("smooth_l1", "l1", "giou"),
+    ),
     "SCORE_THRESH": Key(0.05, "smallest score of a detection"),
     "MAX_DETECTIONS": Key(100, "of an image"),
 }
@@ -109,6 +127,7 @@ def load_detection_config(
         raise ConfigError(
             "MODEL.RCNN.MASKS: True, but Pascal VOC's XML has boxes only; set it to False"
         )
+    _check_heads(rcnn)
     if rcnn.NECK != "c4" and len(rcnn.ANCHOR_SIZES) != 5:
         raise ConfigError(
             f"MODEL.RCNN.ANCHOR_SIZES: {rcnn.ANCHOR_SIZES}; {rcnn.NECK} has 5 levels, give 5"
@@ -119,6 +138,24 @@ def load_detection_config(
             f"{detection.MAX_ITER}; choose a divisor, or 0 to evaluate at the end only"
         )
     return cfg
+
+
+def _check_heads(rcnn: CfgNode) -> None:
+    if rcnn.NECK == "c4":
+        for key, only in (("BOX_HEAD", "2fc"), ("MASK_NORM", False)):
+            if rcnn[key] != only:
+                raise ConfigError(
+                    f"MODEL.RCNN.{key}: {rcnn[key]!r}, but stage 5 is the head of NECK c4; set it "
+                    f"to {only!r}, or NECK to fpn"
+                )
+    if rcnn.MASK_NORM and not rcnn.MASKS:
+        raise ConfigError("MODEL.RCNN.MASK_NORM: True without masks; set it to False or MASKS True")
+    for key in ("BOX_HEAD", "MASK_NORM"):
+        if rcnn.NORM == "frozen" and rcnn[key] in ("4conv1fc", True):
+            raise ConfigError(
+                f"MODEL.RCNN.{key}: {rcnn[key]!r} has new batch norms, which MODEL.RCNN.NORM "
+                "'frozen' would leave untrained; set NORM to sync or batch"
+            )
 
 
 def _check_sizes(detection: CfgNode) -> None:

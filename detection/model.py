@@ -6,14 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import roi_heads
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 from yacs.config import CfgNode
 
 from detection.backbones import (
@@ -28,6 +22,8 @@ from detection.backbones import (
     resize_positions,
     swin_widths,
 )
+from detection.heads import build_c4_heads, build_pyramid_heads
+from detection.proposals import build_proposals
 from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
 from models.weights.load import load_network
@@ -37,7 +33,7 @@ from utils.config.sections import section_options
 logger = logging.getLogger("synco")
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in pretraining
-_RATIOS = (0.5, 1.0, 2.0)
+_FIRST_STRIDES = {"imagenet": 4, "cifar": 1, "cifar_stride2": 2}  # of a ResNet's stems
 _NECKS_OF = {"resnet": ("fpn", "c4"), "swin": ("fpn",), "vit": ("pyramid",)}
 
 
@@ -73,77 +69,6 @@ class Detector(GeneralizedRCNN):
         """Do nothing: no target follows a detector's step."""
 
 
-# torchvision's box coder gives boxes the type of what a head put out. Under autocast that would be
-# bfloat16, in which numbers above 512 are multiples of 4: so these heads put out float32.
-
-
-class _RPNHead(RPNHead):
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
-
-
-class _BoxPredictor(FastRCNNPredictor):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = super().forward(x)
-        return logits.float(), deltas.float()
-
-
-class _MaskPredictor(MaskRCNNPredictor):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).float()
-
-
-class C4Heads(roi_heads.RoIHeads):
-    """RoI heads whose boxes and masks share the fifth stage, as in Detectron2's Res5ROIHeads.
-
-    `box_head` maps regions to (R,F,7,7); boxes see its mean, masks the map itself.
-    """
-
-    def forward(self, features: Any, proposals: Any, image_shapes: Any, targets: Any = None) -> Any:
-        """Return (detections, losses), one of them empty."""
-        if self.training:
-            proposals, matched, labels, regression = self.select_training_samples(
-                proposals, targets
-            )
-        maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        logits, deltas = self.box_predictor(maps.mean(dim=(2, 3)))
-        if not self.training:
-            return self._detect(features, (logits, deltas), proposals, image_shapes), {}
-        class_loss, box_loss = roi_heads.fastrcnn_loss(logits, deltas, labels, regression)
-        losses = {"loss_classifier": class_loss, "loss_box_reg": box_loss}
-        if self.has_mask():
-            shown = [(label > 0).nonzero().flatten() for label in labels]
-            losses["loss_mask"] = roi_heads.maskrcnn_loss(
-                self.mask_predictor(maps[torch.cat(labels) > 0]),
-                [boxes[rows] for boxes, rows in zip(proposals, shown, strict=True)],
-                [target["masks"] for target in targets],
-                [target["labels"] for target in targets],
-                [match[rows] for match, rows in zip(matched, shown, strict=True)],
-            )
-        return [], losses
-
-    def _detect(
-        self, features: Any, predictions: Any, proposals: Any, shapes: Any
-    ) -> list[dict[str, Tensor]]:
-        found = self.postprocess_detections(*predictions, proposals, shapes)
-        results = [
-            {"boxes": boxes, "scores": scores, "labels": labels}
-            for boxes, scores, labels in zip(*found, strict=True)
-        ]
-        if self.has_mask():
-            regions = self.box_roi_pool(features, [result["boxes"] for result in results], shapes)
-            logits = self.mask_predictor(self.box_head(regions))
-            masks = roi_heads.maskrcnn_inference(logits, [result["labels"] for result in results])
-            for result, mask in zip(results, masks, strict=True):
-                result["masks"] = mask
-        return results
-
-    def has_mask(self) -> bool:
-        """Tell whether there is a mask branch: here one layer on the shared maps."""
-        return self.mask_predictor is not None
-
-
 def build_detector(
     cfg: CfgNode, num_classes: int, weights: Path | None, which: str = ""
 ) -> Detector:
@@ -161,9 +86,11 @@ def build_detector(
             f"use {' or '.join(_NECKS_OF[kind])}"
         )
     norm = nn.BatchNorm2d if kind == "resnet" else None
+    strides = _strides(body, kind, cfg.MODEL.BACKBONE.STEM)
     if rcnn.NECK == "c4":
         trunk: Any = C4Trunk(body)
-        heads = _c4_heads(rcnn, Stage5(body, norm if rcnn.EXTRA_NORM else None), num_classes)
+        stage5 = Stage5(body, norm if rcnn.EXTRA_NORM else None)
+        heads = build_c4_heads(rcnn, stage5, stage5.out_channels, strides[2], num_classes)
     else:
         if kind == "vit":
             resize_positions(body, canvas)
@@ -174,13 +101,23 @@ def build_detector(
             widths = [info["num_chs"] for info in cast(Any, body).feature_info[1:]]
             fpn_norm = norm if rcnn.NORM != "frozen" else None
             trunk = Pyramid(ResNetTrunk(body), widths, rcnn.PYRAMID_WIDTH, fpn_norm)
-        heads = _pyramid_heads(rcnn, num_classes)
-    detector = Detector(trunk, _proposals(rcnn, trunk.out_channels), heads, Canvas(canvas))
+        heads: nn.Module = build_pyramid_heads(rcnn, strides, num_classes)
+    detector = Detector(trunk, build_proposals(rcnn, trunk.out_channels), heads, Canvas(canvas))
     if rcnn.NORM == "frozen":
         freeze_batch_norms(detector)
     elif rcnn.NORM == "sync":
         convert_sync_batch_norm(detector)
     return detector
+
+
+def _strides(body: Any, kind: str, stem: str) -> list[int]:
+    """Return the strides of the four maps."""
+    if kind == "resnet":
+        first = _FIRST_STRIDES[stem]
+    else:
+        patch = body.patch_embed.patch_size[0]
+        first = patch if kind == "swin" else patch // 4  # a ViT's pyramid enlarges fourfold
+    return [first << level for level in range(4)]
 
 
 def pretrained_body(cfg: CfgNode, weights: Path | None, which: str = "") -> Backbone:
@@ -199,59 +136,3 @@ def pretrained_body(cfg: CfgNode, weights: Path | None, which: str = "") -> Back
     if weights is not None:
         logger.info(load_network(body, read_torch(weights), str(weights), which))
     return body
-
-
-def _proposals(rcnn: CfgNode, width: int) -> RegionProposalNetwork:
-    sizes = tuple(map(int, rcnn.ANCHOR_SIZES))
-    levels = (sizes,) if rcnn.NECK == "c4" else tuple((size,) for size in sizes)
-    anchors = AnchorGenerator(levels, (_RATIOS,) * len(levels))
-    return RegionProposalNetwork(
-        anchors,
-        _RPNHead(width, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=rcnn.RPN_BATCH,
-        positive_fraction=0.5,
-        pre_nms_top_n=dict(zip(("training", "testing"), rcnn.RPN_PRE_NMS, strict=True)),
-        post_nms_top_n=dict(zip(("training", "testing"), rcnn.RPN_POST_NMS, strict=True)),
-        nms_thresh=0.7,
-    )
-
-
-def _head_options(rcnn: CfgNode) -> dict[str, Any]:
-    return {
-        "fg_iou_thresh": 0.5,
-        "bg_iou_thresh": 0.5,
-        "batch_size_per_image": rcnn.ROI_BATCH,
-        "positive_fraction": 0.25,
-        "bbox_reg_weights": None,  # Faster R-CNN's
-        "score_thresh": rcnn.SCORE_THRESH,
-        "nms_thresh": 0.5,
-        "detections_per_img": rcnn.MAX_DETECTIONS,
-    }
-
-
-def _c4_heads(rcnn: CfgNode, stage5: Stage5, num_classes: int) -> C4Heads:
-    pool = MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0)
-    width = stage5.out_channels
-    predictor = _BoxPredictor(width, num_classes + 1)
-    masks = _MaskPredictor(width, 256, num_classes + 1) if rcnn.MASKS else None
-    return C4Heads(pool, stage5, predictor, **_head_options(rcnn), mask_predictor=masks)
-
-
-def _pyramid_heads(rcnn: CfgNode, num_classes: int) -> roi_heads.RoIHeads:
-    levels, width = ["0", "1", "2", "3"], rcnn.PYRAMID_WIDTH
-    masks: dict[str, Any] = {}
-    if rcnn.MASKS:
-        masks = {
-            "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
-            "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
-            "mask_predictor": _MaskPredictor(width, width, num_classes + 1),
-        }
-    return roi_heads.RoIHeads(
-        MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
-        TwoMLPHead(width * 7 * 7, rcnn.HEAD_WIDTH),
-        _BoxPredictor(rcnn.HEAD_WIDTH, num_classes + 1),
-        **_head_options(rcnn),
-        **masks,
-    )

@@ -71,9 +71,13 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
 
     LARS always exempts one-dimensional parameters; the others only with `EXCLUDE_1D`.
     `EXCLUDE_TOKENS` adds class tokens, positions and relative position tables, which the
-    published MoBY code (arXiv:2105.04553) decays.
+    published MoBY code (arXiv:2105.04553) decays. `EXCLUDE_RULE` "norms" is the rule of Swin's
+    detectors and segmenters (arXiv:2103.14030): names with "norm", tables and positions, but
+    neither biases nor the batch norms of heads, whose names hold no "norm".
     """
-    exempt_1d = node.EXCLUDE_1D or node.NAME == "lars"
+    by_name = node.EXCLUDE_RULE == "norms"
+    exempt_1d = (node.EXCLUDE_1D and not by_name) or node.NAME == "lars"
+    exempt_tokens = node.EXCLUDE_TOKENS or by_name
     decay: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -81,7 +85,8 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
             continue
         is_1d = parameter.ndim <= 1 or name.endswith(".bias")
         is_token = name.rsplit(".", 1)[-1] in _TOKENS
-        no_decay = (exempt_1d and is_1d) or (node.EXCLUDE_TOKENS and is_token)
+        no_decay = (exempt_1d and is_1d) or (exempt_tokens and is_token)
+        no_decay = no_decay or (by_name and "norm" in name)
         (exempt if no_decay else decay).append(parameter)
     groups: list[Group] = [
         {"params": decay},

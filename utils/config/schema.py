@@ -96,6 +96,12 @@ def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
         "WEIGHT_DECAY_END": Key(0.0, "weight decay at the last step, by a cosine; 0: constant"),
         "EXCLUDE_1D": Key(False, "no weight decay, and no LARS scaling, for biases and norms"),
         "EXCLUDE_TOKENS": Key(False, "no weight decay for class tokens and positions"),
+        "EXCLUDE_RULE": Key(
+            "1d",
+            "1d: the two keys above decide | norms: no decay for names with `norm`, tokens and "
+            "positions, but for biases (Swin's detectors)",
+            choices=("1d", "norms"),
+        ),
         "MOMENTUM": Key(0.9, "momentum of SGD and LARS", most=1.0),
         "NESTEROV": Key(False, "Nesterov momentum of SGD"),
         "BETAS": Key([0.9, 0.999], "betas of AdamW", most=0.999999, entries=(2, 2)),
@@ -120,9 +126,9 @@ def _schedule(per_epoch: bool = False) -> dict[str, Key]:
 
 
 def _linear() -> dict[str, Key | Tree]:
-    # LRS replaces BASE_LR; the two exemptions have no meaning for one matrix and one bias
+    # LRS replaces BASE_LR; the exemptions have no meaning for one matrix and one bias
     optimizer = _optimizer(weight_decay=0.0)
-    for name in ("BASE_LR", "EXCLUDE_1D", "EXCLUDE_TOKENS"):
+    for name in ("BASE_LR", "EXCLUDE_1D", "EXCLUDE_TOKENS", "EXCLUDE_RULE"):
         del optimizer[name]
 
     return {
