@@ -47,7 +47,9 @@ RCNN = {
         "(published); False: as torchvision's own detectors",
     ),
     "RPN_LEAST_IOU": Key(0.0, "of an object's best anchor, or it is not matched", most=0.7),
-    "RPN_LOSS": Key("smooth_l1", "of boxes: smooth_l1 (beta 1/9) | l1", choices=("smooth_l1", "l1")),
+    "RPN_LOSS": Key(
+        "smooth_l1", "of boxes: smooth_l1 (beta 1/9) | l1", choices=("smooth_l1", "l1")
+    ),
     "BOX_LOSS": Key(
         "smooth_l1",
         "of the head: smooth_l1 (beta 1/9) | l1 | giou, ten times that of the decoded boxes",

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -22,7 +21,7 @@ from detection.backbones import (
     resize_positions,
     swin_widths,
 )
-from detection.heads import build_c4_heads, build_pyramid_heads
+from detection.heads import RegionHeads, build_c4_heads, build_pyramid_heads
 from detection.proposals import build_proposals
 from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
@@ -90,7 +89,9 @@ def build_detector(
     if rcnn.NECK == "c4":
         trunk: Any = C4Trunk(body)
         stage5 = Stage5(body, norm if rcnn.EXTRA_NORM else None)
-        heads = build_c4_heads(rcnn, stage5, stage5.out_channels, strides[2], num_classes)
+        heads: RegionHeads = build_c4_heads(
+            rcnn, stage5, stage5.out_channels, strides[2], num_classes
+        )
     else:
         if kind == "vit":
             resize_positions(body, canvas)
@@ -101,7 +102,7 @@ def build_detector(
             widths = [info["num_chs"] for info in cast(Any, body).feature_info[1:]]
             fpn_norm = norm if rcnn.NORM != "frozen" else None
             trunk = Pyramid(ResNetTrunk(body), widths, rcnn.PYRAMID_WIDTH, fpn_norm)
-        heads: nn.Module = build_pyramid_heads(rcnn, strides, num_classes)
+        heads = build_pyramid_heads(rcnn, strides, num_classes)
     detector = Detector(trunk, build_proposals(rcnn, trunk.out_channels), heads, Canvas(canvas))
     if rcnn.NORM == "frozen":
         freeze_batch_norms(detector)

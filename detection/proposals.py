@@ -38,9 +38,7 @@ class _Matcher(Matcher):
         matches = super().__call__(match_quality_matrix)
         best = match_quality_matrix.max(dim=0).values
         # torchvision takes an object's best anchor however small the overlap is
-        return torch.where(
-            (matches >= 0) & (best < self.least), self.BELOW_LOW_THRESHOLD, matches
-        )
+        return torch.where((matches >= 0) & (best < self.least), self.BELOW_LOW_THRESHOLD, matches)
 
 
 class Proposals(RegionProposalNetwork):
