@@ -1,0 +1,1 @@
+"""Read the layouts of segmentation data sets."""
