@@ -19,9 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
-from utils.cli.flags import DATA, RUN
-
 from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
+from utils.config.flags import DATA, RUN
 
 FLAGS = (
     "--data-path",
