@@ -74,6 +74,16 @@ DETECTION = {
         0, "side of the square that images are padded to; 0 (ResNet): as small as possible"
     ),
     "FLIP": Key(0.5, "probability", most=1.0),
+    "CROP": Key(0.0, "probability of a crop before the resize (Swin); 0: none", most=1.0),
+    "CROP_SIZES": Key(
+        [400, 500, 600],
+        "of the shorter side in whose pixels a crop is drawn, one drawn an image",
+        least=1,
+        entries=(1, 1 << 10),
+    ),
+    "CROP_RANGE": Key(
+        [384, 600], "least and most pixels of a crop's side", least=1, entries=(2, 2)
+    ),
     "MAX_ITER": Key(90000, "iterations of the training", least=1),
     "STEPS": Key([60000, 80000], "iterations after which the rate is multiplied by GAMMA"),
     "GAMMA": Key(0.1, "see STEPS"),
@@ -161,7 +171,14 @@ def _check_heads(rcnn: CfgNode) -> None:
 
 
 def _check_sizes(detection: CfgNode) -> None:
-    largest = max(*detection.MIN_SIZES, detection.TEST_SIZE)
+    cropped = detection.CROP_SIZES if detection.CROP else []
+    least, most = detection.CROP_RANGE
+    if least > most:
+        raise ConfigError(
+            f"DETECTION.CROP_RANGE: {detection.CROP_RANGE} starts above its end; give the smaller "
+            f"number first, [{most}, {least}]"
+        )
+    largest = max(*detection.MIN_SIZES, *cropped, detection.TEST_SIZE)
     if largest > detection.MAX_SIZE:
         raise ConfigError(
             f"DETECTION.MAX_SIZE: {detection.MAX_SIZE} is below the shorter side's {largest}; "

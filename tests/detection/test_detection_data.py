@@ -12,6 +12,7 @@ import pytest
 import shapes
 import torch
 
+from detection import augment
 from detection import loader as loading
 from detection.defaults import load_detection_config
 from detection.sources.annotations import AnnotationError, Objects
@@ -217,7 +218,7 @@ def test_boxes_masks_and_pixels_move_together(coco_root: Path) -> None:
 @pytest.mark.parametrize("flipped", [False, True])
 def test_an_image_without_objects_has_no_boxes_and_no_masks(flipped: bool) -> None:
     nothing = Objects(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
-    target = loading.resized_target(nothing, (40, 60), (20, 30), flipped, masks=True)
+    target = augment.resized_target(nothing, (40, 60), (20, 30), flipped, masks=True)
     assert {name: tuple(tensor.shape) for name, tensor in target.items()} == {
         "boxes": (0, 4),
         "labels": (0,),
@@ -298,7 +299,7 @@ def test_a_pixel_is_in_the_mask_if_its_centre_is_in_the_polygon(label: int) -> N
     for _ in range(5):
         x, y, side = rng.uniform(0, 20, 3) + np.array([-6, -6, 10])  # some reach out of the image
         corners = shapes.outline(label, x, y, side)
-        ours = loading.rasterise(
+        ours = augment.rasterise(
             (tuple(v for c in corners for v in c),), np.array([2.0, 1.5]), (48, 60)
         )
         scaled = [(2.0 * a, 1.5 * b) for a, b in corners]
@@ -310,6 +311,6 @@ def test_polygons_are_filled_about_as_the_evaluator_fills_them() -> None:
     evaluator = pytest.importorskip("faster_coco_eval").mask
     corners = shapes.outline(1, 11.3, 7.8, 40.2)
     polygon = [v for corner in corners for v in corner]
-    ours = loading.rasterise((tuple(polygon),), np.ones(2), (60, 70)).astype(bool)
+    ours = augment.rasterise((tuple(polygon),), np.ones(2), (60, 70)).astype(bool)
     theirs = evaluator.decode(evaluator.frPyObjects([polygon], 60, 70))[..., 0].astype(bool)
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95
