@@ -45,7 +45,7 @@ from detection.sources.annotations import DetectionData
 from detection.sources.datasets import read_split
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
-from engine.plan import Plan, global_batch_size
+from engine.plan import global_batch_size, iteration_plan
 from engine.run import Run, start_run
 from engine.state import TrainState
 from evaluation.accuracy import measure_throughput
@@ -53,7 +53,7 @@ from evaluation.probe import find_weights, weights_fingerprint
 from models.weights.find import find_network
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch
-from utils.schedules import LearningRate, Progress
+from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
 
@@ -81,7 +81,7 @@ def main() -> int:
     detector = run.prepare(build_detector(cfg, len(train.classes), weights, args.which))
     taken = find_network(read_torch(weights), args.which).taken if weights else "online"
     run.fingerprint = f"{weights_fingerprint(weights, taken)}, data {train.fingerprint()}"
-    plan = make_detection_plan(cfg, global_batch)
+    plan = iteration_plan(cfg.OPTIM, detection, global_batch, cfg.TRAIN.ACCUMULATION_STEPS)
     state = open_state(cfg, run, detector)
     resumed = run.resume(state, plan)
     run.describe(detector, plan, len(train))
@@ -149,36 +149,6 @@ def read(cfg: CfgNode, split: str) -> DetectionData:
         cfg.DATA.DATASET, cfg.DATA.PATH, split, cfg.DETECTION.CLASSES, cfg.MODEL.RCNN.MASKS
     )
     return replace(data, max_pixels=cfg.DATA.MAX_PIXELS)
-
-
-def make_detection_plan(cfg: CfgNode, global_batch: int) -> Plan:
-    """Derive the plan: steps are iterations; the log's epoch is one `EVAL_PERIOD`."""
-
-    optim, detection = cfg.OPTIM, cfg.DETECTION
-    period = detection.EVAL_PERIOD or detection.MAX_ITER
-    scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
-    rate = LearningRate(
-        name="milestones",
-        base=optim.BASE_LR * scale,
-        warmup_start=optim.WARMUP_LR * scale,
-        minimum=0.0,
-        warmup_steps=detection.WARMUP_ITERS,
-        total_steps=detection.MAX_ITER,
-        steps_per_epoch=1,  # so that milestones count iterations
-        milestones=tuple(detection.STEPS),
-        gamma=detection.GAMMA,
-    )
-    return Plan(
-        epochs=detection.MAX_ITER // period,
-        steps_per_epoch=period,
-        global_batch=global_batch,
-        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
-        clip_grad=optim.CLIP_GRAD,
-        rates=(rate,),
-        clip_per_tensor=optim.CLIP_PER_TENSOR,
-        weight_decay=optim.WEIGHT_DECAY,
-        weight_decay_end=optim.WEIGHT_DECAY_END,
-    )
 
 
 def write_result(run: Run, result: Mapping[str, object]) -> None:

@@ -128,3 +128,47 @@ def make_plan(
         optim.WEIGHT_DECAY,
         optim.WEIGHT_DECAY_END,
     )
+
+
+def iteration_plan(
+    optim: CfgNode,
+    node: CfgNode,
+    global_batch: int,
+    accumulation: int = 1,
+    *,
+    schedule: str = "milestones",
+    power: float = 1.0,
+    base_rates: Sequence[float] = (),
+) -> Plan:
+    """Derive a plan that counts iterations, not epochs; the log's epoch is one `EVAL_PERIOD`.
+
+    `node` is the section `DETECTION` or `SEGMENTATION`; `base_rates` replace `BASE_LR`.
+    """
+    period = node.EVAL_PERIOD or node.MAX_ITER
+    scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
+    rates = tuple(
+        LearningRate(
+            name=schedule,
+            base=base * scale,
+            warmup_start=optim.WARMUP_LR * scale,
+            minimum=optim.get("MIN_LR", 0.0) * scale,
+            warmup_steps=node.WARMUP_ITERS,
+            total_steps=node.MAX_ITER,
+            steps_per_epoch=1,  # so that milestones count iterations
+            milestones=tuple(node.STEPS),
+            gamma=node.GAMMA,
+            power=power,
+        )
+        for base in base_rates or [optim.BASE_LR]
+    )
+    return Plan(
+        epochs=node.MAX_ITER // period,
+        steps_per_epoch=period,
+        global_batch=global_batch,
+        accumulation=accumulation,
+        clip_grad=optim.CLIP_GRAD,
+        rates=rates,
+        clip_per_tensor=optim.CLIP_PER_TENSOR,
+        weight_decay=optim.WEIGHT_DECAY,
+        weight_decay_end=optim.WEIGHT_DECAY_END,
+    )

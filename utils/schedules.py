@@ -67,6 +67,7 @@ class LearningRate(NamedTuple):
     shifted: bool = False
     # the one-step lag of the published MoBY and SiT code: steps 0 and 1 share a rate
     lag: bool = False
+    power: float = 1.0  # of poly
 
     def at(self, step: int) -> float:
         """Return the learning rate of optimiser step `step`."""
@@ -75,6 +76,8 @@ class LearningRate(NamedTuple):
         return self._at_time(max(time, 0))
 
     def _at_time(self, time: int) -> float:
+        if self.name == "poly":
+            return self._poly(time)
         if time < self.warmup_steps:
             return self.warmup_start + time * (self.base - self.warmup_start) / self.warmup_steps
         start = self.warmup_steps if self.shifted else 0
@@ -94,6 +97,19 @@ class LearningRate(NamedTuple):
             case "constant":
                 return self.base
         raise ValueError(f"SCHEDULE.NAME: {self.name!r} is not one of {', '.join(SCHEDULES)}")
+
+    def _poly(self, time: int) -> float:
+        """Return the rate of segmentation's schedule, to which the warm-up is a factor.
+
+        So there is no jump at its end, where the other schedules jump from the base to their own
+        value.
+        """
+        span = self.base - self.minimum
+        rate = span * (1.0 - time / self.total_steps) ** self.power + self.minimum
+        if time >= self.warmup_steps or not self.base:
+            return rate
+        missing = (1.0 - time / self.warmup_steps) * (1.0 - self.warmup_start / self.base)
+        return rate * (1.0 - missing)
 
 
 SCHEDULES = ("cosine", "linear", "step", "milestones", "constant")

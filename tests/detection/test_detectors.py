@@ -12,6 +12,7 @@ from torchvision.models.detection._utils import BoxCoder
 from detection.backbones import C4Trunk
 from detection.defaults import load_detection_config
 from detection.model import Detector, build_detector
+from engine.plan import iteration_plan
 from models.parts.backbones import build_backbone
 from models.parts.norm import SyncBatchNorm
 from utils.config.load import ConfigError
@@ -308,11 +309,9 @@ def test_every_recipe_builds_a_configuration() -> None:
 
 
 def test_the_rate_is_scaled_warmed_up_and_decays_by_iterations() -> None:
-    from detection.main_detection import make_detection_plan
-
     folder = Path(__file__).parents[2] / "detection" / "configs"
     cfg = load_detection_config([str(folder / "voc_r50_c4_24k.yaml")], [], {})
-    plan = make_detection_plan(cfg, global_batch=8)
+    plan = iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=8)
     (rate,) = plan.rates
     assert (plan.total_steps, plan.epochs) == (24000, 3)
     assert rate.at(0) == pytest.approx(0.01 * 0.001)

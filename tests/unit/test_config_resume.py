@@ -46,6 +46,9 @@ IDENTITY = {
         *FINETUNE,
     ],
     "detection": ["SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL", "OPTIM", "TRAIN.CHANNELS_LAST"],
+    "segmentation": [
+        *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL", "OPTIM", "TRAIN.CHANNELS_LAST")
+    ],
 }
 # Read by the other task only: nothing of this run depends on them.
 PRETRAINING = (
@@ -57,6 +60,7 @@ FOREIGN = {
     "linear": [*PRETRAINING, "TRAIN.CHANNELS_LAST", *FINETUNE],
     "semisup": [*PRETRAINING, *LINEAR],
     "detection": ["DATA.REPEATED_AUG", "AUG", "SCHEDULE", "TRAIN.EPOCHS", *LINEAR, *FINETUNE],
+    "segmentation": ["DATA.REPEATED_AUG", "AUG", "SCHEDULE", "TRAIN.EPOCHS", *LINEAR, *FINETUNE],
 }
 ALL_KEYS = [key for key, _ in leaves(DEFAULTS)]
 

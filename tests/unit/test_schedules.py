@@ -224,3 +224,21 @@ def test_the_momentum_rises_to_one_along_a_cosine() -> None:
 def test_an_unknown_momentum_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="MOMENTUM_SCHEDULE: 'linear'"):
         momentum_at(0.5, 0.99, "linear")
+
+
+def test_poly_multiplies_its_warm_up() -> None:
+    """Segmentation's published rate: base 6e-5, 160,000 iterations, warm-up of 1500 from 1e-6 times the rate."""
+    poly = LearningRate("poly", 6e-5, 6e-11, 0.0, 1500, 160_000, 1)
+    expected = {0: 6e-11, 750: 2.98594e-5, 1500: 5.94375e-5, 80_000: 3e-5, 159_999: 3.75e-10}
+    assert {step: poly.at(step) for step in expected} == pytest.approx(expected, rel=1e-5)
+    assert poly.at(1499) == pytest.approx(poly.at(1500), rel=1e-3)  # no jump at its end
+
+
+def test_poly_has_a_power_and_a_least_rate() -> None:
+    poly = LearningRate("poly", 0.01, 0.0, 1e-4, 0, 40_000, 1, power=0.9)
+    expected = {0: 0.01, 20_000: 0.0099 * 0.5**0.9 + 1e-4, 40_000: 1e-4}
+    assert {step: poly.at(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_poly_rate_of_zero_stays_zero() -> None:
+    assert LearningRate("poly", 0.0, 0.0, 0.0, 10, 100, 1).at(3) == 0.0

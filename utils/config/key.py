@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 Value = bool | int | float | str | list
-Program = Literal["pretrain", "linear", "semisup", "detection"]
+Program = Literal["pretrain", "linear", "semisup", "detection", "segmentation"]
 Role = Literal["identity", "tunable", "local"]
 
-ALL_PROGRAMS: tuple[Program, ...] = ("pretrain", "linear", "semisup", "detection")
+ALL_PROGRAMS: tuple[Program, ...] = get_args(Program)
 
 
 @dataclass(frozen=True, kw_only=True)

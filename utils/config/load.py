@@ -226,9 +226,10 @@ def _coerce(default: Value, value: object, key: str, source: str) -> Value:
 
 
 def _no_leaf(key: str, known: Mapping[str, Key]) -> str:
-    detects = any(name.startswith("DETECTION.") for name in known)
-    if key.startswith(("DETECTION.", "MODEL.RCNN.")) and not detects:
-        return f"{key} is a key of detection; use detection/main_detection.py with this --cfg"
+    for task, model in (("detection", "RCNN"), ("segmentation", "SEGMENTER")):
+        own = any(name.startswith(f"{task.upper()}.") for name in known)
+        if key.startswith((f"{task.upper()}.", f"MODEL.{model}.")) and not own:
+            return f"{key} is a key of {task}; use {task}/main_{task}.py with this --cfg"
     inside = next((name for name in known if name.startswith(f"{key}.")), None)
     if inside:
         return f"{key} is a section; set a key of it, e.g. {inside}"

@@ -22,8 +22,8 @@ COMMON_SECTIONS = ("BACKBONE", "BATCHFORMER")
 
 # The programs whose result depends on a key.
 PRETRAIN: tuple[Program, ...] = ("pretrain",)
-MODEL: tuple[Program, ...] = ("pretrain", "detection")
-LAYOUT: tuple[Program, ...] = ("pretrain", "semisup", "detection")
+MODEL: tuple[Program, ...] = ("pretrain", "detection", "segmentation")
+LAYOUT: tuple[Program, ...] = (*MODEL, "semisup")
 
 Tree = Mapping[str, "Key | Tree"]
 
@@ -70,7 +70,7 @@ def key_class(key: str, task: str = "pretrain") -> Role:
     """
     declared = KEYS.get(key)
     if declared is None:
-        # Not of KEYS: an option of a method or of detection.
+        # Not of KEYS: an option of a method, of detection or of segmentation.
         if key.startswith("LOG."):
             return "local"
         of_others = key.startswith("MODEL.") and task not in MODEL
