@@ -94,6 +94,7 @@ def other_value(key: str, value: Any) -> Any:
         "MODEL.SIT.VARIANT": "gmml",
         "MODEL.SIT.DROP_TYPE": "noise",
         "DEVICE": "cpu",
+        **{f"{section}OPTIM.EXCLUDE_RULE": "norms" for section in ("", "FINETUNE.")},
         "DATA.CACHE_MODE": "no",
         "DATA.DECODE": "device",
         "AUG.BACKEND": "torch",
