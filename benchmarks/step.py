@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
 
 from benchmarks.common import Side, autocast, measure, ratio, show
-from engine.optim import build_optimizer, parameter_groups
+from engine.optim import LARS, Group, build_optimizer, parameter_groups
 from engine.precision import resolve_precision
 from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Measure both parts; on a GPU also whole steps of MoCo v2 and SynCo with a ResNet-50."""
     device = torch.device(args.device)
     torch.manual_seed(0)
-    result = update_speedup(device, args.rounds) | cnn_step(device, args.batch, args.rounds)
+    result = update_speedup(device, args.rounds) | lars_ratio(device, args.rounds)
+    result |= cnn_step(device, args.batch, args.rounds)
     if device.type == "cuda":
         result |= whole_steps(device, args.large_batch, args.rounds)
     return result
@@ -69,6 +71,26 @@ def update_speedup(device: torch.device, rounds: int) -> dict[str, float]:
     times = measure(sides, rounds, device)
     show(times)
     return {"ema_optimizer_speedup": ratio(times, sides[0].name, sides[1].name)}
+
+
+def lars_ratio(device: torch.device, rounds: int) -> dict[str, float]:
+    """Compare a step of timm's LARS on ResNet-50's parameters with ours."""
+
+    def side(name: str, build: Callable[[list[Group]], torch.optim.Optimizer]) -> Side:
+        parameters = list(build_backbone("resnet50").to(device).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        matrices: Group = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 1e-6}
+        others: Group = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+        return Side(name, build([matrices, others | {"adapt": False}]).step)
+
+    sides = [
+        side("ResNet-50 LARS, timm's", lambda groups: Lars(groups, lr=0.1, momentum=0.9)),
+        side("ResNet-50 LARS, ours", lambda groups: LARS(groups, lr=0.1)),
+    ]
+    times = measure(sides, rounds, device)
+    show(times)
+    return {"lars_over_timm": ratio(times, sides[1].name, sides[0].name)}
 
 
 @torch.no_grad()

@@ -38,23 +38,29 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters with a handful of multi-tensor operations a group."""
+        """Update all parameters, on a GPU with a handful of multi-tensor operations a group."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            if params and params[0].is_cuda:
+                # One call for all tensors of a group: a loop would launch a kernel for each.
+                self._update(params, group)
                 continue
-            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-            if group["adapt"]:
-                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-                torch._foreach_mul_(grads, self._trust(params, grads, group["trust_coefficient"]))
-            # One call for all tensors of a group: a loop would launch a kernel for each.
+            # A CPU takes one tensor after the other: each stays in the cache over all operations.
             for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, grads)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+                self._update([p], group)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        if group["adapt"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+            torch._foreach_mul_(grads, self._trust(params, grads, group["trust_coefficient"]))
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
     @staticmethod
     def _trust(params: list[Tensor], grads: list[Tensor], coefficient: float) -> list[Tensor]:

@@ -167,6 +167,22 @@ def test_lars_equals_a_slow_loop(decay: float) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_lars_by_tensor_equals_lars_by_group() -> None:
+    by_tensor, by_group = ([nn.Parameter(t) for t in tensors(0)] for _ in range(2))
+    optimizers = [
+        LARS([{"params": ps, "weight_decay": 0.1}], lr=0.3) for ps in (by_tensor, by_group)
+    ]
+    for grads in gradients():
+        for params in (by_tensor, by_group):
+            for parameter, g in zip(params, grads, strict=True):
+                parameter.grad = g.clone()
+        optimizers[0].step()
+        with torch.no_grad():  # as on a GPU
+            optimizers[1]._update(by_group, optimizers[1].param_groups[0])
+    for one, other in zip(by_tensor, by_group, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_lars_leaves_gradients_and_unused_parameters_alone_and_resumes() -> None:
     used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     first = LARS([{"params": [used, unused]}], lr=0.1, weight_decay=0.1)
