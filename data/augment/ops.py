@@ -232,11 +232,11 @@ def _affine_(x: Tensor, factors: Tensor) -> None:
     x.mul_(scale).add_(offset.mul_(grey).add_(average)).clamp_(0.0, 1.0)
 
 
-def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+def adjust_hue(x: Tensor, shift: Tensor, saturation: Tensor | None = None) -> Tensor:
     """Turn the hue of RGB `x` (N,3,H,W) in [0,1] by `shift` (N,) turns, exactly through HSV.
 
-    With the hue in sextants, channel = value - chroma * clamp(2 - |r|, 0, 1) where r = hue + (3 | 1
-    | -1) wrapped to [-3, 3].
+    `saturation` (N,) multiplies the S of HSV, which stays at most 1. With the hue in sextants,
+    channel = value - chroma * clamp(2 - |r|, 0, 1) where r = hue + (3 | 1 | -1) wrapped to [-3, 3].
     """
     # In-place arithmetic instead of comparisons: masks are several times slower on a CPU.
     red, green, blue = x.unbind(1)
@@ -249,5 +249,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     if_green.lerp_(if_blue, (value - green).sign_())  # weight 0 where green is the largest, else 1
     hue.lerp_(if_green, (value - red).sign_()).add_(6.0 * shift[:, None, None])
     turned = hue[:, None] + constant((3.0, 1.0, -1.0), x.device)
+    if saturation is not None:
+        # S is chroma / value
+        chroma = torch.minimum(chroma.mul_(saturation[:, None, None]), value)
     turned.sub_((turned * (1 / 6)).round_(), alpha=6.0).abs_().neg_().add_(2.0).clamp_(0.0, 1.0)
     return torch.sub(value[:, None], turned.mul_(chroma[:, None]), out=turned)
