@@ -55,6 +55,19 @@ RCNN = {
         "of the head: smooth_l1 (beta 1/9) | l1 | giou, ten times that of the decoded boxes",
         choices=("smooth_l1", "l1", "giou"),
     ),
+    "CASCADE": Key(
+        [], "fpn, pyramid: IoU thresholds of Cascade R-CNN's stages; empty: one head", most=1.0
+    ),
+    "CASCADE_WEIGHTS": Key([1.0, 0.5, 0.25], "of the stages' losses"),
+    "CASCADE_XY": Key(
+        [0.1, 0.05, 0.033], "deviation of box centres that a stage expects, in boxes", least=1e-3
+    ),
+    "CASCADE_WH": Key([0.2, 0.1, 0.067], "the same of the logarithm of sides", least=1e-3),
+    "CASCADE_REG": Key(
+        "class",
+        "box deltas of a stage: class, of each class | agnostic, of all together",
+        choices=("class", "agnostic"),
+    ),
     "SCORE_THRESH": Key(0.05, "smallest score of a detection"),
     "MAX_DETECTIONS": Key(100, "of an image"),
 }
@@ -154,7 +167,7 @@ def load_detection_config(
 
 def _check_heads(rcnn: CfgNode) -> None:
     if rcnn.NECK == "c4":
-        for key, only in (("BOX_HEAD", "2fc"), ("MASK_NORM", False)):
+        for key, only in (("BOX_HEAD", "2fc"), ("MASK_NORM", False), ("CASCADE", [])):
             if rcnn[key] != only:
                 raise ConfigError(
                     f"MODEL.RCNN.{key}: {rcnn[key]!r}, but stage 5 is the head of NECK c4; set it "
@@ -162,6 +175,13 @@ def _check_heads(rcnn: CfgNode) -> None:
                 )
     if rcnn.MASK_NORM and not rcnn.MASKS:
         raise ConfigError("MODEL.RCNN.MASK_NORM: True without masks; set it to False or MASKS True")
+    stages = len(rcnn.CASCADE)
+    for key in ("CASCADE_WEIGHTS", "CASCADE_XY", "CASCADE_WH"):
+        if stages and len(rcnn[key]) != stages:
+            raise ConfigError(
+                f"MODEL.RCNN.{key}: {rcnn[key]}, but MODEL.RCNN.CASCADE has {stages} stages; give "
+                f"{stages} numbers"
+            )
     for key in ("BOX_HEAD", "MASK_NORM"):
         if rcnn.NORM == "frozen" and rcnn[key] in ("4conv1fc", True):
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from detection.proposals import distance
 Target = dict[str, Tensor]
 Features = Mapping[str, Tensor]
 Shapes = list[tuple[int, int]]
+Predictions = tuple[Tensor, Tensor]  # class logits (R,1+n), box deltas (R,4+4n)
 
 _GIOU_WEIGHT = 10.0  # of Swin's Cascade R-CNN
 _MASK_CELLS = 14  # a mask's region has so many cells a side
@@ -130,6 +132,10 @@ class RegionHeads(roi_heads.RoIHeads):
 
     def sample(self, proposals: list[Tensor], targets: list[Target]) -> Regions:
         """Choose the regions to train on from proposals and the objects themselves."""
+        if not any(map(len, proposals)):
+            # no mean over no region, and norms over all ranks wait: a pixel of background passes
+            pixel = proposals[0].new_tensor([[0.0, 0.0, 1.0, 1.0]])
+            proposals = [pixel, *proposals[1:]]
         boxes, matched, labels, _ = self.select_training_samples(list(proposals), targets)
         truth = []
         for target, rows in zip(targets, matched, strict=True):
@@ -138,9 +144,7 @@ class RegionHeads(roi_heads.RoIHeads):
             truth.append(objects[rows])
         return Regions(boxes, matched, labels, truth)
 
-    def predict(
-        self, features: Features, boxes: list[Tensor], shapes: Shapes
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, features: Features, boxes: list[Tensor], shapes: Shapes) -> Predictions:
         """Return class logits and box deltas of all images' regions."""
         return self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, shapes)))
 
@@ -153,13 +157,24 @@ class RegionHeads(roi_heads.RoIHeads):
     ) -> dict[str, Tensor]:
         """Return the losses of class, box and, where there are masks, mask."""
         losses = self.box_losses(self.predict(features, regions.boxes, shapes), regions)
-        if self.has_mask():
-            shown = regions.foreground()
-            logits = self.predict_masks(features, shown.boxes, shapes)
-            losses["loss_mask"] = self.mask_loss(logits, shown, targets)
-        return losses
+        return losses | self.mask_losses(features, regions, shapes, targets)
 
-    def box_losses(self, predictions: tuple[Tensor, Tensor], regions: Regions) -> dict[str, Tensor]:
+    def mask_losses(
+        self, features: Features, regions: Regions, shapes: Shapes, targets: list[Target]
+    ) -> dict[str, Tensor]:
+        """Return the loss of the masks, nothing for a detector without them."""
+        if not self.has_mask():
+            return {}
+        shown = regions.foreground()
+        if any(map(len, shown.boxes)):
+            logits = self.predict_masks(features, shown.boxes, shapes)
+            return {"loss_mask": self.mask_loss(logits, shown, targets)}
+        # Nothing to learn, but every parameter needs its gradient, and a batch norm over all ranks
+        # waits for each of them: one region of each image passes, with a loss of 0.
+        some = [boxes[:1] for boxes in regions.boxes]
+        return {"loss_mask": self.predict_masks(features, some, shapes).sum() * 0}
+
+    def box_losses(self, predictions: Predictions, regions: Regions) -> dict[str, Tensor]:
         """Return the class loss, and the box loss of the foreground over all sampled regions."""
         logits, deltas = predictions
         labels = torch.cat(regions.labels)
@@ -187,8 +202,6 @@ class RegionHeads(roi_heads.RoIHeads):
             cut = roi_align(mask[:, None].to(boxes), where, logits.shape[-1], aligned=True)
             truth.append((cut[:, 0] >= 0.5).float())
         chosen = torch.cat(shown.labels)
-        if not len(chosen):
-            return logits.sum() * 0  # no region, and yet a gradient for every parameter
         own = logits[torch.arange(len(chosen), device=chosen.device), chosen]
         return F.binary_cross_entropy_with_logits(own, torch.cat(truth))
 
@@ -201,7 +214,7 @@ class RegionHeads(roi_heads.RoIHeads):
         return results
 
     def results(
-        self, predictions: tuple[Tensor, Tensor], boxes: list[Tensor], shapes: Shapes
+        self, predictions: Predictions, boxes: list[Tensor], shapes: Shapes
     ) -> list[Target]:
         """Turn predictions of regions into detections."""
         found = self.postprocess_detections(*predictions, boxes, shapes)
@@ -226,9 +239,7 @@ class C4Heads(RegionHeads):
     `box_head` maps regions to (R,F,7,7); boxes see its mean, masks the map itself.
     """
 
-    def predict(
-        self, features: Features, boxes: list[Tensor], shapes: Shapes
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, features: Features, boxes: list[Tensor], shapes: Shapes) -> Predictions:
         """Return class logits and box deltas of all images' regions."""
         return self.box_predictor(self._maps(features, boxes, shapes).mean(dim=(2, 3)))
 
@@ -243,8 +254,10 @@ class C4Heads(RegionHeads):
         maps = self._maps(features, regions.boxes, shapes)
         losses = self.box_losses(self.box_predictor(maps.mean(dim=(2, 3))), regions)
         if self.has_mask():
+            shown = regions.foreground()
             logits = self.mask_predictor(maps[torch.cat(regions.labels) > 0])
-            losses["loss_mask"] = self.mask_loss(logits, regions.foreground(), targets)
+            some = any(map(len, shown.boxes))
+            losses["loss_mask"] = self.mask_loss(logits, shown, targets) if some else logits.sum()
         return losses
 
     def _maps(self, features: Features, boxes: list[Tensor], shapes: Shapes) -> Tensor:
@@ -258,13 +271,16 @@ class C4Heads(RegionHeads):
 # ---- building ------------------------------------------------------------------------------------
 
 
-def _options(rcnn: CfgNode) -> dict[str, int | float | None]:
+def head_options(
+    rcnn: CfgNode, iou: float = 0.5, coder: tuple[float, float, float, float] | None = None
+) -> dict[str, Any]:
+    """Return torchvision's options; `coder` has the box coder's weights, None Faster R-CNN's."""
     return {
-        "fg_iou_thresh": 0.5,
-        "bg_iou_thresh": 0.5,
+        "fg_iou_thresh": iou,
+        "bg_iou_thresh": iou,
         "batch_size_per_image": rcnn.ROI_BATCH,
         "positive_fraction": 0.25,
-        "bbox_reg_weights": None,  # Faster R-CNN's
+        "bbox_reg_weights": coder,
         "score_thresh": rcnn.SCORE_THRESH,
         "nms_thresh": 0.5,
         "detections_per_img": rcnn.MAX_DETECTIONS,
@@ -279,7 +295,7 @@ def build_c4_heads(
         RegionPool([stride], _MASK_CELLS, 0, rcnn.ALIGNED),
         stage5,
         BoxPredictor(width, classes + 1),
-        **_options(rcnn),
+        **head_options(rcnn),
         mask_predictor=MaskPredictor(width, 256, classes + 1) if rcnn.MASKS else None,
     )
     heads.box_loss, heads.aligned = rcnn.BOX_LOSS, rcnn.ALIGNED
@@ -301,7 +317,7 @@ def build_pyramid_heads(rcnn: CfgNode, strides: list[int], classes: int) -> Regi
         RegionPool(strides, 7, samples, rcnn.ALIGNED),
         build_box_head(rcnn),
         BoxPredictor(rcnn.HEAD_WIDTH, classes + 1),
-        **_options(rcnn),
+        **head_options(rcnn),
         **masks,
     )
     heads.box_loss, heads.aligned = rcnn.BOX_LOSS, rcnn.ALIGNED

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN (Ren et al. 2015, He et al. 2017) from our backbones and torchvision."""
+"""Faster, Mask and Cascade R-CNN from our backbones and torchvision."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,8 @@ from detection.backbones import (
     resize_positions,
     swin_widths,
 )
-from detection.heads import RegionHeads, build_c4_heads, build_pyramid_heads
+from detection.cascade import build_cascade_heads
+from detection.heads import build_c4_heads, build_pyramid_heads
 from detection.proposals import build_proposals
 from models.parts.backbones import Backbone, build_backbone
 from models.parts.norm import convert_sync_batch_norm
@@ -89,7 +90,7 @@ def build_detector(
     if rcnn.NECK == "c4":
         trunk: Any = C4Trunk(body)
         stage5 = Stage5(body, norm if rcnn.EXTRA_NORM else None)
-        heads: RegionHeads = build_c4_heads(
+        heads: nn.Module = build_c4_heads(
             rcnn, stage5, stage5.out_channels, strides[2], num_classes
         )
     else:
@@ -102,7 +103,8 @@ def build_detector(
             widths = [info["num_chs"] for info in cast(Any, body).feature_info[1:]]
             fpn_norm = norm if rcnn.NORM != "frozen" else None
             trunk = Pyramid(ResNetTrunk(body), widths, rcnn.PYRAMID_WIDTH, fpn_norm)
-        heads = build_pyramid_heads(rcnn, strides, num_classes)
+        build_heads = build_cascade_heads if rcnn.CASCADE else build_pyramid_heads
+        heads = build_heads(rcnn, strides, num_classes)
     detector = Detector(trunk, build_proposals(rcnn, trunk.out_channels), heads, Canvas(canvas))
     if rcnn.NORM == "frozen":
         freeze_batch_norms(detector)
