@@ -38,22 +38,19 @@ if __name__ == "__main__":
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
 from data import evaluation_loader
-from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
-from data.sources import open_split
+from data.sources import is_labelled, open_split
 from data.sources.base import Source, subset
 from engine.precision import choose_device
 from engine.run import Run
-from evaluation.accuracy import extract_features, few_label_accuracy, logistic_probe, topk_correct
-from evaluation.knn import knn_accuracy
-from models import framework_options, online_backbone
+from models import framework_options
 from models.weights.load import load_network
 from tools.parts.report.changed_keys import changed_keys
 from tools.parts.report.looks import (
@@ -65,23 +62,29 @@ from tools.parts.report.looks import (
     reconstruction_tiles,
     view_strips,
 )
+from tools.parts.report.measure import (
+    PIXELS,
+    RANDOM,
+    TRAINED,
+    Split,
+    build_online,
+    evaluate,
+    knn_levels,
+    representations,
+)
 from tools.parts.report.page import RunPage, write_page
 from tools.parts.report.pictures import nearest, pick_queries, save_learning_curve, save_neighbours
 from tools.parts.report.score_table import (
     DRAWS,
-    FEW_LABELS,
     KNN_K,
-    MANY_IMAGES,
     NOTES,
-    PIXEL_COMPONENTS,
-    PIXEL_SIDE,
     Scores,
     cells,
     markdown_table,
     plain,
     terminal_table,
 )
-from tools.parts.run_files import open_run_files
+from tools.parts.run_files import RunFiles, open_run_files
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.foreign import read_torch
@@ -93,26 +96,41 @@ from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
 
+_MOST_QUERIES, _MOST_UNLABELLED = 1000, 20_000  # images of a report on data without a test split
 
-class Split(NamedTuple):
-    """One representation of both splits: features (N, F) and labels (N,), all on the CPU."""
 
-    bank: Tensor
-    bank_labels: Tensor
-    queries: Tensor
-    query_labels: Tensor
+class Images(NamedTuple):
+    """The images of a report: neighbours of `queries` are looked for in `bank`."""
+
+    bank: Source
+    queries: Source
+    labelled: bool
+    words: str
 
 
 class Measured(NamedTuple):
     """What a report says of a run: its checkpoint, its data, its features and their scores."""
 
     run: Run
+    files: RunFiles
     found: checkpoint.Found
-    train: Source
-    val: Source
+    images: Images
     splits: dict[str, Split]
-    scores: dict[str, Scores]
+    scores: dict[str, Scores]  # none without labels
     title: str
+
+    @property
+    def curve(self) -> str:
+        """Return the k-NN accuracy that the curve shows, such as `knn20`."""
+        return next(iter(self.files.knn_names()), f"knn{KNN_K}_top1").removesuffix("_top1")
+
+    @property
+    def levels(self) -> dict[str, float]:
+        """Return the k-NN accuracies of what was not trained, for the k of the curve."""
+        if not self.scores:
+            return {}
+        others = {name: self.splits[name] for name in (PIXELS, RANDOM)}
+        return knn_levels(others, self.images.bank.num_classes, int(self.curve[3:]))
 
 
 def main() -> int:
@@ -155,25 +173,51 @@ def open_runs(
 
 
 def measure(run: Run) -> Measured:
-    """Probe a run's newest valid checkpoint.
-
-    Raises `ValueError` if the run has no checkpoint or its data no labels.
-    """
+    """Probe a run's newest valid checkpoint; `ValueError` if the run has none."""
     found = checkpoint.newest_valid(run.folder)
     if found is None:
         raise ValueError(
             f"{run.folder} holds no checkpoint to report on; run main_pretrain.py with the same "
             "--cfg, --output and --tag first"
         )
-    train, val = (open_split(run.cfg.DATA, split, labelled=True) for split in ("train", "val"))
-    splits = representations(run, train, val, found.path)
+    images = open_images(run.cfg)
+    logger.info("%s: %s, %s", run.folder, found.path.name, images.words)
+    splits = representations(run, images.bank, images.queries, found.path)
     scores = {}
-    for name, split in splits.items():
+    for name, split in splits.items() if images.labelled else ():
         logger.info("probing %s", name)
-        scores[name] = evaluate(split, train.num_classes, run.seed)
-    images = f"{len(train)} training and {len(val)} test images"
-    title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {images}"
-    return Measured(run, found, train, val, splits, scores, title)
+        scores[name] = evaluate(split, images.bank.num_classes, run.seed)
+    title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {images.words}"
+    return Measured(run, open_run_files(run.folder), found, images, splits, scores, title)
+
+
+def open_images(cfg: CfgNode) -> Images:
+    """Return both splits with labels or, where there are none, two parts of the training images."""
+    try:
+        bank, queries = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
+    except ValueError as error:
+        train = open_split(cfg.DATA, "train")  # a wrong path ends here
+        logger.warning("%s. The report takes some training images as queries", error)
+        return _in_two(train, cfg.SEED)
+    words = f"{len(bank):,} training and {len(queries):,} test images"
+    return Images(bank, queries, True, words)
+
+
+def _in_two(train: Source, seed: int) -> Images:
+    if len(train) < 2:
+        raise ValueError("a report needs at least 2 images: one, and its neighbour")
+    generator = torch.Generator().manual_seed(keyed_seed("queries", seed))
+    order = torch.randperm(len(train), generator=generator)
+    asked = min(_MOST_QUERIES, max(1, len(train) // 5))
+    labelled = is_labelled(train)
+    # pictures need no more; an accuracy is of all images
+    last = None if labelled else asked + _MOST_UNLABELLED
+    bank, queries = (
+        subset(train, part.sort().values) for part in (order[asked:last], order[:asked])
+    )
+    kind = "images" if labelled else "images without labels"
+    words = f"{len(bank):,} training {kind}, {len(queries):,} others of them as queries"
+    return Images(bank, queries, labelled, words)
 
 
 def write_report(measured: Measured) -> str:
@@ -187,148 +231,61 @@ def write_report(measured: Measured) -> str:
         "rows": plain(scores),
     }
     write_text(folder / "report.json", json.dumps(record, indent=1))
-    write_text(folder / "report.md", f"# {title}\n\n{markdown_table(scores)}\n\n{NOTES}\n")
-    trained = measured.splits["trained backbone"]
-    pictures = save_pictures(measured.run, measured.train, measured.val, trained, scores)
-    files = [folder / "report.md", *pictures]
-    return "\n".join([f"{title}\n", terminal_table(scores), "", *map(str, files)])
+    pictures = save_pictures(measured)
+    shown = [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
+    table = [markdown_table(scores), NOTES] if scores else ["No labels, so no accuracies."]
+    write_text(folder / "report.md", "\n\n".join([f"# {title}", *table, *shown]) + "\n")
+    files = map(str, [folder / "report.md", *pictures])
+    return "\n".join([f"{title}\n", *([terminal_table(scores), ""] if scores else []), *files])
 
 
 def run_page(measured: Measured, rows: int) -> RunPage:
     """Return what the page shows of a run, with `rows` rows of each kind of picture."""
-    run, found, train, val, splits, scores, title = measured
-    files = open_run_files(run.folder)
-    levels = _baselines(scores)
-    recipe, changed = changed_keys(run.cfg, files)
-    marks = [[cell.startswith("*") for cell in line] for line in cells(scores, "*{}", "{}")[1:]]
-    table, chance = cells(scores, "{}", "{}"), 100.0 / train.num_classes
-    page = RunPage(files, title, table, marks, levels, chance, recipe, changed)
-    page.views = view_strips(run.cfg, train, rows)
-    trained, random = splits["trained backbone"], splits["random backbone"]
+    run, splits, scores = measured.run, measured.splits, measured.scores
+    bank, queries, labelled, _ = measured.images
+    recipe, changed = changed_keys(run.cfg, measured.files)
+    page = RunPage(measured.files, measured.title, recipe=recipe, changed=changed)
+    if labelled:
+        page.levels, page.chance = measured.levels, 100.0 / bank.num_classes
+        marked = cells(scores, "*{}", "{}")[1:]
+        page.best = [[cell.startswith("*") for cell in line] for line in marked]
+        page.table = cells(scores, "{}", "{}")
+    page.views = view_strips(run.cfg, bank, rows)
+    trained = splits[TRAINED]
     chosen = pick_queries(trained.query_labels, rows, run.seed)
-    features = [(name, splits[name].bank, splits[name].queries) for name in list(splits)[:0:-1]]
-    page.neighbours = neighbour_strips(features, chosen, val, train)
-    for name, split in (("trained backbone", trained), ("random backbone", random)):
-        page.maps.append(feature_map_chart(name, split.queries, split.query_labels, run.seed))
-    page.map_classes = list(val.classes)
-    page.attention = attention(run, val, found.path, chosen)
+    features = [(name, splits[name].bank, splits[name].queries) for name in (TRAINED, RANDOM)]
+    page.neighbours = neighbour_strips(features, chosen, queries, bank)
+    for name, _, rows_of in features:
+        page.maps.append(feature_map_chart(name, rows_of, trained.query_labels, run.seed))
+    page.map_classes = list(queries.classes)
+    page.attention = attention(run, queries, measured.found.path, chosen)
     page.reconstructions = reconstruction_tiles(run.folder)
     return page
 
 
-def attention(run: Run, val: Source, path: Path, chosen: Tensor) -> list[Strip]:
-    """Return the attention of a ViT on the `chosen` test images; nothing for other networks."""
+def attention(run: Run, queries: Source, path: Path, chosen: Tensor) -> list[Strip]:
+    """Return the attention of a ViT on the `chosen` queries; nothing for other networks."""
     backbone = run.prepare(build_online(run.cfg))
     if not hasattr(backbone, "blocks"):
         return []
     load_network(backbone, read_torch(path), str(path))
-    batches = evaluation_loader(run.cfg, subset(val, chosen), run.device, len(chosen))
+    batches = evaluation_loader(run.cfg, subset(queries, chosen), run.device, len(chosen))
     images = next(iter(batches)).views[0]
     with run.evaluating(backbone):
         maps = attention_maps(backbone, images)
     return [] if maps is None else attention_strips(images.cpu(), maps)
 
 
-def representations(run: Run, train: Source, val: Source, path: Path) -> dict[str, Split]:
-    """Return raw pixels, features of the random and of the trained backbone, for both splits."""
-    backbone = run.prepare(build_online(run.cfg))
-    logger.info("%s: features of the random backbone, of raw pixels, of %s", run.folder, path.name)
-    random = extract(run, train, val, backbone)
-    load_network(backbone, read_torch(path), str(path))
-    return {
-        "raw pixels": pixel_split(run, train, val),
-        "random backbone": random,
-        "trained backbone": extract(run, train, val, backbone),
-    }
-
-
-def build_online(cfg: CfgNode) -> nn.Module:
-    """Build the run's backbone as pretraining does, with its weights of step 0."""
-    torch.manual_seed(keyed_seed("model", cfg.SEED))  # as start_run does before anything is built
-    return online_backbone(cfg)
-
-
-def raw_pixels(images: Tensor) -> Tensor:
-    """Turn normalised images (N, 3, S, S) into levels (N, F) in [0, 1], made small."""
-    mean, std = (
-        torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    if images.shape[-1] > PIXEL_SIDE:
-        size = (PIXEL_SIDE, PIXEL_SIDE)
-        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-    return (images * std + mean).flatten(1)
-
-
-def pixel_split(run: Run, train: Source, val: Source) -> Split:
-    """Return raw pixels minus the mean training image."""
-    # the cosine of plain levels would compare little but brightness
-    split = extract(run, train, val, raw_pixels)
-    # three equal channels would only cost time
-    width = split.bank.shape[1] // 3 if _is_grey(split.bank) else split.bank.shape[1]
-    bank, queries = split.bank[:, :width], split.queries[:, :width]
-    mean = bank.mean(0)
-    split = split._replace(bank=bank - mean, queries=queries - mean)
-    return split if len(train) <= MANY_IMAGES else principal(split, PIXEL_COMPONENTS)
-
-
-def principal(split: Split, num: int) -> Split:
-    """Project centred features on the ``num`` principal components of the bank."""
-    # eigh sorts upwards, so the largest are the last
-    axes = torch.linalg.eigh(split.bank.T @ split.bank).eigenvectors[:, -num:]
-    return split._replace(bank=split.bank @ axes, queries=split.queries @ axes)
-
-
-def _is_grey(levels: Tensor) -> bool:
-    """Tell whether the three channels of (N, 3 * S * S) are equal: one of them says it all."""
-    channels = levels.unflatten(1, (3, -1))
-    return bool((channels - channels[:, :1]).abs().max() < 1e-3)
-
-
-def extract(run: Run, train: Source, val: Source, backbone: Callable[[Tensor], Tensor]) -> Split:
-    """Return the features of both splits under the evaluation view."""
-    parts: list[Tensor] = []
-    with run.evaluating(backbone if isinstance(backbone, nn.Module) else nn.Identity()):
-        for source in (train, val):
-            batches = evaluation_loader(run.cfg, source, run.device, run.cfg.LINEAR.BATCH_SIZE)
-            parts += (tensor.cpu() for tensor in extract_features(backbone, batches))
-    return Split(*parts)
-
-
-def evaluate(split: Split, num_classes: int, seed: int) -> Scores:
-    """Return the columns of a row; None where a class has too few images to draw from."""
-    bank, labels, queries, answers = split
-    logits = logistic_probe(bank, labels, queries, num_classes)
-    scores: Scores = {
-        "knn": (knn_accuracy(*split, num_classes, (KNN_K,))[f"knn{KNN_K}_top1"], None),
-        "linear": (100.0 * int(topk_correct(logits, answers, (1,))) / len(answers), None),
-    }
-    fewest = int(labels.bincount(minlength=num_classes).min())
-    for count in FEW_LABELS:
-        enough = fewest >= count
-        scores[f"labels{count}"] = (
-            few_label_accuracy(*split, num_classes, count, DRAWS, seed) if enough else None
-        )
-    return scores
-
-
-def _baselines(scores: dict[str, Scores]) -> dict[str, float]:
-    rows = {name: row["knn"] for name, row in scores.items() if name != "trained backbone"}
-    return {name: cell[0] for name, cell in rows.items() if cell}
-
-
-def save_pictures(
-    run: Run, train: Source, val: Source, trained: Split, scores: dict[str, Scores]
-) -> list[Path]:
+def save_pictures(measured: Measured) -> list[Path]:
     """Write the learning curve and the neighbours; return the paths of all pictures of the run."""
-    curve, neighbours = run.folder / "learning_curve.png", run.folder / "neighbours.png"
-    shown = KNN_K if KNN_K in run.cfg.KNN.K else next(iter(run.cfg.KNN.K), KNN_K)
-    baselines = _baselines(scores)
-    save_learning_curve(curve, run.folder, f"knn{shown}", baselines if shown == KNN_K else {})
-    chosen = pick_queries(trained.query_labels, 8, run.seed)
-    save_neighbours(
-        neighbours, val, chosen, train, nearest(trained.bank, trained.queries[chosen], 6)
-    )
-    return [path for path in (run.folder / "views.png", curve, neighbours) if path.exists()]
+    folder, images = measured.run.folder, measured.images
+    curve, neighbours = folder / "learning_curve.png", folder / "neighbours.png"
+    save_learning_curve(curve, folder, measured.curve, measured.levels, measured.files.events())
+    splits = [(name, measured.splits[name]) for name in (TRAINED, RANDOM)]
+    chosen = pick_queries(splits[0][1].query_labels, 8, measured.run.seed)
+    found = {name: nearest(split.bank, split.queries[chosen], 6) for name, split in splits}
+    save_neighbours(neighbours, images.queries, chosen, images.bank, found)
+    return [path for path in (folder / "views.png", curve, neighbours) if path.exists()]
 
 
 if __name__ == "__main__":

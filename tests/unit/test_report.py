@@ -21,7 +21,7 @@ from engine.run import Run
 from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
 from tools import demo, report
-from tools.parts.report import charts, looks, page, pictures
+from tools.parts.report import charts, looks, measure, page, pictures
 from tools.parts.report.score_table import COLUMNS
 from tools.parts.run_files import open_run_files
 from utils.checkpoints import file as checkpoint
@@ -48,7 +48,7 @@ LOG: {TENSORBOARD: false}
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "DRAWS", 3)
+    monkeypatch.setattr(measure, "DRAWS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def pages(trained: Path) -> Path:
     """Write the page of one run, and of it beside itself, and return the folder of the run."""
     folder = open_run(trained).folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "DRAWS", 3)
+        patch.setattr(measure, "DRAWS", 3)
         for words in ([folder], [folder, folder, "--html", folder / "two.html"]):
             patch.setattr(sys, "argv", ["report.py", *map(str, words), "--device", "cpu"])
             assert report.main() == 0
@@ -176,13 +176,13 @@ def test_events_stand_at_their_epochs(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "run.json").write_text('{"starts": [{"step": 0}, {"step": 35}]}')
     files = open_run_files(tmp_path)
-    made = page.RunPage(files, "t", [["", "knn"], ["x", "1"]], [[False]], {}, 10.0, "", [])
+    made = page.RunPage(files, "t")
     expected = [
         (1.0, "warm-up of the rate ends"),
         (4.0, "synthetic negatives join"),
         (4.0, "restart"),
     ]
-    assert made.events == expected
+    assert files.events() == expected
     (loss,) = page.charts([made])
     assert all(name in loss.svg for _, name in expected)
 
@@ -258,7 +258,7 @@ def test_the_random_row_is_the_run_before_its_first_step(trained: Path) -> None:
     framework = assemble_framework(
         "moco_v2", section_options(cfg.MODEL.MOCO_V2), options, img_size=8
     )
-    built = report.build_online(cfg).state_dict()
+    built = measure.build_online(cfg).state_dict()
     for name, tensor in framework.online.backbone.state_dict().items():
         assert torch.equal(built[name], tensor)
 
@@ -274,11 +274,11 @@ def test_the_trained_row_is_the_checkpoint(trained: Path) -> None:
     train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
     found = []
     for file in (path, trained.parent / "changed.pt"):
-        found.append(report.representations(run, train, val, file))
+        found.append(measure.representations(run, train, val, file))
     for name in ("raw pixels", "random backbone"):
         assert torch.equal(found[0][name].bank, found[1][name].bank)
         assert torch.equal(found[0][name].queries, found[1][name].queries)
-    accuracies = [report.knn_accuracy(*splits["trained backbone"], 10, (20,)) for splits in found]
+    accuracies = [measure.knn_accuracy(*splits["trained backbone"], 10, (20,)) for splits in found]
     assert accuracies[0] != accuracies[1]
 
 
@@ -290,6 +290,85 @@ def test_the_flags_of_a_main_that_mean_nothing_here_are_refused(
         report.main()
 
 
+LAYOUTS = {"folder": "photos", "imagefolder": "photos/train/{}"}
+
+
+@pytest.mark.parametrize("dataset", list(LAYOUTS))
+def test_images_without_labels_or_test_split_get_a_report(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dataset: str,
+) -> None:
+    """No labels: no accuracies, but pictures. Labels and no val/: a part of the images asks."""
+    monkeypatch.chdir(tmp_path)
+    for index in range(30):
+        folder = Path(LAYOUTS[dataset].format("ab"[index % 2]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index * 8, 255 * (index % 2), 0)).save(folder / f"{index}.png")
+    yaml = TINY.replace("digits, IMG_SIZE: 8", f"{dataset}, PATH: photos, IMG_SIZE: 16")
+    yaml = yaml.replace("128, PRECISION", "8, PRECISION").replace(
+        "EVERY_EPOCHS: 1", "EVERY_EPOCHS: 0"
+    )
+    Path("tiny.yaml").write_text(yaml)
+    monkeypatch.setattr(sys, "argv", ["main_pretrain.py", *flags_of(Path("tiny.yaml"))])
+    assert main_pretrain.main() == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["report.py", "output/tiny/default", "--device", "cpu"])
+    assert report.main() == 0
+    shown = capsys.readouterr().out
+    labelled = dataset == "imagefolder"
+    words = "24 training images" + ("" if labelled else " without labels")
+    assert f"{words}, 6 others of them as queries" in shown
+    assert ("\ntrained backbone" in shown) == labelled
+    text = Path("output/tiny/default/report.html").read_text()
+    assert ("What the features are worth" in text) == labelled
+    assert ("Green: the same class" in text) == labelled
+    assert text.count('class="tile query"') > 10
+    assert ("tile same" in text) == labelled
+    with Image.open("output/tiny/default/neighbours.png") as image:
+        assert image.width > 1000
+
+
+def test_the_curve_and_its_baselines_are_of_one_k(trained: Path, tmp_path: Path) -> None:
+    """A run that never measured k = 20 has baselines for the k that it did."""
+    shutil.copytree(open_run(trained).folder, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("knn20_", "knn5_"))
+    (run,) = report.open_runs([tmp_path / "run"], None, [], {"DEVICE": "cpu"})
+    measured = report.measure(run)
+    assert measured.curve == "knn5"
+    for name in ("raw pixels", "random backbone"):
+        found = measure.knn_accuracy(*measured.splits[name], 10, (5, 20))
+        assert measured.levels[name] == found["knn5_top1"] != found["knn20_top1"]
+    panel = page.charts([report.run_page(measured, 2)])[1]
+    assert "k = 5" in panel.title
+    assert "random backbone" in panel.svg
+
+
+def test_the_learning_curve_names_its_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    row = '{"step": 1, "epoch": %d, "loss": 2.0, "knn20_top1": 50.0}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(row % epoch for epoch in (1, 20)))
+    events = [(4.0, "synthetic negatives join"), (99.0, "too late")]
+    pictures.save_learning_curve(tmp_path / "c.png", tmp_path, "knn20", {}, events)
+    for axes in pyplot.gcf().axes:
+        assert [text.get_text() for text in axes.texts] == ["synthetic negatives join"]
+        assert axes.texts[0].xy[0] == 4.0
+
+
+def test_names_of_levels_that_are_close_keep_apart() -> None:
+    line = charts.Line("run", [(0, 0.0), (1, 100.0)], 0)
+    svg = charts.line_chart("t", [line], (), [("high", 50.0), ("low", 49.0), ("far", 10.0)]).svg
+    places = {
+        name: float(y) for y, name in re.findall(r'y="([\d.]+)" text-anchor="end">(\w+)', svg)
+    }
+    assert places["low"] - places["high"] > 12
+
+
 def test_no_checkpoint_is_one_clear_error(trained: Path) -> None:
     with pytest.raises(ValueError, match=r"absent holds no checkpoint.*main_pretrain\.py"):
         report.measure(open_run(trained, "absent"))
@@ -298,15 +377,15 @@ def test_no_checkpoint_is_one_clear_error(trained: Path) -> None:
 def test_separable_features_score_full_marks() -> None:
     labels = torch.arange(60) % 3
     features = torch.eye(3)[labels] + 0.01 * torch.randn(60, 3)
-    split = report.Split(features[:45], labels[:45], features[45:], labels[45:])
-    scores = report.evaluate(split, 3, seed=0)
+    split = measure.Split(features[:45], labels[:45], features[45:], labels[45:])
+    scores = measure.evaluate(split, 3, seed=0)
     assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(COLUMNS, 100.0)
 
 
 def test_too_few_images_for_a_column_leave_it_empty() -> None:
     labels = torch.arange(12) % 3
-    split = report.Split(torch.randn(12, 4), labels, torch.randn(12, 4), labels)
-    scores = {"raw pixels": report.evaluate(split, 3, seed=0)}
+    split = measure.Split(torch.randn(12, 4), labels, torch.randn(12, 4), labels)
+    scores = {"raw pixels": measure.evaluate(split, 3, seed=0)}
     assert scores["raw pixels"]["labels10"] is None
     assert scores["raw pixels"]["labels1"] is not None
     assert " -" in report.terminal_table(scores)
@@ -338,16 +417,16 @@ def test_raw_pixels_are_levels_and_small() -> None:
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
-    flat = report.raw_pixels((levels - mean) / std)
+    flat = measure.raw_pixels((levels - mean) / std)
     assert flat.shape == (2, 3 * 32 * 32)
     small = torch.rand(2, 3, 8, 8)
-    assert torch.allclose(report.raw_pixels((small - mean) / std), small.flatten(1), atol=1e-6)
+    assert torch.allclose(measure.raw_pixels((small - mean) / std), small.flatten(1), atol=1e-6)
 
 
 def test_pixels_of_grey_images_count_once_and_are_centred(trained: Path) -> None:
     run = open_run(trained)
     train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
-    split = report.pixel_split(run, train, val)
+    split = measure.pixel_split(run, train, val)
     levels = train.images[:, 0].flatten(1) / 255
     assert split.queries.shape == (len(val), 64)
     assert torch.allclose(split.bank, levels - levels.mean(0), atol=1e-5)
@@ -357,14 +436,14 @@ def test_principal_components_keep_what_varies() -> None:
     plane = torch.randn(50, 2) @ torch.randn(2, 6)
     plane -= plane.mean(0)
     labels = torch.zeros(50, dtype=torch.int64)
-    reduced = report.principal(report.Split(plane, labels, plane[:5], labels[:5]), 2)
+    reduced = measure.principal(measure.Split(plane, labels, plane[:5], labels[:5]), 2)
     assert reduced.bank.shape == (50, 2)
     assert torch.allclose(reduced.bank @ reduced.queries.T, plane @ plane[:5].T, atol=1e-3)
 
 
 def test_channels_that_differ_are_all_kept() -> None:
-    assert report._is_grey(torch.rand(4, 1, 25).expand(4, 3, 25).flatten(1))
-    assert not report._is_grey(torch.rand(4, 75))
+    assert measure._is_grey(torch.rand(4, 1, 25).expand(4, 3, 25).flatten(1))
+    assert not measure._is_grey(torch.rand(4, 75))
 
 
 def test_neighbours_are_framed_by_class(tmp_path: Path) -> None:
@@ -372,11 +451,18 @@ def test_neighbours_are_framed_by_class(tmp_path: Path) -> None:
     source = ArraySource("made up", images, torch.tensor([0, 0, 1, 1]), ["a", "b"])
     found = pictures.nearest(torch.eye(4), torch.tensor([[1.0, 0.5, 0.2, 0.1]]), 3)
     assert found.tolist() == [[0, 1, 2]]
-    pictures.save_neighbours(tmp_path / "n.png", source, torch.tensor([1]), source, found)
+    # a second network, side by side with the first, finds the images the other way round
+    both = {"trained": found, "random": found.flip(1)}
+    pictures.save_neighbours(tmp_path / "n.png", source, torch.tensor([1]), source, both)
     with Image.open(tmp_path / "n.png") as image:
-        row = [image.getpixel((x, image.height // 2)) for x in range(image.width)]
+        band, middle = 2 * pictures._LINE + pictures._GAP, image.height - 40
+        row = [image.getpixel((x, middle)) for x in range(image.width)]
+        ink = image.crop((0, 0, image.width, band)).convert("L").point(lambda v: 255 * (v < 128))
+        halves = [ink.crop((x, 0, x + image.width // 2, band)) for x in (0, image.width // 2)]
     frames = [a for a, b in itertools.pairwise(row) if a != b and a not in ((255,) * 3, (0,) * 3)]
-    assert frames == [pictures._QUERY] * 2 + [pictures._RIGHT] * 4 + [pictures._WRONG] * 2
+    query, right, wrong = [pictures._QUERY] * 2, [pictures._RIGHT] * 4, [pictures._WRONG] * 2
+    assert frames == query + right + wrong + query + wrong + right
+    assert all(half.getbbox() for half in halves)  # a caption, and the name of each network
 
 
 def test_queries_cover_the_classes_and_the_seed_decides() -> None:

@@ -33,6 +33,27 @@ class RunFiles:
         points = ((row.get("epoch"), row.get(name)) for row in self.rows)
         return [(float(x), y) for x, y in points if x is not None and isinstance(y, int | float)]
 
+    def events(self) -> list[tuple[float, str]]:
+        """Return the epochs at which something happens to the curves, with its name."""
+        config = self.config
+        method = str(config.get("MODEL.NAME", "")).upper()
+        events = []
+        for key, name in (
+            ("SCHEDULE.WARMUP_EPOCHS", "warm-up of the rate ends"),
+            (f"MODEL.{method}.WARMUP_EPOCHS", "synthetic negatives join"),
+            (f"MODEL.{method}.COOLDOWN_EPOCHS", "synthetic negatives leave"),
+        ):
+            epoch = config.get(key)
+            if isinstance(epoch, int | float) and epoch > 0:
+                events.append((float(epoch), name))
+        return events + [(epoch, "restart") for epoch in self._restarts()]
+
+    def _restarts(self) -> list[float]:
+        steps = [start.get("step") for start in self.starts[1:]]
+        places = {int(step): epoch for epoch, step in self.curve("step")}
+        later = ([p for s, p in places.items() if s >= step] for step in steps if type(step) is int)
+        return [min(found) for found in later if found]
+
     def knn_names(self) -> list[str]:
         """Return the names of the k-NN accuracies that were measured, those of k = 20 first."""
         names = {key for row in self.rows for key in row if key[:3] == "knn" and "_top1" in key}

@@ -51,8 +51,13 @@ def line_chart(
     parts = [_axes(ticks, nice_ticks(0, last), last, place)]
     for row, (epoch, name) in enumerate(shown):
         parts.append(_event(place((epoch, ticks[0])), name, _TOP + 13 * row + 8))
-    parts += [_level(name, place((0, value))[1]) for name, value in levels]
     parts += [_line(line, place) for line in lines]
+    # the names last, so that no curve crosses them out
+    heights = sorted((place((0, value))[1], name) for name, value in levels)
+    for number, (y, name) in enumerate(heights):
+        # below its line, where no curve that is better comes; above it if the next is near
+        near = number + 1 < len(heights) and heights[number + 1][0] - y < 16
+        parts.append(_level(name, y, -4 if near else 13))
     return Chart(title, _svg(_WIDTH, _HEIGHT, title, parts))
 
 
@@ -98,9 +103,9 @@ def _event(foot: Point, name: str, y: float) -> str:
     return line + _text(x, y, name, anchor, "note")
 
 
-def _level(name: str, y: float) -> str:
+def _level(name: str, y: float, beside: float) -> str:
     line = f'<path class="level" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
-    return line + _text(_WIDTH - _RIGHT, y - 3, name, "end", "note")
+    return line + _text(_WIDTH - _RIGHT, y + beside, name, "end", "note")
 
 
 def _line(line: Line, place: object) -> str:

@@ -99,19 +99,21 @@ def neighbour_strips(
     for row, index in enumerate(chosen.tolist()):
         label, strips = int(queries.labels[index]), []
         for (name, _, _), neighbours in zip(features, found, strict=True):
-            tiles = [tile(queries.load(index), class_name(queries, label), "query")]
+            tiles = [tile(queries.load(index), caption(queries, index), "query")]
             for other in neighbours[row].tolist():
-                theirs = int(bank.labels[other])
-                kind = "same" if theirs == label else "other"
-                tiles.append(tile(bank.load(other), class_name(bank, theirs), kind))
+                same = "same" if int(bank.labels[other]) == label else "other"
+                kind = same if label >= 0 else ""
+                tiles.append(tile(bank.load(other), caption(bank, other), kind))
             strips.append(Strip(name, tiles))
         groups.append(strips)
     return groups
 
 
-def class_name(source: Source, label: int) -> str:
-    """Return the name of a class, cut to what fits below a tile."""
-    return source.classes[label][:24] if 0 <= label < len(source.classes) else "unknown"
+def caption(source: Source, index: int) -> str:
+    """Return the class of an image, or the name of its file, cut to what fits below a tile."""
+    label = int(source.labels[index])
+    known = 0 <= label < len(source.classes)
+    return (source.classes[label] if known else Path(source.name(index)).stem)[:24]
 
 
 def feature_map_chart(title: str, features: Tensor, labels: Tensor, seed: int) -> Chart:

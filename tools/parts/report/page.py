@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tools.parts.report.charts import Chart, Line, line_chart
 from tools.parts.report.looks import Strip, Tile
+from tools.parts.report.score_table import COLUMNS
 from tools.parts.run_files import RunFiles, differences, seconds_as_text
 
 _TEMPLATE = "report.html.j2"
@@ -29,11 +30,11 @@ class RunPage:
 
     files: RunFiles
     title: str
-    table: list[list[str]]  # the head, then a row a representation
-    best: list[list[bool]]
-    levels: dict[str, float]  # k-NN accuracy of what was not trained
-    chance: float
-    recipe: str
+    table: list[list[str]] = field(default_factory=list)  # the head, then a row a representation
+    best: list[list[bool]] = field(default_factory=list)
+    levels: dict[str, float] = field(default_factory=dict)  # k-NN accuracy of what was not trained
+    chance: float | None = None  # without labels
+    recipe: str = ""
     changed: list[tuple[str, object, object, bool]] = field(default_factory=list)
     views: list[Strip] = field(default_factory=list)
     neighbours: list[list[Strip]] = field(default_factory=list)
@@ -68,28 +69,6 @@ class RunPage:
         }
         return [(name, str(value)) for name, value in facts.items() if value]
 
-    @property
-    def events(self) -> list[tuple[float, str]]:
-        """Return the epochs at which something happens to the curves, with its name."""
-        config = self.files.config
-        method = str(config.get("MODEL.NAME", "")).upper()
-        events = []
-        for key, name in (
-            ("SCHEDULE.WARMUP_EPOCHS", "warm-up of the rate ends"),
-            (f"MODEL.{method}.WARMUP_EPOCHS", "synthetic negatives join"),
-            (f"MODEL.{method}.COOLDOWN_EPOCHS", "synthetic negatives leave"),
-        ):
-            epoch = config.get(key)
-            if isinstance(epoch, int | float) and epoch > 0:
-                events.append((float(epoch), name))
-        return events + [(epoch, "restart") for epoch in self._restarts()]
-
-    def _restarts(self) -> list[float]:
-        steps = [start.get("step") for start in self.files.starts[1:]]
-        places = {int(step): epoch for epoch, step in self.files.curve("step")}
-        later = ([p for s, p in places.items() if s >= step] for step in steps if type(step) is int)
-        return [min(found) for found in later if found]
-
 
 def write_page(path: Path, pages: Sequence[RunPage], notes: str) -> None:
     """Write the page of `pages` to `path`."""
@@ -115,14 +94,15 @@ def write_page(path: Path, pages: Sequence[RunPage], notes: str) -> None:
 
 def charts(pages: Sequence[RunPage]) -> list[Chart]:
     """Return the curves of all runs, each panel with a line a run."""
-    events = pages[0].events if len(pages) == 1 else []
+    events = pages[0].files.events() if len(pages) == 1 else []
     drawn = []
     names = pages[0].files.knn_names()
     if names:
         levels = list(pages[0].levels.items()) if len(pages) == 1 else []
         title = f"k-NN accuracy, % (k = {names[0][3:].removesuffix('_top1')}"
         # no line for chance: the scale would begin there and hide the curve
-        title += f", chance {pages[0].chance:.3g} %)" if len(pages) == 1 else ")"
+        chance = pages[0].chance if len(pages) == 1 else None
+        title += f", chance {chance:.3g} %)" if chance else ")"
         drawn += _panel(pages, names[0], title, events, levels, dots=True)
     for name, title in _PANELS.items():
         drawn += _panel(pages, name, title, events)
@@ -144,13 +124,14 @@ def _panel(
 
 def summary(page: RunPage) -> Mapping[str, str]:
     """Return the row of a run in the table of several."""
-    files, scores = page.files, page.table[-1]
+    files = page.files
+    scores = page.table[-1][1:] if page.table else ["-"] * len(COLUMNS)
     return {
         "run": files.name,
         "method": str(files.config.get("MODEL.NAME", "-")),
         "backbone": str(files.config.get("MODEL.BACKBONE.NAME", "-")),
         "step": str(files.step()),
-        **dict(zip(page.table[0][1:], scores[1:], strict=True)),
+        **dict(zip(COLUMNS.values(), scores, strict=True)),
         "images/s": f"{files.speed() or 0:.0f}",
     }
 
