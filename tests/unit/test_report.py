@@ -458,7 +458,8 @@ def test_neighbours_are_framed_by_class(tmp_path: Path) -> None:
         band, middle = 2 * pictures._LINE + pictures._GAP, image.height - 40
         row = [image.getpixel((x, middle)) for x in range(image.width)]
         ink = image.crop((0, 0, image.width, band)).convert("L").point(lambda v: 255 * (v < 128))
-        halves = [ink.crop((x, 0, x + image.width // 2, band)) for x in (0, image.width // 2)]
+        middle = image.width // 2
+        halves = [ink.crop((x, pictures._LINE, x + middle, band)) for x in (0, middle)]
     frames = [a for a, b in itertools.pairwise(row) if a != b and a not in ((255,) * 3, (0,) * 3)]
     query, right, wrong = [pictures._QUERY] * 2, [pictures._RIGHT] * 4, [pictures._WRONG] * 2
     assert frames == query + right + wrong + query + wrong + right

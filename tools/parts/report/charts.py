@@ -53,10 +53,10 @@ def line_chart(
         parts.append(_event(place((epoch, ticks[0])), name, _TOP + 13 * row + 8))
     parts += [_line(line, place) for line in lines]
     # the names last, so that no curve crosses them out
-    heights = sorted((place((0, value))[1], name) for name, value in levels)
-    for number, (y, name) in enumerate(heights):
+    named = sorted((place((0, value))[1], name) for name, value in levels)
+    for number, (y, name) in enumerate(named):
         # below its line, where no curve that is better comes; above it if the next is near
-        near = number + 1 < len(heights) and heights[number + 1][0] - y < 16
+        near = number + 1 < len(named) and named[number + 1][0] - y < 16
         parts.append(_level(name, y, -4 if near else 13))
     return Chart(title, _svg(_WIDTH, _HEIGHT, title, parts))
 
