@@ -132,8 +132,8 @@ def samples_in_order(
 ) -> Iterator[tuple[int, S]]:
     """Yield (index, prepared sample) of this rank's images, each image on exactly one rank.
 
-    `count` limits them to the first so many on rank 0 (for pictures). Raises `BadImagesError` for
-    an image that cannot be read: evaluations replace nothing.
+    `count` gives the first so many whatever the rank (for pictures). Raises `BadImagesError` for an
+    image that cannot be read: evaluations replace nothing.
     """
     first, step = (0, 1) if count else (distributed.rank(), distributed.world_size())
     mine = range(first, min(count or len(source), len(source)), step)
