@@ -60,12 +60,13 @@ from yacs.config import CfgNode
 
 from data import build_loader, evaluation_loader
 from data.augment.base import Recipe
-from data.augment.preview import first_views, save_grid, save_preview
+from data.augment.preview import first_batch, save_grid, save_preview
 from data.augment.recipes import build_recipe
 from data.batch import Batch
 from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
 from data.sources.base import Source
+from dry_run import dry_run
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, global_batch_size, held_out_batch, make_plan
@@ -77,7 +78,6 @@ from evaluation.features import SharedFeatures, compute_features
 from evaluation.knn import features_knn
 from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
-from tools.parts.dry_run import dry_run
 from utils.checkpoints.folder import require
 from utils.config.key import Value
 from utils.config.load import load_saved, load_with_origins
@@ -258,7 +258,7 @@ def show_restored(
     """Let a method that restores images show clean, corrupted and restored ones."""
     if not framework.restores_images:
         return
-    clean = first_views(source, recipe, run.seed)[0]
+    clean = first_batch(source, recipe, run.seed).views[0]
     with run.evaluating(framework):
         seen, restored = framework.restore(run.views(clean.to(run.device)), run.seed)
     columns = torch.stack([clean, seen.cpu(), restored.cpu()], dim=1)

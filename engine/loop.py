@@ -65,13 +65,8 @@ def fit(
         steps = run.meter.around(loader.from_step(first, plan.total_steps), first)
         for index, micro_batches in steps:
             run.begin_step(index, first)
+            out = train_step(state, plan, guard, step, micro_batches, run.seed)
             progress = plan.progress(index)
-            seed_step(run.seed, index)
-            set_rates(state.optimizer, plan, index)
-            out = forward_and_backward(state, micro_batches, step, progress)
-            out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
-            state.module.after_step(progress)
-            state.step = index + 1
             run.meter.log(progress, out, plan)
             if checkpoints.due(state.step, plan):
                 save(state, plan, run, guard)
@@ -97,6 +92,26 @@ def save(state: TrainState, plan: Plan, run: Run, guard: FiniteGuard) -> None:
     heartbeat.beat(f"the checkpoint of step {state.step}")
     guard.flush()
     run.checkpoint(state, plan)
+
+
+def train_step(
+    state: TrainState,
+    plan: Plan,
+    guard: FiniteGuard,
+    step: StepFunction[B],
+    micro_batches: Sequence[B],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Make the optimiser step number `state.step`; return what is logged of it."""
+    progress = plan.progress(state.step)
+    seed_step(seed, state.step)
+    set_rates(state.optimizer, plan, state.step)
+    out = forward_and_backward(state, micro_batches, step, progress)
+    out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
+    # Only now: the target averages the updated weights, and the loss has seen the old queue.
+    state.module.after_step(progress)
+    state.step += 1
+    return out
 
 
 def seed_step(seed: int, step: int) -> None:

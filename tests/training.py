@@ -102,17 +102,11 @@ def prepare(
 
 
 def train_step(state: TrainState, plan: Plan) -> dict[str, Tensor]:
-    """Do one step in the order of ``fit``."""
-    progress = plan.progress(state.step)
+    """Do one step of ``fit``."""
     batches = micro_batches(state.step, plan.accumulation)
-    engine.seed_step(0, state.step)
-    engine.set_rates(state.optimizer, plan, state.step)
-    out = engine.forward_and_backward(
-        state, batches, lambda b, p: state.model(b.views, p), progress
+    out = engine.train_step(
+        state, plan, FiniteGuard(), lambda b, p: state.model(b.views, p), batches, 0
     )
-    out["grad_norm"] = engine.update(state, plan, FiniteGuard(), batches)
-    state.module.after_step(progress)
-    state.step += 1
     return {name: value.detach() for name, value in out.items()}
 
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from data.batch import Batch
 from data.loader import GlobalLoader
 from data.sources.base import Source
 
@@ -21,7 +22,7 @@ def save_preview(
     path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8
 ) -> None:
     """Write the views of the first batch as a grid: a row an image, a column a view."""
-    views = first_views(source, recipe, seed, num_images)
+    views = first_batch(source, recipe, seed, num_images).views
     warn_of_identical_views(views)
     save_grid(path, torch.stack(views, dim=1))
 
@@ -38,8 +39,8 @@ def warn_of_identical_views(views: Sequence[Tensor]) -> None:
         )
 
 
-def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> list[Tensor]:
-    """Return the views (N,3,S,S) of a run's first images, the same on every rank."""
+def first_batch(source: Source, recipe: Recipe, seed: int, num_images: int = 8) -> Batch:
+    """Return a run's first images, their views (N,3,S,S) on the host, the same on every rank."""
     num_images = min(num_images, len(source))
     host = torch.device("cpu")
     loader = GlobalLoader(
@@ -47,7 +48,7 @@ def first_views(source: Source, recipe: Recipe, seed: int, num_images: int = 8) 
     )
     # rank 0 of 1: every process shows the same images
     _, (batch,) = next(iter(loader.from_step(0, 1)))
-    return batch.views
+    return batch
 
 
 def save_grid(path: Path, rows: Tensor, titles: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from data.augment.base import BatchOp, Recipe, sample_keys
 from data.augment.fused.opcodes import can_run
 from data.augment.ops import HorizontalFlip, Solarize
 from data.augment.pipeline import draw_photometric, photometric
-from data.augment.preview import first_views, save_preview
+from data.augment.preview import first_batch, save_preview
 from data.augment.recipes import RECIPES, build_recipe, check_view
 from data.loader import GlobalLoader
 from data.sources.base import ArraySource
@@ -60,7 +60,7 @@ def test_a_pretraining_batch_and_the_preview_show_it(
         assert len(view[:, 0].unique()) <= 8 < len(plain[:, 0].unique())  # three bits
     save_preview(tmp_path / "views.png", source, recipe, seed=1)
     assert (tmp_path / "views.png").stat().st_size > 1000
-    assert len(first_views(source, recipe, 1)[0][:, 0].unique()) <= 8
+    assert len(first_batch(source, recipe, 1).views[0][:, 0].unique()) <= 8
 
 
 @pytest.mark.parametrize("backend", ["auto", "fused"])

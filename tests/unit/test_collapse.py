@@ -145,14 +145,8 @@ def course(method: str, broken: str, seed: int, steps: int, every: int, batch: i
         return {"loss": loss, "embedding": unit(outputs[0]).detach()}
 
     for index, batches in loader.from_step(0, steps):
-        progress = plan.progress(index)
-        engine.seed_step(seed, index)
-        engine.set_rates(optimizer, plan, index)
-        out = engine.forward_and_backward(state, batches, step, progress)
-        engine.update(state, plan, FiniteGuard(), batches)
-        framework.after_step(progress)
-        state.step = index + 1
-        meter.log(progress, out, plan)
+        out = engine.train_step(state, plan, FiniteGuard(), step, batches, seed)
+        meter.log(plan.progress(index), out, plan)
         if state.step % every == 0:
             verdicts.append(meter._verdict)
     return verdicts

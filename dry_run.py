@@ -5,27 +5,28 @@ Nothing of the run's folder is read or written. Pictures go to OUTPUT/dry_run/NA
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from data import build_loader, evaluation_loader
 from data.augment.base import Recipe
-from data.augment.preview import save_grid
+from data.augment.preview import first_batch, save_grid
 from data.batch import Batch
 from data.loader import GlobalLoader
 from data.sources.base import Source, subset
-from engine.loop import forward_and_backward, seed_step, set_rates
+from engine.guards import FiniteGuard
+from engine.loop import StepFunction, train_step
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
 from utils.config.load import leaves
-from utils.schedules import Progress, momentum_at
+from utils.schedules import momentum_at
 
 _SHOWN = 8  # images of the contact sheet
 _READ = 64  # images for the speed of the disk
@@ -42,7 +43,7 @@ def dry_run(
     framework: nn.Module,
     state: TrainState,
     plan: Plan,
-    step: Callable[[Batch, Progress], dict[str, Tensor]],
+    step: StepFunction[Batch],
 ) -> str:
     """Return one screen of text; write the pictures that it names."""
     folder = Path(cfg.OUTPUT) / "dry_run" / cfg.NAME
@@ -59,13 +60,15 @@ def dry_run(
     lines.append(f"trained parameters: {trained / 1e6:.2f} M in {run.precision} on {run.device}")
 
     # the first step is counted: it also compiles and allocates, so it is not timed
+    guard = FiniteGuard(scaler=state.scaler is not None)
     with FlopCounterMode(display=False) as counter:
-        loss = _step(run, state, plan, step, *next(batches))
+        train_step(state, plan, guard, step, next(batches)[1], run.seed)
     lines.append(f"a step on this process: {counter.get_total_flops() / 1e9:.1f} GFLOP")
     seconds = []
-    for index, micro_batches in batches:
+    for _, micro_batches in batches:
         started = time.perf_counter()
-        loss = _step(run, state, plan, step, index, micro_batches)
+        out = train_step(state, plan, guard, step, micro_batches, run.seed)
+        loss = float(out["loss"])  # also waits for the device
         seconds.append(time.perf_counter() - started)
     hours = min(seconds) * plan.total_steps / 3600
     speed = plan.global_batch / min(seconds)
@@ -86,29 +89,6 @@ def dry_run(
     _contact_sheet(folder / "views.png", cfg, source, recipe)
     lines.append(f"pictures: {folder / 'schedule.png'}, {folder / 'views.png'}")
     return "\n".join(lines) + "\n"
-
-
-def _step(
-    run: Run,
-    state: TrainState,
-    plan: Plan,
-    step: Callable[[Batch, Progress], dict[str, Tensor]],
-    index: int,
-    micro_batches: list[Batch],
-) -> float:
-    """Train one step; return its loss."""
-    progress = plan.progress(index)
-    seed_step(run.seed, index)
-    set_rates(state.optimizer, plan, index)
-    out = forward_and_backward(state, micro_batches, step, progress)
-    if state.scaler:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    else:
-        state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.module.after_step(progress)
-    return float(out["loss"])  # also waits for the device
 
 
 def _views_a_second(cfg: CfgNode, source: Source, recipe: Recipe) -> float:
@@ -175,14 +155,9 @@ def _draw_curves(path: Path, plan: Plan, framework: nn.Module) -> None:
 
 def _contact_sheet(path: Path, cfg: CfgNode, source: Source, recipe: Recipe) -> None:
     """Write the first images of the run beside their views."""
-    count = min(_SHOWN, len(source))
-    host = torch.device("cpu")
-    loader = GlobalLoader(
-        source, recipe, global_batch=count, seed=cfg.SEED, device=host, rank=0, world=1
-    )
-    _, (batch,) = next(iter(loader.from_step(0, 1)))
-    shown = subset(source, batch.indices)
-    plain = next(iter(evaluation_loader(_without_workers(cfg), shown, host, count)))
+    batch = first_batch(source, recipe, cfg.SEED, _SHOWN)
+    shown, host = subset(source, batch.indices), torch.device("cpu")
+    plain = next(iter(evaluation_loader(_without_workers(cfg), shown, host, len(shown))))
     columns = torch.stack([plain.views[0], *batch.views], dim=1)
     titles = ["image", *(f"view {number + 1}" for number in range(len(batch.views)))]
     save_grid(path, columns, titles)
