@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from engine.collapse import EARLY, HEALTHY, CollapseMonitor, CollapseState
-from engine.pace import Pace
 from engine.plan import Plan
 from engine.state import TrainState
 from utils import distributed, heartbeat
 from utils.logger import Metrics
-from utils.progress import ProgressLine, format_duration, progress_text
+from utils.progress import Pace, ProgressLine, format_duration, progress_text
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
@@ -192,7 +191,8 @@ class Meter:
             fields.append(f"{doing}: {format_duration(seconds)}")
         elif values:
             pace = self._pace.seconds_per_step()
-            now = {**values, "images_per_second": plan.global_batch / pace} if pace else values
+            # NaN while the run settles: then the speed is that of the newest log line
+            now = {**values, "images_per_second": plan.global_batch / pace} if pace > 0 else values
             loss = values.get("best_loss", values["loss"])
             fields += [f"loss {loss:.4g}", *self._speed(now)]
         fields.append(f"ETA {format_duration(self._seconds_left())}")

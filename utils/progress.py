@@ -1,4 +1,4 @@
-"""A line on a terminal that redraws itself each second. A file or a pipe gets nothing."""
+"""How far and how fast a loop is, and a line on a terminal that shows it each second."""
 
 import logging
 import math
@@ -6,13 +6,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO, TypeVar
 
 logger = logging.getLogger("synco")
 
+T = TypeVar("T")
+
 _SECONDS = 1.0  # between two drawings
 _LOG_SECONDS = 30.0  # between two log lines where there is no terminal
+_SETTLING = 3  # steps after a start that may compile, fill caches or start workers
+_MEMORY = 200  # steps that the running mean goes back
 _WIPE = "\r\x1b[K"
 
 
@@ -27,7 +31,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 class ProgressLine:
-    """Draws what `describe(columns)` returns, on a terminal, from a second thread.
+    """Draws what `describe(columns)` returns from a second thread; a file or a pipe gets nothing.
 
     A thread, since the line has to move during a long step, an evaluation or a compilation too.
     """
@@ -154,3 +158,59 @@ def format_duration(seconds: float) -> str:
     days, hour = divmod(hours, 24)
     rest = f"{minute:02d}:{second:02d}"
     return f"{days}d {hour:02d}:{rest}" if days else f"{hour}:{rest}"
+
+
+class Pace:
+    """Times the steps of this process on the host's clock."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._mean = 0.0  # seconds a step, of the newest steps
+        self._between = 0.0  # seconds of evaluations, checkpoints and log lines so far
+        self._window: list[tuple[float, float]] = []  # (seconds, of these waiting) a step
+        self._given = self._ended = time.perf_counter()
+        self._waited = 0.0
+
+    def around(self, steps: Iterable[T]) -> Iterator[T]:
+        """Yield from a loader, and time how long each item was waited for."""
+        asked = time.perf_counter()
+        for item in steps:
+            self._given = time.perf_counter()
+            self._waited = self._given - asked
+            yield item
+            asked = time.perf_counter()
+            # The caller has been at work since the step ended: an evaluation, a checkpoint.
+            if self._ended >= self._given:
+                self._between += asked - self._ended
+
+    def end_step(self) -> None:
+        """Note that the step's work is done."""
+        self._ended = time.perf_counter()
+        seconds = self._ended - self._given + self._waited
+        self._steps += 1
+        # The first steps say nothing about the others, e.g. while a network is compiled.
+        if self._steps <= _SETTLING:
+            self._window.append((seconds, self._waited))
+            return
+        if self._steps == _SETTLING + 1:
+            self._window.clear()
+        self._window.append((seconds, self._waited))
+        share = 1 / min(self._steps - _SETTLING, _MEMORY)
+        self._mean += share * (seconds - self._mean)
+
+    def window(self) -> tuple[float, float]:
+        """Return the seconds a step since the last call, and the share of them spent waiting."""
+        seconds, waited = (sum(column) for column in zip(*self._window, strict=True))
+        count = len(self._window)
+        self._window.clear()
+        return max(seconds / count, 1e-9), min(waited / max(seconds, 1e-9), 1.0)
+
+    def seconds_per_step(self) -> float:
+        """Return the mean of the newest steps; NaN while the run settles."""
+        return self._mean if self._steps > _SETTLING else float("nan")
+
+    def seconds_left(self, steps: int) -> float:
+        """Return how long `steps` more will take, with their evaluations; NaN if unknown."""
+        if steps <= 0:
+            return 0.0
+        return steps * (self.seconds_per_step() + self._between / max(self._steps, 1))

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import pace
 from engine.meter import Meter
 from engine.plan import Plan
 from engine.state import TrainState
+from utils import heartbeat
+from utils import progress as pace
 from utils.logger import Metrics
 from utils.schedules import LearningRate, Progress
 
@@ -84,6 +85,16 @@ def test_a_log_line_is_in_the_order_of_a_reader_and_fits_120_columns(
     order = ["epoch 200/300", "step 1000001/1501200", "loss 0.3333", "img/s", "data", "ETA"]
     places = [line.index(part) for part in order]
     assert places == sorted(places)
+
+
+def test_the_progress_line_of_a_run_that_settles_shows_the_speed_of_its_log_line() -> None:
+    meter = Meter(Metrics(None), every=1)
+    meter.start(PLAN)
+    meter.log(Progress(2, 4, 8), outputs(2.0), PLAN)
+    heartbeat.beat("step 3")
+    line = meter._describe(120)
+    assert "img/s" in line
+    assert "nan" not in line
 
 
 def test_the_status_of_a_run_that_settles_is_known_but_for_the_time_left() -> None:
