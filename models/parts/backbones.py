@@ -80,21 +80,23 @@ def build_backbone(
     freeze_patch_embed: bool = False,
     norm_eps: float = 0.0,
     use_checkpoint: bool = False,
+    output_stride: int = 32,
 ) -> Backbone:
     """Build the backbone `name` (one of `BACKBONES` or `timm/<name>`) without a classifier.
 
     `stem` is for ResNets, `patch_size` (0: the model's own) and `freeze_patch_embed` are for
     transformers. `num_tokens` is for plain ViTs: 2 adds SiT's rotation token (timm's `reg_token`)
     to the class token. `norm_eps` (0: the model's own) is the eps of all layer norms but those
-    before the MLPs. Raises `ValueError` naming the key for an unknown name, an option that the
-    backbone does not have, and images smaller than a patch.
+    before the MLPs. `output_stride` 8 or 16 dilates the last stages of a ResNet in place of
+    shrinking their maps; the tensors stay the same. Raises `ValueError` naming the key for an
+    unknown name, an option that the backbone does not have, and images smaller than a patch.
     """
     if name in _RESNETS:
         tokens = num_tokens != 1 and num_tokens
         _refuse(
             name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed, num_tokens=tokens
         )
-        backbone = _resnet(name, stem, drop_path, zero_init_residual)
+        backbone = _resnet(name, stem, drop_path, zero_init_residual, output_stride)
     else:
         options: Options = {"img_size": img_size, "drop_path_rate": drop_path}
         if patch_size:
@@ -105,6 +107,11 @@ def build_backbone(
         # Before the other checks, so that an unknown name is reported as unknown.
         backbone = _transformer(name, options)
         _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
+        if output_stride != 32:
+            raise ValueError(
+                f"OUTPUT_STRIDE: {output_stride} does not apply to {name}; set it to 32, or use a "
+                "ResNet"
+            )
     if freeze_patch_embed:
         _freeze_patch_embed(backbone, name)
     if norm_eps:
@@ -191,7 +198,9 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
     cast(_Checkpointing, backbone).set_grad_checkpointing()
 
 
-def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) -> nn.Module:
+def _resnet(
+    name: str, stem: str, drop_path: float, zero_init_residual: bool, output_stride: int
+) -> nn.Module:
     shape = _RESNETS[name]
     resnet = ResNet(
         shape.block,  # type: ignore[arg-type]  # timm means the class
@@ -200,6 +209,7 @@ def _resnet(name: str, stem: str, drop_path: float, zero_init_residual: bool) ->
         channels=shape.widths,
         drop_path_rate=drop_path,
         zero_init_last=zero_init_residual,
+        output_stride=output_stride,
     )
     backbone = cast(Backbone, resnet)
     if name == "resnet8":
