@@ -9,7 +9,7 @@ import difflib
 import functools
 import logging
 import math
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import timm
 import torch
@@ -64,10 +64,6 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-class _Checkpointing(Protocol):
-    def set_grad_checkpointing(self) -> None: ...
-
-
 def build_backbone(
     name: str,
     *,
@@ -92,10 +88,8 @@ def build_backbone(
     unknown name, an option that the backbone does not have, and images smaller than a patch.
     """
     if name in _RESNETS:
-        tokens = num_tokens != 1 and num_tokens
-        _refuse(
-            name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed, num_tokens=tokens
-        )
+        _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
+        _refuse(name, num_tokens=num_tokens != 1 and num_tokens)
         backbone = _resnet(name, stem, drop_path, zero_init_residual, output_stride)
     else:
         options: Options = {"img_size": img_size, "drop_path_rate": drop_path}
@@ -108,10 +102,7 @@ def build_backbone(
         backbone = _transformer(name, options)
         _refuse(name, stem=stem != "imagenet" and stem, zero_init_residual=zero_init_residual)
         if output_stride != 32:
-            raise ValueError(
-                f"OUTPUT_STRIDE: {output_stride} does not apply to {name}; set it to 32, or use a "
-                "ResNet"
-            )
+            raise ValueError(f"OUTPUT_STRIDE: {output_stride} is for ResNets, not {name}; set 32")
     if freeze_patch_embed:
         _freeze_patch_embed(backbone, name)
     if norm_eps:
@@ -195,7 +186,7 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
         raise ValueError(
             f"--use-checkpoint: {name} has no activation checkpointing in timm; remove the flag"
         )
-    cast(_Checkpointing, backbone).set_grad_checkpointing()
+    cast(ResNet, backbone).set_grad_checkpointing()  # any timm model has it so
 
 
 def _resnet(
@@ -219,9 +210,8 @@ def _resnet(
         raise ValueError(f"MODEL.BACKBONE.STEM: {stem!r} is not one of {', '.join(STEMS)}")
     if stem != "imagenet":  # small images: no 4x reduction before the first stage
         width = cast(nn.Conv2d, backbone.conv1).out_channels
-        conv = nn.Conv2d(
-            3, width, 3, stride=2 if stem == "cifar_stride2" else 1, padding=1, bias=False
-        )
+        stride = 2 if stem == "cifar_stride2" else 1
+        conv = nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
         # as timm starts the convolutions that stay
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         backbone.conv1 = conv

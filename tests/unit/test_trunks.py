@@ -60,7 +60,7 @@ def test_a_resnet_has_the_strides_that_it_names(
 
 
 def test_dilation_is_for_resnets() -> None:
-    with pytest.raises(ValueError, match="OUTPUT_STRIDE: 8 does not apply to deit_tiny"):
+    with pytest.raises(ValueError, match="OUTPUT_STRIDE: 8 is for ResNets, not deit_tiny"):
         build_backbone("deit_tiny", output_stride=8)
 
 
