@@ -1,9 +1,7 @@
 """The registry of image sources: a name and a path become a `Source`."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 from yacs.config import CfgNode
@@ -14,7 +12,7 @@ from data.sources import named_sets as layouts
 from data.sources import packed
 from data.sources import zip as archives
 from data.sources.base import ArraySource, Source, Subset, is_labelled, subset
-from data.sources.scan import is_folder
+from utils.config.datasets import BUNDLED, DOWNLOADABLE, check_place
 
 __all__ = [
     "SOURCES",
@@ -29,7 +27,7 @@ __all__ = [
 
 Builder: TypeAlias = Callable[..., Source]
 
-# Each builder takes (path, split), those of `_BUNDLED` only the split.
+# Each builder takes (path, split), those of `BUNDLED` only the split.
 SOURCES: dict[str, Builder] = {
     "imagefolder": files.imagefolder,
     "imagenet": files.imagefolder,
@@ -48,8 +46,6 @@ SOURCES: dict[str, Builder] = {
 }
 # folders whose listing is worth keeping
 _INDEXED = {"imagefolder", "imagenet", "folder", "tinyimagenet"}
-_BUNDLED = {"digits", "mnist5k"}  # ship with a library: need no path
-_DOWNLOADABLE = {"cifar10", "cifar100", "stl10", "stl10_labelled", "pets"}
 _LABELLED = {"stl10": "stl10_labelled"}  # pretraining adds images without labels
 SPLITS = ("train", "val")
 
@@ -69,25 +65,13 @@ def build_source(
     images (the folder of their indexes, "" for the user's own, "off" for none); a ValueError names
     the key to change.
     """
-    if dataset not in SOURCES:
-        near = difflib.get_close_matches(dataset, SOURCES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"DATA.DATASET {dataset!r} is unknown; did you mean {near!r}? Known: "
-            f"{', '.join(SOURCES)}"
-        )
+    check_place(dataset, path, download)
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
-    if dataset in _BUNDLED:
+    if dataset in BUNDLED:
         return SOURCES[dataset](split)
-    if not path:
-        empty = "DATA.PATH (--data-path) is empty"
-        raise ValueError(f"{empty}: DATA.DATASET {dataset!r} needs a folder")
-    if dataset in _DOWNLOADABLE:
+    if dataset in DOWNLOADABLE:
         return SOURCES[dataset](path, split, download=download)
-    if not is_folder(Path(path)) and not (dataset == "packed" and Path(path).is_file()):
-        raise ValueError(
-            f"DATA.PATH (--data-path) {path!r} is not a folder: DATA.DATASET {dataset!r} needs one"
-        )
     if dataset in _INDEXED:
         return SOURCES[dataset](path, split, index_cache=index_cache)
     if dataset == "zip":
@@ -113,6 +97,7 @@ def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
     if labelled and not is_labelled(source):
         raise ValueError(
             f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class "
-            "folders, or --held-out for the method's own losses"
+            "folders, or pretrain with --opts KNN.EVERY_EPOCHS 0; --held-out gives the method's "
+            "own losses"
         )
     return source

@@ -228,10 +228,11 @@ def test_file_sources_name_their_subset_and_survive_a_spawned_worker(image_folde
             "imagefoldr",
             "x",
             "train",
-            "DATA.DATASET 'imagefoldr' is unknown; did you mean 'imagefolder'",
+            r"DATA.DATASET \(--dataset\) 'imagefoldr' is unknown; did you mean 'imagefolder'",
         ),
         ("imagefolder", "", "train", r"DATA.PATH \(--data-path\) is empty"),
         ("imagefolder", "nowhere", "train", r"DATA.PATH \(--data-path\) 'nowhere' is not a folder"),
+        ("cifar10", "nowhere", "train", "'nowhere' is not a folder.*, or add --download"),
         ("digits", "", "test", "split 'test' is unknown: use one of train, val"),
         (
             "imagefolder",

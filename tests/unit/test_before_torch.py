@@ -10,7 +10,7 @@ import pytest
 
 from utils.cli.lists import listing
 from utils.config import programs
-from utils.config.datasets import BUNDLED, DATASETS, DOWNLOADABLE
+from utils.config.datasets import DATASETS
 from utils.config.key import Value
 from utils.config.load import ConfigError, load_config, load_with_origins
 from utils.config.methods import backbone_names, method_options, method_titles
@@ -107,7 +107,6 @@ def test_the_lists_are_those_of_the_registries() -> None:
     from models.parts.backbones import BACKBONES
 
     assert list(DATASETS) == list(sources.SOURCES)
-    assert (set(BUNDLED), set(DOWNLOADABLE)) == (sources._BUNDLED, sources._DOWNLOADABLE)
     assert tuple(backbone_names()) == BACKBONES
     assert list(method_titles()) == list(FRAMEWORKS)
     assert all(method_titles().values())

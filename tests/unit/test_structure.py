@@ -31,6 +31,7 @@ FORBIDDEN_FILES = {"tools", "benchmarks"}  # of the main programs
 ALLOWED_DATA = "data.batch."
 ALLOWED_UTILS = {
     "data": {
+        "utils.config.datasets",
         "utils.distributed",
         "utils.randomness",
         "utils.checkpoints.atomic",

@@ -4,14 +4,13 @@ The mains load it a second time after their imports; here a mistake is answered 
 """
 
 import argparse
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config.datasets import BUNDLED, CLASS_FOLDERS, DATASETS, DOWNLOADABLE, UNLABELLED
+from utils.config.datasets import CLASS_FOLDERS, UNLABELLED, check_place
 from utils.config.key import Program, Value
 from utils.config.load import ConfigError, leaves, load_with_origins
 from utils.config.methods import method_options
@@ -43,7 +42,7 @@ def answer_from_config(
 
 def check_program(program: Program, args: argparse.Namespace, cfg: CfgNode) -> None:
     """Refuse what can be refused before torch is imported and a folder is made."""
-    check_data(cfg.DATA)
+    check_place(cfg.DATA.DATASET, cfg.DATA.PATH, cfg.DATA.DOWNLOAD)
     if program != "pretrain" and cfg.DATA.DATASET in UNLABELLED:
         raise ConfigError(
             f"DATA.DATASET (--dataset) {cfg.DATA.DATASET!r} has no labels, and this program needs "
@@ -55,28 +54,6 @@ def check_program(program: Program, args: argparse.Namespace, cfg: CfgNode) -> N
             raise ConfigError("--dry-run: measures one process; start it without torchrun")
         if not (args.eval or args.throughput):
             check_training(cfg)
-
-
-def check_data(data: CfgNode) -> None:
-    """Refuse a data set that is not known, and a folder that is not there."""
-    name = data.DATASET
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"DATA.DATASET (--dataset) {name!r} is unknown; did you mean {near!r}? Known: "
-            f"{', '.join(DATASETS)}"
-        )
-    if name in BUNDLED:
-        return
-    if not data.PATH:
-        raise ConfigError(f"DATA.PATH (--data-path) is empty: DATA.DATASET {name!r} needs a folder")
-    # a download makes the folder
-    if not os.path.exists(data.PATH) and not (name in DOWNLOADABLE and data.DOWNLOAD):
-        remedy = ", or add --download" if name in DOWNLOADABLE else ""
-        raise ConfigError(
-            f"DATA.PATH (--data-path) {data.PATH!r} is not a folder: DATA.DATASET {name!r} needs "
-            f"one{remedy}"
-        )
 
 
 def check_graphs(train: CfgNode) -> None:
