@@ -136,7 +136,9 @@ def test_losses_are_weighted_by_stage() -> None:
     assert set(results[0]) == {f"{name}/{stage}" for name in names for stage in (1, 2, 3)}
     for name, loss in results[0].items():
         weight = {"1": 1.0, "2": 0.5, "3": 0.25}[name[-1]]
-        assert float(results[1][name]) == pytest.approx(weight * float(loss), rel=1e-6)
+        assert float(results[1][name].detach()) == pytest.approx(
+            weight * float(loss.detach()), rel=1e-6
+        )
 
 
 def test_in_a_test_logits_and_mask_probabilities_are_averaged() -> None:
