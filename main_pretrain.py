@@ -7,7 +7,7 @@ goes on where it stopped.
 
 import argparse
 
-from utils.cli import Parser, answer_at_once, make_parser, parse, run_main
+from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
 from utils.config.flags import SPECIAL
 
 HELD_OUT = (
@@ -43,6 +43,8 @@ def _parser() -> Parser:
         "--dry-run", action="store_true", help="three steps: what a run would do and need"
     )
     parser.add_argument("--replay", metavar="FILE", help=REPLAY)
+    parser.add_argument("--pretrained", metavar="FILE", help="start from a backbone's weights")
+    add_which(parser)
     return parser
 
 
@@ -76,7 +78,7 @@ from engine.state import TrainState
 from evaluation.accuracy import held_out_losses, held_out_names, measure_throughput
 from evaluation.features import SharedFeatures, compute_features
 from evaluation.knn import features_knn
-from models import build_framework, framework_options
+from models import build_framework, framework_options, start_from
 from models.parts.momentum import MomentumFramework
 from utils.checkpoints.folder import require
 from utils.config.key import Value
@@ -118,6 +120,8 @@ def main() -> int:
     plan = plan_of(cfg, loader)
     state = open_state(cfg, run, framework)
     resumed = not args.dry_run and run.resume(state, plan)
+    if args.pretrained and not resumed:  # a checkpoint holds all of the state
+        start_from(framework, cfg, Path(args.pretrained), args.which)
     run.describe(framework, plan, len(source))
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:

@@ -230,7 +230,7 @@ def load_own(
     if missing := _NEEDED - set(saved):
         raise checkpoint.CheckpointError(
             f"{path} is no checkpoint of such a run (no {', '.join(sorted(missing))}); to start "
-            "from its weights use main_linear.py --pretrained, to resume give a ckpt_*.pt of a run"
+            "from its weights use --pretrained, to resume give a ckpt_*.pt of a run"
         )
     changes = compare_for_resume(saved["config"], cfg, task)
     if saved["dataset"] != fingerprint:
