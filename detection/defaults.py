@@ -84,7 +84,9 @@ DETECTION = {
     "TEST_SIZE": Key(800, "of the shorter side in a test", least=1),
     "MAX_SIZE": Key(1333, "of the longer side", least=1),
     "CANVAS": Key(
-        0, "side of the square that images are padded to; 0 (ResNet): as small as possible"
+        0,
+        "ViT: side of the square that images are padded to; 0: as small as fits. A Swin has 0 but "
+        "to go on with a run of earlier versions",
     ),
     "FLIP": Key(0.5, "probability", most=1.0),
     "CROP": Key(0.0, "probability of a crop before the resize (Swin); 0: none", most=1.0),

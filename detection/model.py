@@ -1,5 +1,6 @@
 """Faster, Mask and Cascade R-CNN from our backbones and torchvision."""
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from detection.proposals import build_proposals
 from models.parts.backbones import Backbone
 from models.parts.norm import convert_sync_batch_norm
 from models.parts.trunks import build_trunk, family, pretrained_body, resize_positions
+
+logger = logging.getLogger("synco")
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in pretraining
 _NECKS_OF = {"resnet": ("fpn", "c4"), "swin": ("fpn",), "vit": ("pyramid",)}
@@ -63,9 +66,15 @@ def build_detector(
     it.
     """
     rcnn, canvas = cfg.MODEL.RCNN, cfg.DETECTION.CANVAS
-    # squares of a fixed size keep the Swin of runs from before it took any size
+    # with a canvas a Swin stays the network of runs from before it took any size
     body = pretrained_body(cfg, weights, which, swin_size=canvas)
     kind = family(body)
+    if kind == "swin" and canvas:
+        logger.warning(
+            "DETECTION.CANVAS: %d: at such a size %s is not the published network, since its "
+            "windows wrap around the edges; set it to 0, unless an older run goes on",
+            *(canvas, cfg.MODEL.BACKBONE.NAME),
+        )
     if rcnn.NECK not in _NECKS_OF[kind]:
         raise ValueError(
             f"MODEL.RCNN.NECK: {rcnn.NECK!r} does not apply to {cfg.MODEL.BACKBONE.NAME}; "

@@ -3,9 +3,11 @@
 import copy
 from typing import Protocol, cast
 
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, feature_map
+from models.parts.dense_swin import dense_swin, is_dense_swin
 
 
 class _Resizable(Protocol):
@@ -15,14 +17,15 @@ class _Resizable(Protocol):
 def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     """Return the backbone for images of `size` (H, W): itself if it takes any size, else a copy.
 
-    The copy has interpolated positions and no gradients. Swin keeps its windows and their tables,
-    unless its feature maps become smaller than a window. Raises ValueError for a transformer of a
-    fixed size.
+    The copy has no gradients. A ViT's has interpolated positions, a Swin's keeps its windows and
+    takes any size (see `dense_swin`). Raises ValueError for a transformer of a fixed size.
     """
     patches = getattr(backbone, "patch_embed", None)
     built_for = getattr(patches, "img_size", None)
-    if built_for is None or tuple(built_for) == tuple(size):
+    if built_for is None or tuple(built_for) == tuple(size) or is_dense_swin(backbone):
         return backbone
+    if isinstance(backbone, SwinTransformer):
+        return cast(Backbone, dense_swin(copy.deepcopy(backbone)).requires_grad_(False))
     if not (hasattr(backbone, "set_input_size") and hasattr(patches, "set_input_size")):
         raise ValueError(
             f"{type(backbone).__name__} works only on images of {built_for}, not of {size}"
@@ -33,6 +36,7 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
 
 
 def _window_options(body: nn.Module) -> dict[str, object]:
+    """Return the windows of a Swin V2, which timm would change with the size."""
     stages = [stage for stage in getattr(body, "layers", []) if hasattr(stage, "blocks")]
     windows = [
         tuple(stage.blocks[0].window_size)

@@ -14,6 +14,7 @@ from detection.defaults import load_detection_config
 from detection.model import Detector, build_detector
 from engine.plan import iteration_plan
 from models.parts.backbones import build_backbone
+from models.parts.dense_swin import is_dense_swin
 from models.parts.norm import SyncBatchNorm
 from utils.config.load import ConfigError
 
@@ -29,7 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "swin": {
         **{"MODEL__BACKBONE__NAME": "swin_tiny", "MODEL__RCNN__NECK": "fpn"},
-        "DETECTION__CANVAS": 96,
     },
     "vit": {
         **{"MODEL__BACKBONE__NAME": "deit_tiny", "MODEL__RCNN__NECK": "pyramid"},
@@ -156,7 +156,7 @@ RENAMES = {  # where a part of the backbone stands in the detector
 )
 def test_the_checkpoint_is_really_in_the_detector(kind: str, norm: str, tmp_path: Path) -> None:
     name = KINDS[kind]["MODEL__BACKBONE__NAME"]
-    saved = weights_file(tmp_path / "moco.pt", name, img_size=96 if kind == "swin" else 64)
+    saved = weights_file(tmp_path / "moco.pt", name, img_size=224 if kind == "swin" else 64)
     detector = build_detector(config(kind, MODEL__RCNN__NORM=norm), 3, tmp_path / "moco.pt")
     inside = detector.state_dict()
     for key, tensor in saved.items():
@@ -222,6 +222,18 @@ def test_c4_hands_stage_five_to_the_head() -> None:
 def test_pyramids_have_five_strides(kind: str) -> None:
     maps = build_detector(config(kind), 3, None).eval().backbone(torch.rand(1, 3, 96, 96))
     assert [tuple(m.shape[1:]) for m in maps.values()] == [(32, s, s) for s in (24, 12, 6, 3, 2)]
+
+
+def test_a_swin_of_an_earlier_run_keeps_its_canvas_and_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    new = build_detector(config("swin"), 3, None)
+    assert not caplog.text
+    old = build_detector(config("swin", DETECTION__CANVAS=96), 3, None)
+    assert "DETECTION.CANVAS: 96" in caplog.text
+    assert (is_dense_swin(new), is_dense_swin(old)) == (True, False)
+    assert old.state_dict().keys() == new.state_dict().keys()
+    assert old.transform([torch.rand(3, 64, 96)], None)[0].tensors.shape == (1, 3, 96, 96)
 
 
 def test_padding_does_not_move_boxes(coco_root: Path) -> None:

@@ -226,7 +226,7 @@ def test_the_published_choices_train_every_parameter_under_autocast(box_loss: st
 def test_swin_exempts_76_tensors_by_the_published_rule() -> None:
     """And all else decays: biases, and the batch norms of the head."""
     keys = shapes.opts(
-        **{"MODEL__BACKBONE__NAME": "swin_tiny", "DETECTION__CANVAS": 96},
+        **{"MODEL__BACKBONE__NAME": "swin_tiny"},
         **{"MODEL__RCNN__MASKS": True, "MODEL__RCNN__BOX_HEAD": "4conv1fc"},
         **{"OPTIM__NAME": "adamw", "OPTIM__EXCLUDE_RULE": "norms"},
     )
