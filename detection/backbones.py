@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from models.parts.backbones import Backbone, feature_map
@@ -98,15 +98,3 @@ class Stage5(nn.Module):
     def forward(self, regions: Tensor) -> Tensor:
         """Map regions (R,C,14,14) to (R,F,7,7)."""
         return self.norm(self.layer4(regions))
-
-
-def freeze_batch_norms(module: nn.Module) -> None:
-    """Replace every batch norm by a fixed scale and shift that no longer move."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            for key in ("weight", "bias", "running_mean", "running_var"):
-                getattr(frozen, key).copy_(getattr(child, key).detach())
-            setattr(module, name, frozen)
-        else:
-            freeze_batch_norms(child)

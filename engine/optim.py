@@ -1,6 +1,6 @@
 """Optimisers and their parameter groups."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -101,6 +101,16 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     if node.NAME == "lars":
         groups[1]["adapt"] = False
     return [group for group in groups if group["params"]]
+
+
+def with_layer_decay(groups: Iterable[Group], scale: Mapping[nn.Parameter, float]) -> list[Group]:
+    """Split groups so that each has one `lr_scale`, its parameters' `scale` (1 if not in it)."""
+    return [
+        {**group, "params": [p for p in group["params"] if scale.get(p, 1.0) == value]}
+        | {"lr_scale": value}
+        for group in groups
+        for value in sorted({scale.get(p, 1.0) for p in group["params"]})
+    ]
 
 
 def build_optimizer(

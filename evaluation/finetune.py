@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.batch import Batch
-from engine.optim import Group, parameter_groups
+from engine.optim import Group, parameter_groups, with_layer_decay
 from engine.run import Run
 from evaluation.accuracy import topk_correct
 from evaluation.probe import weights_label
@@ -119,17 +119,10 @@ def finetune_groups(
             for name, parameter in backbone.named_parameters()
         }
         # A group has one rate, so each layer becomes a group.
-        groups = [part for group in groups for part in _split(group, scale)]
+        groups = with_layer_decay(groups, scale)
     return [
         *groups,
         *({**group, "rate": CLASSIFIER} for group in parameter_groups(heads, node.OPTIM)),
-    ]
-
-
-def _split(group: Group, scale: Mapping[nn.Parameter, float]) -> list[Group]:
-    return [
-        {**group, "params": [p for p in group["params"] if scale[p] == value], "lr_scale": value}
-        for value in sorted({scale[p] for p in group["params"]})
     ]
 
 

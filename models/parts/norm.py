@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from utils.distributed import all_reduce_sum, world_size
 
@@ -137,6 +138,18 @@ def convert_split_batch_norm(module: nn.Module, num_splits: int) -> nn.Module:
         return SplitBatchNorm2d(norm.num_features, num_splits, norm.eps, norm.momentum)
 
     return _replace(module, split)
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Replace every batch norm by a fixed scale and shift that no longer move."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            for key in ("weight", "bias", "running_mean", "running_var"):
+                getattr(frozen, key).copy_(getattr(child, key).detach())
+            setattr(module, name, frozen)
+        else:
+            freeze_batch_norms(child)
 
 
 def _refuse_fused_norms(module: nn.Module) -> None:

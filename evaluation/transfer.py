@@ -1,0 +1,89 @@
+"""What the programs that fine-tune for a task share: the weights, the run, its result."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from yacs.config import CfgNode
+
+from data.batch import Batch
+from engine.loop import Evaluation, Loader, Outcome, StepFunction, fit
+from engine.plan import Plan
+from engine.run import Run
+from engine.state import TrainState
+from evaluation.probe import find_weights, weights_fingerprint
+from models.weights.find import find_network
+from utils.checkpoints.atomic import write_text
+from utils.checkpoints.foreign import read_torch
+
+logger = logging.getLogger("synco")
+
+B = TypeVar("B", bound=Batch)
+
+
+def starting_weights(cfg: CfgNode, pretrained: str | None) -> Path | None:
+    """Return the file that `--pretrained` names, None for random weights."""
+    if not pretrained:
+        raise ValueError(
+            "--pretrained: is not given; name a file of weights, or none for random ones"
+        )
+    return None if pretrained == "none" else find_weights(cfg, pretrained)
+
+
+def network_of(weights: Path | None, which: str) -> str:
+    """Return which network of a file of several is taken."""
+    return find_network(read_torch(weights), which).taken if weights else "online"
+
+
+def start_fingerprint(weights: Path | None, network: str, data: str) -> str:
+    """Say from which weights and on which data a run trains."""
+    return f"{weights_fingerprint(weights, network)}, data {data}"
+
+
+@dataclass(frozen=True)
+class Transfer(Generic[B]):
+    """A task ready to train: its step, its evaluation and what it leaves at the end."""
+
+    state: TrainState
+    plan: Plan
+    loader: Loader[B]
+    step: StepFunction[B]
+    num_images: int
+    measure: Evaluation
+    # the result of the whole run, or of --eval: metrics, and what else belongs into result.json
+    conclude: Callable[[], dict[str, object]]
+    throughput: Callable[[], object]
+    draw: Callable[[], None]
+
+
+def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network: str) -> int:
+    """Resume, train and evaluate; write `result.json` and a picture; return the exit code."""
+    state, plan = task.state, task.plan
+    resumed = run.resume(state, plan)
+    run.describe(task.state.model, plan, task.num_images)
+    if args.throughput:
+        task.throughput()
+        return 0
+    if args.eval and not resumed:
+        raise ValueError(
+            f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
+        )
+    outcome = Outcome.DONE
+    if not args.eval:
+        outcome = fit(state, task.loader, task.step, plan, run, task.measure)
+    if outcome is Outcome.DONE:
+        result = task.conclude()
+        figures = [f"{key} {value:.2f}" for key, value in result.items() if type(value) is float]
+        logger.info("%s: %s", args.split, ", ".join(figures))
+        if not args.eval:
+            # of a file with several networks the result names the one that was taken
+            start: dict[str, object] = {"weights": args.pretrained}
+            start |= {} if args.pretrained == "none" else {"network": network}
+            text = json.dumps(start | {"step": state.step} | result, indent=1)
+            run.write_extra("result.json", lambda path: write_text(path, text))
+            task.draw()
+    return outcome.value

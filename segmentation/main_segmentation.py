@@ -1,0 +1,182 @@
+"""Semantic segmentation on a pretrained backbone: UPerNet, FCN or a linear head.
+
+python segmentation/main_segmentation.py --cfg segmentation/configs/ade20k_upernet_swin_tiny.yaml
+--data-path D --pretrained FILE --output O --tag T; --pretrained none starts from random weights.
+Writes to O/<name>/T/. Also under torchrun.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
+
+
+def _parser() -> Parser:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="backbone: a file, a run's folder, or none for random weights",
+    )
+    parser.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="also evaluate over several scales, mirrored too",
+    )
+    add_which(parser)
+    return parser
+
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from data.batch import Batch
+from engine.optim import build_optimizer
+from engine.plan import global_batch_size, iteration_plan
+from engine.run import Run, start_run
+from engine.state import TrainState
+from evaluation.accuracy import measure_throughput
+from evaluation.transfer import (
+    Transfer,
+    network_of,
+    run_transfer,
+    start_fingerprint,
+    starting_weights,
+)
+from segmentation.datasets import SegmentationData, open_dataset
+from segmentation.defaults import load_segmentation_config
+from segmentation.evaluation import Judgement, evaluate, predictions
+from segmentation.heads import LinearGrid
+from segmentation.loader import build_train_loader
+from segmentation.model import Segmenter, build_segmenter, optimizer_groups
+from segmentation.pictures import draw_rows
+from utils.schedules import Progress
+
+
+def main() -> int:
+    """Fine-tune, evaluate and draw the labels; return the exit code."""
+    args, flags = parse(_parser())
+    cfg = load_segmentation_config([args.cfg], args.opts, flags)
+    weights = starting_weights(cfg, args.pretrained)
+    run = start_run(cfg, task="segmentation", training=not (args.eval or args.throughput))
+
+    # data
+    node = cfg.SEGMENTATION
+    train, test = open_splits(cfg)
+    global_batch = global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS)
+    loader = build_train_loader(cfg, train, global_batch=global_batch, device=run.device)
+
+    # model, plan, optimiser
+    segmenter = run.prepare(build_segmenter(cfg, len(train.classes), weights, args.which))
+    network = network_of(weights, args.which)
+    run.fingerprint = start_fingerprint(weights, network, train.fingerprint())
+    plan = iteration_plan(
+        cfg.OPTIM,
+        node,
+        global_batch,
+        cfg.TRAIN.ACCUMULATION_STEPS,
+        schedule=node.SCHEDULE,
+        power=node.POWER,
+        base_rates=node.LRS,
+    )
+
+    def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with run.autocast():
+            losses = state.model(run.views(batch.views[0]), batch.labels)
+        return {**losses, "loss": sum(losses.values())}
+
+    judged: list[Judgement] = []  # the newest last
+
+    def measure(progress: Progress) -> dict[str, float]:
+        judged.append(judge(run, segmenter, test))
+        return dict(judged[-1].values)
+
+    def conclude() -> dict[str, object]:
+        # again, if the run was complete before
+        single = judged[-1] if judged else judge(run, segmenter, test)
+        result: dict[str, object] = {**single.values, "iou": single.ious}
+        if args.multi_scale:
+            many = judge(run, segmenter, test, multi_scale=True)
+            result |= {f"ms/{name}": value for name, value in many.values.items()}
+            result["ms/iou"] = many.ious
+        return result
+
+    def throughput() -> None:
+        with run.evaluating(segmenter.backbone) as backbone:
+            measure_throughput(backbone, node.CROP[0], cfg.TRAIN.BATCH_SIZE, run.device)
+
+    state = open_state(cfg, run, segmenter)
+    args.split = node.TEST_SPLIT
+    task = Transfer(
+        state=state,
+        plan=plan,
+        loader=loader,
+        step=step,
+        num_images=len(train),
+        measure=measure,
+        conclude=conclude,
+        throughput=throughput,
+        draw=lambda: draw(run, segmenter, test),
+    )
+    return run_transfer(run, task, args, network)
+
+
+def open_splits(cfg: CfgNode) -> tuple[SegmentationData, SegmentationData]:
+    """Read and check the splits of training and test."""
+    node = cfg.SEGMENTATION
+    train, test = open_dataset(cfg, node.TRAIN_SPLIT), open_dataset(cfg, node.TEST_SPLIT)
+    if test.classes != train.classes:
+        raise ValueError(
+            f"SEGMENTATION.TEST_SPLIT: {node.TEST_SPLIT} has other classes than {node.TRAIN_SPLIT}"
+        )
+    return train, test
+
+
+def open_state(cfg: CfgNode, run: Run, segmenter: Segmenter) -> TrainState:
+    """Return the segmenter with its optimiser, ready for the engine."""
+    groups = optimizer_groups(segmenter, cfg)
+    optimizer = build_optimizer(cfg.OPTIM, groups, fused=run.scaler() is None)
+    state = TrainState(segmenter, optimizer, run.wrap(segmenter), run.scaler())
+    if isinstance(segmenter.decode_head, LinearGrid):
+        # clipped apart: each head then learns as it would alone
+        state.clip_groups = [list(head.parameters()) for head in segmenter.decode_head.heads]
+    return state
+
+
+def judge(
+    run: Run, segmenter: Segmenter, test: SegmentationData, multi_scale: bool = False
+) -> Judgement:
+    """Evaluate the segmenter as it is now."""
+    with run.evaluating(segmenter) as model:
+        return evaluate(model, test, run.cfg, run.device, multi_scale)
+
+
+def draw(run: Run, segmenter: Segmenter, test: SegmentationData) -> None:
+    """Write `segmentation.png`: the first test images, their truth, and the labels found."""
+    if not run.cfg.LOG.PICTURES:
+        return
+    with run.evaluating(segmenter) as model:
+        run.write_extra("segmentation.png", lambda path: draw_rows(shown(run, model, test), path))
+
+
+def shown(
+    run: Run, model: Segmenter, test: SegmentationData
+) -> Iterator[tuple[Image.Image, np.ndarray, np.ndarray]]:
+    """Yield image, truth and labels of the first test images."""
+    found = predictions(model, test, run.cfg, run.device, count=run.cfg.LOG.PICTURES)
+    for index, (truth, labels) in enumerate(found):
+        yield test.image(index), truth.cpu().numpy(), labels[0].cpu().numpy()
+
+
+if __name__ == "__main__":
+    run_main(main)
