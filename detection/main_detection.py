@@ -28,9 +28,6 @@ def _parser() -> Parser:
 if __name__ == "__main__":
     answer_at_once(_parser())
 
-import json
-import logging
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -43,30 +40,21 @@ from detection.model import Detector, build_detector
 from detection.pictures import draw_grid
 from detection.sources.annotations import DetectionData
 from detection.sources.datasets import read_split
-from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import global_batch_size, iteration_plan
 from engine.run import Run, start_run
 from engine.state import TrainState
 from evaluation.accuracy import measure_throughput
-from evaluation.probe import find_weights, weights_fingerprint
-from models.weights.find import find_network
-from utils.checkpoints.atomic import write_text
-from utils.checkpoints.foreign import read_torch
+from evaluation.transfer import Transfer, run_transfer, start_fingerprint, starting_weights
+from models.weights.load import network_of
 from utils.schedules import Progress
-
-logger = logging.getLogger("synco")
 
 
 def main() -> int:
     """Fine-tune, evaluate and draw what was found; return the exit code."""
     args, flags = parse(_parser())
     cfg = load_detection_config([args.cfg], args.opts, flags)
-    if not args.pretrained:
-        raise ValueError(
-            "--pretrained: is not given; name a file of weights, or none for random ones"
-        )
-    weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
+    weights = starting_weights(cfg, args.pretrained)
     if cfg.DATA.DATASET == "coco":
         coco_api()  # an evaluator that is missing is told now, not after the training
     run = start_run(cfg, task="detection", training=not (args.eval or args.throughput))
@@ -79,12 +67,10 @@ def main() -> int:
 
     # model, plan, optimiser
     detector = run.prepare(build_detector(cfg, len(train.classes), weights, args.which))
-    taken = find_network(read_torch(weights), args.which).taken if weights else "online"
-    run.fingerprint = f"{weights_fingerprint(weights, taken)}, data {train.fingerprint()}"
+    network = network_of(weights, args.which)
+    run.fingerprint = start_fingerprint(weights, network, train.fingerprint())
     plan = iteration_plan(cfg.OPTIM, detection, global_batch, cfg.TRAIN.ACCUMULATION_STEPS)
     state = open_state(cfg, run, detector)
-    resumed = run.resume(state, plan)
-    run.describe(detector, plan, len(train))
 
     def step(batch: DetectionBatch, progress: Progress) -> dict[str, Tensor]:
         with run.autocast():
@@ -98,27 +84,25 @@ def main() -> int:
             measured.update(evaluate(model, test, cfg, run.device))
         return dict(measured)
 
-    if args.throughput:
+    def throughput() -> None:
         with run.evaluating(detector.backbone) as backbone:
             size = detection.CANVAS or detection.TEST_SIZE // 32 * 32
             measure_throughput(backbone, size, cfg.TRAIN.BATCH_SIZE, run.device)
-        return 0
-    if args.eval and not resumed:
-        raise ValueError(
-            f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
-        )
-    outcome = Outcome.DONE if args.eval else fit(state, loader, step, plan, run, measure)
-    if outcome is Outcome.DONE:
+
+    task = Transfer(
+        state=state,
+        plan=plan,
+        loader=loader,
+        step=step,
+        measure=measure,
         # again, if the run was complete before
-        result = measured or measure(plan.progress(state.step))
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in result.items())
-        logger.info("%s: %s", detection.TEST_SPLIT, figures)
-        if not args.eval:
-            # of a file with several networks the result names the one that was taken
-            start = {"weights": args.pretrained} | ({"network": taken} if weights else {})
-            write_result(run, start | {"step": state.step, **result})
-            draw(run, detector, test, cfg)
-    return outcome.value
+        conclude=lambda: measured or measure(plan.progress(state.step)),
+        throughput=throughput,
+        draw=lambda: draw(run, detector, test, cfg),
+        split=detection.TEST_SPLIT,
+        num_images=len(train),
+    )
+    return run_transfer(run, task, args, network)
 
 
 def open_state(cfg: CfgNode, run: Run, detector: Detector) -> TrainState:
@@ -149,12 +133,6 @@ def read(cfg: CfgNode, split: str) -> DetectionData:
         cfg.DATA.DATASET, cfg.DATA.PATH, split, cfg.DETECTION.CLASSES, cfg.MODEL.RCNN.MASKS
     )
     return replace(data, max_pixels=cfg.DATA.MAX_PIXELS)
-
-
-def write_result(run: Run, result: Mapping[str, object]) -> None:
-    """Write `result.json`: the weights it started from and the final metrics in percent."""
-
-    run.write_extra("result.json", lambda path: write_text(path, json.dumps(result, indent=1)))
 
 
 def draw(run: Run, detector: nn.Module, data: DetectionData, cfg: CfgNode) -> None:

@@ -3,11 +3,12 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
+from torch import nn
 from yacs.config import CfgNode
 
 from data.batch import Batch
@@ -16,9 +17,7 @@ from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
 from evaluation.probe import find_weights, weights_fingerprint
-from models.weights.find import find_network
 from utils.checkpoints.atomic import write_text
-from utils.checkpoints.foreign import read_torch
 
 logger = logging.getLogger("synco")
 
@@ -34,11 +33,6 @@ def starting_weights(cfg: CfgNode, pretrained: str | None) -> Path | None:
     return None if pretrained == "none" else find_weights(cfg, pretrained)
 
 
-def network_of(weights: Path | None, which: str) -> str:
-    """Return which network of a file of several is taken."""
-    return find_network(read_torch(weights), which).taken if weights else "online"
-
-
 def start_fingerprint(weights: Path | None, network: str, data: str) -> str:
     """Say from which weights and on which data a run trains."""
     return f"{weights_fingerprint(weights, network)}, data {data}"
@@ -52,19 +46,19 @@ class Transfer(Generic[B]):
     plan: Plan
     loader: Loader[B]
     step: StepFunction[B]
-    num_images: int
     measure: Evaluation
-    # the result of the whole run, or of --eval: metrics, and what else belongs into result.json
-    conclude: Callable[[], dict[str, object]]
+    conclude: Callable[[], Mapping[str, object]]  # the result of the run, or of --eval
     throughput: Callable[[], object]
-    draw: Callable[[], None]
+    draw: Callable[[], object]
+    split: str  # that is tested
+    num_images: int  # of training
 
 
 def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network: str) -> int:
     """Resume, train and evaluate; write `result.json` and a picture; return the exit code."""
     state, plan = task.state, task.plan
     resumed = run.resume(state, plan)
-    run.describe(task.state.model, plan, task.num_images)
+    run.describe(cast(nn.Module, state.module), plan, task.num_images)
     if args.throughput:
         task.throughput()
         return 0
@@ -77,13 +71,13 @@ def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network:
         outcome = fit(state, task.loader, task.step, plan, run, task.measure)
     if outcome is Outcome.DONE:
         result = task.conclude()
-        figures = [f"{key} {value:.2f}" for key, value in result.items() if type(value) is float]
-        logger.info("%s: %s", args.split, ", ".join(figures))
+        figures = [f"{name} {value:.2f}" for name, value in result.items() if type(value) is float]
+        logger.info("%s: %s", task.split, ", ".join(figures))
         if not args.eval:
-            # of a file with several networks the result names the one that was taken
             start: dict[str, object] = {"weights": args.pretrained}
-            start |= {} if args.pretrained == "none" else {"network": network}
-            text = json.dumps(start | {"step": state.step} | result, indent=1)
+            if args.pretrained != "none":  # of a file with several networks
+                start["network"] = network
+            text = json.dumps({**start, "step": state.step, **result}, indent=1)
             run.write_extra("result.json", lambda path: write_text(path, text))
             task.draw()
     return outcome.value

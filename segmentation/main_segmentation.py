@@ -46,13 +46,8 @@ from engine.plan import global_batch_size, iteration_plan
 from engine.run import Run, start_run
 from engine.state import TrainState
 from evaluation.accuracy import measure_throughput
-from evaluation.transfer import (
-    Transfer,
-    network_of,
-    run_transfer,
-    start_fingerprint,
-    starting_weights,
-)
+from evaluation.transfer import Transfer, run_transfer, start_fingerprint, starting_weights
+from models.weights.load import network_of
 from segmentation.datasets import SegmentationData, open_dataset
 from segmentation.defaults import load_segmentation_config
 from segmentation.evaluation import Judgement, evaluate, predictions
@@ -116,17 +111,17 @@ def main() -> int:
             measure_throughput(backbone, node.CROP[0], cfg.TRAIN.BATCH_SIZE, run.device)
 
     state = open_state(cfg, run, segmenter)
-    args.split = node.TEST_SPLIT
     task = Transfer(
         state=state,
         plan=plan,
         loader=loader,
         step=step,
-        num_images=len(train),
         measure=measure,
         conclude=conclude,
         throughput=throughput,
         draw=lambda: draw(run, segmenter, test),
+        split=node.TEST_SPLIT,
+        num_images=len(train),
     )
     return run_transfer(run, task, args, network)
 

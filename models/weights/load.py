@@ -7,6 +7,7 @@ backbone must be found, and what the file holds beyond it must be a head or a de
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from models.parts.mocov3_vit import sincos_positions
 from models.weights.find import Network, find_network, listed, not_needed, some
+from utils.checkpoints.foreign import read_torch
 
 # MoCo v3's ViT-S has 12 heads, DeiT's 6, and the tensors have the same shapes
 _AMBIGUOUS_WIDTH = 384
@@ -46,6 +48,11 @@ class Loaded(NamedTuple):
     def __str__(self) -> str:
         """Return one line for the log."""
         return f"{self.report} ({self.network})"
+
+
+def network_of(file: Path | None, which: str = "") -> str:
+    """Return which network of a file of several is taken; of random weights the online one."""
+    return find_network(read_torch(file), which).taken if file else "online"
 
 
 def load_network(
