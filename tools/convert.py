@@ -60,6 +60,7 @@ if __name__ == "__main__":
 import json
 import pickle
 from collections.abc import Mapping
+from datetime import datetime
 from typing import IO
 
 import torch
@@ -68,10 +69,12 @@ from yacs.config import CfgNode
 
 from models import build_framework, framework_options, online_backbone
 from models.weights import export
+from models.weights.architecture import describe, name_of
 from models.weights.find import find_network, listed, tensors_of
 from models.weights.load import LoadReport, check_norm_eps, load_backbone
 from models.weights.pretraining_state import framework_state
 from tools.parts.model_card import write_huggingface
+from tools.parts.run_files import parsed_config, read_json, value_at
 from utils.checkpoints import file as checkpoints
 from utils.checkpoints.atomic import write_file
 from utils.checkpoints.foreign import read_torch
@@ -117,25 +120,59 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def inspect_file(args: argparse.Namespace) -> None:
-    """Print what a file holds: entries, layout, sizes, the likely architecture."""
+    """Print what a file holds: for a checkpoint of ours its run, then networks and architecture."""
+    path = _checkpoint_of(args.source)
     checkpoint = _read(args.source)
-    print(
-        f"{args.source}: {len(checkpoint)} entries, {len(tensors_of(checkpoint))} of them tensors"
-    )
-    for key, value in checkpoint.items():
-        if tensors := tensors_of(value):
-            queues = [
-                f"{name} {tuple(t.shape)}" for name, t in tensors.items() if _is_queue(name, t)
-            ]
-            print(f"  {key}: {len(tensors)} tensors{', ' if queues else ''}{', '.join(queues)}")
-        elif not hasattr(value, "shape"):
-            print(f"  {key}: {_short(value)}")
-    network = find_network(checkpoint, source=str(args.source))
-    state = network.state
-    print(network)
-    values = sum(tensor.numel() for tensor in state.values())
-    print(f"backbone and its head: {len(state)} tensors, {values:,} values")
-    print(f"architecture: {export.describe(state)}")
+    size = path.stat().st_size if path.is_file() else 0
+    written = datetime.fromtimestamp(path.stat().st_mtime)
+    print(f"{path}: {size / 2**20:.1f} MiB, written {written:%Y-%m-%d %H:%M}")
+    record = read_json(path.with_suffix(".json"))
+    for name, value in facts_of(checkpoint, record).items():
+        print(f"{name}: {value}")
+    network = find_network(checkpoint, source=str(path))
+    values = sum(tensor.numel() for tensor in network.state.values())
+    name = name_of(network.state)
+    print(f"backbone: {f'{name}, ' if name else ''}{describe(network.state)}")
+    print(f"size: {len(network.state)} tensors, {values:,} values, the head included")
+    choices = [f"{network.taken} (the default)", *network.others]
+    print(f"networks: {', '.join(f'--which {choice}' for choice in choices)}")
+    print(f"layout: {network.naming or 'our names (of timm)'}, at {network.place or 'the top'}")
+
+
+def facts_of(checkpoint: Mapping[str, object], record: Mapping[str, object]) -> dict[str, str]:
+    """Return what a checkpoint and its record say of its run, or what a foreign file holds."""
+    step, config = checkpoint.get("step"), checkpoint.get("config")
+    if not isinstance(config, str) or not isinstance(step, int):
+        return {key: held for key, value in checkpoint.items() if (held := _held(value))}
+    tree = parsed_config(config)
+    count, batch = str(checkpoint.get("dataset")).partition(":")[0], checkpoint.get("global_batch")
+    trained = f"step {step:,}"
+    # the last batch of an epoch is dropped where it is not full
+    if count.isdecimal() and isinstance(batch, int) and 0 < batch <= int(count):
+        epochs = f"{step / (int(count) // batch):.3g} of {value_at(tree, 'TRAIN.EPOCHS')} epochs"
+        trained = f"{epochs}, {trained}, batch {batch}"
+    facts = {
+        "run": f"{value_at(tree, 'NAME')}/{value_at(tree, 'TAG')}",
+        "method": value_at(tree, "MODEL.NAME"),
+        "data": f"{value_at(tree, 'DATA.DATASET')}, {count} images",
+        "trained": trained,
+    }
+    # the record is amended when the evaluation comes after the checkpoint
+    best = record.get("best") or checkpoint.get("best")
+    if isinstance(best, dict) and best:
+        facts["best"] = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+    return facts
+
+
+def _held(value: object) -> str:
+    """Say what an entry of a foreign file is; "" for a tensor, which is part of a network."""
+    if tensors := tensors_of(value):
+        queues = [f", {name} {tuple(t.shape)}" for name, t in tensors.items() if _is_queue(name, t)]
+        return f"{len(tensors)} tensors{''.join(queues)}"
+    if isinstance(value, dict):
+        # what `import` left of the file that it read
+        return ", ".join(f"{k} {v}" for k, v in value.items() if isinstance(v, str | float))[:70]
+    return "" if hasattr(value, "shape") else _short(value)
 
 
 def import_file(args: argparse.Namespace) -> None:

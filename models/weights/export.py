@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.weights.load import is_sincos
+from models.weights.architecture import block_type, family, stages_of
 from models.weights.naming import (
     DETECTRON2_RESNET,
     HF_RESNET,
@@ -23,37 +23,6 @@ from models.weights.naming import (
 
 State = dict[str, Tensor]
 _TABLE = "relative_position_bias_table"
-
-
-def family(state: Mapping[str, Tensor]) -> str:
-    """Return `resnet`, `vit`, `swin` or `other` by the keys of a state dict in our names."""
-    if "layer1.0.conv1.weight" in state:
-        return "resnet"
-    if "layers.0.blocks.0.attn.qkv.weight" in state:
-        return "swin"
-    return "vit" if "cls_token" in state and "blocks.0.attn.qkv.weight" in state else "other"
-
-
-def describe(state: Mapping[str, Tensor]) -> str:
-    """Say in a few words which architecture a state dict in our names is of."""
-    kind = family(state)
-    if kind == "resnet":
-        blocks, widths = _stages(state)
-        depths = "/".join(map(str, blocks))
-        return f"ResNet, {_block_type(state)} blocks {depths}, width {widths[-1]}"
-    if kind == "vit":
-        depth = sum(key.endswith("attn.qkv.weight") for key in state)
-        tokens, width = state["pos_embed"].shape[1:]
-        positions = "fixed sin-cos" if is_sincos(state["pos_embed"]) else "learned"
-        # MoCo v3's ViT-S has 12 heads, DeiT's 6. No shape tells them apart, but the positions do.
-        heads = {"fixed sin-cos": 12, "learned": 6}[positions] if width == 384 else width // 64
-        size = f"width {width}, {depth} blocks, {heads} heads"
-        return f"ViT, {size} by its {positions} positions ({tokens})"
-    if kind == "swin":
-        stages = [key.split(".")[1] for key in state if key.endswith("attn.qkv.weight")]
-        depths = "/".join(str(stages.count(str(i))) for i in range(4))
-        return f"Swin, width {len(state['patch_embed.proj.weight'])}, blocks {depths}"
-    return "another"
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> State:
@@ -163,20 +132,8 @@ def relative_position_index(window: int) -> Tensor:
     return down * (2 * window - 1) + right
 
 
-def _block_type(state: Mapping[str, Tensor]) -> str:
-    return "bottleneck" if "layer1.0.conv3.weight" in state else "basic"
-
-
-def _stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
-    """Return the number of blocks and the width of each stage of a ResNet."""
-    last = "conv3" if _block_type(state) == "bottleneck" else "conv2"
-    stages = [i for i in range(1, 5) if f"layer{i}.0.conv1.weight" in state]
-    blocks = [sum(f"layer{i}.{j}.conv1.weight" in state for j in range(64)) for i in stages]
-    return blocks, [len(state[f"layer{i}.0.{last}.weight"]) for i in stages]
-
-
 def _resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
-    depths, widths = _stages(state)
+    depths, widths = stages_of(state)
     return {
         "model_type": "resnet",
         "architectures": ["ResNetModel"],
@@ -184,7 +141,7 @@ def _resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
         "embedding_size": len(state["conv1.weight"]),
         "hidden_sizes": widths,
         "depths": depths,
-        "layer_type": _block_type(state),
+        "layer_type": block_type(state),
         "hidden_act": "relu",
         "downsample_in_first_stage": False,
         # the stride is in the 3x3 convolution, as in torchvision and timm

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.weights.architecture import of_another
 from models.weights.naming import to_our_names
 
 WHICH = {"online": 0, "student": 0, "target": 1, "teacher": 1}  # 1: the averaged network
@@ -262,6 +263,10 @@ def _nothing_found(paths: Mapping[str, Tensor], own: Collection[str], source: st
     """Say why no network was found: only heads are there, or other names."""
     if all(any(_HEADS.fullmatch(word) for word in path.split(".")[:-1]) for path in paths):
         return f"{source} holds a head only; give the pretraining checkpoint"
+    for place in _places(paths, ()):
+        inside = {p.removeprefix(place): t for p, t in paths.items() if p.startswith(place)}
+        if other := of_another(inside):
+            return f"{source} {other}"
     return (
         f"{source} does not fit the backbone: none of its {len(paths)} tensors has a name of the "
         f"backbone's {len(own)}: the file has {some(paths)}, the backbone {some(own)}; "

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.mocov3_vit import sincos_positions
+from models.weights.architecture import is_sincos, of_another
 from models.weights.find import Network, find_network, listed, not_needed, some
 from utils.checkpoints.foreign import read_torch
 
@@ -164,15 +164,6 @@ def _refuse_other_heads(
         )
 
 
-def is_sincos(positions: Tensor) -> bool:
-    """Tell whether positions (1, tokens + h*h, F) are MoCo v3's fixed ones, even fine-tuned."""
-    side = math.isqrt(positions.shape[1])
-    patches = positions[0, -side * side :].float().flatten()
-    # [0, 1:]: without the class token
-    fixed = sincos_positions(side, side, positions.shape[-1])[0, 1:].flatten()
-    return bool(F.cosine_similarity(patches, fixed, dim=0) > 0.9)
-
-
 def _fits(tensor: Tensor, own: Tensor) -> bool:
     return tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
 
@@ -185,7 +176,11 @@ def _refusal(
     foreign: list[str],
     misfits: list[str],
 ) -> str:
-    """Say what does not match, in numbers and examples, and the likely reason."""
+    """Say what does not match: the architecture or, where that is the same, single tensors."""
+    # a file that merely lacks a few tensors may look like another network
+    many = 10 * (len(lost) + len(foreign) + len(misfits)) > len(own)
+    if many and (other := of_another(state, own)):
+        return f"{source} {other}"
     shapes = [f"{key} {_form(state[key], own[key])}" for key in misfits]
     fitting = len(own.keys() & state.keys()) - len(misfits)
     parts = [f"{source} does not fit the backbone"]

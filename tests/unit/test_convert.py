@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -515,3 +516,60 @@ def test_wrong_uses_are_explained(
     torch.save(fresh("resnet18", 64).state_dict(), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         run(*arguments)
+
+
+def test_inspect_says_what_a_checkpoint_of_ours_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (
+        "NAME: demo\nTAG: t\nMODEL: {NAME: byol}\nDATA: {DATASET: digits}\nTRAIN: {EPOCHS: 40}\n"
+    )
+    framework = {
+        f"{role}.backbone.{key}": tensor
+        for role in ("online", "target")
+        for key, tensor in fresh("resnet18", 64).state_dict().items()
+    }
+    state = {"framework": framework, "step": 70, "config": config, "best": {}, "global_batch": 100}
+    meta = {"best": {"knn20_top1": 81.2345}}
+    checkpoint.save(tmp_path, 70, {**state, "dataset": "1050:abc"}, meta=meta)
+    run("inspect", tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert re.search(r"ckpt_00000070.pt: \d+\.\d MiB, written 20\d\d-\d\d-\d\d \d\d:\d\d$", said[0])
+    assert said[1:] == [
+        "run: demo/t",
+        "method: byol",
+        "data: digits, 1050 images",
+        "trained: 7 of 40 epochs, step 70, batch 100",
+        "best: knn20_top1 81.23",
+        "backbone: resnet18, ResNet, basic blocks 2/2/2/2, width 512",
+        "size: 120 tensors, 11,186,132 values, the head included",
+        "networks: --which online (the default), --which target",
+        "layout: our names (of timm), at framework.online.backbone",
+    ]
+
+
+def test_inspect_says_what_a_published_file_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"module.encoder_q.{k}": t for k, t in fresh("resnet18", 64).state_dict().items()}
+    state["module.queue"] = torch.ones(16, 32)
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state}, tmp_path / "moco.pth.tar")
+    run("inspect", tmp_path / "moco.pth.tar")
+    said = capsys.readouterr().out
+    for line in (
+        "epoch: 200",
+        'arch: "resnet18"',
+        "state_dict: 121 tensors, module.queue (16, 32)",
+    ):
+        assert f"\n{line}\n" in said
+    assert "at state_dict.module.encoder_q" in said
+
+
+@pytest.mark.parametrize("config", ["{", "a: 1", "[1, 2]", "MODEL: 3"])
+def test_a_strange_configuration_does_not_stop_inspect(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"config": config, "step": 3, "model": fresh("resnet18", 64).state_dict()}
+    torch.save(state, tmp_path / "a.pth")
+    run("inspect", tmp_path / "a.pth")
+    assert "method: ?" in capsys.readouterr().out

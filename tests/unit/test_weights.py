@@ -14,7 +14,7 @@ from models import assemble_framework
 from models.parts.backbones import build_backbone
 from models.parts.mocov3_vit import sincos_positions
 from models.weights.find import find_network
-from models.weights.load import load_backbone
+from models.weights.load import load_backbone, load_network
 from models.weights.pretraining_state import framework_state
 from tests.small_models import small_swin, small_vit
 
@@ -459,3 +459,18 @@ def test_a_whole_state_that_does_not_fit_is_refused_with_the_keys() -> None:
         framework_state(published, own)
     with pytest.raises(ValueError, match="no whole pretraining state of a known code"):
         framework_state({"state_dict": {"conv1.weight": torch.ones(1)}}, own)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("resnet50", "resnet18"), ("deit_tiny", "resnet18"), ("resnet18", "resnet34")],
+)
+def test_weights_of_another_architecture_are_named_in_few_words(theirs: str, ours: str) -> None:
+    state = build_backbone(theirs, img_size=224).state_dict()
+    backbone = build_backbone(ours)
+    checkpoint = {"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}}
+    with pytest.raises(
+        ValueError, match=rf"^w\.pth is a {theirs} \(.*\(--backbone\) to {theirs}$"
+    ) as caught:
+        load_network(backbone, checkpoint, "w.pth")
+    assert len(str(caught.value)) < 240

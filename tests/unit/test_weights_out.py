@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from models.parts.backbones import BACKBONES, build_backbone
+from models.weights.architecture import describe, family, name_of
 from models.weights.export import (
-    describe,
-    family,
     moco_head,
     relative_position_index,
     to_detectron2,
@@ -360,3 +360,18 @@ def test_architectures_are_described() -> None:
     assert describe(swin().state_dict()) == "Swin, width 16, blocks 2/2/2/2"
     assert describe({"a": torch.ones(1)}) == "another"
     assert family(swin().state_dict()) == "swin"
+
+
+@pytest.mark.parametrize("name", [n for n in BACKBONES if "base" not in n])
+def test_each_backbone_is_known_by_its_weights(name: str) -> None:
+    assert name_of(build_backbone(name).state_dict()) == name
+
+
+def test_half_a_network_or_an_odd_one_has_no_name() -> None:
+    swin_tiny = build_backbone("swin_tiny").state_dict()
+    del swin_tiny["patch_embed.proj.weight"]
+    odd = {"cls_token": torch.ones(1), "blocks.0.attn.qkv.weight": torch.ones(2, 2)}
+    for pos_embed in (torch.ones(1), torch.ones(1, 5, 7), torch.ones(1, 0, 384)):
+        assert name_of({**odd, "pos_embed": pos_embed}) == ""
+    assert name_of(swin_tiny) == name_of(vit(embed_dim=192).state_dict()) == ""
+    assert name_of({"layer1.0.conv1.weight": torch.ones(1)}) == ""

@@ -155,10 +155,22 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _read_config(path: Path) -> dict[str, object]:
+    return dict(flat(parsed_config(path.read_bytes()))) if path.is_file() else {}
+
+
+def parsed_config(text: str | bytes) -> object:
+    """Return what a yaml configuration holds; None if it is torn."""
     try:
-        return dict(flat(yaml.safe_load(path.read_bytes())))
-    except (OSError, yaml.YAMLError):
-        return {}
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+
+
+def value_at(tree: object, key: str) -> str:
+    """Return the value of a dotted key of nested dictionaries, "?" if there is none."""
+    for part in key.split("."):
+        tree = tree.get(part, "?") if isinstance(tree, dict) else "?"
+    return str(tree)
 
 
 def flat(tree: object, prefix: str = "") -> Iterator[tuple[str, object]]:
