@@ -22,21 +22,21 @@ UNPARSED = (
     "detection/convert_to_detectron2.py",
     "tests/reliability/driver.py",
     "tools/demo.py",
-    "tools/report.py",
 )
 
 
 def commands(page: Path) -> list[str]:
-    """Return the commands of a page's bash blocks, and those in backticks of its tables."""
+    """Return the commands of a page's bash blocks, and those that stand in backticks."""
     text, found = page.read_text(), []
     for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL):
         found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    for row in rows:
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    if page.relative_to(ROOT).as_posix() in FOREIGN:
         # What stands in the first column of a migration page is a foreign command.
-        cell = row.split("|", 2)[2] if page.relative_to(ROOT).as_posix() in FOREIGN else row
-        found += re.findall(r"`((?:torchrun|python) [^`]+)`", cell)
-    return [line.split("  #")[0].strip() for line in found]
+        rows = [line for line in text.splitlines() if line.startswith("| ")]
+        text = "\n".join(row.split("|", 2)[2] for row in rows)
+    found += re.findall(r"`((?:[A-Z_]+=\S+ )*(?:torchrun|python|make|bash) [^`]+)`", text)
+    return [" ".join(line.split("  #")[0].split()) for line in found]
 
 
 def words_of(line: str) -> list[str]:
@@ -93,7 +93,7 @@ CASES = sorted(
         (page.relative_to(ROOT).as_posix(), line)
         for page in [*PAGES, ROOT / "detection/README.md"]
         for line in commands(page)
-        if re.match(r"(?:[A-Z_]+=\S* )*(?:python|torchrun|make|bash) ", line)
+        if re.match(r"(?:[A-Z_]+=\S* )*(?:python|torchrun|make|bash|sbatch) ", line)
     }
 )
 
@@ -104,7 +104,11 @@ def test_a_command_of_a_page_is_understood(
 ) -> None:
     monkeypatch.chdir(ROOT)
     words = words_of(line)
-    if words[0] == "make":
+    if words[:2] == ["python", "-c"]:
+        compile(words[2], line, "exec")
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "bash":
         assert (ROOT / words[1]).is_file()
