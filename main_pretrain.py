@@ -53,6 +53,7 @@ if __name__ == "__main__":
     answer_at_once(_parser(), program="pretrain")
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -69,6 +70,7 @@ from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
 from data.sources.base import Source
 from dry_run import dry_run
+from engine.closing import command
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, global_batch_size, held_out_batch, make_plan
@@ -149,6 +151,8 @@ def main() -> int:
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
         show_restored(run, framework, source, recipe, state.step)
+    report = f"python tools/report.py {shlex.quote(str(run.folder))}"
+    run.next_commands = [command("main_linear.py", args, flags), report]
     outcome = fit(state, loader, step, plan, run, evaluate)
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored(run, framework, source, recipe, state.step)

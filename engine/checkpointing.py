@@ -62,6 +62,14 @@ class Checkpoints:
         """Tell whether the checkpoint of `step` is committed."""
         return self._saved_step == step
 
+    def kept(self, state: TrainState) -> dict[str, Path]:
+        """Return the newest checkpoint, and the best one by `CHECKPOINT.KEEP_BEST` if asked for."""
+        found = {"weights": self._own} if self._own else {}
+        if metric := self.cfg.CHECKPOINT.KEEP_BEST:
+            best = retention.best(self.folder, metric, metric in state.lower_is_better)
+            found |= {"best weights": best} if best else {}
+        return found
+
     def save(self, state: TrainState, plan: Plan, fingerprint: str) -> None:
         """Commit the state; a failing disk leaves the older checkpoints and lets the run go on."""
         payload = {

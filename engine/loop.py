@@ -56,7 +56,7 @@ def fit(
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
     checkpoints = run.checkpoints
-    with run.reporting(state), kept_for_replay(run, state, plan), StopFlag() as stop:
+    with run.reporting(state, plan), kept_for_replay(run, state, plan), StopFlag() as stop:
         first = state.step
         # A run that was killed between a checkpoint and its evaluation finishes the evaluation now.
         if evaluate is not None and first and first % plan.steps_per_epoch == 0:
@@ -83,7 +83,7 @@ def fit(
                 run.preempted(state.step, stop.received or "a signal to another rank")
                 return Outcome.PREEMPTED
         guard.flush()
-        run.done(state.step)
+        run.done(state)
     return Outcome.DONE
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from engine.checkpointing import Checkpoints
+from engine.closing import best_text, show_rows
 from engine.meter import Meter
 from engine.plan import Plan
 from engine.precision import Precision, choose_device
@@ -30,11 +32,13 @@ from utils.config.load import to_yaml
 from utils.locks import try_lock
 from utils.logger import Metrics, finite_json, now, setup_logger
 from utils.names import visible
+from utils.progress import format_duration
 from utils.provenance import RUN_FILE, record_start
 from utils.randomness import keyed_seed
 
 logger = logging.getLogger("synco")
 
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")  # a person compares the first digits
 _STATUS_SECONDS = 5.0  # between two looks at a run that trains
 
 
@@ -61,6 +65,9 @@ class Run(Precision):
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
         self._next_status = 0.0
+        self._began = (time.monotonic(), 0)  # when the training began, and at which step
+        self._done_at = ""  # when an earlier start completed the run
+        self.next_commands: list[str] = []  # what a person may want to start then
         self.checkpoints = Checkpoints(
             cfg, folder, self.meter, task=task, training=training, check_lock=self._check_lock
         )
@@ -129,8 +136,14 @@ class Run(Precision):
                 logger.warning("cannot write %s (%s)", self.folder / name, error)
 
     @contextmanager
-    def reporting(self, state: TrainState) -> Iterator[None]:
+    def reporting(self, state: TrainState, plan: Plan) -> Iterator[None]:
         """Write the accepted configuration; keep `status.json` true while the block trains."""
+        self._began = (time.monotonic(), state.step)
+        status = self._status()
+        if status.get("state") == "done" and state.step == plan.total_steps == status.get("step"):
+            self._done_at = str(status.get("time", "before"))
+            yield  # a complete run keeps the files that say when and how it was completed
+            return
         self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
         self.write_extra(RUN_FILE, lambda path: record_start(path, state.step, self.device))
         self.finish("running", state.step)
@@ -180,15 +193,36 @@ class Run(Precision):
             if isinstance(handler, logging.FileHandler):
                 handler.emit(logger.makeRecord(logger.name, logging.ERROR, "", 0, reason, (), None))
 
-    def done(self, step: int) -> None:
-        """Say that the run is complete; raise `OSError` if its last checkpoint was not written."""
-        if not self.checkpoints.is_saved(step):
+    def done(self, state: TrainState) -> None:
+        """Say that the run is complete, and what it gave.
+
+        Raises `OSError` if its last checkpoint was not written.
+        """
+        if not self.checkpoints.is_saved(state.step):
             error = OSError(
                 f"{self.folder}: training is complete, but its last checkpoint was not saved"
             )
             error.reporter = 0  # type: ignore[attr-defined]  # all ranks know it, one says it
             raise error
-        self.finish("done", step)
+        if not self._done_at:
+            self.finish("done", state.step)
+        if distributed.is_main():
+            self._summarise(state)
+
+    def _summarise(self, state: TrainState) -> None:
+        """Log what a person wants to know of a complete run."""
+        began, first = self._began
+        if self._done_at:
+            logger.info("this run is complete: done %s, at step %d", self._done_at, state.step)
+        else:
+            seconds = format_duration(time.monotonic() - began)
+            logger.info("done in %s%s", seconds, f", from step {first} on" if first else "")
+        keep_best = self.cfg.CHECKPOINT.KEEP_BEST
+        rows = [("best", best_text(self.folder, state.best, keep_best))]
+        rows += [(name, str(path)) for name, path in self.checkpoints.kept(state).items()]
+        titles = ["next"] + [""] * len(self.next_commands)
+        rows += zip(titles, self.next_commands, strict=False)
+        show_rows([(title, text) for title, text in rows if text])
 
     def finish(self, state: str, step: int, reason: str = "") -> None:
         """Write `status.json`, which a requeue script reads.
@@ -240,13 +274,11 @@ class Run(Precision):
     def describe(self, module: nn.Module, plan: Plan, num_images: int) -> None:
         """Say what is about to be trained, on what, for how long."""
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        logger.info(
-            "%s with %.2f M trained parameters, %s",
-            type(module).__name__,
-            trained / 1e6,
-            self.precision,
-        )
-        logger.info("%d images (%s): %s", num_images, self.fingerprint, plan.describe())
+        size = f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:,}"
+        name = type(module).__name__
+        logger.info("%s with %s trained parameters, %s", name, size, self.precision)
+        about = _HASH.sub(r"\1", self.fingerprint)
+        logger.info("%d images (%s): %s", num_images, about, plan.describe())
         self.meter.start(plan)
 
 

@@ -198,7 +198,9 @@ def summarise(
             "best: over epochs on the test split, as published scripts report; last: not chosen"
         )
     if write and is_main():
-        write_text(run.folder / "result.json", json.dumps(result, indent=1))
+        path = run.folder / "result.json"
+        write_text(path, json.dumps(result, indent=1))
+        logger.info("  result: %s", path)
     run.close()
     return result
 

@@ -216,9 +216,21 @@ def write_result(
         **({"diverged": closed} if closed else {}),
     }
     if is_main():
-        write_text(run.folder / "result.json", json.dumps(result, indent=1))
+        path = run.folder / "result.json"
+        write_text(path, json.dumps(result, indent=1))
+        show_grid(final, trained, chosen)
+        logger.info("  result: %s", path)
     run.close()
     return result
+
+
+def show_grid(final: Mapping[str, float], trained: Sequence[GridPoint], best: GridPoint) -> None:
+    """Log the accuracies of each head after the last epoch, if there are several."""
+    width = max(len(point.name) for point in trained)
+    for point in trained if len(trained) > 1 else []:
+        top1, top5 = (final[f"{point.name}/top{k}"] for k in (1, 5))
+        mark = "  <- chosen" if point is best else ""
+        logger.info("  %s  top1 %5.2f  top5 %5.2f%s", point.name.ljust(width), top1, top5, mark)
 
 
 def show_probes(results: Sequence[Mapping[str, object]]) -> None:

@@ -79,5 +79,6 @@ def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network:
                 start["network"] = network
             text = json.dumps({**start, "step": state.step, **result}, indent=1)
             run.write_extra("result.json", lambda path: write_text(path, text))
+            logger.info("  result: %s", run.folder / "result.json")
             task.draw()
     return outcome.value

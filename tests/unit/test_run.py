@@ -147,7 +147,7 @@ def test_a_stop_that_could_not_be_saved_is_not_called_saved(
     assert "NOT saved" in caplog.text
     assert "NOT saved" in runs.status(run.folder)["reason"]
     with pytest.raises(OSError, match="last checkpoint was not saved"):
-        run.done(7)
+        run.done(SimpleNamespace(step=7))
 
 
 def test_a_run_in_a_thread_installs_no_handlers() -> None:

@@ -56,7 +56,7 @@ def load_with_origins(
 ) -> tuple[CfgNode, dict[str, str]]:
     """Return what `load_config` returns, and where the value of each key comes from."""
     paths = [Path(file) for file in files if file is not None]
-    pairs = ((key, _parse_scalar(text, key)) for key, text in _pairs(opts))
+    pairs = ((key, _parse_scalar(text, key)) for key, text in opts_pairs(opts))
     layers = [
         (source, _flatten(tree, source, schema))
         for path in paths
@@ -71,7 +71,7 @@ def load_with_origins(
     return _merged(schema, values, paths[0].stem if paths else ""), origins
 
 
-def _pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
+def opts_pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (key, text) of `KEY VALUE` and `KEY=VALUE`."""
     words = iter(opts)
     for word in words:
