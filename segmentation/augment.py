@@ -12,6 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data.augment.base import BatchOp, Draws, send
+from data.augment.fused.opcodes import BRIGHTNESS, CPU_ONLY, HUE, OFFSET, VIVID, WRITERS, Writer
 from data.augment.ops import adjust_hue
 from segmentation.sources.labels import IGNORED
 from utils.randomness import uniform, uniform_between
@@ -174,6 +175,23 @@ class PhotometricDistortion(BatchOp):
         elif (draws["saturation"] != 1.0).any():
             x = _saturated(x, amounts["saturation"][:, None, None, None])
         return _multiplied(x, draws["late"], amounts["late"])
+
+
+def _distort(op: BatchOp, draws: Draws, writer: Writer) -> None:
+    """Write the same steps for the fused kernel; one with a neutral amount is left out."""
+    for name, code, neutral in (
+        ("offset", OFFSET, 0.0),
+        # the factor of a brightness without a mean is what mmsegmentation calls contrast
+        ("early", BRIGHTNESS, 1.0),
+        ("saturation", VIVID, 1.0),
+        ("hue", HUE, 0.0),
+        ("late", BRIGHTNESS, 1.0),
+    ):
+        writer.add(draws[name] != neutral, code, draws[name])
+
+
+WRITERS[PhotometricDistortion] = _distort
+CPU_ONLY.add(PhotometricDistortion)
 
 
 def _multiplied(x: Tensor, drawn: np.ndarray, factors: Tensor) -> Tensor:

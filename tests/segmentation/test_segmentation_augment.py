@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.augment.base import sample_keys
+from data.augment.fused.opcodes import can_run
+from data.augment.pipeline import draw_photometric, photometric
 from segmentation.augment import (
     CropAugmentation,
     PhotometricDistortion,
@@ -232,6 +234,23 @@ def test_colours_equal_the_plain_steps_and_nearly_those_cut_to_whole_levels() ->
 
 def flat(image: Tensor | np.ndarray) -> np.ndarray:
     return np.asarray(image).reshape(3, -1).T
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_fused_kernel_equals_torch(interleaved: bool) -> None:
+    pytest.importorskip("numba")
+    view = (PhotometricDistortion(),)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (60, 3, 9, 11), dtype=torch.uint8, generator=generator)
+    if interleaved:
+        images = images.contiguous(memory_format=torch.channels_last)
+    draws = draw_photometric(view, KEYS[:60])
+    assert can_run(view)
+    assert not can_run(view, "cuda")
+    plain = photometric(images, view, draws, "torch")
+    fused = photometric(images, view, draws, "fused")
+    assert (plain - fused).abs().max() < 1e-4
+    assert (plain - photometric(images, (), {}, "torch")).abs().max() > 0.1
 
 
 def test_the_operation_leaves_its_input_alone() -> None:

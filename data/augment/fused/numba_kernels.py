@@ -19,6 +19,7 @@ Array: TypeAlias = np.ndarray
 
 # What a sample's program is made of; those of ColorJitter have their numbers in JITTER_OPS.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SOLARIZE, BLUR, NOTHING, END = range(9)
+OFFSET, VIVID = 9, 10  # brightness by a sum, saturation of HSV: not in Triton's kernels
 PAIR = 2  # a pass adds so many taps of a blur on each side
 
 # Where a block comes from: the uint8 image, what was kept of it, or of the output, or blurred along
@@ -225,13 +226,13 @@ def _point(
     elif code == SATURATION:
         _saturate(value, red, green, blue)
     elif code == HUE:
-        _turn(value, red, green, blue)
+        _turn(value, _ONE, red, green, blue)
     elif code == GRAY:
-        for x in range(len(red)):
-            luma = red[x] * _RED + green[x] * _GREEN + blue[x] * _BLUE
-            red[x] = luma
-            green[x] = luma
-            blue[x] = luma
+        _saturate(_ZERO, red, green, blue)
+    elif code == OFFSET:
+        _line(_ONE, value, red, green, blue)
+    elif code == VIVID:
+        _turn(_ZERO, value, red, green, blue)
     elif code == SOLARIZE:
         for channel in (red, green, blue):
             for x in range(len(red)):
@@ -258,8 +259,8 @@ def _saturate(factor: np.float32, red: Array, green: Array, blue: Array) -> None
 
 
 @_inner
-def _turn(turns: np.float32, red: Array, green: Array, blue: Array) -> None:
-    """Turn the hue through HSV; `data.augment.ops.adjust_hue` has the formula."""
+def _turn(turns: np.float32, factor: np.float32, red: Array, green: Array, blue: Array) -> None:
+    """Turn the hue, and multiply the S, of HSV; `data.augment.ops.adjust_hue` has the formula."""
     for x in range(len(red)):
         r, g, b = red[x], green[x], blue[x]
         value = max(max(r, g), b)
@@ -269,6 +270,7 @@ def _turn(turns: np.float32, red: Array, green: Array, blue: Array) -> None:
         hue = (b - r) * inverse + _TWO if value == g else hue
         hue = (g - b) * inverse if value == r else hue
         hue += _SIX * turns
+        chroma = min(chroma * factor, value)
         red[x] = value - chroma * _sextant(hue + _THREE)
         green[x] = value - chroma * _sextant(hue + _ONE)
         blue[x] = value - chroma * _sextant(hue - _ONE)

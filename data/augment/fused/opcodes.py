@@ -23,6 +23,7 @@ from data.augment.ops import (
 # The operations; those of ColorJitter have their numbers in JITTER_OPS. `numba_kernels.py` and
 # `triton_kernels.py` repeat this line: their compilers cannot import numbers (a test compares).
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SOLARIZE, BLUR, NOTHING, END = range(9)
+OFFSET, VIVID = 9, 10  # brightness by a sum, saturation of HSV: of `numba_kernels.py` alone
 PAIR = 2  # taps of a blur come in pairs on each side
 
 # x * SCALE - SHIFT is ImageNet's normalisation.
@@ -46,7 +47,7 @@ class Programs:
     reaches: np.ndarray  # (N,) int64: taps that count on each side
 
 
-class _Writer:
+class Writer:
     """The programs while they are written: the functions of `WRITERS` add to them."""
 
     def __init__(self, count: int) -> None:
@@ -63,12 +64,12 @@ class _Writer:
         self.steps.append((np.where(mask, code, NOTHING), np.broadcast_to(value, self.count)))
 
 
-def _flip(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+def _flip(op: BatchOp, draws: Draws, writer: Writer) -> None:
     # The kernels do it first: it commutes with all others, because the blur is symmetric.
     writer.flips = np.ascontiguousarray(draws["flip"])
 
 
-def _jitter(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+def _jitter(op: BatchOp, draws: Draws, writer: Writer) -> None:
     factors = np.stack([draws[name] for name in JITTER_OPS], axis=1)
     for kinds in draws["order"].T:
         value = np.take_along_axis(factors, kinds[:, None], axis=1)[:, 0]
@@ -76,30 +77,35 @@ def _jitter(op: BatchOp, draws: Draws, writer: _Writer) -> None:
         writer.add(draws["jitter"] & changes, kinds, value)
 
 
-def _gray(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+def _gray(op: BatchOp, draws: Draws, writer: Writer) -> None:
     writer.add(draws["gray"], GRAY)
 
 
-def _blur(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+def _blur(op: BatchOp, draws: Draws, writer: Writer) -> None:
     assert isinstance(op, GaussianBlur)
     writer.add(draws["blur"], BLUR)
     writer.taps, writer.reaches = _taps(draws["sigma"], op.sigma[1])
 
 
-def _solarize(op: BatchOp, draws: Draws, writer: _Writer) -> None:
+def _solarize(op: BatchOp, draws: Draws, writer: Writer) -> None:
     assert isinstance(op, Solarize)
     # A little lower: the level at the threshold may round to below it.
     writer.add(draws["solarize"], SOLARIZE, op.threshold / 255 - 1e-6)
 
 
-# The one table of the fused paths: an operation that is not in it runs by torch.
-WRITERS: dict[type, Callable[[BatchOp, Draws, _Writer], None]] = {
+# The one table of the fused paths: an operation that is not in it runs by torch. Rooms above `data`
+# add their own.
+WRITERS: dict[type, Callable[[BatchOp, Draws, Writer], None]] = {
     HorizontalFlip: _flip,
     ColorJitter: _jitter,
     Grayscale: _gray,
     GaussianBlur: _blur,
     Solarize: _solarize,
 }
+
+
+# operations whose codes Triton's kernels lack
+CPU_ONLY: set[type] = set()
 
 
 def can_run(ops: Ops, device_type: str = "cpu") -> bool:
@@ -111,6 +117,8 @@ def can_run(ops: Ops, device_type: str = "cpu") -> bool:
     kinds = [type(op) for op in ops]
     if not all(kind in WRITERS for kind in kinds):
         return False
+    if device_type != "cpu" and CPU_ONLY & set(kinds):
+        return False
     if device_type == "cpu" or not {ColorJitter, GaussianBlur} <= set(kinds):
         return True
     return kinds.index(ColorJitter) < kinds.index(GaussianBlur)
@@ -118,7 +126,7 @@ def can_run(ops: Ops, device_type: str = "cpu") -> bool:
 
 def programs(ops: Ops, draws: Draws, count: int) -> Programs:
     """Write down `ops` (see `can_run`) as drawn for `count` samples."""
-    writer = _Writer(count)
+    writer = Writer(count)
     for op in ops:
         WRITERS[type(op)](op, draws, writer)
     writer.add(np.ones(count, dtype=np.bool_), END)
