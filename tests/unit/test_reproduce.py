@@ -1,0 +1,158 @@
+"""tools/reproduce.py: what a study may say, what its rows become, and a miniature run from end to end."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.parts.studies import (
+    Entry,
+    Study,
+    append_row,
+    gains,
+    interval,
+    markdown,
+    picture,
+    read_rows,
+    read_study,
+    rows_of,
+)
+from tools.parts.study_runs import Trainer, tree_cpu_seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+def study_of(tmp_path: Path, text: str) -> Study:
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return read_study(path)
+
+
+HEAD = "title: T\ndataset: mnist5k\nminutes: 1\nseeds: [0, 1]\n"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_can_be_read_and_name_recipes_that_exist(path: Path) -> None:
+    study = read_study(path)
+    assert study.entries
+    for entry in study.entries:
+        assert (ROOT / entry.cfg).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEAD, "expects `entries:`"),
+        (
+            HEAD + "entries: {a: {cfg: c.yaml, lr: 3}}",
+            "entries.a.lr is unknown; known keys: name, cfg",
+        ),
+        (HEAD + "entries: {a: {cfg: 3}}", "entries.a.cfg is 3, expected text"),
+        (HEAD + "seed: 3\nentries: {a: {cfg: c.yaml}}", "study.seed is unknown"),
+        (HEAD + "entries: {a: {cfg: c, epochs_of: b}}", "there is no entry 'b'; entries: a"),
+        (HEAD + "differences: [[a, z]]\nentries: {a: {cfg: c}}", "there is no entry 'z'"),
+    ],
+)
+def test_a_wrong_study_is_refused_with_its_key(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ValueError, match="small") as error:
+        study_of(tmp_path, text)
+    assert said in str(error.value)
+
+
+def test_an_unknown_study_is_answered_with_the_known_ones() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/reproduce.py", "method"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "there is no study 'method'" in done.stderr
+    assert "methods_resnet8" in done.stderr
+
+
+def row(entry: str, seed: int, knn: float) -> dict[str, object]:
+    return {
+        "entry": entry, "seed": seed, "knn20": knn, "knn200": knn - 1, "linear": knn + 1, "epochs": 3,
+        "cpu_seconds": 60.0, "images_per_second": 1000.0, "peak_mib": 512.0, "commit": "abc", "machine": "M",
+    }  # fmt: skip
+
+
+def test_rows_survive_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "small.jsonl"
+    append_row(file, row("a", 0, 50.0))
+    with file.open("a") as torn:
+        torn.write('{"entry": "a", "se')
+    append_row(file, row("a", 1, 52.0))
+    assert sorted(rows_of(read_rows(file), "a")) == [0, 1]
+
+
+def test_the_interval_is_students() -> None:
+    # mean 0 and standard deviation 1 of three values: 4.303 / sqrt(3)
+    assert interval([-1.0, 0.0, 1.0]) == pytest.approx(4.303 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(interval([1.0]))
+
+
+def test_differences_are_of_equal_seeds(tmp_path: Path) -> None:
+    rows = [row("a", 0, 50.0), row("a", 1, 60.0), row("b", 1, 58.0), row("b", 2, 10.0)]
+    assert gains(rows, "a", "b", "knn20") == [2.0]
+
+
+def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
+    text = HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}, never: {cfg: c}}"
+    study = study_of(tmp_path, text)
+    rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
+    page = markdown(study, rows, "python tools/reproduce.py small")
+    assert "| a | 2 | 3 | 1.0 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
+    assert "| never |  |  |  |  |  |  |  |  |" in page
+    assert "| a - b | 2 | +1.50 ± 6.35 |" in page
+    assert "commit abc, M" in page
+    drawn = picture(study, rows)
+    assert "never" not in drawn
+    assert drawn.index(">a<") < drawn.index(">b<")  # the best on top
+
+
+def test_cpu_seconds_hold_those_of_children() -> None:
+    work = "sum(i * i for i in range(3_000_000))"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{work}']); print('x', flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    one = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert tree_cpu_seconds(process.pid) > tree_cpu_seconds(one.pid) + 0.05
+    for started in (process, one):
+        started.communicate(None if started is one else "")
+
+
+def test_a_recorded_command_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
+    trainer = Trainer(study, tmp_path / "work", "/data/somewhere", "cpu")
+    shown = trainer._shown(trainer._training(Entry("a", "configs/demo.yaml"), "a-0", 0, 3))
+    assert shown.startswith("python main_pretrain.py --cfg configs/demo.yaml --data-path D")
+    assert "--output O" in shown
+    assert "/" not in shown.replace("configs/demo.yaml", "")
+
+
+@pytest.mark.slow
+def test_a_miniature_study_from_end_to_end(tmp_path: Path) -> None:
+    text = (
+        "title: T\ndataset: mnist5k\nminutes: 0.4\nseeds: [0]\nentries:\n  a: {cfg: configs/demo.yaml}\n"
+        "  b: {cfg: configs/demo.yaml, epochs_of: a, opts: [OPTIM.BASE_LR=1e-3]}\n"
+        "  random: {cfg: configs/demo.yaml, peer: random}\ndifferences: [[a, b]]\n"
+    )
+    (tmp_path / "mini.yaml").write_text(text)
+    command = [sys.executable, "tools/reproduce.py", str(tmp_path / "mini.yaml")]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "mini.jsonl").read_text().splitlines()]
+    assert [row["entry"] for row in rows] == ["a", "b", "random"]
+    assert rows[0]["epochs"] == rows[1]["epochs"] > 0
+    assert rows[0]["knn20"] > rows[2]["knn20"]  # trained is above random
+    assert rows[0]["cpu_seconds"] > 0
+    before = (tmp_path / "mini.jsonl").read_bytes()
+    subprocess.run(command, cwd=ROOT, check=True)  # nothing is measured twice
+    assert (tmp_path / "mini.jsonl").read_bytes() == before
+    assert "| a - b | 1 |" in (tmp_path / "mini.md").read_text()

@@ -1,0 +1,248 @@
+"""What a study compares, the rows that it has measured, and the tables made of them."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from utils.config import strict_yaml
+
+Row = dict[str, object]
+# Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: a recipe of ours or of another library."""
+
+    name: str
+    cfg: str  # of main_pretrain.py; of another library: of the backbone and the probe
+    peer: str = ""  # `random`, or another library's method, see benchmarks/peer_runs.py
+    opts: tuple[str, ...] = ()  # for --opts, KEY=VALUE
+    minutes: float = 0.0  # CPU minutes of training; 0: the study's
+    epochs_of: str = ""  # train as many epochs as this entry did, not for a time
+
+
+@dataclass(frozen=True)
+class Study:
+    """Entries that are trained on one data set for one time, each with several seeds."""
+
+    name: str
+    title: str
+    dataset: str
+    minutes: float
+    seeds: tuple[int, ...]
+    entries: tuple[Entry, ...]
+    differences: tuple[tuple[str, str], ...] = ()  # (entry, entry): what the first one gains
+    probe: tuple[str, ...] = ()  # more arguments of main_linear.py
+
+
+def read_study(path: Path) -> Study:
+    """Read `configs/studies/NAME.yaml`; raises `ValueError` with the key that is wrong."""
+    try:
+        tree = strict_yaml.load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        known = [found.stem for found in sorted(path.parent.glob("*.yaml"))]
+        raise ValueError(
+            f"there is no study {path.stem!r} ({path}); known: {', '.join(known) or 'none'}"
+        ) from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("entries"), dict):
+        raise ValueError(f"{path}: expects `entries:` with a line for each entry")
+    entries = []
+    for name, options in tree.pop("entries").items():
+        entries.append(Entry(name, **_checked(path, f"entries.{name}", options, Entry)))
+    study = Study(path.stem, entries=tuple(entries), **_checked(path, "study", tree, Study))
+    names = {entry.name for entry in entries}
+    asked = {entry.epochs_of for entry in entries if entry.epochs_of}
+    for name in sorted(asked.union(*study.differences) - names):
+        raise ValueError(f"{path}: there is no entry {name!r}; entries: {', '.join(sorted(names))}")
+    return study
+
+
+def _checked(path: Path, where: str, options: object, kind: type[Entry | Study]) -> dict[str, Any]:
+    """Return the options as arguments of `kind`; refuse unknown keys and values of another type."""
+    known = {field.name: field.type for field in fields(kind)}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: {where} expects key: value; known keys: {', '.join(known)}")
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{path}: {where}.{key} is unknown; known keys: {', '.join(known)}")
+        expected = "text" if known[key] is str else "a number" if known[key] is float else "a list"
+        fits = {"text": str, "a number": int | float, "a list": list}[expected]
+        if not isinstance(value, fits):
+            raise ValueError(f"{path}: {where}.{key} is {value!r}, expected {expected}")
+        found[key] = _frozen(value)
+    return found
+
+
+def _frozen(value: object) -> object:
+    return tuple(_frozen(part) for part in value) if isinstance(value, list) else value
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows measured so far; a last line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append a row. One write of one line: several drivers may append to the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        # a line cut off by a crash must not swallow this one
+        torn = file.tell() and not path.read_bytes().endswith(b"\n")
+        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rows_of(rows: Sequence[Row], entry: str) -> dict[int, Row]:
+    """Return the newest row of each seed of an entry."""
+    return {int(str(row["seed"])): row for row in rows if row["entry"] == entry}
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % interval of the mean (Student's t)."""
+    if len(values) < 2:
+        return math.nan
+    t = _T95[min(len(values) - 2, len(_T95) - 1)]
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def gains(rows: Sequence[Row], first: str, second: str, measure: str) -> list[float]:
+    """Return by how much `first` is above `second` with each seed that both have."""
+    one, other = rows_of(rows, first), rows_of(rows, second)
+    seeds = sorted(one.keys() & other.keys())
+    return [number(one[seed], measure) - number(other[seed], measure) for seed in seeds]
+
+
+def number(row: Row, key: str) -> float:
+    """Return a number of a row, NaN where it has none."""
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def markdown(study: Study, rows: Sequence[Row], command: str) -> str:
+    """Return the page of a study: what was run, the table, the differences."""
+    measures = MEASURES | {
+        key: f"linear, {key[7:].replace('pct', ' %')}"
+        for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
+    }
+    head = ["", "seeds", "epochs", "CPU min", "images/s", "memory", *measures.values()]
+    lines = [f"# {study.title}", "", f"`{command}`", "", *_conditions(study, rows), ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for entry in study.entries:
+        found = list(rows_of(rows, entry.name).values())
+        lines.append(_line([entry.name, *_cells(found, list(measures))]))
+    if study.differences:
+        lines += ["", "Difference of the two at equal seeds, with its 95 % interval:", ""]
+        lines += [_line(["", "seeds", *measures.values()]), _line(["---"] * (2 + len(measures)))]
+        for first, second in study.differences:
+            counts = str(len(gains(rows, first, second, "knn20")))
+            cells = [_gain(gains(rows, first, second, measure)) for measure in measures]
+            lines.append(_line([f"{first} - {second}", counts, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Say where and when the rows were measured: a line a machine and version."""
+    keys = ("commit", "machine", "torch", "date")
+    places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
+    said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
+    return [
+        f"{study.dataset}; {study.minutes:g} CPU minutes of training unless a line says otherwise; "
+        "evaluation is not counted. Mean over the seeds, and standard deviation where there are "
+        "several. Empty: not run.",
+        "",
+        *said,
+    ]
+
+
+def _cells(found: Sequence[Row], measures: Sequence[str]) -> list[str]:
+    if not found:
+        return ["", "", "", "", "", *("" for _ in measures)]
+    plain = (("epochs", "g", 1), ("cpu_seconds", ".1f", 60), ("images_per_second", ",.0f", 1))
+    cells = [str(len(found))]
+    for key, form, divisor in plain:
+        values = [number(row, key) / divisor for row in found]
+        known = values[0] and all(map(math.isfinite, values))
+        cells.append(format(statistics.mean(values), form) if known else "")
+    cells.append(f"{max(number(row, 'peak_mib') for row in found) / 1024:.1f} GiB")
+    return cells + [_mean([number(row, measure) for row in found]) for measure in measures]
+
+
+def _mean(values: Sequence[float]) -> str:
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}"
+
+
+def _gain(values: Sequence[float]) -> str:
+    if not values or not all(map(math.isfinite, values)):
+        return ""
+    half = interval(values)
+    return f"{statistics.mean(values):+.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# ---- picture -------------------------------------------------------------------------------------
+
+_ROW, _LEFT, _WIDTH = 26, 190, 720
+
+
+def picture(study: Study, rows: Sequence[Row], measure: str = "knn20") -> str:
+    """Draw a dot an entry with its 95 % interval, the best on top, as SVG text."""
+    found = {}
+    for entry in study.entries:
+        values = [number(row, measure) for row in rows_of(rows, entry.name).values()]
+        if values and all(map(math.isfinite, values)):
+            half = interval(values)
+            found[entry.name] = statistics.mean(values), half if math.isfinite(half) else 0.0
+    best_first = sorted(found, key=lambda name: -found[name][0])
+    ends = [end for mean, half in found.values() for end in (mean - half, mean + half)] or [0, 1]
+    low, high = math.floor(min(ends) - 1), math.ceil(max(ends) + 1)
+
+    def x(value: float) -> float:
+        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - 60)
+
+    height = 60 + _ROW * len(found)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="12" y="20" font-weight="bold">{study.title}: {MEASURES[measure]} (%)</text>',
+    ]
+    for number_, name in enumerate(best_first):
+        (mean, half), y = found[name], 46 + _ROW * number_
+        parts += [
+            f'<text x="{_LEFT - 12}" y="{y + 4}" text-anchor="end">{name}</text>',
+            f'<line x1="{_LEFT}" x2="{_WIDTH - 60}" y1="{y}" y2="{y}" stroke="#eee"/>',
+            f'<line x1="{x(mean - half):.1f}" x2="{x(mean + half):.1f}" y1="{y}" y2="{y}" '
+            'stroke="#2563a8" stroke-width="3"/>',
+            f'<circle cx="{x(mean):.1f}" cy="{y}" r="5" fill="#2563a8"/>',
+            f'<text x="{_WIDTH - 48}" y="{y + 4}">{mean:.1f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,256 @@
+"""Train one entry of a study for its CPU time, judge it, and say what it cost."""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from tools.parts.run_files import read_json
+from tools.parts.studies import Entry, Row, Study, number, rows_of
+from utils.checkpoints.atomic import write_text
+from utils.cli.version import commit
+from utils.locks import try_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+_SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget
+_MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known
+_POLL = 0.5  # seconds
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process and its children used."""
+
+    cpu_seconds: float
+    wall_seconds: float
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains and judges entries below the folder `work`."""
+
+    study: Study
+    work: Path
+    data_path: str
+    tier: str
+
+    @contextlib.contextmanager
+    def only_here(self, entry: Entry, seed: int) -> Iterator[bool]:
+        """Yield whether no other driver has this entry and seed in hand."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / f"{entry.name}-{seed}.lock").open("a+") as file:
+            yield try_lock(file, self.work)
+
+    def measure(self, entry: Entry, seed: int, rows: Sequence[Row]) -> Row:
+        """Train and judge an entry; return its row."""
+        epochs = self._epochs(entry, rows)
+        tag = f"{entry.name}-{seed}"
+        self._say(tag, f"{epochs} epochs" if epochs else "random weights")
+        command = self._training(entry, tag, seed, epochs)
+        cost = _run(command, self.work / f"{tag}.log", self.work / f"{tag}.cost.json")
+        row: Row = {
+            "study": self.study.name,
+            "entry": entry.name,
+            "seed": seed,
+            "epochs": epochs,
+            **vars(cost),
+            **self._training_figures(tag),
+            **self._judge(entry, tag),
+            **_here(self.tier),
+            "command": self._shown(command),
+        }
+        self._say(tag, f"k-NN 20 {row['knn20']:.1f}, linear {row['linear']:.1f}")
+        return row
+
+    # ---- the length of the run -------------------------------------------------------------------
+
+    def _epochs(self, entry: Entry, rows: Sequence[Row]) -> int:
+        if entry.peer == "random":
+            return 0
+        if entry.epochs_of:
+            found = [number(row, "epochs") for row in rows_of(rows, entry.epochs_of).values()]
+            if not found:
+                raise ValueError(
+                    f"entry {entry.name}: epochs_of needs a row of {entry.epochs_of}; run it first"
+                )
+            return round(statistics.median(found))
+        budget = 60.0 * (entry.minutes or self.study.minutes)
+        speed = self._speed(entry, budget)
+        epochs = int((budget - speed["start"]) / speed["epoch"])
+        if epochs < 1:
+            raise ValueError(
+                f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} CPU seconds, the start "
+                f"{speed['start']:.0f}; give more --minutes than {budget / 60:g}"
+            )
+        return epochs
+
+    def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
+        """Return the CPU seconds of the start and of an epoch, measured once."""
+        file = self.work / f"{entry.name}-{budget:g}.speed.json"
+        if file.exists():
+            return json.loads(file.read_bytes())
+        tag = f"{entry.name}-speed"
+        self._say(tag, "measuring the speed")
+        command = self._training(entry, tag, 0, _MANY_EPOCHS)
+        with (self.work / f"{tag}.log").open("wb") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            points = list(self._watched(child, tag, budget * _SPEED_SHARE))
+        finally:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+        (first, cpu), (last, end), steps_per_epoch = points[0], points[-1], self._steps(tag)
+        step = (end - cpu) / (last - first)
+        speed = {"start": max(0.0, cpu - first * step), "epoch": step * steps_per_epoch}
+        write_text(file, json.dumps(speed))
+        return speed
+
+    def _watched(
+        self, child: subprocess.Popen[bytes], tag: str, seconds: float
+    ) -> Iterator[tuple[int, float]]:
+        """Yield (step, CPU seconds) at each change of the status, until enough are used."""
+        last, begin, used = 0, 0.0, -1.0
+        while used < seconds:
+            if child.poll() is not None:
+                raise ValueError(f"{tag} ended early; see {self.work / tag}.log")
+            time.sleep(_POLL)
+            step, cpu = int(str(self._status(tag).get("step", 0))), tree_cpu_seconds(child.pid)
+            if step > last:
+                begin = cpu if not last else begin
+                last, used = step, cpu - begin
+                yield step, cpu
+
+    def _steps(self, tag: str) -> float:
+        status = self._status(tag)
+        return number(status, "total") / number(status, "epochs")
+
+    # ---- training and judging --------------------------------------------------------------------
+
+    def _training(self, entry: Entry, tag: str, seed: int, epochs: int) -> list[str]:
+        flags = ["--cfg", entry.cfg, "--data-path", self.data_path, "--dataset", self.study.dataset]
+        flags += ["--output", str(self.work), "--tag", tag, "--seed", str(seed)]
+        flags += ["--epochs", str(epochs), "--device", "cuda" if self.tier == "gpu" else "cpu"]
+        if entry.peer:
+            return [sys.executable, "-m", "benchmarks.peer_runs", entry.peer, *flags]
+        # A look at the k-NN is an evaluation: it would be paid from the budget of training.
+        opts = ["KNN.EVERY_EPOCHS=0", "LOG.TENSORBOARD=False", *entry.opts]
+        return [sys.executable, str(ROOT / "main_pretrain.py"), *flags, "--opts", *opts]
+
+    def _shown(self, command: Sequence[str]) -> str:
+        """Return a command as it can be given elsewhere: places by their letters."""
+        places = {self.data_path: "D", str(self.work): "O", sys.executable: "python"}
+        words = (places.get(word, word) if word else "D" for word in command)
+        return shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
+
+    def _folder(self, tag: str) -> Path:
+        return next(self.work.glob(f"*/{tag}"), self.work / tag)
+
+    def _status(self, tag: str) -> Row:
+        return read_json(self._folder(tag) / "status.json")
+
+    def _training_figures(self, tag: str) -> Row:
+        rates = []
+        metrics = self._folder(tag) / "metrics.jsonl"
+        for line in metrics.read_text().splitlines() if metrics.exists() else ():
+            row = json.loads(line)
+            rates += [row["images_per_second"]] if "images_per_second" in row else []
+        return {"images_per_second": statistics.median(rates)} if rates else {}
+
+    def _judge(self, entry: Entry, tag: str) -> Row:
+        command = [sys.executable, str(ROOT / "main_linear.py"), "--cfg", entry.cfg]
+        command += ["--data-path", self.data_path, "--dataset", self.study.dataset]
+        command += [
+            "--output",
+            str(self.work),
+            "--tag",
+            tag,
+            "--cached-features",
+            *self.study.probe,
+        ]
+        if entry.peer:
+            command += ["--pretrained", str(self._folder(tag) / "backbone.pt")]
+        command += ["--opts", "KNN.K=[20,200]", *entry.opts]
+        _run(command, self.work / f"{tag}.linear.log", None)
+        found: Row = {}
+        for path in self._folder(tag).glob("linear/*/result.json"):
+            result = read_json(path)
+            labels = str(result.get("labels", "100pct"))
+            found["linear" if labels == "100pct" else f"linear_{labels}"] = result["final_top1"]
+            found |= {f"knn{k}": result[f"knn{k}_top1"] for k in (20, 200)}
+        return found
+
+    def _say(self, tag: str, text: str) -> None:
+        clock = datetime.now().strftime("%H:%M:%S")
+        print(f"{clock} {self.study.name} {tag}: {text}", file=sys.stderr, flush=True)
+
+
+def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
+    """Run a command to its end; return what it used, with the starts before a stop."""
+    begin = time.monotonic()
+    with log.open("ab") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
+    # unlike `wait`: with what the child and its own children used
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    earlier = read_json(costs) if costs else {}
+    cost = Cost(
+        usage.ru_utime + usage.ru_stime + (number(earlier, "cpu_seconds") if earlier else 0.0),
+        time.monotonic() - begin + (number(earlier, "wall_seconds") if earlier else 0.0),
+        max(usage.ru_maxrss / 1024, number(earlier, "peak_mib") if earlier else 0.0),
+    )
+    if costs:
+        write_text(costs, json.dumps(vars(cost)))
+    if child.returncode:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"exit code {child.returncode}: {''.join(last)} ({log})")
+    return cost
+
+
+def tree_cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds that a process, its children and those that ended have used."""
+    parents: dict[int, int] = {}
+    used: dict[int, float] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # behind the name, which may hold anything: state, parent, ...; 11 to 14 are times
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+            used[int(stat.parent.name)] = sum(map(int, fields[11:15])) / _TICKS
+    family, found = {pid}, 0.0
+    while family:
+        found += sum(used.get(member, 0.0) for member in family)
+        family = {child for child, parent in parents.items() if parent in family}
+    return found
+
+
+def _here(tier: str) -> Row:
+    """Say where a row was measured: the machine, and what its figures depend on."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    if tier == "gpu":
+        import torch  # only here: the driver itself needs no torch
+
+        name = torch.cuda.get_device_name()
+    return {
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{name}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "timm": version("timm"),
+    }
