@@ -3,7 +3,7 @@
 Example: python tools/retrieval.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O
 
 Reads D/<set>/gnd_<set>.pkl and D/<set>/jpg/*.jpg for each of --sets, with the newest weights of the
-run O/<name>/<tag>, and writes O/<name>/<tag>/retrieval/<weights>-<sets>.json.
+run O/<name>/<tag>, and writes O/<name>/<tag>/retrieval/<weights>-<sets>-dino<size>.json.
 """
 
 import sys
@@ -25,7 +25,18 @@ def _parser() -> Parser:
     add_which(parser)
     parser.add_argument("--sets", nargs="+", default=list(SETS), help="folders below --data-path")
     parser.add_argument(
-        "--multi-scale", action="store_true", help="mean feature over five sizes, 1 to 1/4"
+        "--protocol",
+        choices=("dino", "view"),
+        default="dino",
+        help="dino: the whole image, as published | view: the square crop of a probe",
+    )
+    parser.add_argument(
+        "--imsize", type=int, metavar="PIXELS", help="dino: longer side at most (default: 224)"
+    )
+    parser.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help="mean feature over sizes: 1, 0.71, 0.5; view: five, 1 to 1/4",
     )
     parser.add_argument("--crop-queries", action="store_true", help="cut queries to their building")
     return parser
@@ -35,73 +46,147 @@ def _parser() -> Parser:
 if __name__ == "__main__":
     answer_at_once(_parser())
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import cast
 
+import numpy as np
 import torch
+from PIL import Image
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from data import evaluation_loader
+from data.augment.pipeline import normalise_
+from data.batch import Batch
+from data.dense import samples_in_order
 from data.sources.folder import FileSource
 from evaluation.accuracy import extract_features
 from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
 from models.parts.backbones import Backbone
+from models.parts.dense_swin import dense_swin
 from models.parts.resolution import at_size, size_multiple
 from tools.parts.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
 from utils.names import folder_name
 
-MULTI_SCALE = (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)
+MULTI_SCALE = {"dino": (1.0, 2**-0.5, 0.5), "view": (1.0, 2**-0.5, 0.5, 2**-1.5, 0.25)}
+IMSIZE = 224  # of DINO's command for revisited Oxford (Caron et al. 2021, arXiv:2104.14294)
 
 
 def main() -> int:
     """Measure every set that is asked for, print one table; return the exit code."""
     args, flags = parse(_parser())
+    imsize = image_size(args.protocol, args.imsize)
+    names = [folder_name(name, "--sets") for name in args.sets]
     frozen = open_frozen(args, flags)
-    scales = MULTI_SCALE if args.multi_scale else (1.0,)
+    scales = MULTI_SCALE[args.protocol] if args.multi_scale else (1.0,)
     root = Path(frozen.run.cfg.DATA.PATH)
-    settings = [frozen.label, *(folder_name(name, "--sets") for name in args.sets)]
+    settings = [frozen.label, *names] + [f"dino{imsize}"] * (imsize > 0)
     settings += ["ms"] * args.multi_scale + ["crop"] * args.crop_queries
     results = {
-        name: evaluate_set(frozen, root / name, scales, args.crop_queries) for name in args.sets
+        name: evaluate_set(frozen, root / name, scales, args.crop_queries, imsize) for name in names
     }
     file = frozen.folder("retrieval") / f"{'-'.join(settings)}.json"
-    record = {"weights": frozen.label, "scales": list(scales), "crop_queries": args.crop_queries}
+    record = {"weights": frozen.label, "protocol": args.protocol, "imsize": imsize}
+    record |= {"scales": list(scales), "crop_queries": args.crop_queries}
     write_text(file, json.dumps({**record, "sets": results}, indent=1))
     print(table(results))
     print(file)
     return 0
 
 
+def image_size(protocol: str, imsize: int | None) -> int:
+    """Return the longest side of an image, 0 for the square view; `ValueError` for what is none."""
+    if protocol == "view":
+        if imsize is not None:
+            raise ValueError(
+                f"--imsize {imsize}: --protocol view crops to DATA.IMG_SIZE; set that, or drop "
+                "--protocol"
+            )
+        return 0
+    if imsize is not None and imsize < 1:
+        raise ValueError(f"--imsize {imsize}: give a number of pixels, such as {IMSIZE}")
+    return imsize or IMSIZE
+
+
 def evaluate_set(
-    frozen: FrozenBackbone, folder: Path, scales: Sequence[float], crop: bool
+    frozen: FrozenBackbone, folder: Path, scales: Sequence[float], crop: bool, imsize: int
 ) -> dict[str, float]:
     """Return the scores of the set `folder.name`; `ValueError` where files are missing."""
     truth = read_ground_truth(folder / f"gnd_{folder.name}.pkl")
     boxes = truth.boxes if crop else [None] * len(truth.queries)
-    bank = image_features(frozen, folder / "jpg", truth.images, [None] * len(truth.images), scales)
-    queries = image_features(frozen, folder / "jpg", truth.queries, boxes, scales)
-    similarity = normalize(bank, dim=1) @ normalize(queries, dim=1).T
-    ranking = similarity.argsort(dim=0, descending=True, stable=True)
+    whole = [None] * len(truth.images)
+    # both, so that a missing file is found before anything is computed
+    sources = [
+        BoxedSource(folder / "jpg", names, cuts)
+        for names, cuts in ((truth.images, whole), (truth.queries, boxes))
+    ]
+    bank, queries = (
+        normalize(image_features(frozen, source, scales, imsize), dim=1) for source in sources
+    )
+    ranking = (bank @ queries.T).argsort(dim=0, descending=True, stable=True)
     return retrieval_scores(ranking.cpu().numpy(), truth.lists)
 
 
 def image_features(
-    frozen: FrozenBackbone,
-    folder: Path,
-    names: list[str],
-    boxes: Sequence[Box | None],
-    scales: Sequence[float],
+    frozen: FrozenBackbone, source: "BoxedSource", scales: Sequence[float], imsize: int
 ) -> Tensor:
-    """Return the features (N, F) of `folder`/<name>.jpg in the evaluation view, not normalised."""
-    cfg = frozen.run.cfg
-    source = BoxedSource(folder, names, boxes)
-    batches = evaluation_loader(cfg, source, frozen.run.device, cfg.LINEAR.BATCH_SIZE)
+    """Return the features (N, F) of the images, not normalised; `imsize` 0: in the square view."""
+    cfg, device = frozen.run.cfg, frozen.run.device
+    if imsize:
+        features = photo_features(frozen.backbone, scales)
+        batches: Iterator[Batch] = photos(source, imsize, cfg.DATA.NUM_WORKERS, device)
+    else:
+        features = scaled_features(frozen.backbone, cfg.DATA.IMG_SIZE, scales)
+        batches = evaluation_loader(cfg, source, device, cfg.LINEAR.BATCH_SIZE)
     with torch.no_grad():
-        return extract_features(
-            scaled_features(frozen.backbone, cfg.DATA.IMG_SIZE, scales), batches
-        )[0]
+        return extract_features(features, batches)[0]
+
+
+def photos(
+    source: "BoxedSource", imsize: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield the images one by one, since each has its own shape."""
+    prepare = partial(shrink_photo, imsize=imsize)
+    for index, image in samples_in_order(source, prepare, device=device, workers=workers):
+        pixels = normalise_(image[None].to(device).float() / 255)
+        yield Batch([pixels], torch.full((1,), -1, device=device), torch.tensor([index]))
+
+
+def shrink_photo(image: Tensor, _: None, imsize: int) -> Tensor:
+    """Bring the longer side of uint8 (3,H,W) down to `imsize` with PIL, as DINO does."""
+    photo = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    photo.thumbnail((imsize, imsize), Image.Resampling.LANCZOS)  # never enlarges
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+
+
+def photo_features(backbone: Backbone, scales: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """Return a function from images (N, 3, H, W) of any shape to their mean features (N, F)."""
+    step = size_multiple(backbone)
+    if isinstance(backbone, SwinTransformer):
+        # also at the built size, or images of that size would meet another network
+        backbone, step = cast(Backbone, dense_swin(copy.deepcopy(backbone))), 1
+    body_at = lru_cache(maxsize=64)(partial(at_size, backbone))
+
+    def features(images: Tensor) -> Tensor:
+        found = []
+        for scale in scales:
+            x = images
+            if scale != 1:
+                x = interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+            height, width = x.shape[2:]
+            if min(height, width) < step:  # thinner than a patch
+                x = interpolate(x, (max(height, step), max(width, step)), mode="bilinear")
+            # DINO's patch embedding leaves out what is no whole patch, right and below
+            height, width = (side // step * step for side in x.shape[2:])
+            found.append(body_at((height, width))(x[:, :, :height, :width]))
+        return torch.stack(found).float().mean(dim=0)
+
+    return features
 
 
 class BoxedSource(FileSource):
@@ -115,6 +200,10 @@ class BoxedSource(FileSource):
             )
         super().__init__(folder, [f"{name}.jpg" for name in names], [-1] * len(names), [])
         self.boxes = list(boxes)
+
+    def sample(self, index: int) -> tuple[Tensor, None]:
+        """Return an image and no annotation."""
+        return self.load(index), None
 
     def load(self, index: int) -> Tensor:
         """Read, decode and cut one image: uint8 (3,H,W) RGB."""

@@ -1,13 +1,15 @@
 """Use a backbone at other image sizes than the one it was built for."""
 
 import copy
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, feature_map
 from models.parts.dense_swin import dense_swin, is_dense_swin
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _Resizable(Protocol):
@@ -17,7 +19,7 @@ class _Resizable(Protocol):
 def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     """Return the backbone for images of `size` (H, W): itself if it takes any size, else a copy.
 
-    The copy has no gradients. A ViT's has interpolated positions, a Swin's keeps its windows and
+    The copy has no gradients and shares the tensors. A ViT's has interpolated positions, a Swin's
     takes any size (see `dense_swin`). Raises ValueError for a transformer of a fixed size.
     """
     patches = getattr(backbone, "patch_embed", None)
@@ -25,14 +27,21 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     if built_for is None or tuple(built_for) == tuple(size) or is_dense_swin(backbone):
         return backbone
     if isinstance(backbone, SwinTransformer):
-        return cast(Backbone, dense_swin(copy.deepcopy(backbone)).requires_grad_(False))
+        return cast(Backbone, dense_swin(_twin(backbone)))
     if not (hasattr(backbone, "set_input_size") and hasattr(patches, "set_input_size")):
         raise ValueError(
             f"{type(backbone).__name__} works only on images of {built_for}, not of {size}"
         )
-    resized = copy.deepcopy(backbone)  # the positions that are trained stay as they are
+    resized = _twin(backbone)
     cast(_Resizable, resized).set_input_size(img_size=tuple(size), **_window_options(backbone))
-    return resized.requires_grad_(False)
+    return resized
+
+
+def _twin(module: M) -> M:
+    """Return a copy without gradients that shares the tensors, so that many sizes cost nothing."""
+    shared = [(id(p), nn.Parameter(p.detach(), requires_grad=False)) for p in module.parameters()]
+    # deepcopy takes what the dictionary holds for a copy; a new size replaces tables, never fills
+    return copy.deepcopy(module, dict(shared))
 
 
 def _window_options(body: nn.Module) -> dict[str, object]:

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 
 from evaluation.retrieval import read_ground_truth, retrieval_scores
 from models.parts.backbones import build_backbone
+from models.parts.dense_swin import dense_swin
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools import retrieval
-from tools.retrieval import MULTI_SCALE, BoxedSource, scaled_features
+from tools.retrieval import MULTI_SCALE, BoxedSource, photo_features, photos, scaled_features
 
 TINY = """
 NAME: tiny
@@ -144,18 +146,22 @@ def run_tool(root: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[st
     return json.loads(max(files, key=lambda file: file.stat().st_mtime_ns).read_text())
 
 
+@pytest.mark.parametrize("protocol", ["dino", "view"])
 @pytest.mark.parametrize("scales", [[], ["--multi-scale"]])
 def test_the_tool_finds_the_scenes_of_cropped_queries(
     oxford: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     scales: list[str],
+    protocol: str,
 ) -> None:
-    result = run_tool(oxford, monkeypatch, "--crop-queries", *scales)
+    flags = ["--protocol", protocol, *scales]
+    result = run_tool(oxford, monkeypatch, "--crop-queries", *flags)
     assert result["sets"]["toxford"]["medium/mAP"] == 100.0
-    assert result["scales"] == (list(MULTI_SCALE) if scales else [1.0])
+    assert result["scales"] == (list(MULTI_SCALE[protocol]) if scales else [1.0])
+    assert result["imsize"] == (224 if protocol == "dino" else 0)
     assert "toxford  medium      100.00" in capsys.readouterr().out
-    whole = run_tool(oxford, monkeypatch, *scales)
+    whole = run_tool(oxford, monkeypatch, *flags)
     assert whole["sets"]["toxford"]["medium/mAP"] < 100.0  # mostly frame
 
 
@@ -182,7 +188,9 @@ def test_which_network_of_a_file_is_measured(
     def measured(weights: Path, *which: str) -> dict[str, dict[str, float]]:
         run_tool(oxford, monkeypatch, "--pretrained", str(weights), *which)
         name = "-".join((weights.stem, *which[1:]))
-        (made,) = (oxford / "out/tiny/default/retrieval").glob(f"{name}-????????-toxford.json")
+        (made,) = (oxford / "out/tiny/default/retrieval").glob(
+            f"{name}-????????-toxford-dino224.json"
+        )
         return json.loads(made.read_text())["sets"]
 
     run_tool(oxford, monkeypatch)  # what `run_tool` reads back
@@ -281,9 +289,79 @@ def test_multi_scale_is_the_mean_over_sizes() -> None:
     expected = (backbone(images) + backbone(half)) / 2
     torch.testing.assert_close(scaled_features(backbone, 32, (1.0, 0.5))(images), expected)
     vit = build_backbone("deit_tiny", img_size=64).eval()
-    found = scaled_features(vit, 64, MULTI_SCALE)(torch.rand(1, 3, 64, 64))
+    found = scaled_features(vit, 64, MULTI_SCALE["view"])(torch.rand(1, 3, 64, 64))
     assert found.shape == (1, 192)
     assert found.isfinite().all()
+
+
+# ---- the published image protocol ----------------------------------------------------------------
+
+
+def published_photo(path: Path, imsize: int) -> torch.Tensor:
+    """Read an image as DINO's `eval_image_retrieval.py` says: PIL's thumbnail, then normalised."""
+    with Image.open(path) as image:
+        photo = image.convert("RGB")
+    photo.thumbnail((imsize, imsize), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    return (pixels - mean) / std
+
+
+def test_photos_keep_their_shape_and_are_never_enlarged(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"wide": (60, 97), "tall": (131, 40), "small": (20, 30)}
+    for name, shape in shapes.items():
+        pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.jpg")
+    source = BoxedSource(tmp_path, list(shapes), [None, None, (5.0, 2, 25, 18)])
+    found = [batch.views[0][0] for batch in photos(source, 64, 0, torch.device("cpu"))]
+    assert [tuple(x.shape) for x in found] == [(3, 40, 64), (3, 64, 20), (3, 16, 20)]
+    for pixels, name in zip(found[:2], shapes, strict=False):
+        expected = published_photo(tmp_path / f"{name}.jpg", 64)
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_features_of_a_photo_are_those_of_its_whole_patches_over_three_scales() -> None:
+    vit = build_backbone("deit_tiny", img_size=64).eval()
+    image = torch.randn(1, 3, 61, 97)
+    half = torch.zeros(1, 3, 30, 48)
+    for row in range(30):  # bilinear at half the size: the mean of four pixels
+        for col in range(48):
+            corner = image[:, :, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
+            half[:, :, row, col] = corner.mean((2, 3))
+    whole = at_size(vit, (48, 96))(image[:, :, :48, :96])
+    halved = at_size(vit, (16, 48))(half[:, :, :16, :48])
+    found = photo_features(vit, (1.0, 0.5))(image)
+    torch.testing.assert_close(found, (whole + halved) / 2, rtol=1e-4, atol=1e-5)
+    thin = photo_features(vit, MULTI_SCALE["dino"])(torch.randn(1, 3, 9, 200))
+    assert thin.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_swin_sees_the_whole_photo_by_one_network_at_every_size() -> None:
+    swin = build_backbone("swin_tiny").eval()
+    features = photo_features(swin, (1.0,))
+    dense = dense_swin(deepcopy(swin))
+    for shape in ((224, 224), (65, 90)):
+        image = torch.randn(1, 3, *shape)
+        torch.testing.assert_close(features(image), dense(image))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--protocol", "view", "--imsize", "224"], "--imsize 224: --protocol view crops to"),
+        (["--imsize", "0"], "--imsize 0: give a number of pixels"),
+    ],
+)
+def test_a_size_that_is_not_used_is_refused(
+    flags: list[str], message: str, oxford: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_tool(oxford, monkeypatch, *flags)
 
 
 @pytest.mark.parametrize(
