@@ -69,19 +69,23 @@ def _object_info(file: Path) -> list[str]:
 def voc(root: Path, split: str, classes: list[str]) -> Listing:
     """Read lists joined by `+`; a list with `aug` in its name reads SegmentationClassAug."""
     home = _home(root, "JPEGImages", "VOCdevkit/VOC2012", "VOC2012")
+    # labelling tools keep the camera's ending
+    images = {os.path.splitext(name)[0]: name for name in _listed(home / "JPEGImages")}
     found: dict[str, Path] = {}
     for part in split.split("+"):
         folder = "SegmentationClassAug" if "aug" in part else "SegmentationClass"
-        for name in _lines(home / "ImageSets" / "Segmentation" / f"{part}.txt"):
-            # the list of SBD's authors has "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-            ident = Path(name.split()[0]).stem
+        for line in _lines(home / "ImageSets" / "Segmentation" / f"{part}.txt"):
+            # a common list has "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
+            ident = Path(line.split()[0]).stem if line.endswith(".png") else line
             if ident in found:
                 raise LabelError(
                     f"SEGMENTATION: the split {split!r} lists {ident} twice; name lists that have "
                     "no image in common"
                 )
             found[ident] = home / folder / f"{ident}.png"
-    pairs = [(home / "JPEGImages" / f"{ident}.jpg", label) for ident, label in found.items()]
+    pairs = []
+    for ident, label in found.items():
+        pairs.append((home / "JPEGImages" / images.get(ident, f"{ident}.jpg"), label))
     return one_table(pairs, classes or list(names.VOC))
 
 

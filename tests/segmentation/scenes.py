@@ -6,43 +6,27 @@ import numpy as np
 from PIL import Image
 from yacs.config import CfgNode
 
+from segmentation.defaults import load_segmentation_config
+
 CLASSES = ("ground", "red thing", "green thing")
 COLOURS = np.array([[40, 40, 40], [220, 30, 30], [30, 220, 30]], dtype=np.uint8)
 
 
 def config(root: Path, dataset: str, **changes: object) -> CfgNode:
-    """Return the keys that the data of segmentation reads; `changes` are SECTION__KEY."""
-    cfg = CfgNode(
-        {
-            "SEED": 3,
-            "DATA": {
-                "DATASET": dataset,
-                "PATH": str(root),
-                "NUM_WORKERS": 0,
-                "TIMEOUT": 60.0,
-                "MAX_BAD_FRACTION": 1e-4,
-                "MAX_PIXELS": 1 << 27,
-            },
-            "AUG": {"BACKEND": "torch"},
-            "TRAIN": {"BATCH_SIZE": 4, "ACCUMULATION_STEPS": 1},
-            "SEGMENTATION": {
-                "CLASSES": "",
-                "CLASSES_OF": "binary",
-                "LABEL_MAP": "",
-                "REDUCE_ZERO_LABEL": "auto",
-                "SCALE": [128, 32],
-                "RATIO_RANGE": [0.5, 2.0],
-                "CROP": [32, 32],
-                "CAT_MAX_RATIO": 0.75,
-                "FLIP": 0.5,
-                "PHOTOMETRIC": True,
-            },
-        }
-    )
-    for name, value in changes.items():
-        section, key = name.split("__")
-        cfg[section][key] = value
-    return cfg
+    """Return the configuration of a small run; `changes` are SECTION__KEY."""
+    values = {
+        "SEED": 3,
+        "DATA.DATASET": dataset,
+        "DATA.PATH": str(root),
+        "DATA.NUM_WORKERS": 0,
+        "TRAIN.BATCH_SIZE": 4,
+        "SEGMENTATION.SCALE": [128, 32],
+        "SEGMENTATION.CROP": [32, 32],
+        "SEGMENTATION.STRIDE": [16, 16],
+    }
+    values |= {name.replace("__", "."): value for name, value in changes.items()}
+    opts = [part for name, value in values.items() for part in (name, str(value))]
+    return load_segmentation_config([], opts, {})
 
 
 def scene(number: int, height: int = 36, width: int = 48) -> tuple[np.ndarray, np.ndarray]:

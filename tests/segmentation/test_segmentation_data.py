@@ -108,8 +108,18 @@ def test_voc_reads_indices_and_its_lists_join(tmp_path: Path, home: str) -> None
     (lists / "aug.txt").write_bytes(b"\xef\xbb\xbf202\r\n")
     data = opened(tmp_path, "voc", "train+aug")
     assert (len(data), len(data.classes), data.classes[20]) == (2, 21, "tvmonitor")
+    first = data.label(0)
     assert data.label(1)[0].tolist() == [255] * 48
     assert np.array_equal(data.label(1)[1:], scenes.scene(2)[1][1:])
+    (lists / "trainaug.txt").write_text("/JPEGImages/202.jpg /SegmentationClassAug/202.png\n")
+    assert opened(tmp_path, "voc", "trainaug").files == data.files[1:]
+    (root / "JPEGImages" / "201.jpg").rename(root / "JPEGImages" / "my photo.v2.JPG")
+    label = root / "SegmentationClass" / "201.png"
+    shutil.copy(label, label.with_name("my photo.v2.png"))
+    (lists / "own.txt").write_text("my photo.v2\n")
+    assert np.array_equal(opened(tmp_path, "voc", "own").label(0), first)
+    with pytest.raises(LabelError, match=r"1 of 1 images.*201\.jpg"):
+        opened(tmp_path, "voc", "train")
     (lists / "other.txt").write_text("201\n")
     with pytest.raises(LabelError, match=r"'train\+other' lists 201 twice"):
         opened(tmp_path, "voc", "train+other")
