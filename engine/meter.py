@@ -12,6 +12,7 @@ from engine.plan import Plan
 from engine.state import TrainState
 from utils import distributed, heartbeat
 from utils.logger import Metrics
+from utils.names import shown_name
 from utils.progress import Pace, ProgressLine, format_duration, progress_text
 from utils.schedules import Progress
 
@@ -39,7 +40,7 @@ class Meter:
         self._every = every
         self._plan: Plan | None = None
         self._line: ProgressLine | None = None
-        self._step = 0  # steps that are done
+        self.step = 0  # steps that are done
         self._shown: dict[str, float] = {}  # of the newest log line
         self._window: list[dict[str, Tensor]] = []
         self._pace = Pace()
@@ -52,7 +53,7 @@ class Meter:
 
     def around(self, steps: Iterable[T], step: int) -> Iterator[T]:
         """Yield the steps of a loader from `step` on, timed, under a progress line."""
-        self._step = step
+        self.step = step
         if distributed.is_main() and self._plan is not None:
             self._line = ProgressLine(self._describe)
             self._line.start()
@@ -65,7 +66,7 @@ class Meter:
         total, left = self._plan.total_steps, self._seconds_left()
         return {
             "total": total,
-            "epoch": round(self._step / self._plan.steps_per_epoch, 3),
+            "epoch": round(self.step / self._plan.steps_per_epoch, 3),
             "epochs": self._plan.epochs,
             "eta": round(left, 1) if left == left else None,  # NaN while the run settles
             "loss": self._shown.get("loss"),
@@ -74,7 +75,7 @@ class Meter:
 
     def _seconds_left(self) -> float:
         assert self._plan is not None
-        return self._pace.seconds_left(self._plan.total_steps - self._step)
+        return self._pace.seconds_left(self._plan.total_steps - self.step)
 
     def state_dict(self) -> MeterState:
         """Return what a resumed run needs to log what an uninterrupted one logs.
@@ -107,11 +108,11 @@ class Meter:
 
     def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
         """Note a step's scalars; every `LOG.PRINT_FREQ` steps write their means."""
-        self._plan, self._step = plan, progress.step + 1
+        self._plan, self.step = plan, progress.step + 1
         self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
         if "embedding" in out and distributed.is_main():
             self._collapse.note(out["embedding"])
-        if self._step % self._every and self._step != plan.total_steps:
+        if self.step % self._every and self.step != plan.total_steps:
             self._pace.end_step()
             return
         distributed.meet()
@@ -130,7 +131,7 @@ class Meter:
         values["epoch"] = progress.next.epoch_position
         self._window.clear()
         self._shown = values
-        self.metrics.write(self._step, values)
+        self.metrics.write(self.step, values)
         logger.info("%s", self._log_line(progress, values, plan))
 
     def record(self, progress: Progress, values: dict[str, float], state: TrainState) -> None:
@@ -140,7 +141,7 @@ class Meter:
         state.keep_best(values)
         self.metrics.write(progress.step, {**values, "epoch": progress.epoch_position})
         shown = ", ".join(
-            f"{name} {value:.2f} (best {state.best[name]:.2f})"
+            f"{shown_name(name)} {value:.2f} (best {state.best[name]:.2f})"
             for name, value in values.items()
             if "/" not in name
         )
@@ -165,10 +166,11 @@ class Meter:
         # A grid's loss is a sum over its heads, which says little.
         loss = f"loss {values.get('best_loss', values['loss']):.4g}"
         start = [f"epoch {progress.epoch + 1}/{plan.epochs}"]
-        start += [f"step {self._step}/{plan.total_steps}", loss]
+        start += [f"step {self.step}/{plan.total_steps}", loss]
         health = [f"embeddings {self._verdict}"] if "embedding_std" in values else []
         # The last of these leaves first where the line is full.
         middle = [*health, *speed, f"lr {values['lr']:.3g}"]
+        middle += [f"{shown_name('acc1')} {values['acc1']:.1f}"] if "acc1" in values else []
         while len("  ".join([*start, *middle, *ends])) > _LINE and len(middle) > len(health):
             middle.pop()
         return "  ".join([*start, *middle, *ends])
@@ -182,7 +184,7 @@ class Meter:
 
     def _describe(self, columns: int) -> str:
         """Return the progress line. Its thread reads what the training thread has left."""
-        plan, step, values = self._plan, self._step, self._shown
+        plan, step, values = self._plan, self.step, self._shown
         assert plan is not None
         epoch = min(step // plan.steps_per_epoch + 1, plan.epochs)
         fields = [f"{step}/{plan.total_steps}"]

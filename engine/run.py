@@ -61,7 +61,7 @@ class Run(Precision):
         self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
         self.training = training  # an evaluation looks at a folder that may be another process's
         writes = training and distributed.is_main()
-        self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD)
+        self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD, task)
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
         self._next_status = 0.0
@@ -132,6 +132,8 @@ class Run(Precision):
         if distributed.is_main():
             try:
                 write(self.folder / name)
+                if name.endswith(".png"):
+                    self.metrics.picture(self.folder / name, self.meter.step)
             except OSError as error:
                 logger.warning("cannot write %s (%s)", self.folder / name, error)
 
@@ -144,7 +146,9 @@ class Run(Precision):
             self._done_at = str(status.get("time", "before"))
             yield  # a complete run keeps the files that say when and how it was completed
             return
-        self.write_extra("config.yaml", lambda path: write_text(path, to_yaml(self.cfg)))
+        config = to_yaml(self.cfg)
+        self.write_extra("config.yaml", lambda path: write_text(path, config))
+        self.metrics.text("config", config, state.step)
         self.write_extra(RUN_FILE, lambda path: record_start(path, state.step, self.device))
         self.finish("running", state.step)
         try:

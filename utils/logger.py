@@ -7,17 +7,21 @@ import json
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
 from termcolor import colored
+from torch import Tensor
 
 from utils.distributed import rank
-from utils.names import OneLine, visible
+from utils.names import OneLine, board_tag, visible
 from utils.progress import is_terminal
 
 if TYPE_CHECKING:
@@ -125,9 +129,12 @@ def finite_json(value: Any) -> Any:
 class Metrics:
     """Append scalars to `folder`/metrics.jsonl and TensorBoard; without a folder do nothing."""
 
-    def __init__(self, folder: Path | None, tensorboard: bool = True) -> None:
-        """Open nothing yet: files appear with the first value."""
+    def __init__(
+        self, folder: Path | None, tensorboard: bool = True, task: str = "pretrain"
+    ) -> None:
+        """Open nothing yet: files appear with the first value. `task` groups TensorBoard's tags."""
         self._folder = folder
+        self._task = task
         self._tensorboard = tensorboard and folder is not None
         self._file: FileIO | None = None
         self._torn = False
@@ -153,6 +160,28 @@ class Metrics:
         self._guard(METRICS_FILE, lambda: self._append(step, plain))
         if self._tensorboard:
             self._guard("tensorboard", lambda: self._scalars(step, plain))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text, such as the configuration, in TensorBoard."""
+        if self._tensorboard:
+            # indented by four it is code in Markdown
+            code = "".join(f"    {line}\n" for line in text.splitlines())
+            self._guard("tensorboard", lambda: self._writer().add_text(name, code, step))
+
+    def picture(self, path: Path, step: int) -> None:
+        """Show a PNG file that we wrote in TensorBoard, under its name without digits."""
+        if self._tensorboard:
+            name = f"{'' if self._task == 'pretrain' else f'{self._task}/'}pictures/"
+            name += re.sub(r"[_\d]+$", "", path.stem)
+            self._guard("tensorboard", lambda: self._add_picture(name, path, step))
+
+    def embedding(self, features: Tensor, labels: Sequence[str], step: int) -> None:
+        """Show features (N, D) in TensorBoard's projector, coloured by their labels."""
+        if self._tensorboard:
+            self._guard(
+                "tensorboard",
+                lambda: self._writer().add_embedding(features, list(labels), None, step, "knn"),
+            )
 
     def close(self) -> None:
         """Close both outputs."""
@@ -214,15 +243,24 @@ class Metrics:
             new.writelines(line for line in old if _stays(line, step, evaluation_too))
         os.replace(tmp, path)
 
-    def _scalars(self, step: int, values: Mapping[str, object]) -> None:
+    def _writer(self) -> "SummaryWriter":
         if self._board is None:
             # here, since the package is optional and slow to import
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        return self._board
+
+    def _scalars(self, step: int, values: Mapping[str, object]) -> None:
+        board = self._writer()
         for key, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+                board.add_scalar(board_tag(key, self._task), value, step)
+
+    def _add_picture(self, name: str, path: Path, step: int) -> None:
+        with Image.open(path, formats=["PNG"]) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        self._writer().add_image(name, pixels, step, dataformats="HWC")
 
 
 def _stays(line: str, step: int, evaluation_too: bool) -> bool:

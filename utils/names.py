@@ -1,6 +1,47 @@
-"""Names that strangers chose: show them without harm, refuse those that lead to other folders."""
+"""Names as a person reads them: of metrics, and of files that strangers chose."""
 
 import logging
+import re
+
+# The accuracy of the contrastive task is no accuracy of a classifier. The files keep the short
+# name.
+_CALLED = {"acc1": "contrastive acc1", "acc5": "contrastive acc5"}
+# The group of a metric of pretraining in TensorBoard, by the beginning of its name.
+_GROUPS = {
+    "knn": "knn",
+    "held_out": "held_out",
+    "embedding": "health",
+    "grad_norm": "health",
+    "positive": "health",
+    "negative": "health",
+    "synthetic": "health",
+    "queue": "health",
+    "lr": "optim",
+    "epoch": "optim",
+    "images_per_second": "speed",
+    "data_wait": "speed",
+    "gpu_memory": "speed",
+}
+
+
+def shown_name(metric: str) -> str:
+    """Return what a log line, TensorBoard or a report calls a metric of metrics.jsonl."""
+    return _CALLED.get(metric, metric)
+
+
+def board_tag(metric: str, task: str = "pretrain") -> str:
+    """Return the tag of a metric in TensorBoard, whose first part is its group.
+
+    Pretraining has groups of its own: `train/loss`, `knn/k20_top1`, `health/embedding_std`,
+    `optim/lr`. All of another program are one group, the heads of a grid together:
+    `linear/top1/lr0.3`.
+    """
+    if task != "pretrain":
+        return "/".join([task, *reversed(metric.split("/"))])
+    begins = (word for word in _GROUPS if metric.startswith(word))
+    group = _GROUPS.get(next(begins, ""), "train")
+    name = re.sub(r"^knn(?=\d)", "k", metric.removeprefix("held_out_"))
+    return f"{group}/{shown_name(name).replace(' ', '_')}"
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from PIL import Image
 from torch import nn
 
 from engine.closing import best_text, command, epoch_of, watched
@@ -106,3 +107,14 @@ def test_a_hash_is_short_and_a_small_head_has_a_number_of_parameters(
     run.close()
     assert "Linear with 33 trained parameters" in caplog.text
     assert "(weights 0d697c7b2741, data 4000:227fc1a1ea60)" in caplog.text
+
+
+def test_pictures_and_configuration_of_a_run_are_in_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run, *_ = complete(tmp_path)
+    run.write_extra("views.png", lambda path: Image.new("RGB", (2, 2)).save(path))
+    run.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["images"] == ["pictures/views"]
+    assert b"KEEP_BEST" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]

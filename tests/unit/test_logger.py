@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from utils.logger import (
     Metrics,
@@ -227,8 +228,44 @@ def test_tensorboard_holds_numbers_and_purges_on_resume(tmp_path: Path) -> None:
     metrics.close()
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+    assert events.Tags()["scalars"] == ["train/loss"]
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 1.0), (2, 20.0)]
+
+
+def test_tensorboard_has_groups_pictures_and_text(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    metrics = Metrics(tmp_path)
+    metrics.write(1, {"loss": 1.0, "acc1": 2.0, "embedding_std": 1.0, "lr": 0.1, "knn20_top1": 5.0})
+    metrics.write(1, {"images_per_second": 3.0, "held_out_acc1": 4.0, "held_out_loss": 4.0})
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "reconstruction_0000003.png")
+    metrics.picture(tmp_path / "reconstruction_0000003.png", 3)
+    metrics.text("config", "SEED: 0\n", 0)
+    metrics.close()
+    probe = Metrics(tmp_path / "linear", task="linear")
+    probe.write(1, {"loss": 1.0, "top1": 2.0, "lr0.3/top1": 2.0, "lr": 0.3})
+    probe.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == [
+        "health/embedding_std",
+        "held_out/contrastive_acc1",
+        "held_out/loss",
+        "knn/k20_top1",
+        "optim/lr",
+        "speed/images_per_second",
+        "train/contrastive_acc1",
+        "train/loss",
+    ]
+    picture = events.Images("pictures/reconstruction")[0]
+    assert (picture.width, picture.height, picture.step) == (4, 2, 3)
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    assert text == b"    SEED: 0\n"
+    assert all("contrastive" not in line for line in (tmp_path / "metrics.jsonl").open())
+    events = accumulator.EventAccumulator(str(tmp_path / "linear"))
+    events.Reload()
+    tags = sorted(events.Tags()["scalars"])
+    assert tags == ["linear/loss", "linear/lr", "linear/top1", "linear/top1/lr0.3"]
 
 
 def test_missing_tensorboard_is_a_warning(

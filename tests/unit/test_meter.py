@@ -106,3 +106,14 @@ def test_the_status_of_a_run_that_settles_is_known_but_for_the_time_left() -> No
     assert (status["total"], status["epoch"], status["epochs"]) == (8, 0.75, 2)
     assert status["eta"] is None
     assert status["loss"] == 2.0
+
+
+def test_the_log_line_calls_the_accuracy_of_the_contrastive_task_by_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    meter = Meter(Metrics(tmp_path, tensorboard=False), every=1)
+    plan = PLAN
+    with caplog.at_level(logging.INFO, logger="synco"):
+        meter.log(plan.progress(0), {"loss": torch.ones(()), "acc1": torch.tensor(12.5)}, plan)
+    assert "contrastive acc1 12.5" in caplog.text
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["acc1"] == 12.5

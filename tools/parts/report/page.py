@@ -12,10 +12,12 @@ from tools.parts.report.charts import Chart, Line, line_chart
 from tools.parts.report.looks import Strip, Tile
 from tools.parts.report.score_table import COLUMNS
 from tools.parts.run_files import RunFiles, differences, seconds_as_text
+from utils.names import shown_name
 
 _TEMPLATE = "report.html.j2"
 _PANELS = {
     "loss": "training loss",
+    "acc1": f"{shown_name('acc1')} (percent; not that of a classifier)",
     "lr": "learning rate",
     "embedding_std": "spread of the embeddings (0: collapsed)",
     "embedding_rank": "effective rank of the embeddings",
