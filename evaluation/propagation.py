@@ -6,7 +6,7 @@ al. 2021, section 4.2.3), and the measures J and F of Perazzi et al. 2016.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,11 +144,27 @@ def _widened(line: Tensor, reach: int) -> Tensor:
     return near[0, 0] > 0.5
 
 
-class Quality(NamedTuple):
-    """J and F of one object: means over the frames."""
+class Measure(NamedTuple):
+    """An object's J or F over frames, as the table of DAVIS has it."""
 
-    region: float
-    contour: float
+    mean: float
+    recall: float  # share of the frames above 0.5
+    decay: float  # mean of the first quarter of the frames minus that of the last
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Measure":
+        """Sum up the values of an object's frames."""
+        # DAVIS's quarters share the frame between them, and round its place half up
+        second, last = ((len(values) - 1) * quarter + 2 for quarter in (1, 3))
+        decay = _mean(values[: second // 4 + 1]) - _mean(values[last // 4 :])
+        return cls(_mean(values), _mean([float(value > 0.5) for value in values]), decay)
+
+
+class Quality(NamedTuple):
+    """J and F of one object."""
+
+    region: Measure
+    contour: Measure
 
 
 def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
@@ -165,8 +181,11 @@ def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
             ((mask == label) & (real != 255), real == label)
             for mask, real in zip(masks[counted], truth[counted], strict=True)
         ]
-        scores = [(region_similarity(*pair), contour_accuracy(*pair)) for pair in pairs]
-        quality[label] = Quality(
-            *(sum(column) / len(pairs) for column in zip(*scores, strict=True))
-        )
+        regions = Measure.of([region_similarity(*pair) for pair in pairs])
+        contours = Measure.of([contour_accuracy(*pair) for pair in pairs])
+        quality[label] = Quality(regions, contours)
     return quality
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

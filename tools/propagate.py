@@ -30,6 +30,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--short-side", type=int, default=480, help="frames are brought to this many pixels"
     )
+    parser.add_argument(
+        "--frames",
+        choices=("smooth", "dino"),
+        default="smooth",
+        help="smooth: antialiased, as training | dino: as DINO's code, for its exact figures",
+    )
     return parser
 
 
@@ -40,18 +46,27 @@ if __name__ == "__main__":
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from data.augment.base import IMAGENET_MEAN
 from data.augment.crops import resize_one
 from data.augment.pipeline import normalise_
 from data.decode import decode_rgb, open_image
 from data.sources.scan import PassedOver, is_folder, read_folder
-from evaluation.propagation import enlarge_labels, propagate, shrink_mask, video_quality
+from evaluation.propagation import (
+    Quality,
+    enlarge_labels,
+    propagate,
+    shrink_mask,
+    video_quality,
+)
 from models.parts.resolution import at_size, dense_features, size_multiple
 from tools.parts.frozen import FrozenBackbone, open_frozen
 from utils.checkpoints.atomic import write_text
@@ -60,6 +75,9 @@ from utils.reading import read_text
 
 logger = logging.getLogger("synco")
 
+ReadFrame: TypeAlias = Callable[[Path, tuple[int, int]], Tensor]  # (path, size) to (1, 3, *size)
+
+_DINO_STD = (0.228, 0.224, 0.225)  # red is 0.229 elsewhere
 SIDE_MULTIPLE = 64  # the longer side is rounded down to a multiple of this
 
 
@@ -70,17 +88,19 @@ def main() -> int:
     root = Path(frozen.run.cfg.DATA.PATH)
     names = read_list(root / args.list)
     settings = f"{frozen.label}-{args.resolution}-{args.short_side}-{Path(args.list).stem}"
+    settings += "-dino" * (args.frames == "dino")
+    read = read_frame if args.frames == "smooth" else read_frame_of_dino
     folder = frozen.folder(f"propagation/{folder_name(settings, '--resolution')}")
     quality = {}
     for name in names:
         frames, truth = (
             root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations")
         )
-        masks = carry(frozen, frames, truth, folder / name, args.short_side)
+        masks = carry(frozen, frames, truth, folder / name, args.short_side, read)
         quality.update({f"{name}/{label}": scores for label, scores in judge(masks, truth).items()})
     summary = summarise(quality)
     write_text(folder / "quality.json", json.dumps({**summary, "objects": quality}, indent=1))
-    lines = [f"{key:12} {value:.2f}" for key, value in summary.items()]
+    lines = [f"{key:12}{value:7.2f}" for key, value in summary.items()]
     print("\n".join(lines or ["no quality: only first frames are annotated"]))
     print(folder)
     return 0
@@ -99,7 +119,12 @@ def read_list(path: Path) -> list[str]:
 
 
 def carry(
-    frozen: FrozenBackbone, frames: Path, truth: Path, target: Path, short_side: int
+    frozen: FrozenBackbone,
+    frames: Path,
+    truth: Path,
+    target: Path,
+    short_side: int,
+    read: ReadFrame,
 ) -> list[Path]:
     """Write a video's masks <frame>.png to `target`, the first as it is given; return their paths.
 
@@ -125,20 +150,25 @@ def carry(
         )
     target.mkdir(parents=True, exist_ok=True)
     write_mask(masks[0], first, palette)
-    for mask, soft in zip(masks[1:], soft_labels(frozen, paths, first, size), strict=True):
+    labels = soft_labels(frozen, paths, first, size, read)
+    for mask, soft in zip(masks[1:], labels, strict=True):
         write_mask(mask, enlarge_labels(soft, size, (height, width)), palette)
     logger.info("%s: %d frames of %d x %d", target.name, len(paths), *size)
     return masks
 
 
 def soft_labels(
-    frozen: FrozenBackbone, paths: list[Path], first: Tensor, size: tuple[int, int]
+    frozen: FrozenBackbone,
+    paths: list[Path],
+    first: Tensor,
+    size: tuple[int, int],
+    read: ReadFrame,
 ) -> Iterator[Tensor]:
     """Yield soft labels (C, h, w) from the second frame on; `first` (H, W) is the first mask."""
     body, device = at_size(frozen.backbone, size), frozen.run.device
     with torch.no_grad():
         # one at a time: the maps of a long video do not fit in memory
-        maps = (dense_features(body, read_frame(path, size).to(device))[0] for path in paths)
+        maps = (dense_features(body, read(path, size).to(device))[0] for path in paths)
         begin = next(maps)
         cells = (begin.shape[1], begin.shape[2])
         labels = shrink_mask(first.to(device), cells, int(first.max()) + 1)
@@ -158,6 +188,15 @@ def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
     return normalise_(image[None].float() / 255)
 
 
+def read_frame_of_dino(path: Path, size: tuple[int, int]) -> Tensor:
+    """Return a frame as DINO's `eval_video_segmentation.py` makes it."""
+    image = decode_rgb(path.read_bytes())[None].float()
+    # OpenCV's linear resize: no antialiasing, rounded to whole levels
+    image = interpolate(image, size, mode="bilinear", align_corners=False).round() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, _DINO_STD))
+    return (image - mean) / std
+
+
 def read_mask(path: Path) -> tuple[Tensor, list[int] | None]:
     """Return a mask (H, W) uint8 and its palette; `ValueError` for a PNG of colours."""
     with open_image(path.read_bytes()) as image:
@@ -175,25 +214,38 @@ def write_mask(path: Path, mask: Tensor, palette: list[int] | None) -> None:
 
 
 def judge(masks: list[Path], truth: Path) -> dict[str, dict[str, float]]:
-    """Return J and F in percent of every object; nothing if later frames have no annotation."""
+    """Return mean, recall and decay of every object's J and F, in percent.
+
+    Nothing if later frames have no annotation.
+    """
     real = [truth / path.name for path in masks]
     if len(masks) < 2 or not all(path.is_file() for path in real):
         return {}
     both = [torch.stack([read_mask(path)[0] for path in paths]) for paths in (masks, real)]
-    return {
-        str(label): {"J": 100 * scores.region, "F": 100 * scores.contour}
-        for label, scores in video_quality(*both).items()
-    }
+    return {str(label): _percent(scores) for label, scores in video_quality(*both).items()}
+
+
+def _percent(scores: Quality) -> dict[str, float]:
+    named = {"J": scores.region, "F": scores.contour}
+    found = {name: 100 * measure.mean for name, measure in named.items()}
+    for name, measure in named.items():
+        found[f"{name} recall"] = 100 * measure.recall
+        found[f"{name} decay"] = 100 * measure.decay
+    return found
 
 
 def summarise(quality: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the means of J and F over all objects, and the mean of both; empty without objects."""
+    """Return the table of DAVIS: means over all objects; empty without objects."""
     if not quality:
         return {}
     means = {
-        key: sum(scores[key] for scores in quality.values()) / len(quality) for key in ("J", "F")
+        key: sum(scores[key] for scores in quality.values()) / len(quality)
+        for key in ("J", "J recall", "J decay", "F", "F recall", "F decay")
     }
-    return {"J&F mean": (means["J"] + means["F"]) / 2, "J mean": means["J"], "F mean": means["F"]}
+    table = {"J&F mean": (means["J"] + means["F"]) / 2}
+    for key, value in means.items():
+        table[key if " " in key else f"{key} mean"] = value
+    return table
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.propagation import (
+    Measure,
     PropagationConfig,
+    Quality,
     carry_labels,
     contour,
     contour_accuracy,
@@ -179,14 +181,38 @@ def test_quality_leaves_out_first_and_last_frames_and_void() -> None:
     truth[:, 2:8, 2:8], truth[:, 12:18, 12:18] = 1, 5
     masks = truth.clone()
     masks[0], masks[3] = 0, 0
-    assert {label: tuple(q) for label, q in video_quality(masks, truth).items()} == {
-        1: (1.0, 1.0),
-        5: (1.0, 1.0),
+    perfect = Measure(1.0, 1.0, 0.0)
+    assert video_quality(masks, truth) == {
+        1: Quality(perfect, perfect),
+        5: Quality(perfect, perfect),
     }
     masks[1][truth[1] == 5] = 0
-    assert video_quality(masks, truth)[5].region == 0.5
+    assert video_quality(masks, truth)[5].region == Measure(0.5, 0.5, -1.0)
     truth[1, 0, :], masks[1, 0, :] = 255, 1
-    assert video_quality(masks, truth)[1].region == 1.0
+    assert video_quality(masks, truth)[1].region == perfect
+
+
+@pytest.mark.parametrize("frames", range(1, 40))
+def test_recall_and_decay_are_the_benchmarks(frames: int) -> None:
+    values = np.random.default_rng(frames).uniform(0, 1, frames)
+    # the places of DAVIS's four bins, as its evaluation computes them
+    ids = (np.round(np.linspace(1, frames, 5) + 1e-10) - 1).astype(int)
+    first, *_, last = (values[ids[i] : ids[i + 1] + 1].mean() for i in range(4))
+    found = Measure.of(values.tolist())
+    assert found == pytest.approx((values.mean(), (values > 0.5).mean(), first - last))
+
+
+def test_frames_as_in_dinos_code(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "frame.png")
+    found = tool.read_frame_of_dino(tmp_path / "frame.png", (20, 30))[0]
+    # halving without antialiasing: the mean of the four pixels around a cell's centre
+    blocks = pixels.reshape(20, 2, 30, 2, 3).mean((1, 3))
+    for channel, (mean, std) in enumerate(((0.485, 0.228), (0.456, 0.224), (0.406, 0.225))):
+        expected = (np.round(blocks[..., channel]) / 255 - mean) / std
+        np.testing.assert_allclose(found[channel].numpy(), expected, atol=1e-5)
+    small = tool.read_frame_of_dino(tmp_path / "frame.png", (8, 12))[0]
+    assert small[0, 0, 0] == pytest.approx((pixels[2, 2, 0] / 255 - 0.485) / 0.228)
 
 
 # ---- the tool ------------------------------------------------------------------------------------
@@ -236,12 +262,24 @@ def run_tool(root: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Path:
     return folder
 
 
-def test_the_tool_follows_moving_squares(davis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run_tool(davis, monkeypatch, "--short-side", "192")
+@pytest.mark.parametrize("frames", ["smooth", "dino"])
+def test_the_tool_follows_moving_squares(
+    davis: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    frames: str,
+) -> None:
+    folder = run_tool(davis, monkeypatch, "--short-side", "192", "--frames", frames)
+    assert folder.name.endswith("-dino") is (frames == "dino")
     quality = json.loads((folder / "quality.json").read_text())
     assert sorted(quality["objects"]) == ["squares/1", "squares/2"]
     assert quality["J mean"] > 60
     assert quality["J&F mean"] == pytest.approx((quality["J mean"] + quality["F mean"]) / 2)
+    table = capsys.readouterr().out
+    for key in ("J recall", "J decay", "F recall", "F decay"):
+        values = [scores[key] for scores in quality["objects"].values()]
+        assert quality[key] == pytest.approx(sum(values) / 2)
+        assert f"{key:12}{quality[key]:7.2f}" in table
     names = sorted(path.name for path in (folder / "squares").iterdir())
     assert names == [f"{number:05d}.png" for number in range(5)]
     with Image.open(folder / "squares/00003.png") as image:
