@@ -37,14 +37,15 @@ from data.sources import SOURCES
 from detection.defaults import detection_schema
 from models import FRAMEWORKS, framework_options
 from models.parts.batchformer import BatchFormer
+from segmentation.defaults import segmentation_schema
 from utils.config.key import Key
 from utils.config.schema import declare
 
 HEAD = """# Configuration
 
 *Written by `make docs` from the declarations of the keys
-([schema.py](../utils/config/schema.py), the signatures of the methods, and
-[detection](../detection/defaults.py)).*
+([schema.py](../utils/config/schema.py), the signatures of the methods,
+[detection](../detection/defaults.py) and [segmentation](../segmentation/defaults.py)).*
 
 A yaml states what differs from the defaults below; `--opts KEY VALUE` sets any key. Later wins:
 defaults, `_BASE_` files, yaml, `--opts`, flags. An unknown key is an error that names the nearest
@@ -101,7 +102,7 @@ def main() -> int:
 
 def render() -> str:
     """Return the text of the page."""
-    return "\n".join([HEAD, *_shared(), *_methods(), *_detection()]).rstrip() + "\n"
+    return "\n".join([HEAD, *_shared(), *_methods(), *_transfer()]).rstrip() + "\n"
 
 
 def _shared() -> Iterator[str]:
@@ -129,12 +130,14 @@ def _methods() -> Iterator[str]:
         yield from _table(named)
 
 
-def _detection() -> Iterator[str]:
-    """Yield the keys that only detection has."""
+def _transfer() -> Iterator[str]:
+    """Yield the keys that only detection and segmentation have."""
     shared = declare({})
-    own = ((name, key) for name, key in detection_schema().items() if name not in shared)
-    yield "## Detection\n\nKeys of `detection/main_detection.py` beside the shared ones.\n"
-    yield from _table(own)
+    schemas = {"detection": detection_schema(), "segmentation": segmentation_schema()}
+    for task, schema in schemas.items():
+        yield f"## {task.capitalize()}\n"
+        yield f"Keys of `{task}/main_{task}.py` beside the shared ones.\n"
+        yield from _table((name, key) for name, key in schema.items() if name not in shared)
 
 
 def _table(keys: Iterable[tuple[str, Key]]) -> Iterator[str]:

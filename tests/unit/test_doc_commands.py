@@ -9,6 +9,7 @@ import pytest
 
 from detection.defaults import load_detection_config
 from models import framework_options
+from segmentation.defaults import load_segmentation_config
 from tests.unit.test_docs import FOREIGN, PAGES, ROOT
 from utils.cli import add_which, make_parser, parse
 from utils.config.load import load_config
@@ -16,6 +17,13 @@ from utils.config.schema import declare
 
 RUN = "--cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T"
 MAINS = ("main_pretrain.py", "main_linear.py", "main_semisup.py")
+TRANSFER = {
+    "detection/main_detection.py": (load_detection_config, "detection/configs/mini_bccd.yaml"),
+    "segmentation/main_segmentation.py": (
+        load_segmentation_config,
+        "segmentation/configs/mini_pets.yaml",
+    ),
+}
 # Detectron2's program has other flags, the demo passes its flags on.
 UNPARSED = (
     "detection/train_net.py",
@@ -71,7 +79,7 @@ def parse_program(program: str, words: list[str]) -> None:
         parser = make_parser(module.__doc__)
         parser.add_argument("--pretrained")
         add_which(parser)
-    if program not in MAINS and program != "detection/main_detection.py":
+    if program not in MAINS and program not in TRANSFER:
         parser.parse_args(words)
         return
     try:
@@ -83,15 +91,16 @@ def parse_program(program: str, words: list[str]) -> None:
     if program in MAINS:
         load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     else:
-        # A page of detection without a recipe means any.
-        args.cfg = args.cfg if "detection/" in args.cfg else "detection/configs/mini_bccd.yaml"
-        load_detection_config([args.cfg], args.opts, flags)
+        # A page of a task without a recipe means any.
+        load, any_recipe = TRANSFER[program]
+        room = program.partition("/")[0]
+        load([args.cfg if f"{room}/" in args.cfg else any_recipe], args.opts, flags)
 
 
 CASES = sorted(
     {
         (page.relative_to(ROOT).as_posix(), line)
-        for page in [*PAGES, ROOT / "detection/README.md"]
+        for page in [*PAGES, ROOT / "detection/README.md", ROOT / "segmentation/README.md"]
         for line in commands(page)
         if re.match(r"(?:[A-Z_]+=\S* )*(?:python|torchrun|make|bash|sbatch) ", line)
     }

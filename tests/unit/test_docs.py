@@ -8,6 +8,7 @@ import pytest
 from detection.defaults import detection_schema
 from docs import key_page
 from models import framework_options
+from segmentation.defaults import segmentation_schema
 from utils.config.schema import declare
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def test_the_page_of_keys_is_up_to_date() -> None:
 
 def known_keys() -> set[str]:
     keys = set(declare(framework_options()))
-    return keys | set(detection_schema())
+    return keys | set(detection_schema()) | set(segmentation_schema())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -51,6 +52,6 @@ def test_links_and_recipes_are_there(page: Path) -> None:
     paths += [
         ROOT / name
         for name in re.findall(r"\bconfigs/[\w/]+\.yaml\b", text_of(page))
-        if not re.search(rf"detection/{name}", text)
+        if not re.search(rf"(detection|segmentation)/{name}", text)
     ]
     assert [str(path) for path in paths if not path.exists()] == []
