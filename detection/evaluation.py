@@ -4,16 +4,18 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from yacs.config import CfgNode
 
-from detection.loader import images_of_test
+from data.loader import fetch_in_order
+from detection.loader import TestImage, batches_of_test
+from detection.masks import Detection, ImageResult, MaskEncoder
 from detection.metrics import Found, voc_metrics
 from detection.sources.annotations import DetectionData
 from detection.sources.coco import ground_truth
@@ -21,7 +23,7 @@ from utils import distributed
 
 logger = logging.getLogger("synco")
 
-Detection = dict[str, Any]  # index, label, score, box [x1, y1, x2, y2]; rle for Mask R-CNN
+_ENCODERS = 2  # processes: each encodes the masks of about 20 images of COCO a second
 
 
 def coco_api() -> tuple[Any, Any, Any]:
@@ -62,33 +64,44 @@ def detections(
 ) -> Iterator[Detection]:
     """Yield what `model` finds in this rank's (first `count`) test images, in original pixels."""
     masks = cfg.MODEL.RCNN.MASKS and not count
-    for index, size, image in images_of_test(data, cfg, device, count):
-        (result,) = model([image])
-        boxes = to_original(result["boxes"].float().cpu(), tuple(image.shape[1:]), size)
-        rles = _encode(result["masks"].float().cpu(), boxes, size) if masks else []
-        for row, (label, score) in enumerate(
-            zip(result["labels"].tolist(), result["scores"].tolist(), strict=True)
-        ):
-            found = {"index": index, "label": label, "score": score, "box": boxes[row].tolist()}
-            yield {**found, "rle": rles[row]} if masks else found
+    found = _found(model, batches_of_test(data, cfg, device, count), masks)
+    if not masks:
+        for image in found:
+            yield from image.rows
+        return
+    # The first image is asked for before the encoders start: they would take the processes that
+    # load images, started after them, for their own and end them.
+    first = list(islice(found, 1))
+    encoder = MaskEncoder(coco_api()[2].encode)
+    workers = min(cfg.DATA.NUM_WORKERS, _ENCODERS)
+    with contextlib.closing(
+        fetch_in_order(encoder, chain(first, found), workers, cfg.DATA.TIMEOUT, device)
+    ) as encoded:
+        for rows in encoded:
+            yield from rows
+
+
+def _found(
+    model: nn.Module, batches: Iterable[list[TestImage]], masks: bool
+) -> Iterator[ImageResult]:
+    for batch in batches:
+        results = model([image for _, _, image in batch])
+        for (index, size, image), result in zip(batch, results, strict=True):
+            boxes = to_original(result["boxes"].float(), tuple(image.shape[1:]), size)
+            rows = []
+            for label, score, box in zip(
+                result["labels"].tolist(), result["scores"].tolist(), boxes.tolist(), strict=True
+            ):
+                rows.append({"index": index, "label": label, "score": score, "box": box})
+            if masks:
+                yield ImageResult.pack(rows, result["masks"].float(), boxes, size)
+            else:
+                yield ImageResult(rows)
 
 
 def to_original(boxes: Tensor, resized: tuple[int, ...], original: tuple[int, int]) -> Tensor:
     """Scale boxes (n,4) from an image of (height, width) `resized` to `original`."""
-    return boxes * torch.tensor([original[1] / resized[1], original[0] / resized[0]] * 2)
-
-
-def _encode(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Detection]:
-    if not len(boxes):
-        return []
-    pasted = (paste_masks_in_image(masks, boxes, size)[:, 0] > 0.5).numpy().astype(np.uint8)
-    encode = coco_api()[2].encode
-    rles = [encode(np.asfortranarray(mask)) for mask in pasted]
-    return [{"size": list(map(int, rle["size"])), "counts": _text(rle["counts"])} for rle in rles]
-
-
-def _text(counts: bytes | str) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return boxes * boxes.new_tensor([original[1] / resized[1], original[0] / resized[0]] * 2)
 
 
 def _gather(mine: list[Detection], device: torch.device) -> list[Detection]:

@@ -15,7 +15,10 @@ from detection.augment import Augmentation, Cropping, Resizing, Target, resize
 from detection.sources.annotations import DetectionData, Objects
 from utils import distributed
 
+PADDED_TO = 32  # the largest stride of a pyramid's maps but the last
+
 Samples = list[tuple[Tensor, Target]]
+TestImage = tuple[int, tuple[int, int], Tensor]  # index, original (height, width), resized image
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,14 @@ class _Prepare:
         return size, resize(image, self.resizing.shape(*size))
 
 
-def images_of_test(
+def batches_of_test(
     data: DetectionData, cfg: CfgNode, device: torch.device, count: int = 0
-) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
-    """Yield (index, original (height, width), resized image in [0, 1]) of this rank's test images.
+) -> Iterator[list[TestImage]]:
+    """Yield this rank's test images in batches of `TRAIN.BATCH_SIZE` that are padded alike.
 
-    `count` limits them to the first so many on rank 0 (for pictures). Raises `BadImagesError` for
-    an image that cannot be read.
+    So each image is padded as it would be alone, and its result does not depend on which others
+    come with it. `count` limits them to the first so many on rank 0 (for pictures). Raises
+    `BadImagesError` for an image that cannot be read.
     """
     samples = samples_in_order(
         data,
@@ -92,5 +96,16 @@ def images_of_test(
         timeout=cfg.DATA.TIMEOUT,
         count=count,
     )
+    waiting: dict[tuple[int, ...], list[TestImage]] = {}  # as uint8, in the host's memory
     for index, (size, image) in samples:
-        yield index, size, to_float(image, device)
+        padded = tuple(-(-side // PADDED_TO) for side in image.shape[1:])
+        group = waiting.setdefault(padded, [])
+        group.append((index, size, image))
+        if len(group) == cfg.TRAIN.BATCH_SIZE:
+            yield _on_device(waiting.pop(padded), device)
+    for group in waiting.values():
+        yield _on_device(group, device)
+
+
+def _on_device(group: list[TestImage], device: torch.device) -> list[TestImage]:
+    return [(index, size, to_float(image, device)) for index, size, image in group]

@@ -273,7 +273,7 @@ def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_a_test(
     assert all(index != 0 for _, index in loaded)
     cfg = config(**VOC)
     with pytest.raises(ValueError, match=r"test0\.jpg"):
-        list(loading.images_of_test(read_voc(tmp_path, "2007_test", shapes.CLASSES), cfg, CPU))
+        list(loading.batches_of_test(read_voc(tmp_path, "2007_test", shapes.CLASSES), cfg, CPU))
 
 
 def test_images_above_max_pixels_are_refused(coco_root: Path) -> None:
