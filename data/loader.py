@@ -267,7 +267,7 @@ def refuse_small_shm(batch_bytes: int, num_batches: int) -> None:
 
 def fetch_in_order(
     dataset: Dataset[T],
-    requests: Iterable[Request],
+    requests: Iterable[object],
     num_workers: int,
     timeout: float,
     device: torch.device,
