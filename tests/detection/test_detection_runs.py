@@ -165,6 +165,40 @@ def test_the_network_that_which_names_is_taken_and_in_the_result(
     assert not any(torch.equal(tensor, networks[other][name]) for tensor in trained)
 
 
+def test_the_coco_command_of_the_readme_runs(coco_root: Path, output: Path, tmp_path: Path) -> None:
+    """Two iterations on a miniature of COCO's layout, with a tiny backbone and small images."""
+    pytest.importorskip("faster_coco_eval")
+    import torch
+
+    from models.parts.backbones import build_backbone
+
+    readme = (forked.ROOT / "detection" / "README.md").read_text().splitlines()
+    recipe = "detection/configs/coco_swin_tiny_cascade_1x.yaml"
+    (command,) = [line for line in readme if line.startswith("python ") and recipe in line.split()]
+    torch.save(build_backbone("timm/test_resnet").state_dict(), tmp_path / "weights.pt")
+    places = {recipe: forked.ROOT / recipe, "D": coco_root, "FILE": tmp_path / "weights.pt"}
+    places |= {"O": output, "T": "readme"}
+    small = shapes.opts(
+        **{
+            "DETECTION__CROP_SIZES": [64],
+            "DETECTION__CROP_RANGE": [30, 60],
+            "DETECTION__MAX_ITER": 2,
+        },
+        **{"DETECTION__EVAL_PERIOD": 0, "LOG__PRINT_FREQ": 1, "MODEL__RCNN__SCORE_THRESH": 0.0},
+        **{"OPTIM__BASE_LR": None, "OPTIM__WARMUP_LR": None, "OPTIM__LR_BATCH": None},
+    )
+    argv = [str(places.get(word, word)) for word in command.split()[2:]]
+    argv += ["--device", "cpu", "--opts", *small]
+    (job,) = forked.start(MAIN, argv, output / "readme.log")
+    assert job.wait() == 0, job.text()
+    folder = output / "coco_swin_tiny_cascade_1x" / "readme"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {f"loss_mask/{stage}" for stage in (1, 2, 3)} <= lines[0].keys()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["step"] == 2
+    assert {"AP", "AP50", "mask/AP", "mask/AP50"} <= result.keys()
+
+
 # ---- minutes -------------------------------------------------------------------------------------
 
 LEARN = {
@@ -175,6 +209,16 @@ LEARN = {
 
 KINDS = {  # what to change, and the AP50 of boxes and masks that it has to pass
     "fpn": ({"MODEL__BACKBONE__NAME": "resnet18"}, 90),
+    "cascade": (
+        {
+            "MODEL__BACKBONE__NAME": "resnet18",
+            "MODEL__RCNN__CASCADE": [0.5, 0.6, 0.7],
+            "MODEL__RCNN__BOX_HEAD": "4conv1fc",
+            "MODEL__RCNN__BOX_LOSS": "giou",
+            "MODEL__RCNN__ALIGNED": True,
+        },
+        90,
+    ),
     # stride 16 from random weights needs far longer: it has to be well on its way
     "c4": (
         {"MODEL__RCNN__ROI_BATCH": 16, "DETECTION__MAX_ITER": 300, "DETECTION__STEPS": [250]},
@@ -188,7 +232,8 @@ KINDS = {  # what to change, and the AP50 of boxes and masks that it has to pass
 def test_a_handful_of_images_is_learned_by_heart(coco_root: Path, output: Path, neck: str) -> None:
     pytest.importorskip("faster_coco_eval")
     changes, least = KINDS[neck]
-    keys = {**LEARN, **changes, "MODEL__RCNN__NECK": neck, "MODEL__RCNN__MASKS": True}
+    keys = {**LEARN, **changes, "MODEL__RCNN__MASKS": True}
+    keys["MODEL__RCNN__NECK"] = "c4" if neck == "c4" else "fpn"
     keys |= {"DATA__DATASET": "coco", "DETECTION__CLASSES": None}
     keys |= {"DETECTION__TRAIN_SPLIT": "train2017", "DETECTION__TEST_SPLIT": "train2017"}
     (job,) = forked.start(
@@ -201,9 +246,12 @@ def test_a_handful_of_images_is_learned_by_heart(coco_root: Path, output: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "root"), [("mini_coco", "coco_mini"), ("mini_bccd", "")])
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [("mini_coco", "coco_mini"), ("mini_coco_cascade", "coco_mini"), ("mini_bccd", "")],
+)
 def test_the_recipes_of_the_packs_run(packs: Path, output: Path, name: str, root: str) -> None:
-    if name == "mini_coco":
+    if root:
         pytest.importorskip("faster_coco_eval")
     cfg = str(forked.ROOT / "detection" / "configs" / f"{name}.yaml")
     argv = [

@@ -14,6 +14,7 @@ from torch import nn
 
 from detection import train_net
 from detection.convert_to_detectron2 import convert
+from detection.defaults import load_detection_config
 from models.parts.backbones import build_backbone
 from models.weights.find import find_network
 from utils.config import strict_yaml
@@ -203,6 +204,28 @@ def test_a_configuration_follows_the_published_table(
         assert keys["MODEL.PIXEL_STD"] == [58.395, 57.12, 57.375]
         assert (keys["INPUT.FORMAT"], keys["MODEL.RESNETS.STRIDE_IN_1X1"]) == ("RGB", False)
         assert keys["OUTPUT_DIR"].startswith(f"./output/{'voc' if voc else 'coco'}/")
+
+
+def test_both_routes_build_the_same_pyramid_detector() -> None:
+    theirs = merged("coco_R_50_FPN_1x")
+    cfg = load_detection_config([str(CONFIGS.parent / "coco_r50_fpn_bn_1x.yaml")], [], {})
+    ours = cfg.MODEL.RCNN
+    convolutions, layers = (theirs[f"MODEL.ROI_BOX_HEAD.NUM_{part}"] for part in ("CONV", "FC"))
+    assert ours.BOX_HEAD == f"{convolutions}conv{layers}fc"
+    parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    assert {theirs[f"MODEL.{part}.NORM"] for part in parts} == {"naiveSyncBN"}
+    assert (ours.NORM, ours.MASK_NORM, ours.MASKS) == ("sync", True, theirs["MODEL.MASK_ON"])
+    rpn = {key.split(".")[-1]: value for key, value in theirs.items() if ".RPN." in key}
+    assert ours.RPN_PRE_NMS == [rpn["PRE_NMS_TOPK_TRAIN"], rpn["PRE_NMS_TOPK_TEST"]]
+    assert ours.RPN_POST_NMS == [rpn["POST_NMS_TOPK_TRAIN"], rpn["POST_NMS_TOPK_TEST"]]
+    # Detectron2's defaults: ROIAlignV2 with adaptive samples, smooth L1 with a beta of 0
+    assert not any("POOLER_TYPE" in key or "SMOOTH_L1" in key for key in theirs)
+    assert (ours.ALIGNED, ours.RPN_LOSS, ours.BOX_LOSS) == (True, "l1", "l1")
+    sizes = theirs["MODEL.ANCHOR_GENERATOR.SIZES"]
+    assert ours.ANCHOR_SIZES == [size for level in sizes for size in level]
+    assert cfg.DETECTION.MIN_SIZES == theirs["INPUT.MIN_SIZE_TRAIN"]
+    plan = (cfg.DETECTION.MAX_ITER, cfg.DETECTION.STEPS)
+    assert plan == (theirs["SOLVER.MAX_ITER"], theirs["SOLVER.STEPS"])
 
 
 def test_the_hand_made_resume_is_the_published_one() -> None:
