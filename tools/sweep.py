@@ -22,29 +22,86 @@ from utils.cli import Parser, answer_at_once, make_parser, run_main
 from utils.names import folder_name
 
 # flags of main_semisup.py that the sweep hands on
-HANDED_ON = ("cfg", "data_path", "output", "tag", "dataset", "device", "protocol", "batch_size")
+HANDED_ON = {
+    "cfg": ("FILE", "yaml configuration"),
+    "data_path": ("DIR", "folder of the data set"),
+    "output": ("DIR", "folder of all runs"),
+    "tag": ("NAME", "name of the pretraining run"),
+    "dataset": ("NAME", "kind of data set, as in main_semisup.py"),
+    "device": ("NAME", "auto, cpu or cuda"),
+    "protocol": ("NAME", "published settings, as in main_semisup.py"),
+    "batch_size": ("N", "per process"),
+}
+_DATA = {"data_path": "PATH", "dataset": "DATASET"}
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        description=__doc__,
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    for name in HANDED_ON:
-        kind = int if name == "batch_size" else str
-        add(f"--{name.replace('_', '-')}", type=kind, help="as in main_semisup.py")
-    add("--pretrained", help="weights or a run's folder; default: the run's own newest")
-    add("--start", nargs="+", choices=["pretrained", "random"], default=["pretrained"])
-    add("--weights", nargs="+", choices=["finetune", "freeze"], default=["finetune"])
-    add("--train-percent", nargs="+", type=float, default=[1.0])
-    add("--subsets", type=Path, help="folder of lists named 1percent.txt; default: drawn")
-    add("--epochs", nargs="+", default=["60"], help="60 for all percentages, 1:60 for 1 %%")
-    add("--lr-backbone", nargs="+", type=float, default=[0.005, 0.01, 0.02, 0.05, 0.1])
-    add("--lr-classifier", nargs="+", type=float, default=[0.5])
-    add("--seeds", nargs="+", type=int, default=[0])
-    add("--hold-out", type=float, default=0.2, help="share of the labels for validation")
-    add("--jobs", type=int, help="runs at a time; default: one a GPU, or one on the CPU")
-    add("--name", default="sweep", help="of the table's files")
+    for name, (metavar, text) in HANDED_ON.items():
+        add(
+            f"--{name.replace('_', '-')}",
+            metavar=metavar,
+            type=int if metavar == "N" else str,
+            help=text,
+        )
+    add("--pretrained", metavar="FILE", help="weights or a run's folder; else the run's own newest")
+    starts, modes = ["pretrained", "random"], ["finetune", "freeze"]
+    add(
+        "--start",
+        nargs="+",
+        choices=starts,
+        metavar="NAME",
+        default=starts[:1],
+        help="pretrained, random, or both",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        choices=modes,
+        metavar="NAME",
+        default=modes[:1],
+        help="finetune, freeze, or both",
+    )
+    add(
+        "--train-percent",
+        nargs="+",
+        type=float,
+        metavar="X",
+        default=[1.0],
+        help="of the labels, default 1",
+    )
+    add("--subsets", type=Path, metavar="DIR", help="lists named 1percent.txt; else they are drawn")
+    add(
+        "--epochs", nargs="+", metavar="N", default=["60"], help="default 60; 1:60 is for 1 %% only"
+    )
+    rates = [0.005, 0.01, 0.02, 0.05, 0.1]
+    add(
+        "--lr-backbone",
+        nargs="+",
+        type=float,
+        metavar="X",
+        default=rates,
+        help="default 0.005 to 0.1, five of them",
+    )
+    add("--lr-classifier", nargs="+", type=float, metavar="X", default=[0.5], help="default 0.5")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        default=[0],
+        help="each point once with each; default 0",
+    )
+    add(
+        "--hold-out",
+        type=float,
+        metavar="X",
+        default=0.2,
+        help="share of the labels for validation, default 0.2",
+    )
+    add("--jobs", type=int, metavar="N", help="runs at a time; else one a GPU, or one on the CPU")
+    add("--name", default="sweep", metavar="NAME", help="of the files of the table, default sweep")
     add("--keep-checkpoints", action="store_true", help="of finished runs")
     return parser
 
@@ -74,6 +131,7 @@ if __name__ == "__main__":
 import hashlib
 import itertools
 import json
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -96,14 +154,19 @@ from tools.parts.sweep_points import (
 )
 from tools.parts.sweep_runs import Runner
 from utils.checkpoints.atomic import write_text
+from utils.config.datasets import check_place
 from utils.config.load import leaves, load_config
 from utils.config.schema import declare, key_class
+from utils.logger import setup_logger
+
+logger = logging.getLogger("synco")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid, then the choices; print and write the table; return the exit code."""
     args, extra = parse_args(argv)
     folder_name(args.name, "--name")
+    setup_logger(None, is_main=True)
     folder, shared, weights, content = _place(args, extra)
     # also where a shell has made a background job ignore it
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -119,18 +182,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             [point.on_all_labels() for point in grid if point.setting in choice.values()]
         )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here")
+        logger.info("stopped; the same command goes on from here")
         return 130
     rows = table(found, choice, tests)
     if rows:
         write_text(folder / f"{args.name}.md", markdown(rows))
         write_text(folder / f"{args.name}.csv", as_csv(rows))
         print(markdown(rows) + f"written to {folder / args.name}.md and .csv")
-    for point, reason in runner.failed.items():
-        print(f"FAILED {point}: {reason}")
+    for name, reason in runner.failed.items():
+        logger.error("%s.log: %s", folder / name, reason)
     if runner.failed.keys() - runner.diverged and not choice:
-        print("points are missing: nothing is chosen, no test split read")
-        print("start the same command again")
+        logger.error("points are missing: nothing is chosen, no test split read")
+        logger.error("start the same command again")
+    if not found and runner.codes == {2}:  # each run says that its input is wrong
+        return 2
     return 1 if runner.failed else 0
 
 
@@ -153,11 +218,13 @@ def recorded_choice(
     best = choose(found, len({point.seed for point in grid}))
     for group, setting in kept.items():
         if best.get(group, setting) != setting:
-            print(f"note: another point is the best now; the choice in {path} stays: {setting}")
+            logger.warning(
+                "another point is the best now; the choice in %s stays: %s", path, setting
+            )
     here = {runner.command(point)[0] for point in found} | runner.diverged
     if here.issuperset(names) and best.keys() - kept.keys():
         if records.keys() - {key}:
-            print(f"note: {path} has the choice of another grid; its test accuracies were read")
+            logger.warning("%s has the choice of another grid; its test accuracies were read", path)
         kept = best | kept
         records[key] = [asdict(setting) for setting in kept.values()]
         write_text(path, json.dumps(records, indent=1))  # before the test split is read
@@ -206,7 +273,13 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     # what the runs are given after -- decides their folder too
     parsed, _ = make_parser("sweep").parse_known_args([*known, *extra])
     flags = {key: value for key, value in vars(parsed).items() if key in ("OUTPUT", "TAG")}
-    cfg = load_config(declare(framework_options()), [parsed.cfg], parsed.opts, flags)
+    cfg_keys = declare(framework_options())
+    cfg = load_config(cfg_keys, [parsed.cfg], parsed.opts, flags)
+    # a wrong path would be found by each run, one after the other
+    data = {f"DATA.{key}": given[name] for name, key in _DATA.items() if name in given}
+    seen = {k: v for k, v in vars(parsed).items() if k in ("DATA.PATH", "DATA.DATASET")}
+    used = load_config(cfg_keys, [parsed.cfg], parsed.opts, {**data, **seen}).DATA
+    check_place(used.DATASET, used.PATH, used.DOWNLOAD)
     weights = str(find_weights(cfg, args.pretrained)) if "pretrained" in args.start else "none"
     folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / "semisup"
     return folder, [*shared, *extra], weights, _content(cfg, args, weights)

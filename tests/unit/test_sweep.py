@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ state("done")
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a place where main_semisup.py is a stand-in that ends at once."""
     (tmp_path / "main_semisup.py").write_text(textwrap.dedent(FAKE))
-    (tmp_path / "c.yaml").write_text("SEED: 0\n")
+    (tmp_path / "c.yaml").write_text("SEED: 0\nDATA: {DATASET: digits}\n")
     monkeypatch.setattr(sweep_runs, "ROOT", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
@@ -123,9 +124,18 @@ def test_the_choice_is_by_validation_and_only_the_choice_sees_the_test_split(
         "| random | finetune | 1 % | 3 | 0.05 | 0.5 | 2 | 101.00 ± 1.41 | yes | 91.00 ± 1.41 | 99.00"
         in text
     )
-    out = capsys.readouterr().out
-    assert text in out
-    assert out.count("main_semisup.py --run-name") == 6  # the exact commands
+    shown = capsys.readouterr()
+    assert text in shown.out
+    logs = [path.read_text() for path in (place / "out/c/default/semisup").glob("*.log")]
+    assert sum(log.startswith("$ ") and "main_semisup.py --run-name" in log for log in logs) == 6
+    assert "4 runs; logs: " in shown.err
+    assert re.search(
+        r"1 of 4, \d+ s left: random, finetune on 1 %, 3 epochs, lr 0.01/0.5, seed 0: "
+        r"validation top-1 96.00 \(\d+ s\)",
+        shown.err,
+    )
+    assert re.search(r"2 of 2: random, .*, seed 2: test top-1 92.00 \(", shown.err)
+    assert "lr 0.05" not in shown.out  # results only
     rows = (place / "out/c/default/semisup/sweep.csv").read_text().splitlines()
     assert len(rows) == 3
     assert not list(place.rglob("ckpt_*")), (
@@ -162,7 +172,7 @@ def test_a_file_that_changed_makes_other_runs(place: Path) -> None:
     (lists / "1percent.txt").write_text("b.png\n")
     run(place, *words)
     assert len(calls(place)) == 6
-    (place / "c.yaml").write_text("SEED: 0\nFINETUNE: {EPOCHS: 9}\n")
+    (place / "c.yaml").write_text("SEED: 0\nDATA: {DATASET: digits}\nFINETUNE: {EPOCHS: 9}\n")
     run(place, *words)
     assert len(calls(place)) == 9
 
@@ -183,13 +193,24 @@ def test_nothing_is_chosen_before_all_points_are_there(
 ) -> None:
     monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0]}))
     assert run(place, "--seeds", "0", "1") == 1
-    out = capsys.readouterr().out
-    assert "out of luck" in out
+    out = capsys.readouterr().err
+    assert "2 of 4" in out
+    assert "seed 0: FAILED, exit code 2: error: out of luck (" in out
     assert "start the same command again" in out
     assert folders(place, "chosen-") == []  # the test split is not read
     monkeypatch.delenv("FAKE")
     assert run(place, "--seeds", "0", "1") == 0  # the failed point is run again, the best one
     assert all("lr0.05" in folder.name for folder in folders(place, "chosen-"))
+
+
+def test_wrong_input_is_refused_before_any_run_or_ends_with_code_2(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="'/nowhere' is not a folder"):
+        run(place, "--dataset", "imagefolder", "--data-path", "/nowhere")
+    assert folders(place) == []
+    monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0]}))
+    assert run(place, "--lr-backbone", "0.05") == 2
 
 
 def test_a_point_that_diverged_has_lost(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +233,7 @@ def test_a_grid_that_diverged_is_chosen_from_once_a_point_is_there(
     )
     monkeypatch.setenv("FAKE", json.dumps({"fail": [0.05, 0], "code": 3}))
     assert sweep.main([*words, "--lr-backbone", "0.05"]) == 1
-    assert "start the same command again" not in capsys.readouterr().out  # it would diverge again
+    assert "start the same command again" not in capsys.readouterr().err  # it would diverge again
     assert not list(place.rglob("*.choice.json"))
     monkeypatch.delenv("FAKE")
     assert sweep.main([*words, "--lr-backbone", "0.05"]) == 0
@@ -241,7 +262,7 @@ def test_the_test_split_is_read_for_one_choice_only(
     (winner / "result.json").write_text(json.dumps({"last_val_top1": 1.0}))  # another would win now
     capsys.readouterr()
     assert run(place) == 0
-    assert "another point is the best now; the choice in" in capsys.readouterr().out
+    assert "another point is the best now; the choice in" in capsys.readouterr().err
     assert run(place, "--name", "other") == 0  # another name of the table is no other grid
     (chosen,) = folders(place, "chosen-")
     assert "lr0.05" in chosen.name
@@ -281,7 +302,7 @@ def test_a_run_of_an_earlier_sweep_is_waited_for(
     assert held.stdout is not None
     assert held.stdout.readline() == b"held\n"
     assert run(place) == 0
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert out.count(f"waiting for {folder.name}") == 1
     assert "FAILED" not in out
     held.wait()

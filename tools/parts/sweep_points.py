@@ -50,6 +50,14 @@ class Point:
     seed: int
     hold_out: float
 
+    def __str__(self) -> str:
+        """Return what tells this run from the others, for people."""
+        s = self.setting
+        start = "random" if s.start == "none" else "pretrained"
+        rates = f"{s.lr_backbone:g}/{s.lr_classifier:g}"
+        run = f"{start}, {s.mode} on {s.percent:g} %, {s.epochs} epochs"
+        return f"{run}, lr {rates}, seed {self.seed}"
+
     def arguments(self, shared: Sequence[str], subsets: Path | None) -> list[str]:
         """Return the flags of main_semisup.py, but for the run's name."""
         s = self.setting

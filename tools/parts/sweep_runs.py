@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import logging
 import os
 import shlex
 import signal
@@ -12,17 +13,32 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from tools.parts.run_files import seconds_as_text
 from tools.parts.sweep_points import Point, Result
 from utils.locks import try_lock
+from utils.progress import ProgressLine, progress_text
+
+logger = logging.getLogger("synco")
 
 ROOT = Path(__file__).resolve().parents[2]
+_PROMPT = "$ "  # of the command in the log of a run
 _GRACE = 120.0  # seconds that stopped runs get to save
 _POLL = 0.2  # seconds
 _DIVERGED = 3  # exit code of a run whose gradient was not finite
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # Loaded here: between fork and exec of a process with threads, loading may wait for a lock forever.
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+class _Job(NamedTuple):
+    """A run that is under way."""
+
+    point: Point
+    process: subprocess.Popen[bytes]
+    device: str
+    start: float
 
 
 @dataclass
@@ -39,12 +55,22 @@ class Runner:
     failed: dict[str, str] = field(default_factory=dict)
     # of those that failed: their loss was not finite
     diverged: set[str] = field(default_factory=set)
-    _running: dict[str, tuple[Point, subprocess.Popen[bytes], str]] = field(default_factory=dict)
+    codes: set[int] = field(default_factory=set)  # exit codes of those that failed
+    _running: dict[str, "_Job"] = field(default_factory=dict)
+    _total: int = 0
+    _done: int = 0  # finished or failed, earlier sweeps included
+    _seconds: list[float] = field(default_factory=list)  # of the runs that ended
 
     def run(self, points: Sequence[Point]) -> dict[Point, Result]:
         """Return the results of all points that finish, each once, in their order."""
         waiting, free = list(dict.fromkeys(points)), list(self.devices)
-        total, done = len(waiting), 0
+        self._total, self._done = len(waiting), sum(self.result(p) is not None for p in waiting)
+        if self._total > self._done:
+            before = f" ({self._done} are there already)" if self._done else ""
+            side = f", {len(free)} at a time" if len(free) > 1 else ""
+            logger.info("%d runs%s%s; logs: %s/*.log", self._total, before, side, self.folder)
+        line = ProgressLine(self._line)
+        line.start()
         try:
             while waiting or self._running:
                 while waiting and free:
@@ -53,18 +79,27 @@ class Runner:
                         self._wait_for_earlier(self.command(point)[0])
                     # asked again: the run that was waited for may have finished the point
                     if self.result(point) is None:
-                        self._start(point, free.pop(), f"{total - len(waiting)}/{total}")
-                    else:
-                        done += 1
+                        self._start(point, free.pop())
                 free += self._ended()
                 time.sleep(0.05)
         except BaseException:
             self._stop()
             raise
-        if done:
-            print(f"{done} of {total} runs were finished before")
+        finally:
+            line.close()
         found = {point: self.result(point) for point in dict.fromkeys(points)}
         return {point: result for point, result in found.items() if result is not None}
+
+    def _left(self) -> str:
+        """Return the time left, judged by the runs that have ended; "" while there are none."""
+        if not self._seconds or self._done >= self._total:
+            return ""
+        each = sum(self._seconds) / len(self._seconds)
+        return f"{seconds_as_text(each * (self._total - self._done) / len(self.devices))} left"
+
+    def _line(self, columns: int) -> str:
+        fields = [f"{self._done}/{self._total} runs", f"{len(self._running)} running", self._left()]
+        return progress_text("sweep", self._done / max(self._total, 1), fields, columns)
 
     def command(self, point: Point) -> tuple[str, list[str]]:
         """Return a run's name and its command."""
@@ -81,12 +116,13 @@ class Runner:
         except (OSError, ValueError, KeyError):
             return None
 
-    def _start(self, point: Point, device: str, number: str) -> None:
+    def _start(self, point: Point, device: str) -> None:
         name, command = self.command(point)
-        print(f"[{number}] {shlex.join(command)}", flush=True)
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device) if device else dict(os.environ)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._log(name).open("ab") as log:
+            log.write(f"{_PROMPT}{shlex.join(command)}\n".encode(errors="backslashreplace"))
+            log.flush()
             process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -96,7 +132,7 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=functools.partial(end_with_parent, os.getpid()),
             )
-        self._running[name] = (point, process, device)
+        self._running[name] = _Job(point, process, device, time.monotonic())
 
     def _wait_for_earlier(self, name: str) -> None:
         """Wait for a run of an earlier sweep, which holds the lock of its folder until it ends."""
@@ -106,28 +142,42 @@ class Runner:
                 if try_lock(file, path.parent):
                     return
             if not said:
-                print(f"waiting for {name}: another process is running it", flush=True)
+                logger.info("waiting for %s: another process is running it", name)
             said = True
             time.sleep(_POLL)
 
     def _ended(self) -> Iterator[str]:
         """Yield the devices of the runs that have ended since the last call."""
-        for name, (point, process, device) in list(self._running.items()):
-            if process.poll() is None:
+        for name, job in list(self._running.items()):
+            if job.process.poll() is None:
                 continue
             del self._running[name]
-            if process.returncode or self.result(point) is None:
-                self._note_failure(name, process.returncode)
-            elif not self.keep:
-                self._discard(name)
-            yield device
+            self._done += 1
+            self._seconds.append(time.monotonic() - job.start)
+            result = self.result(job.point)
+            if job.process.returncode or result is None:
+                self._note_failure(name, job)
+            else:
+                self._say(job.point, score(result))
+                if not self.keep:
+                    self._discard(name)
+            yield job.device
 
-    def _note_failure(self, name: str, code: int) -> None:
-        last = self._log(name).read_text(errors="replace").strip().splitlines()[-1:]
+    def _note_failure(self, name: str, job: "_Job") -> None:
+        code = job.process.returncode
+        lines = self._log(name).read_text(errors="replace").strip().splitlines()
+        last = "".join(line for line in lines[-1:] if not line.startswith(_PROMPT))
         if code == _DIVERGED:
             self.diverged.add(name)
-        self.failed[name] = f"exit code {code}: {''.join(last)}"
-        print(f"FAILED {name}: {self.failed[name]}", flush=True)
+        self.codes.add(code)
+        self.failed[name] = f"exit code {code}: {last}"
+        self._say(job.point, f"FAILED, {self.failed[name]}")
+
+    def _say(self, point: Point, outcome: str) -> None:
+        """Write the line of a run that has ended."""
+        left = ", ".join(filter(None, [f"{self._done} of {self._total}", self._left()]))
+        took = seconds_as_text(self._seconds[-1])
+        logger.info("%s: %s: %s (%s)", left, point, outcome, took)
 
     def _discard(self, name: str) -> None:
         """Remove a finished run's checkpoints, each as large as the model and its optimiser."""
@@ -141,7 +191,7 @@ class Runner:
 
     def _stop(self) -> None:
         """Let the runs save and end; kill those that do not."""
-        processes = [process for _, process, _ in self._running.values()]
+        processes = [job.process for job in self._running.values()]
         for process in processes:
             process.terminate()
         deadline = time.monotonic() + _GRACE
@@ -152,6 +202,14 @@ class Runner:
             for process in processes:
                 process.kill()
                 process.wait()
+
+
+def score(result: Result) -> str:
+    """Return the accuracy of a result: of the labels held out, or of the test split."""
+    for name, split in (("last_val_top1", "validation"), ("last_test_top1", "test")):
+        if name in result:
+            return f"{split} top-1 {result[name]:.2f}"
+    return "no accuracy"
 
 
 def end_with_parent(parent: int) -> None:
