@@ -1,7 +1,7 @@
 """Pretrain a backbone as another library's own CIFAR-10 benchmark does, for tools/reproduce.py.
 
-Example: python -m benchmarks.peer_runs lightly_moco --cfg configs/cifar10/cpu_resnet8.yaml
-             --dataset cifar10 --data-path D --output O --tag T --epochs 10
+Example: python -m benchmarks.peer_runs lightly_moco --data-path D --output O --tag T --epochs 10
+             --cfg benchmarks/studies/recipes/moco_v2_resnet8.yaml
 
 The backbone is the one that --cfg names, so the same probe judges it; recipe, views, losses and
 data path are lightly's (pip install lightly). `random` writes random weights. Writes backbone.pt

@@ -2,10 +2,10 @@
 
 Example: python tools/reproduce.py methods_resnet8 --data-path D
 
-NAME is a file of configs/studies/. Each entry trains for the study's CPU minutes, counted over all
-its processes: a short run measures its speed first, and its schedule ends with the budget. A k-NN
-and a linear probe on images without augmentation judge it afterwards. Each result is appended to
-docs/results/NAME.jsonl. The same command goes on after a stop; started twice, two entries train
+NAME is a file of benchmarks/studies/. Each entry trains for the study's CPU minutes, counted over
+all its processes: a short run measures its speed first, and its schedule ends with the budget. A
+k-NN and a linear probe on images without augmentation judge it afterwards. Each result is appended
+to docs/results/NAME.jsonl. The same command goes on after a stop; started twice, two entries train
 side by side. --render only writes docs/results/NAME.md and NAME.svg again.
 """
 
@@ -21,7 +21,7 @@ from utils.cli import Parser, answer_at_once, run_main
 def _parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("study", metavar="NAME", help="a file of configs/studies/, or its path")
+    add("study", metavar="NAME", help="a file of benchmarks/studies/, or its path")
     add("--data-path", default="", metavar="DIR", help="folder of the data set")
     add("--tier", choices=["cpu", "gpu"], default="cpu", help="which machine trains [cpu]")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of the study's")
@@ -57,7 +57,7 @@ def main() -> int:
     """Run what is missing, then write the page; return the exit code."""
     args = _parser().parse_strictly(None)
     path = Path(args.study)
-    study = read_study(path if path.suffix else ROOT / "configs" / "studies" / f"{path}.yaml")
+    study = read_study(path if path.suffix else ROOT / "benchmarks" / "studies" / f"{path}.yaml")
     if args.seeds:
         study = replace(study, seeds=tuple(args.seeds))
     if args.minutes:

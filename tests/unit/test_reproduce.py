@@ -23,7 +23,7 @@ from tools.parts.studies import (
 from tools.parts.study_runs import Trainer, tree_cpu_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
 
 
 def study_of(tmp_path: Path, text: str) -> Study:

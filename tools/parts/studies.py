@@ -44,7 +44,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read `configs/studies/NAME.yaml`; raises `ValueError` with the key that is wrong."""
+    """Read `benchmarks/studies/NAME.yaml`; raises `ValueError` with the key that is wrong."""
     try:
         tree = strict_yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
