@@ -37,7 +37,12 @@ def test_help_needs_no_torch_and_has_an_example(name: str) -> None:
 def test_a_mistyped_flag_is_one_line_and_needs_no_torch(name: str) -> None:
     """But for the demo, which hands on what it does not know."""
     required = {"convert.py": ["inspect", "F"], "compare_checkpoints.py": ["A", "B"]}
-    required |= {"pack.py": ["--output", "P"], "runs.py": ["ls"], "embed.py": ["--output", "F.npz"]}
+    required |= {
+        "pack.py": ["--output", "P"],
+        "runs.py": ["ls"],
+        "reproduce.py": ["peers"],
+        "embed.py": ["--output", "F.npz"],
+    }
     done = answer(ROOT / "tools" / name, *required.get(name, []), "--oups")
     assert done.returncode == 2
     error, see = done.stderr.splitlines()
