@@ -71,6 +71,7 @@ def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network:
         outcome = fit(state, task.loader, task.step, plan, run, task.measure)
     if outcome is Outcome.DONE:
         result = task.conclude()
+        # other entries are tables, for the file only
         figures = [f"{name} {value:.2f}" for name, value in result.items() if type(value) is float]
         logger.info("%s: %s", task.split, ", ".join(figures))
         if not args.eval:

@@ -24,7 +24,6 @@ from segmentation.sources.labels import (
 from segmentation.sources.layouts import Listing
 from utils.reading import read_bytes
 
-DATASETS = ("ade20k", "voc", "cityscapes", "folders", "pets")
 _LOOKED_AT = 8  # label maps that are read before a run starts
 
 

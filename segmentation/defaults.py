@@ -137,6 +137,7 @@ def load_segmentation_config(
 
 def family_of(name: str) -> str:
     """Guess the family of a backbone by its name: resnet, swin or vit; "" for another."""
+    # by its name only: torch is not loaded yet, and building a backbone takes seconds
     kinds = {"resnet": "resnet", "resnext": "resnet", "swin": "swin", "vit": "vit", "deit": "vit"}
     return next((kind for word, kind in kinds.items() if word in name), "")
 

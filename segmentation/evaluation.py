@@ -29,6 +29,7 @@ def inference_of(cfg: CfgNode) -> Inference:
     node = cfg.SEGMENTATION
     height, width = node.CROP
     down, right = node.STRIDE
+    # its positions were interpolated once, to the crop
     vit = family_of(cfg.MODEL.BACKBONE.NAME) == "vit"
     return Inference((height, width), (down, right), slide=node.TEST == "slide", fixed=vit)
 
@@ -45,6 +46,7 @@ def evaluate(
     `multi_scale` averages over `SEGMENTATION.RATIOS`, each also mirrored. Of heads with several
     rates the best mIoU is given, and each one's beside it.
     """
+    # Counts are summed, not means: so the number of processes changes nothing.
     counts = distributed.on_all(lambda: _count(model, data, cfg, device, multi_scale))
     counts = distributed.all_reduce_sum(counts).cpu()
     by_head = [scores(table) for table in counts]
@@ -54,6 +56,7 @@ def evaluate(
         rates = cfg.SEGMENTATION.LRS
         values |= {f"mIoU/lr{rates[n]:g}": found["mIoU"] for n, found in enumerate(by_head)}
         values["best_lr"] = rates[best]
+    # JSON knows no nan
     ious = zip(data.classes, class_ious(counts[best]), strict=True)
     return Judgement(values, {name: iou if iou == iou else None for name, iou in ious})
 

@@ -67,6 +67,7 @@ class UPerNet(Head):
             for scale in pool_scales
         )
         self.bottleneck = ConvNorm(last + len(pool_scales) * width, width, 3)
+        # the last map has no lateral and no output convolution: the bottleneck is both
         self.lateral_convs = nn.ModuleList(ConvNorm(below, width) for below in widths[:-1])
         self.fpn_convs = nn.ModuleList(ConvNorm(width, width, 3) for _ in widths[:-1])
         self.fpn_bottleneck = ConvNorm(len(widths) * width, width, 3)
@@ -75,11 +76,11 @@ class UPerNet(Head):
         """Return the logits of maps from the largest to the smallest."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=False)]
         laterals.append(self._pool(maps[-1]))
+        # top-down: each level has already taken up those above it
         for level in range(len(laterals) - 1, 0, -1):
             laterals[level - 1] = laterals[level - 1] + resize_like(
                 laterals[level], laterals[level - 1]
             )
-        # the last level has been through the bottleneck, and takes no further convolution
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
         outputs.append(laterals[-1])
         joined = torch.cat([resize_like(x, outputs[0]) for x in outputs], dim=1)
@@ -144,6 +145,7 @@ class LinearGrid(nn.Module):
         self.heads = nn.ModuleList([head])
         for _ in range(count - 1):
             other = LinearHead(widths, head.conv_seg.out_channels)
+            # equal starts: heads then differ by their rate only
             other.load_state_dict(head.state_dict())
             self.heads.append(other)
 
@@ -170,6 +172,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, over: str = "all") -> Tensor:
     An ignored pixel has loss 0. The mean is over `all` pixels, as mmsegmentation's published runs
     have it, or over the `labelled` ones of this process's batch.
     """
+    # in half precision the sum over a million pixels would lose its digits
     logits = resize(logits.float(), labels.shape[1:])
     total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
     if over == "all":

@@ -54,6 +54,7 @@ def predict_scales(
     for image in images:
         for mirrored in (False, True) if flip else (False,):
             logits = how.logits(network, image.flip(2) if mirrored else image)
+            # turned back while the map is small
             logits = logits.flip(3) if mirrored else logits
             if total is None:
                 # One running sum: a map for each pass would be gigabytes.
@@ -73,6 +74,7 @@ def slide(network: Network, image: Tensor, crop: Size, stride: Size) -> Tensor:
         for left in starts(width, crop[1], stride[1]):
             rows, columns = slice(top, top + crop[0]), slice(left, left + crop[1])
             window = image[:, rows, columns]
+            # summed at the input's size: windows do not meet on the cells of a smaller map
             logits = resize(network(window[None]), window.shape[1:])
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
@@ -91,7 +93,7 @@ def starts(side: int, crop: int, stride: int) -> list[int]:
 def at_least(image: Tensor, crop: Size) -> Tensor:
     """Enlarge an image (3,H,W), its ratio kept, until no side is below the crop's."""
     height, width = image.shape[1:]
-    scale = max(crop[0] / height, crop[1] / width)
+    scale = max(crop[0] / height, crop[1] / width)  # the shorter side decides
     if scale <= 1.0:
         return image
     size = max(crop[0], round(height * scale)), max(crop[1], round(width * scale))

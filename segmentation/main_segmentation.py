@@ -90,34 +90,19 @@ def main() -> int:
             losses = state.model(run.views(batch.views[0]), batch.labels)
         return {**losses, "loss": sum(losses.values())}
 
-    judged: list[Judgement] = []  # the newest last
-
-    def measure(progress: Progress) -> dict[str, float]:
-        judged.append(judge(run, segmenter, test))
-        return dict(judged[-1].values)
-
-    def conclude() -> dict[str, object]:
-        # again, if the run was complete before
-        single = judged[-1] if judged else judge(run, segmenter, test)
-        result: dict[str, object] = {**single.values, "iou": single.ious}
-        if args.multi_scale:
-            many = judge(run, segmenter, test, multi_scale=True)
-            result |= {f"ms/{name}": value for name, value in many.values.items()}
-            result["ms/iou"] = many.ious
-        return result
-
     def throughput() -> None:
         with run.evaluating(segmenter.backbone) as backbone:
             measure_throughput(backbone, node.CROP[0], cfg.TRAIN.BATCH_SIZE, run.device)
 
     state = open_state(cfg, run, segmenter)
+    judge = Judge(run, segmenter, test, args.multi_scale)
     task = Transfer(
         state=state,
         plan=plan,
         loader=loader,
         step=step,
-        measure=measure,
-        conclude=conclude,
+        measure=judge.measure,
+        conclude=judge.conclude,
         throughput=throughput,
         draw=lambda: draw(run, segmenter, test),
         split=node.TEST_SPLIT,
@@ -148,12 +133,36 @@ def open_state(cfg: CfgNode, run: Run, segmenter: Segmenter) -> TrainState:
     return state
 
 
-def judge(
-    run: Run, segmenter: Segmenter, test: SegmentationData, multi_scale: bool = False
-) -> Judgement:
-    """Evaluate the segmenter as it is now."""
-    with run.evaluating(segmenter) as model:
-        return evaluate(model, test, run.cfg, run.device, multi_scale)
+class Judge:
+    """Evaluate a segmenter as it is now; what the last evaluation found is kept for the result."""
+
+    def __init__(
+        self, run: Run, segmenter: Segmenter, test: SegmentationData, multi_scale: bool
+    ) -> None:
+        self.run, self.segmenter, self.test = run, segmenter, test
+        self.multi_scale = multi_scale
+        self.newest: Judgement | None = None
+
+    def measure(self, progress: Progress) -> dict[str, float]:
+        """Return the metrics of one scale; several scales would take twelve times as long."""
+        self.newest = self.evaluate()
+        return dict(self.newest.values)
+
+    def conclude(self) -> dict[str, object]:
+        """Return the result of the run."""
+        # a run that was complete before has not been evaluated by this process
+        single = self.newest or self.evaluate()
+        result: dict[str, object] = {**single.values, "iou": single.ious}
+        if self.multi_scale:
+            many = self.evaluate(multi_scale=True)
+            result |= {f"ms/{name}": value for name, value in many.values.items()}
+            result["ms/iou"] = many.ious
+        return result
+
+    def evaluate(self, multi_scale: bool = False) -> Judgement:
+        """Judge all test images."""
+        with self.run.evaluating(self.segmenter) as model:
+            return evaluate(model, self.test, self.run.cfg, self.run.device, multi_scale)
 
 
 def draw(run: Run, segmenter: Segmenter, test: SegmentationData) -> None:

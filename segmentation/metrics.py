@@ -8,6 +8,7 @@ from segmentation.heads import IGNORE
 
 def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Return counts (truth, prediction) of labels (H,W), int64; ignored pixels are left out."""
+    # one number for each pair, so that one pass counts all of them
     kept = truth != IGNORE
     pairs = truth[kept].long() * num_classes + predicted[kept].long()
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
@@ -39,5 +40,6 @@ def _percent(part: Tensor, whole: Tensor) -> list[float]:
 
 
 def _mean(values: list[float]) -> float:
+    # nan is not equal to itself
     defined = torch.tensor([value for value in values if value == value], dtype=torch.float64)
     return float(defined.mean()) if len(defined) else 0.0

@@ -50,6 +50,7 @@ class Segmenter(nn.Module):
     def train(self, mode: bool = True) -> "Segmenter":
         """Set the mode; a frozen backbone stays in eval mode."""
         super().train(mode)
+        # else batch norms would move and drop path would drop
         if self.frozen:
             self.backbone.eval()
         return self
@@ -108,11 +109,12 @@ def _trunk(cfg: CfgNode, body: Backbone) -> Trunk:
     node = cfg.MODEL.SEGMENTER
     taps = [int(tap) for tap in node.TAPS]
     if family(body) != "vit":
-        return build_trunk(body)
+        return build_trunk(body)  # any image size
     vit = cast(VisionTransformer, body)
     _fit_crop(vit, cfg.SEGMENTATION.CROP)
     if node.HEAD != "linear":
         return build_trunk(body, taps)
+    # a probe reads tokens as they are: no convolutions between the backbone and its one layer
     depth = len(vit.blocks)
     count = len(taps) or 1
     if taps and taps != list(range(depth - count + 1, depth + 1)):
@@ -159,7 +161,7 @@ def _head(node: CfgNode, widths: list[int], num_classes: int, num_rates: int) ->
 def _auxiliary(node: CfgNode, widths: list[int], num_classes: int) -> Head | None:
     if not node.AUX_WEIGHT:
         return None
-    stage = node.AUX_STAGE - 1
+    stage = node.AUX_STAGE - 1  # the key counts from 1
     return FCN(
         widths[stage],
         num_classes,
@@ -190,6 +192,7 @@ def optimizer_groups(segmenter: Segmenter, cfg: CfgNode) -> list[Group]:
             "none; set it to 1.0"
         )
     layers = layer_ids(cast(Backbone, body))
+    # heads and the pyramid of the taps are the layer above the last block
     last = max(layers.values()) + 1
     scale = {p: decay ** (last - layers[name]) for name, p in body.named_parameters()}
     return with_layer_decay(groups, scale)
