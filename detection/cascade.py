@@ -145,7 +145,8 @@ def moved(
     stage: RegionHeads, deltas: Tensor, boxes: list[Tensor], classes: Tensor, shapes: Shapes
 ) -> list[Tensor]:
     """Move boxes by the deltas of `classes` (R,), and cut them off at the images' borders."""
-    own = deltas.view(len(classes), -1, 4)[torch.arange(len(classes)), classes]
+    rows = torch.arange(len(classes), device=classes.device)
+    own = deltas.view(-1, deltas.shape[1] // 4, 4)[rows, classes]
     new = stage.box_coder.decode_single(own, torch.cat(boxes))
     by_image = new.split([len(boxes_) for boxes_ in boxes])
     return [clip_boxes_to_image(b, shape) for b, shape in zip(by_image, shapes, strict=True)]

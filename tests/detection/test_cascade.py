@@ -173,6 +173,13 @@ def test_in_a_test_logits_and_mask_probabilities_are_averaged() -> None:
     assert rows > 5
 
 
+def test_without_proposals_nothing_is_found() -> None:
+    with torch.no_grad():
+        found, _ = cascade().eval()(maps(), [torch.zeros(0, 4)] * 2, SIZES)
+    assert [len(result["boxes"]) for result in found] == [0, 0]
+    assert [tuple(result["masks"].shape) for result in found] == [(0, 1, 28, 28)] * 2
+
+
 @pytest.mark.parametrize("reg", ["class", "agnostic"])
 def test_every_parameter_trains_and_boxes_are_float32_under_autocast(reg: str) -> None:
     keys = {**CASCADE, "CASCADE_REG": reg, "MASKS": True, "SCORE_THRESH": 0.0}
