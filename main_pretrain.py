@@ -151,12 +151,21 @@ def main() -> int:
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
         show_restored(run, framework, source, recipe, state.step)
-    report = f"python tools/report.py {shlex.quote(str(run.folder))}"
-    run.next_commands = [command("main_linear.py", args, flags), report]
+    run.next_commands = next_commands(args, flags, run.folder, is_labelled(source))
     outcome = fit(state, loader, step, plan, run, evaluate)
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored(run, framework, source, recipe, state.step)
     return outcome.value
+
+
+def next_commands(
+    args: argparse.Namespace, flags: dict[str, Value], folder: Path, labelled: bool
+) -> list[str]:
+    """Return what to do with a complete run. A probe needs labels."""
+    run = shlex.quote(str(folder))
+    export = f"python tools/convert.py export {run} --to timm --output backbone.pth"
+    probe = command("main_linear.py", args, flags) if labelled else export
+    return [probe, f"python tools/report.py {run}"]
 
 
 def plan_of(cfg: CfgNode, loader: GlobalLoader) -> Plan:

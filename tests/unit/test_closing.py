@@ -16,6 +16,7 @@ from engine.closing import best_text, command, epoch_of, watched
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
+from main_pretrain import next_commands
 from models import framework_options
 from utils.checkpoints import file as checkpoint
 from utils.config.schema import declare
@@ -118,3 +119,14 @@ def test_pictures_and_configuration_of_a_run_are_in_tensorboard(tmp_path: Path) 
     events.Reload()
     assert events.Tags()["images"] == ["pictures/views"]
     assert b"KEEP_BEST" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_a_run_without_labels_is_not_told_to_probe() -> None:
+    args = argparse.Namespace(cfg="configs/own_images.yaml", opts=[])
+    labelled = next_commands(args, {}, Path("o/own_images/a b"), True)
+    assert labelled[0].startswith("python main_linear.py --cfg")
+    unlabelled = next_commands(args, {}, Path("o/own_images/a b"), False)
+    assert unlabelled == [
+        "python tools/convert.py export 'o/own_images/a b' --to timm --output backbone.pth",
+        "python tools/report.py 'o/own_images/a b'",
+    ]
