@@ -20,6 +20,8 @@ from utils.distributed import rank
 from utils.randomness import keyed_seed
 from utils.schedules import Progress
 
+_PARTS = ("backbone", "projector", "predictor")  # whose gradients are watched
+
 B = TypeVar("B", bound=Batch)
 B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
@@ -65,7 +67,8 @@ def fit(
         steps = run.meter.around(loader.from_step(first, plan.total_steps), first)
         for index, micro_batches in steps:
             run.begin_step(index, first)
-            out = train_step(state, plan, guard, step, micro_batches, run.seed)
+            watch = run.meter.shows(index + 1, plan)
+            out = train_step(state, plan, guard, step, micro_batches, run.seed, watch)
             progress = plan.progress(index)
             run.meter.log(progress, out, plan)
             if checkpoints.due(state.step, plan):
@@ -101,13 +104,19 @@ def train_step(
     step: StepFunction[B],
     micro_batches: Sequence[B],
     seed: int,
+    watch: bool = False,
 ) -> dict[str, Tensor]:
-    """Make the optimiser step number `state.step`; return what is logged of it."""
+    """Make the optimiser step number `state.step`; return what is logged of it.
+
+    `watch`: with the gradient norm of each part of the network.
+    """
     progress = plan.progress(state.step)
     seed_step(seed, state.step)
     set_rates(state.optimizer, plan, state.step)
     out = forward_and_backward(state, micro_batches, step, progress)
+    shares = gradient_shares(state) if watch else {}
     out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
+    out |= {f"grad_norm_{part}": share * out["grad_norm"] for part, share in shares.items()}
     # Only now: the target averages the updated weights, and the loss has seen the old queue.
     state.module.after_step(progress)
     state.step += 1
@@ -150,6 +159,22 @@ def forward_and_backward(
     if isinstance(state.model, DistributedDataParallel):
         refuse_unreached(state.model.module, state.optimizer)
     return {**out, "loss": total}
+
+
+def gradient_shares(state: TrainState) -> dict[str, Tensor]:
+    """Return the gradient norm of backbone, projector, predictor and the rest over that of all.
+
+    A share, since a gradient scaler has scaled all alike. Empty where there is one part only.
+    """
+    grads: dict[str, list[Tensor]] = {}
+    for name, parameter in state.model.named_parameters():
+        if parameter.grad is not None:
+            part = next((part for part in _PARTS if part in name.split(".")), "rest")
+            grads.setdefault(part, []).append(parameter.grad)
+    if len(grads) < 2:
+        return {}
+    norms = torch.stack([nn.utils.get_total_norm(part) for part in grads.values()])
+    return dict(zip(grads, norms / torch.linalg.vector_norm(norms), strict=True))
 
 
 def refuse_unreached(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

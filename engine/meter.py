@@ -82,7 +82,7 @@ class Meter:
 
         That is the metrics of each process since the last line, and rank 0's newest embeddings.
         """
-        names = sorted(self._window[-1]) if self._window else []
+        names = self._names_of_all()
         # Lists, since a checkpoint refuses tensors that are not finite, and a metric may be so.
         rows = self._table(names).tolist() if names else []
         return {
@@ -106,13 +106,17 @@ class Meter:
         if self._line is not None:
             self._line.close()
 
+    def shows(self, step: int, plan: Plan) -> bool:
+        """Tell whether a line is written after `step` steps."""
+        return step % self._every == 0 or step == plan.total_steps
+
     def log(self, progress: Progress, out: dict[str, Tensor], plan: Plan) -> None:
         """Note a step's scalars; every `LOG.PRINT_FREQ` steps write their means."""
         self._plan, self.step = plan, progress.step + 1
         self._window.append({name: v.detach().float() for name, v in out.items() if v.ndim == 0})
         if "embedding" in out and distributed.is_main():
             self._collapse.note(out["embedding"])
-        if self.step % self._every and self.step != plan.total_steps:
+        if not self.shows(self.step, plan):
             self._pace.end_step()
             return
         distributed.meet()
@@ -148,10 +152,19 @@ class Meter:
         logger.info("epoch %d done: %s", progress.epoch, shown)
 
     def _mean_of_window(self) -> dict[str, float]:
-        names = sorted(self._window[-1])
-        table = self._table(names).mean(0)
-        table = distributed.all_reduce_sum(table) / distributed.world_size()
-        return dict(zip(names, table.tolist(), strict=True))
+        names = self._names_of_all()
+        means = self._table(names).mean(0)
+        # What only the newest steps have is shown as it is in the last one: the norms that are
+        # taken for a log line, and synthetic negatives that have just joined.
+        newest = self._window[-1]
+        if late := sorted(set(newest) - set(names)):
+            means = torch.cat([means, torch.stack([newest[n].to(means.device) for n in late])])
+        means = distributed.all_reduce_sum(means) / distributed.world_size()
+        return dict(zip([*names, *late], means.tolist(), strict=True))
+
+    def _names_of_all(self) -> list[str]:
+        """Return the metrics that each step since the last line has."""
+        return sorted(set.intersection(*map(set, self._window))) if self._window else []
 
     def _table(self, names: list[str]) -> Tensor:
         """Return the metrics since the last line, (steps, metrics) float32."""

@@ -61,6 +61,7 @@ class MoBY(MomentumFramework):
             "loss": first.loss + second.loss,
             "embedding": keys[0][:num],
             **contrast_metrics(first, second),
+            **self.health(first, second, queue_age=self.queue1.age(progress)),
         }
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:

@@ -70,7 +70,12 @@ class MoCoV2(MomentumFramework):
             # after the contrast: a query must not meet its own key among the negatives
             self.queue.hold(keys)
         loss = torch.stack([contrast.loss for contrast in contrasts]).mean()
-        return {"loss": loss, "embedding": keys[: len(views[0])], **contrast_metrics(*contrasts)}
+        return {
+            "loss": loss,
+            "embedding": keys[: len(views[0])],
+            **contrast_metrics(*contrasts),
+            **self.health(*contrasts, queue_age=self.queue.age(progress)),
+        }
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
         """Return what to synthesise at this step: nothing in MoCo. SynCo overrides it."""

@@ -71,7 +71,12 @@ class MoCoV3(MomentumFramework):
         if self.online.batchformer is not None and self.online.batchformer.loss == "mean":
             # four pairs of streams a direction weigh as much as one
             loss = loss * (2.0 / len(pairs))
-        return {"loss": loss, "embedding": keys[0][:num], **contrast_metrics(*contrasts)}
+        return {
+            "loss": loss,
+            "embedding": keys[0][:num],
+            **contrast_metrics(*contrasts),
+            **self.health(*contrasts),
+        }
 
     def after_step(self, progress: Progress) -> None:
         """Average the target with the next step's momentum, which rises to 1."""

@@ -243,6 +243,7 @@ class SiT(MomentumFramework):
             "loss_contrast": contrast.detach(),
             "loss_reconstruction": reconstruction.detach(),
             **contrast_metrics(*contrasts),
+            **self.health(*contrasts),
         }
 
     # ---- pixels ----------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ class Contrast(NamedTuple):
     loss: Tensor
     # (B,) int64: how many negatives, synthetic ones too, beat the positive; 0 is a hit
     positive_rank: Tensor
+    # (2,) or (3,), means over queries: the positive's logit, a negative's without the synthetic
+    # ones, and with these their share of the softmax
+    health: Tensor
 
 
 def cosine_regression(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -44,8 +47,11 @@ def batch_contrast(queries: Tensor, keys: Tensor, temperature: float) -> "Contra
     # the positive of row n is row n of this process's block of the gathered keys
     labels = torch.arange(len(queries), device=queries.device) + len(queries) * distributed.rank()
     with torch.no_grad():
-        positive_rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-    return Contrast(2.0 * temperature * F.cross_entropy(logits, labels), positive_rank)
+        positive = logits.gather(1, labels[:, None])
+        positive_rank = (logits > positive).sum(1)
+        negatives = (logits.sum(1) - positive[:, 0]) / max(logits.shape[1] - 1, 1)
+        health = torch.stack([positive.mean(), negatives.mean()])
+    return Contrast(2.0 * temperature * F.cross_entropy(logits, labels), positive_rank, health)
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -76,6 +82,13 @@ def contrast_metrics(*contrasts: Contrast) -> dict[str, Tensor]:
     return {f"acc{k}": (ranks < k).float().mean() * 100.0 for k in (1, 5)}
 
 
+def contrast_health(*contrasts: Contrast) -> dict[str, Tensor]:
+    """Return what tells how hard the contrast is, see `Contrast.health`."""
+    values = torch.stack([contrast.health for contrast in contrasts]).mean(0)
+    names = ("positive_logit", "negative_logit", "synthetic_share")
+    return dict(zip(names, values, strict=False))  # without synthetics two values
+
+
 def full_precision(tensor: Tensor) -> Tensor:
     """Return a tensor in float32, or as it is if it has more."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -95,10 +108,9 @@ def queue_contrast(
     weights. The forward pass computes the gradient by the queries too, so that nothing of size K is
     kept for the backward pass.
     """
-    loss, rank = _QueueContrast.apply(
-        queries, keys.detach(), queue.detach(), temperature, synthetics
+    return Contrast(
+        *_QueueContrast.apply(queries, keys.detach(), queue.detach(), temperature, synthetics)
     )
-    return Contrast(loss, rank)
 
 
 def queue_contrast_plain(
@@ -119,7 +131,10 @@ def queue_contrast_plain(
     all_logits = torch.cat(logits, dim=1) / temperature
     labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
     rank = (all_logits[:, 1:] > all_logits[:, :1]).sum(1)
-    return Contrast(F.cross_entropy(all_logits, labels), rank)
+    means = [all_logits[:, 0].mean(), all_logits[:, 1 : 1 + len(queue)].mean()]
+    if synthetics is not None:
+        means.append(all_logits.softmax(1)[:, 1 + len(queue) :].sum(1).mean())
+    return Contrast(F.cross_entropy(all_logits, labels), rank, torch.stack(means).detach())
 
 
 class _QueueContrast(torch.autograd.Function):
@@ -131,9 +146,9 @@ class _QueueContrast(torch.autograd.Function):
         queue: Tensor,
         temperature: float,
         synthetics: SyntheticConfig | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(queries.device.type, enabled=False):
-            loss, rank, gradient = _contrast_and_gradient(
+            loss, rank, health, gradient = _contrast_and_gradient(
                 full_precision(queries),
                 full_precision(keys),
                 full_precision(queue),
@@ -142,18 +157,20 @@ class _QueueContrast(torch.autograd.Function):
             )
         # (B, D), where autograd would keep (B, K)
         ctx.save_for_backward(gradient.to(queries.dtype))
-        ctx.mark_non_differentiable(rank)
-        return loss, rank
+        ctx.mark_non_differentiable(rank, health)
+        return loss, rank, health
 
     @staticmethod
-    def backward(ctx: BackwardCFunction, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: BackwardCFunction, grad_loss: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return grad_loss * gradient, None, None, None, None
 
 
 def _contrast_and_gradient(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, config: SyntheticConfig | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     buffer = queries @ queue.T  # (B, K) similarities
     positive = (queries * keys).sum(1, keepdim=True)
     rank = _count_larger(buffer, positive)
@@ -170,9 +187,8 @@ def _contrast_and_gradient(
     positive_weight = ((positive - largest) / temperature).exp_()
     # in place: B x K is the largest tensor of the step
     buffer.sub_(largest).mul_(1.0 / temperature).exp_()
-    total = (
-        buffer.sum(1, keepdim=True) + positive_weight + sum(w.sum(1, keepdim=True) for w in weights)
-    )
+    synthetic = sum(w.sum(1, keepdim=True) for w in weights)
+    total = buffer.sum(1, keepdim=True) + positive_weight + synthetic
     loss = (total.log() + (largest - positive) / temperature).mean()
 
     # d loss / d q = sum_j p_j x_j - k, with p_j = weight_j / total; divided by T and B
@@ -181,7 +197,12 @@ def _contrast_and_gradient(
         # adds the weights of queue entries to `buffer`: one product below serves all
         gradient = gradient + form.accumulate(weight, buffer, queries)
     gradient = (gradient + buffer @ queue) / total - keys
-    return loss, rank, gradient / (temperature * len(queries))
+    # The mean of q . k over all pairs is the product of the means: no pass over B x K.
+    negative = (queries.mean(0) * queue.mean(0)).sum()
+    means = [positive.mean() / temperature, negative / temperature]
+    if config is not None:
+        means.append((synthetic / total).mean())
+    return loss, rank, torch.stack(means), gradient / (temperature * len(queries))
 
 
 def _count_larger(values: Tensor, thresholds: Tensor) -> Tensor:

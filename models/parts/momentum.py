@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from models.parts.batchformer import BatchFormer
 from models.parts.heads import Encoder
-from utils.distributed import gather_rows
+from models.parts.losses import Contrast, contrast_health
+from utils.distributed import gather_rows, world_size
 from utils.schedules import Progress
 
 
@@ -42,6 +43,13 @@ class MomentumFramework(nn.Module):
     def after_step(self, progress: Progress) -> None:
         """Update target and queue after an optimiser step, without gradient."""
         raise NotImplementedError
+
+    def health(self, *contrasts: Contrast, queue_age: Tensor | None = None) -> dict[str, Tensor]:
+        """Return scalars that tell how hard a contrast is and how old its keys; none in eval."""
+        if not self.training:
+            return {}
+        age = {} if queue_age is None else {"queue_age": queue_age}
+        return contrast_health(*contrasts) | age
 
     def restore(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return corrupted copies of images (N, 3, H, W) and their reconstructions."""
@@ -149,6 +157,12 @@ class KeyQueue(nn.Module):
         """
         if self.training:
             self._pending.append(keys.detach())
+
+    def age(self, progress: Progress) -> Tensor:
+        """Return the age in steps of the oldest key, by what this step holds already; a scalar."""
+        num = max(1, sum(map(len, self._pending)) * world_size())
+        # filled on the device: a copy to it would wait
+        return self.keys.new_full((), min(progress.step, self.keys.shape[0] / num))
 
     @torch.no_grad()
     def flush(self) -> None:

@@ -97,12 +97,18 @@ def test_two_steps(method: str, family: str) -> None:
         assert out["loss"].ndim == 0
         assert torch.isfinite(out["loss"])
         assert out["embedding"].shape == (4, 16)
+        # a positive is nearer than a negative, and the queue's oldest keys are of the first step
+        contrasts = method not in ("byol", "sit")
+        assert ("positive_logit" in out) == ("negative_logit" in out) == contrasts
+        assert ("synthetic_share" in out) == method.startswith("synco")
+        assert out.get("queue_age", torch.tensor(step)).item() == step
         optimizer.zero_grad()
         out["loss"].backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
         assert not any(p.grad is not None for p in framework.target.parameters())
         optimizer.step()
         framework.after_step(progress)
+    assert "positive_logit" not in framework.eval()(views(2), progress)
     after = snapshot(framework)
     heads = [name for name in after if "projector" in name and name.endswith("weight")]
     assert {name.split(".")[0] for name in heads} == {"online", "target"}

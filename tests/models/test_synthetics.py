@@ -23,14 +23,12 @@ def batch(dtype: torch.dtype, unit_queue: bool = True) -> tuple[Tensor, Tensor, 
     return queries, keys, torch.nn.functional.normalize(queue, dim=1) if unit_queue else 0.3 * queue
 
 
-def loss_and_gradient(
-    function, inputs, config, temperature: float = 0.2
-) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_gradient(function, inputs, config, temperature: float = 0.2) -> tuple[Tensor, ...]:
     queries, keys, queue = inputs
     torch.manual_seed(1)
     contrast = function(queries, keys, queue, temperature, config)
     (gradient,) = torch.autograd.grad(contrast.loss, queries)
-    return contrast.loss.detach(), gradient, contrast.positive_rank
+    return contrast.loss.detach(), gradient, contrast.positive_rank, contrast.health
 
 
 @pytest.mark.parametrize("unit_queue", [True, False], ids=["unit", "any-length"])
@@ -182,3 +180,31 @@ def test_the_accuracy_counts_synthetic_negatives(function) -> None:
     for config, num_negatives in ((None, 40), (SyntheticConfig(12, (7, 6, 5, 4, 3, 2)), 67)):
         worst = function(queries, -queries, queue, 0.2, config)
         assert worst.positive_rank.tolist() == [num_negatives] * 5
+
+
+def test_the_health_of_a_contrast_is_that_of_its_softmax() -> None:
+    queries, keys, queue = batch(torch.float64)
+    config = SyntheticConfig(12, (7, 6, 5, 4, 3, 2))
+    with torch.no_grad():
+        plain = queue_contrast(queries, keys, queue, 0.2)
+        torch.manual_seed(1)
+        joined = queue_contrast(queries, keys, queue, 0.2, config)
+    positive = ((queries * keys).sum(1) / 0.2).mean()
+    negative = (queries @ queue.T / 0.2).mean()
+    assert plain.health.tolist() == pytest.approx([positive.item(), negative.item()])
+    assert joined.health[:2].tolist() == pytest.approx(plain.health.tolist())
+    # The share follows from how much each query's loss grew: exp(-growth) is the rest's share.
+    assert joined.health[2].item() == pytest.approx(share_by_loss(queries, keys, queue, config))
+
+
+def share_by_loss(queries: Tensor, keys: Tensor, queue: Tensor, config: SyntheticConfig) -> float:
+    """Return the share of the synthetics by the plain losses of the queries."""
+    fixed = queries.detach()
+    negatives = fixed @ queue.T
+    torch.manual_seed(1)
+    draws = draw_synthetics(config, hardest(negatives, config.num_hard), fixed)
+    made = torch.einsum("bd,bnd->bn", fixed, materialise(draws, fixed, queue))
+    others = torch.cat([(fixed * keys).sum(1, keepdim=True), negatives], dim=1)
+    rest = torch.logsumexp(others / 0.2, 1)
+    growth = torch.logsumexp(torch.cat([others, made], dim=1) / 0.2, 1) - rest
+    return (1 - (-growth).exp()).mean().item()

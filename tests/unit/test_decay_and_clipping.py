@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.guards import FiniteGuard
-from engine.loop import set_rates, update
+from engine.loop import gradient_shares, set_rates, update
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, held_out_batch, make_plan
 from engine.state import TrainState
@@ -87,3 +87,20 @@ def test_held_out_images_are_cut_so_that_few_are_left(
 def test_without_an_image_for_each_process_nothing_can_be_held_out() -> None:
     with pytest.raises(ValueError, match=r"HELD_OUT.EVERY_EPOCHS: the val split has 0 images"):
         held_out_batch(0, 8)
+
+
+def test_the_gradient_of_each_part_is_a_share_of_all_whatever_the_scale() -> None:
+    module = nn.ModuleDict()
+    module["online"] = nn.ModuleDict({"backbone": nn.Linear(2, 2), "projector": nn.Linear(2, 2)})
+    module["predictor"] = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    state = TrainState(module, optimizer, module)
+    for scale in (1.0, 65536.0):
+        for part, size in (("online.backbone", 3.0), ("predictor", 4.0)):
+            weight = module.get_submodule(part).weight
+            weight.grad = torch.ones_like(weight) * scale * size / 2
+        shares = {part: value.item() for part, value in gradient_shares(state).items()}
+        assert shares == pytest.approx({"backbone": 0.6, "predictor": 0.8})
+    optimizer.zero_grad()
+    module["predictor"].weight.grad = torch.ones(2, 2)
+    assert gradient_shares(state) == {}

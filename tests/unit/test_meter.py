@@ -117,3 +117,24 @@ def test_the_log_line_calls_the_accuracy_of_the_contrastive_task_by_its_name(
         meter.log(plan.progress(0), {"loss": torch.ones(()), "acc1": torch.tensor(12.5)}, plan)
     assert "contrastive acc1 12.5" in caplog.text
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["acc1"] == 12.5
+
+
+def test_a_metric_of_the_newest_steps_alone_is_shown_as_it_is_also_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    """Synthetic negatives join in the middle of a window; a checkpoint between changes nothing."""
+    steps = [{"loss": 1.0}, {"loss": 2.0, "share": 0.5}, {"loss": 6.0, "share": 0.25}]
+    lines = []
+    for resumed in (False, True):
+        folder = tmp_path / str(resumed)
+        meter = Meter(Metrics(folder, tensorboard=False), every=3)
+        for number, values in enumerate(steps):
+            if resumed and number == 2:
+                state = meter.state_dict()
+                meter = Meter(Metrics(folder, tensorboard=False), every=3)
+                meter.load_state_dict(state)
+            out = {name: torch.tensor(value) for name, value in values.items()}
+            meter.log(Progress(number, 4, 8), out, PLAN)
+        line = json.loads((folder / "metrics.jsonl").read_text())
+        lines.append((line["loss"], line["share"]))
+    assert lines == [(3.0, 0.25)] * 2

@@ -21,6 +21,10 @@ _PANELS = {
     "lr": "learning rate",
     "embedding_std": "spread of the embeddings (0: collapsed)",
     "embedding_rank": "effective rank of the embeddings",
+    "positive_logit": "mean logit of the positives",
+    "negative_logit": "mean logit of the negatives of the queue or batch",
+    "synthetic_share": "share of the synthetic negatives in the softmax",
+    "grad_norm": "gradient norm",
     "images_per_second": "images per second",
 }
 _COLORS = 10  # in the style sheet
