@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from torch import nn
 from yacs.config import CfgNode
@@ -23,7 +23,8 @@ from models.synco import SynCo
 from models.synco_v2 import SynCoV2
 from models.weights.load import check_norm_eps, load_network
 from utils.checkpoints.foreign import read_torch
-from utils.config.key import Key, Limits
+from utils.config.key import Key
+from utils.config.methods import options_of
 from utils.config.sections import method_section, section_options
 from utils.distributed import world_size
 
@@ -42,30 +43,8 @@ FRAMEWORKS: dict[str, type[MomentumFramework]] = {
 
 
 def framework_options() -> dict[str, dict[str, Key]]:
-    """Return the declared options of each method, read from the signature of its class.
-
-    They become the sections `MODEL.<METHOD>`. The section `batchformer` is that of the module,
-    which any method may hold. The method of that name has the options of MoCo v3.
-    """
-    sections = {name: _options(framework) for name, framework in FRAMEWORKS.items()}
-    return {**sections, "batchformer": {"enabled": Key(False), **_options(BatchFormer)}}
-
-
-def _options(framework: type) -> dict[str, Key]:
-    """Return the keyword-only parameters. `**rest` stands for those of the base class."""
-    parameters = inspect.signature(framework).parameters.values()
-    types = get_type_hints(framework.__init__, include_extras=True)  # type: ignore[misc]
-    inherits = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    options = _options(framework.__mro__[1]) if inherits else {}
-    for parameter in parameters:
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            # `queue_size: Annotated[int, Limits(least=1)] = 65536` states the range with the option
-            extras = getattr(types[parameter.name], "__metadata__", ())
-            limits = next((extra for extra in extras if isinstance(extra, Limits)), Limits())
-            default = parameter.default
-            default = list(default) if isinstance(default, tuple) else default  # as yaml has it
-            options[parameter.name] = Key(default, programs=("pretrain",), **vars(limits))
-    return options
+    """Return the declared options of each method, those that were registered later too."""
+    return options_of({name: (inspect.getfile(c), c.__name__) for name, c in FRAMEWORKS.items()})
 
 
 def build_framework(cfg: CfgNode) -> MomentumFramework:

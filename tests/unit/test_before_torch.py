@@ -1,17 +1,19 @@
 """Answers that come before torch is imported: checks of the configuration, lists, --show-config."""
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from utils.cli.lists import listing
 from utils.config import programs
 from utils.config.datasets import DATASETS
-from utils.config.key import Value
+from utils.config.key import Key, Limits, Value
 from utils.config.load import ConfigError, load_config, load_with_origins
 from utils.config.methods import backbone_names, method_options, method_titles
 from utils.config.schema import declare
@@ -94,11 +96,30 @@ def test_lists_and_the_configuration_are_shown_without_torch(
 
 
 def test_the_text_of_the_signatures_declares_what_the_classes_have() -> None:
-    from models import framework_options
+    from models import FRAMEWORKS, framework_options
+    from models.parts.batchformer import BatchFormer
 
-    read, asked = method_options(), framework_options()
-    assert read == asked
+    read = method_options()
+    asked = {name: signature_options(found) for name, found in FRAMEWORKS.items()}
+    asked["batchformer"] = {"enabled": Key(False), **signature_options(BatchFormer)}
+    assert read == framework_options() == asked
     assert [list(options) for options in read.values()] == [list(o) for o in asked.values()]
+
+
+def signature_options(found: type) -> dict[str, Key]:
+    """Ask Python for what `utils.config.methods` reads from the text."""
+    parameters = inspect.signature(found).parameters.values()
+    types = get_type_hints(found.__init__, include_extras=True)
+    inherits = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    options = signature_options(found.__mro__[1]) if inherits else {}
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            extras = getattr(types[parameter.name], "__metadata__", ())
+            limits = next((extra for extra in extras if isinstance(extra, Limits)), Limits())
+            default = parameter.default
+            default = list(default) if isinstance(default, tuple) else default  # as yaml has it
+            options[parameter.name] = Key(default, programs=("pretrain",), **vars(limits))
+    return options
 
 
 def test_the_lists_are_those_of_the_registries() -> None:

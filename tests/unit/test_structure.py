@@ -43,6 +43,7 @@ ALLOWED_UTILS = {
         "utils.randomness",
         "utils.schedules",
         "utils.config.key",
+        "utils.config.methods",
         "utils.config.sections",
         "utils.checkpoints.foreign",
     },

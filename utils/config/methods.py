@@ -7,7 +7,7 @@ signature is read, so an answer that needs no torch does not wait seconds for it
 import ast
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from utils.config import key
@@ -19,12 +19,17 @@ _METHODS = "models/__init__.py"
 
 @functools.cache
 def method_options() -> dict[str, dict[str, Key]]:
-    """Return the options (name -> declaration) of each method.
+    """Return the options (name -> declaration) of each method; see `options_of`."""
+    return options_of(_classes())
+
+
+def options_of(classes: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, Key]]:
+    """Return the options (name -> declaration) of methods, each the (file, name) of a class.
 
     They become the sections `MODEL.<METHOD>`. The section `batchformer` is that of the module,
     which any method may hold. The method of that name has the options of MoCo v3.
     """
-    sections = {name: dict(_options(file, found)) for name, (file, found) in _classes().items()}
+    sections = {name: dict(_options(file, found)) for name, (file, found) in classes.items()}
     attention = dict(_options("models/parts/batchformer.py", "BatchFormer"))
     return {**sections, "batchformer": {"enabled": Key(False), **attention}}
 
