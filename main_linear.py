@@ -23,7 +23,8 @@ _GRIDS = {
 
 def _parser() -> Parser:
     renamed = {"--batch-size": "LINEAR.BATCH_SIZE", "--epochs": "LINEAR.EPOCHS"}
-    parser = make_parser(__doc__, renamed=renamed)
+    # the backbone is frozen: it keeps no activations that could be computed again
+    parser = make_parser(__doc__, renamed=renamed, idle=["--use-checkpoint"])
     parser.add_argument("--pretrained", metavar="FILE", help="weights, not the run's own newest")
     add_which(parser)
     parser.add_argument(

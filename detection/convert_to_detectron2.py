@@ -4,29 +4,43 @@ python detection/convert_to_detectron2.py pretrained.pt detectron2.pkl
 """
 
 import argparse
-import logging
-import pickle
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import add_which, run_main
-
-logger = logging.getLogger("synco")
+from utils.cli import add_which, answer_at_once, run_main
 
 
-def main() -> int:
-    """Read the checkpoint, rename its backbone and write the .pkl; return the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "source", type=Path, help="checkpoint, of this repository or a published one"
     )
     parser.add_argument("target", type=Path, help="file to write, ending in .pkl")
     add_which(parser)
-    args = parser.parse_args()
-    from utils.logger import setup_logger
+    return parser
 
+
+# The command line is read before torch is, which takes seconds to import.
+if __name__ == "__main__":
+    answer_at_once(_parser())
+
+import logging
+import pickle
+
+from models.weights.export import to_detectron2
+from models.weights.find import find_network
+from utils.checkpoints.atomic import write_file
+from utils.checkpoints.foreign import read_torch
+from utils.logger import setup_logger
+
+logger = logging.getLogger("synco")
+
+
+def main() -> int:
+    """Read the checkpoint, rename its backbone and write the .pkl; return the exit code."""
+    args = _parser().parse_args()
     setup_logger(None, True)
     convert(args.source, args.target, args.which)
     return 0
@@ -39,11 +53,6 @@ def convert(source: Path, target: Path, which: str = "") -> int:
     Raises `ValueError` for another ending than .pkl, an unknown layout, and a backbone that is no
     ResNet.
     """
-    from models.weights.export import to_detectron2
-    from models.weights.find import find_network
-    from utils.checkpoints.atomic import write_file
-    from utils.checkpoints.foreign import read_torch
-
     if target.suffix != ".pkl":
         raise ValueError(
             f"{target}: Detectron2 reads this layout from a .pkl only; name the file so"

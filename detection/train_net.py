@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from yacs.config import CfgNode
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import run_main
@@ -71,7 +73,7 @@ def make_trainer() -> Any:
     class Trainer(DefaultTrainer):
         @classmethod
         def build_evaluator(
-            cls, cfg: Any, dataset_name: str, output_folder: str | None = None
+            cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
         ) -> Any:
             if "coco" in dataset_name:
                 folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
@@ -94,7 +96,7 @@ def register_heads() -> None:
 
     class Res5ROIHeadsExtraNorm(Res5ROIHeads):
         @classmethod
-        def _build_res5_block(cls, cfg: Any) -> Any:
+        def _build_res5_block(cls, cfg: CfgNode) -> Any:
             stage, channels = super()._build_res5_block(cfg)
             stage.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
             return stage, channels

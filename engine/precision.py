@@ -1,5 +1,6 @@
 """Which device a process uses, and in which precision it computes."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import distributed
 
+logger = logging.getLogger("synco")
+
 M = TypeVar("M", bound=nn.Module)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -17,6 +20,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """Return `name`, or for `auto` the fastest precision that is native to the device."""
+    if name == "fp16" and device.type == "cpu":
+        logger.warning("TRAIN.PRECISION (--precision): fp16 is slow on a CPU; fp32 or auto is not")
     if name != "auto":
         return name
     if device.type == "cuda":

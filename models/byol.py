@@ -7,7 +7,7 @@ from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import cosine_regression, unit
 from models.parts.momentum import MomentumFramework
-from utils.config.key import Count, Fraction
+from utils.config.key import Count, Fraction, Rise
 from utils.schedules import Progress, momentum_at
 
 
@@ -27,7 +27,7 @@ class BYOL(MomentumFramework):
         proj_num_layers: int = 2,
         pred_num_layers: int = 2,
         base_momentum: Fraction = 0.996,
-        momentum_schedule: str = "cosine",
+        momentum_schedule: Rise = "cosine",
     ) -> None:
         projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)
         super().__init__(Encoder(backbone, projector), target_backbone)

@@ -8,7 +8,7 @@ from models.parts.heads import Encoder, mlp
 from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
-from utils.config.key import Count, Fraction, Temperature
+from utils.config.key import Count, Fraction, Rise, Temperature
 from utils.schedules import Progress, momentum_at
 
 
@@ -30,7 +30,7 @@ class MoBY(MomentumFramework):
         queue_size: Count = 4096,
         temperature: Temperature = 0.2,
         base_momentum: Fraction = 0.99,
-        momentum_schedule: str = "cosine",
+        momentum_schedule: Rise = "cosine",
     ) -> None:
         projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)
         super().__init__(Encoder(backbone, projector), target_backbone)

@@ -1,5 +1,7 @@
 """MoCo v2 (Chen et al. 2020, arXiv:2003.04297; momentum contrast: He et al., arXiv:1911.05722)."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from models.parts.losses import contrast_metrics, queue_contrast, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import convert_split_batch_norm
-from utils.config.key import Count, Fraction, Temperature
+from utils.config.key import Count, Fraction, Limits, Temperature
 from utils.distributed import broadcast_host, exchange_rows, gather_rows, rank, world_size
 from utils.schedules import Progress
 
@@ -33,7 +35,7 @@ class MoCoV2(MomentumFramework):
         temperature: Temperature = 0.2,
         base_momentum: Fraction = 0.999,
         symmetric: bool = False,
-        batch_norm: str = "shuffle",
+        batch_norm: Annotated[str, Limits(choices=("shuffle", "sync", "local"))] = "shuffle",
         bn_groups: Count = 1,
     ) -> None:
         if batch_norm not in ("shuffle", "sync", "local"):

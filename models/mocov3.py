@@ -7,7 +7,7 @@ from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
 from models.parts.losses import batch_contrast, contrast_metrics
 from models.parts.momentum import MomentumFramework
-from utils.config.key import Count, Fraction, Temperature
+from utils.config.key import Count, Fraction, Rise, Temperature
 from utils.schedules import Progress, momentum_at
 
 
@@ -35,7 +35,7 @@ class MoCoV3(MomentumFramework):
         pred_last_batch_norm: bool = False,
         temperature: Temperature = 1.0,
         base_momentum: Fraction = 0.99,
-        momentum_schedule: str = "cosine",
+        momentum_schedule: Rise = "cosine",
     ) -> None:
         width = backbone.num_features
         projector = mlp(

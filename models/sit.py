@@ -11,7 +11,7 @@ from models.parts.corruption import corrupt, draw_corruption, draw_group_mask, m
 from models.parts.heads import Encoder
 from models.parts.losses import batch_contrast, contrast_metrics, full_precision, nt_xent
 from models.parts.momentum import MomentumFramework
-from utils.config.key import Count, Fraction, Limits, Temperature
+from utils.config.key import Count, Fraction, Limits, Rise, Temperature
 from utils.schedules import Progress, momentum_at
 
 TASKS = ("rotation", "contrast", "reconstruction")
@@ -56,9 +56,14 @@ class StudentHeads(Heads):
         # keeps the shape of `Outputs`; nobody reads it
         self.rotation = nn.Identity()  # type: ignore[assignment]
         self.contrast = nn.Sequential(
-            *(nn.Linear(width, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)),
-            *(nn.Linear(hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.GELU()),
-            *(nn.Linear(hidden_dim, out_dim), nn.BatchNorm1d(out_dim, affine=False)),
+            nn.Linear(width, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, out_dim),
+            nn.BatchNorm1d(out_dim, affine=False),
         )
         layers = [
             layer for _ in range(3) for layer in (nn.Conv2d(map_width, map_width, 1), nn.GELU())
@@ -126,7 +131,7 @@ class SiT(MomentumFramework):
         out_dim: Count = 512,
         temperature: Temperature = 0.5,
         base_momentum: Fraction = 0.99996,
-        momentum_schedule: str = "constant",
+        momentum_schedule: Rise = "constant",
         legacy_weighting: bool = False,
         drop_fraction: Fraction = 0.5,
         replace_fraction: Fraction = 0.3,

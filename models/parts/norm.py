@@ -98,6 +98,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"BN_GROUPS: a batch of {input.shape[0]} does not divide into {splits} groups; "
                 "choose BN_GROUPS as a divisor of TRAIN.BATCH_SIZE"
             )
+        if input.numel() == splits * self.num_features:
+            raise ValueError(
+                f"BN_GROUPS: {splits} groups of a batch of {splits} have one image each, too few "
+                "for a batch norm; choose a smaller BN_GROUPS, or raise TRAIN.BATCH_SIZE"
+            )
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -139,6 +139,9 @@ def test_split_batch_norm_evaluates_like_a_batch_norm() -> None:
 def test_split_batch_norm_refuses_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match=r"BN_GROUPS: a batch of 7 does not divide into 4 groups"):
         SplitBatchNorm2d(5, 4)(torch.randn(7, 5, 2, 2))
+    SplitBatchNorm2d(5, 4)(torch.randn(4, 5, 2, 2))  # four values a channel
+    with pytest.raises(ValueError, match=r"BN_GROUPS: 4 groups of a batch of 4 have one image"):
+        SplitBatchNorm2d(5, 4)(torch.randn(4, 5, 1, 1))
 
 
 def test_conversions_keep_weights_statistics_and_mode() -> None:

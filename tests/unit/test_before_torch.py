@@ -203,9 +203,15 @@ def test_each_value_has_an_origin(tmp_path: Path) -> None:
     base.write_text("TRAIN: {EPOCHS: 7}\nOPTIM: {BASE_LR: 1.0}\n")
     file.write_text("_BASE_: base.yaml\nOPTIM: {BASE_LR: 2.0}\n")
     schema = declare(method_options())
-    cfg, origins = load_with_origins(schema, [file], ["SEED", "4"], {"TAG": "t"})
-    expected = {"TRAIN.EPOCHS": str(base), "OPTIM.BASE_LR": str(file), "SEED": "--opts"}
-    expected |= {"TAG": "command line", "DEVICE": "default"}
+    given: dict[str, Value] = {"TAG": "t", "LINEAR.EPOCHS": 3, "HELD_OUT.EVERY_EPOCHS": 1}
+    cfg, origins = load_with_origins(schema, [file], ["SEED", "4"], given)
+    expected = {
+        "LINEAR.EPOCHS": "--epochs",
+        "TRAIN.EPOCHS": str(base),
+        "OPTIM.BASE_LR": str(file),
+        "SEED": "--opts",
+    }
+    expected |= {"TAG": "--tag", "HELD_OUT.EVERY_EPOCHS": "command line", "DEVICE": "default"}
     assert {key: origins[key] for key in expected} == expected
     shown = programs.show_config(cfg, origins, "pretrain").splitlines()
     assert any(line.split()[:3] == ["OPTIM.BASE_LR", "2.0", str(file)] for line in shown)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import main_linear
+import main_pretrain
 from utils import cli
 from utils.cli import published
 from utils.cli.published import our_spelling
@@ -85,6 +87,14 @@ def test_the_published_commands_parse_as_they_stand() -> None:
     assert args.eval
     assert args.throughput
     assert len(flags) == 10
+
+
+def test_a_flag_that_does_nothing_is_understood_but_not_in_the_help() -> None:
+    assert cli.parse(main_linear._parser(), ["--use-checkpoint"])[1] == {
+        "TRAIN.USE_CHECKPOINT": True
+    }
+    assert "--use-checkpoint" not in main_linear._parser().format_help()
+    assert "--use-checkpoint" in main_pretrain._parser().format_help()
 
 
 def test_opts_may_be_given_twice() -> None:

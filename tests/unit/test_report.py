@@ -551,8 +551,10 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, supported: bool, expecte
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_a_named_precision_stands(name: str) -> None:
+def test_a_named_precision_stands(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert device.resolve_precision(name, torch.device("cpu")) == name
+    warned = ["TRAIN.PRECISION (--precision): fp16 is slow on a CPU; fp32 or auto is not"]
+    assert caplog.messages == (warned if name == "fp16" else [])
 
 
 def test_a_run_computes_in_what_auto_became(

@@ -95,10 +95,12 @@ def make_parser(
     description: str,
     renamed: Mapping[str, str] | None = None,
     flags: Collection[str] | None = None,
+    idle: Collection[str] = (),
 ) -> Parser:
     """Return the parser of the shared flags; with `flags` of --cfg, --opts and those only.
 
-    `renamed` maps a flag to another key, such as the number of epochs of a probe.
+    `renamed` maps a flag to another key, such as the number of epochs of a probe. The flags `idle`
+    do nothing in this program: accepted, as in the published scripts, but not in --help.
     """
     renamed = renamed or {}
     parser = Parser(
@@ -116,7 +118,8 @@ def make_parser(
     run.add_argument("--cfg", metavar="FILE", help="yaml configuration, see --list recipes")
     for name, flag in FLAGS.items():
         if (flags is None and not (renamed and name in OF_PRETRAINING)) or name in (flags or ()):
-            _add(parser, name, flag._replace(key=renamed.get(name, flag.key)))
+            action = _add(parser, name, flag._replace(key=renamed.get(name, flag.key)))
+            action.help = argparse.SUPPRESS if name in idle else action.help
     run.add_argument(
         "--opts",
         nargs="+",
@@ -131,11 +134,11 @@ def make_parser(
     return parser
 
 
-def _add(parser: Parser, name: str, flag: Flag) -> None:
+def _add(parser: Parser, name: str, flag: Flag) -> argparse.Action:
     group = parser.group(flag.group)
     text = f"{flag.text} [{flag.key}]".strip()
     if flag.constant is None:
-        group.add_argument(
+        return group.add_argument(
             name,
             dest=flag.key,
             type=flag.kind,
@@ -143,15 +146,14 @@ def _add(parser: Parser, name: str, flag: Flag) -> None:
             default=argparse.SUPPRESS,
             help=text,
         )
-    else:
-        group.add_argument(
-            name,
-            dest=flag.key,
-            action="store_const",
-            const=flag.constant,
-            default=argparse.SUPPRESS,
-            help=text,
-        )
+    return group.add_argument(
+        name,
+        dest=flag.key,
+        action="store_const",
+        const=flag.constant,
+        default=argparse.SUPPRESS,
+        help=text,
+    )
 
 
 def _add_special(parser: Parser) -> None:

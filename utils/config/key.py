@@ -43,4 +43,5 @@ class Key(Limits):
 Count = Annotated[int, Limits(least=1)]
 Fraction = Annotated[float, Limits(most=1.0)]
 Temperature = Annotated[float, Limits(least=1e-6)]
+Rise = Annotated[str, Limits(choices=("constant", "cosine"))]  # of a target's momentum, to 1
 SixCounts = Annotated[Sequence[int], Limits(entries=(6, 6))]

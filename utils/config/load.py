@@ -27,6 +27,7 @@ _RECIPES = Path(__file__).resolve().parents[2] / "configs"
 _MAX_FILES = 256  # reads for one --cfg: bases that name two files each double at every level
 _MAX_BYTES = 1 << 20  # of one file; ours have some hundred lines
 _MAX_INT = 1 << 63
+_FLAGS = "command line"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -62,12 +63,13 @@ def load_with_origins(
         for path in paths
         for source, tree in _read_chain(path)
     ]
-    layers += [("--opts", pairs), ("command line", iter((flags or {}).items()))]
+    layers += [("--opts", pairs), (_FLAGS, iter((flags or {}).items()))]
     values: dict[str, Value] = {}
     origins = dict.fromkeys(schema, "default")
     for source, found in layers:
         for key, value in _checked(found, source, schema):
-            values[key], origins[key] = value, source
+            values[key] = value
+            origins[key] = _flag_of(key) or source if source == _FLAGS else source
     return _merged(schema, values, paths[0].stem if paths else ""), origins
 
 
@@ -90,7 +92,7 @@ def load_saved(
     """Rebuild the configuration whose YAML `text` the file `source` of ours holds; `flags` win."""
     name = str(source)
     values = dict(_checked(_flatten(_parse_yaml(text, name), name, schema), name, schema))
-    values.update(_checked((flags or {}).items(), "command line", schema))
+    values.update(_checked((flags or {}).items(), _FLAGS, schema))
     return _merged(schema, values)
 
 
@@ -188,11 +190,16 @@ def _check_limits(key: str, value: Value, limits: Limits) -> None:
 
 def _named(key: str) -> str:
     """Return the key with the flag that sets it, where there is one."""
-    flags = {flag.key: name for name, flag in FLAGS.items() if flag.constant is None}
+    flag = _flag_of(key)
+    return f"{key} ({flag})" if flag else key
+
+
+def _flag_of(key: str) -> str:
+    section, _, name = key.partition(".")
     # the probes give these two flags keys of their own
-    for section in ("LINEAR", "FINETUNE"):
-        flags |= {f"{section}.EPOCHS": "--epochs", f"{section}.BATCH_SIZE": "--batch-size"}
-    return f"{key} ({flags[key]})" if key in flags else key
+    key = f"TRAIN.{name}" if section in ("LINEAR", "FINETUNE") else key
+    flags = {flag.key: name for name, flag in FLAGS.items() if flag.constant in (None, True)}
+    return flags.get(key, "")
 
 
 def _checked(
