@@ -68,27 +68,31 @@ def read_label(
     file: Path, table: Table, num_classes: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """Return the classes uint8 (H,W) of a label map; `size` is the (height, width) of its image."""
-    stored = _stored(file, max_pixels)
-    if stored.shape != size:
+    stored, found = _stored(file, max_pixels)
+    if found != size:
         raise LabelError(
-            f"{file}: {stored.shape[1]} x {stored.shape[0]} pixels, but its image has {size[1]} x "
-            f"{size[0]}; resize one of them (a label map without interpolation)"
+            f"{file}: {found[1]} x {found[0]} pixels, but its image has {size[1]} x {size[0]}; "
+            "resize one of them (a label map without interpolation)"
         )
-    classes = np.frombuffer(stored.tobytes().translate(table), dtype=np.uint8).reshape(size)
+    classes = np.frombuffer(stored.translate(table), dtype=np.uint8).reshape(size)
     # one comparison: a histogram of the values would take ten times as long
-    wrong = classes == _NO_CLASS
-    if wrong.any():
+    wrong = np.flatnonzero(classes == _NO_CLASS)
+    if len(wrong):
         raise LabelError(
-            f"{file}: value {int(stored[wrong][0])} has no class ({num_classes} classes, 255 is "
+            f"{file}: value {stored[wrong[0]]} has no class ({num_classes} classes, 255 is "
             "ignored); correct the file, or give SEGMENTATION.LABEL_MAP or REDUCE_ZERO_LABEL"
         )
     return classes
 
 
-def _stored(file: Path, max_pixels: int) -> np.ndarray:
-    """Return the indices that a PNG stores, uint8 (H,W); a palette's colours are not looked at."""
+def _stored(file: Path, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
+    """Return the indices that a PNG stores, a byte a pixel, and its (height, width).
+
+    A palette's colours are not looked at.
+    """
     data = read_bytes(file)
     with open_image(data, max_pixels) as image:
+        size = (image.height, image.width)
         if not isinstance(image, PngImageFile):
             raise LabelError(f"{file}: is {image.format}; label maps are PNG files, without loss")
         if image.mode.startswith("I"):
@@ -98,12 +102,12 @@ def _stored(file: Path, max_pixels: int) -> np.ndarray:
                 f"{file}: mode {image.mode}, a mask coded by colours; save it as PNG of mode P or "
                 "L whose values are class numbers"
             )
-        stored = np.array(image).astype(np.uint8, copy=False)
-        if image.mode == "L":
-            depth = data[24]  # bits a pixel in the PNG's head
-            # Pillow stretches grey levels of 2 and 4 bits to 0..255
-            stored //= 255 // ((1 << depth) - 1)
-    return stored
+        depth = data[24]  # bits a pixel in the PNG's head
+        if image.mode == "P" or depth == 8:
+            return image.tobytes(), size
+        # Pillow stretches grey levels of 1, 2 and 4 bits to 0..255
+        levels = np.array(image.convert("L")) // (255 // ((1 << depth) - 1))
+        return levels.astype(np.uint8).tobytes(), size
 
 
 def check_classes(classes: Sequence[str], where: str) -> list[str]:

@@ -66,6 +66,8 @@ def test_a_region_is_cut_from_the_resized_image(size: Size) -> None:
         expected = whole[:, top : top + height, left : left + width]
         assert region.shape == expected.shape
         assert (region.int() - expected.int()).abs().max() <= 1
+        planar = resize_region(image.contiguous(), size, top, left, (height, width))
+        assert (planar.int() - expected.int()).abs().max() <= 1
         cut = nearest(label.numpy(), size, top, left, (height, width))
         assert np.array_equal(cut, classes[top : top + height, left : left + width])
 
