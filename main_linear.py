@@ -1,13 +1,11 @@
 """Linear probe of a pretrained backbone: a grid of rates in one pass, exact accuracies, k-NN.
 
-python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T finds the
-checkpoint of the pretraining run with the same cfg, output and tag; --pretrained FILE names
-another. Writes to O/<name>/T/linear/. Each head trains as if it were alone.
+Example: python main_linear.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T
 
---cached-features trains on features of the images without augmentation, which are computed once,
-kept in O/<name>/T/linear/<weights>-cached/ and used again while weights, images, size and precision
-are the same. Only so --labels 1 10 100 probes with few labels: each percentage is the run that it
-would be alone, on the images that main_semisup.py draws, with LINEAR.EPOCHS epochs of them.
+Probes the newest checkpoint of the pretraining run with the same cfg, output and tag, or that of
+--pretrained FILE. Writes to O/<name>/T/linear/. Each head trains as if it were alone.
+--cached-features computes the features of the images once, without augmentation, and keeps them.
+Only so --labels 1 10 100 probes with few labels, on the images that main_semisup.py draws.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """Pretrain a backbone without labels: MoCo v2, v3, SynCo, SynCo-v2, MoBY, BYOL, BatchFormer, SiT.
 
-python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T, on one
-process or under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command again
-goes on where it stopped.
+Example: python main_pretrain.py --cfg configs/moby_swin_tiny.yaml --data-path D --output O --tag T
+
+On one process or under torchrun / torch.distributed.launch. Writes to O/<name>/T; the same command
+again goes on where it stopped.
 """
 
 import argparse

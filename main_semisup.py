@@ -1,9 +1,8 @@
 """Fine-tune or probe a pretrained backbone with few labels or all: a rate for backbone and head.
 
-python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --output O --tag T
---train-percent 1 --weights finetune --lr-backbone 0.01 --lr-classifier 0.5 starts from the newest
-checkpoint of the pretraining run with the same cfg, output and tag, or from --pretrained FILE. Each
-setting writes to a folder in O/<name>/T/semisup/, and the same command continues it.
+Example: python main_semisup.py --cfg configs/synco_resnet50.yaml --data-path D --train-percent 1
+
+Starts from the newest checkpoint of the pretraining run with the same --cfg, --output and --tag.
 """
 
 import argparse
@@ -38,6 +37,7 @@ def _parser() -> Parser:
         type=float,
         metavar="X",
         default=argparse.SUPPRESS,
+        help="[FINETUNE.OPTIM.WEIGHT_DECAY]",
     )
     pretrained = "weights or a run; none: an untrained backbone"
     parser.add_argument("--pretrained", metavar="FILE", help=pretrained)

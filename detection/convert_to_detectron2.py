@@ -1,19 +1,18 @@
 """Convert a pretrained ResNet, ours or a published one, to the file that Detectron2 reads.
 
-python detection/convert_to_detectron2.py pretrained.pt detectron2.pkl
+Example: python detection/convert_to_detectron2.py pretrained.pt detectron2.pkl
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import add_which, answer_at_once, run_main
+from utils.cli import Parser, add_which, answer_at_once, run_main
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "source", type=Path, help="checkpoint, of this repository or a published one"
     )
@@ -40,7 +39,7 @@ logger = logging.getLogger("synco")
 
 def main() -> int:
     """Read the checkpoint, rename its backbone and write the .pkl; return the exit code."""
-    args = _parser().parse_args()
+    args = _parser().parse_strictly(None)
     setup_logger(None, True)
     convert(args.source, args.target, args.which)
     return 0

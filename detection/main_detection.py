@@ -1,8 +1,9 @@
 """Object detection on a pretrained backbone with torchvision's parts: COCO or Pascal VOC.
 
-python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml --data-path D
---pretrained FILE --output O --tag T; --pretrained none starts from random weights. Writes to
-O/<name>/T/. Also under torchrun.
+Example: python detection/main_detection.py --cfg detection/configs/voc_r50_c4_24k.yaml
+             --data-path D --pretrained FILE --output O --tag T
+
+--pretrained none starts from random weights. Writes to O/<name>/T/. Also under torchrun.
 """
 
 import sys

@@ -1,8 +1,10 @@
 """Detection through Detectron2, the published protocol: its launcher, trainer and evaluators.
 
-python detection/train_net.py --config-file
-detection/configs/detectron2/pascal_voc_R_50_C4_24k_synco.yaml --num-gpus 8 MODEL.WEIGHTS synco.pkl;
---eval-only tests MODEL.WEIGHTS. The one file that imports Detectron2.
+Example: python detection/train_net.py --num-gpus 8 MODEL.WEIGHTS synco.pkl --config-file
+             detection/configs/detectron2/pascal_voc_R_50_C4_24k_synco.yaml
+
+--eval-only tests MODEL.WEIGHTS. The flags are those of Detectron2, which has to be installed; this
+is the one file that imports it.
 """
 
 import sys
@@ -25,6 +27,9 @@ def main() -> int:
     try:
         from detectron2.engine import default_argument_parser, launch
     except ImportError as error:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"{__doc__}\nDetectron2 is not installed: {INSTALL}")
+            return 0
         raise ImportError(
             f"train_net.py needs Detectron2 ({error}): {INSTALL}, or use "
             "detection/main_detection.py, which does not"

@@ -1,8 +1,10 @@
 """Semantic segmentation on a pretrained backbone: UPerNet, FCN or a linear head.
 
-python segmentation/main_segmentation.py --cfg segmentation/configs/ade20k_upernet_swin_tiny.yaml
---data-path D --pretrained FILE --output O --tag T; --pretrained none starts from random weights.
-Writes to O/<name>/T/. Also under torchrun.
+Example: python segmentation/main_segmentation.py --data-path D --pretrained FILE
+             --cfg segmentation/configs/ade20k_upernet_swin_tiny.yaml
+
+--pretrained none starts from random weights. Writes to <--output>/<name>/<--tag>. Also under
+torchrun.
 """
 
 import sys

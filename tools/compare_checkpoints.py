@@ -18,8 +18,8 @@ def _parser() -> Parser:
     parser = Parser(
         description=__doc__,
     )
-    parser.add_argument("first", type=Path, metavar="A.pt")
-    parser.add_argument("second", type=Path, metavar="B.pt")
+    parser.add_argument("first", type=Path, metavar="A.pt", help="a checkpoint")
+    parser.add_argument("second", type=Path, metavar="B.pt", help="another")
     return parser
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import Parser, answer_at_once
-from utils.cli.streams import guard_streams
 
 
 def _parser() -> Parser:
@@ -27,8 +26,14 @@ def _parser() -> Parser:
         description=__doc__,
     )
     parser.add_argument("--data-path", default="", help="root folder of the data set")
-    parser.add_argument("--dataset", default="imagefolder", help="as in training")
-    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument(
+        "--dataset",
+        default="imagefolder",
+        help="as in training, see --list datasets of main_pretrain.py",
+    )
+    parser.add_argument(
+        "--split", choices=("train", "val"), default="train", metavar="NAME", help="train or val"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the pack, e.g. P/train.pack")
     parser.add_argument(
         "--short-side", type=int, default=0, help="resize larger images to it; 0: keep them"
@@ -76,11 +81,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    guard_streams(escape=False)  # its bar moves the cursor
     answer_at_once(_parser())
 
 import io
-import logging
 import signal
 from typing import NamedTuple
 
@@ -98,9 +101,11 @@ from data.sources import build_source
 from data.sources.base import PackedStrings, Source
 from data.sources.folder import FileSource
 from data.sources.packed import HEAD, PackedSource, PackIndex
-from tools.parts.packing import SKIPPED, Partial, Progress, Settings, difference
+from tools.parts.packing import SKIPPED, Partial, Settings, difference
 from utils.checkpoints.atomic import sync_folder
-from utils.names import OneLine, visible
+from utils.logger import setup_logger
+from utils.names import visible
+from utils.progress import Counter
 
 _TASK = 16  # images that a worker encodes at once
 
@@ -108,22 +113,19 @@ _TASK = 16  # images that a worker encodes at once
 def main(argv: Sequence[str] | None = None) -> int:
     """Pack, or only verify; return the exit code."""
     args = parse_args(argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLine())
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("synco").setLevel(logging.INFO)  # the listing says what it leaves out
+    setup_logger(None, is_main=True)  # the listing says what it leaves out
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
         verify(args.output) if args.verify else pack(args)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here")
+        print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         mended = "; free space or mend it, the same command goes on"
         again = "" if isinstance(error, ValueError) else mended
-        print(f"\nerror: {visible(str(error))}{again}", file=sys.stderr)
-        return 1
+        print(f"error: {visible(str(error))}{again}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -159,9 +161,13 @@ def pack(args: argparse.Namespace) -> None:
     finally:
         partial.close()
     size = args.output.stat().st_size
-    print(f"{args.output}: {len(source) - len(left_out)} images, {size / 2**30:.2f} GiB")
+    print(f"{args.output}: {len(source) - len(left_out)} images, {_size(size)}")
     for name in left_out:
         print(f"left out, unreadable: {visible(name)}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 1 << 28 else f"{count / 2**20:.1f} MiB"
 
 
 def _settings(args: argparse.Namespace, source: Source) -> Settings:
@@ -196,25 +202,30 @@ def _encode_rest(partial: Partial, source: Source, args: argparse.Namespace) -> 
     partial.commit()  # workers that are forked now inherit no bytes that wait to be written
     first, count = partial.done, len(source)
     tasks = [Request(0, 0, np.arange(i, min(i + _TASK, count))) for i in range(first, count, _TASK)]
-    progress = Progress("packing", count, first)
     encoder = Encoder(source, args.short_side, args.raw, args.quality)
     try:
-        for encoded in fetch_in_order(encoder, tasks, args.workers, 600.0, torch.device("cpu")):
-            for index, (data, height, width, reason) in enumerate(encoded, start=partial.done):
-                if reason and not args.skip_unreadable:
-                    partial.commit()
-                    raise ValueError(
-                        f"cannot read {source.name(index)}: {reason}. "
-                        "Repair or remove it, or leave such images out with --skip-unreadable"
-                    )
-                partial.add(None if reason else data, height, width)
-                progress.show(index + 1)
+        with Counter("packing", count) as counter:
+            for encoded in fetch_in_order(encoder, tasks, args.workers, 600.0, torch.device("cpu")):
+                _append(partial, encoded, source, args.skip_unreadable)
+                counter.update(partial.done)
     except LoaderError as error:
         raise OSError(
             f"a worker ended ({error.__cause__}): memory may have run out, use fewer --workers"
         ) from error
     partial.commit()
-    progress.end()
+
+
+def _append(
+    partial: Partial, encoded: "list[Record]", source: Source, skip_unreadable: bool
+) -> None:
+    for index, (data, height, width, reason) in enumerate(encoded, start=partial.done):
+        if reason and not skip_unreadable:
+            partial.commit()
+            raise ValueError(
+                f"cannot read {source.name(index)}: {reason}. "
+                "Repair or remove it, or leave such images out with --skip-unreadable"
+            )
+        partial.add(None if reason else data, height, width)
 
 
 def _index(partial: Partial, source: Source) -> PackIndex:
@@ -241,14 +252,13 @@ def verify(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
     os.close(descriptor)
-    progress = Progress("verifying", len(source))
-    for index in range(len(source)):
-        try:
-            source.record(index)
-        except OSError as error:
-            raise ValueError(f"{error}: pack it again (remove {path} first)") from error
-        progress.show(index + 1)
-    progress.end()
+    with Counter("verifying", len(source)) as counter:
+        for index in range(len(source)):
+            try:
+                source.record(index)
+            except OSError as error:
+                raise ValueError(f"{error}: pack it again (remove {path} first)") from error
+            counter.update(index + 1)
 
 
 class Record(NamedTuple):

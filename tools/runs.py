@@ -37,16 +37,29 @@ def _parser() -> Parser:
         ("export", "write all runs as CSV"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("root", nargs="?", type=Path, default=Path("output"), metavar="FOLDER")
+        command.add_argument(
+            "root",
+            nargs="?",
+            type=Path,
+            default=Path("output"),
+            metavar="FOLDER",
+            help="folder of all runs, default output",
+        )
         command.add_argument(
             "--silent-after",
             type=float,
             default=SILENT_AFTER,
             metavar="SECONDS",
-            help="default 600",
+            help="after which a run is called silent, default 600",
         )
         if name == "best":
-            command.add_argument("--by", choices=["knn", "linear"], default="knn")
+            command.add_argument(
+                "--by",
+                choices=["knn", "linear"],
+                default="knn",
+                metavar="NAME",
+                help="knn (default) or linear",
+            )
         if name == "export":
             command.add_argument("--csv", action="store_true", help="the format, the only one")
             command.add_argument("--output", type=Path, metavar="FILE", help="default: the screen")

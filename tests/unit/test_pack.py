@@ -106,14 +106,14 @@ def test_pixels_are_not_stored_as_jpegs_unasked(
         pack.main(
             ["--dataset", "digits", "--split", "val", "--output", str(output), "--workers", "0"]
         )
-        == 1
+        == 2
     )
     assert "add --raw" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
     digits = ["--dataset", "digits", "--split", "val", "--output", str(output), "--workers", "0"]
     assert pack.main([*digits, "--raw"]) == 0
     again = ["--dataset", "packed", "--data-path", str(output), "--split", "val", "--workers", "0"]
-    assert pack.main([*again, "--output", str(tmp_path / "again.pack")]) == 1
+    assert pack.main([*again, "--output", str(tmp_path / "again.pack")]) == 2
     assert "add --raw" in capsys.readouterr().err
 
 
@@ -129,7 +129,7 @@ def test_an_unreadable_image_is_refused_or_left_out_by_name(
     bad.write_bytes(b"<html>404</html>")
     output = images / "p" / "train.pack"
     capsys.readouterr()
-    assert pack.main(arguments(images, output)) == 1
+    assert pack.main(arguments(images, output)) == 2
     error = capsys.readouterr().err
     assert f"cannot read {bad}: OSError: not an image" in error
     assert "--skip-unreadable" in error
@@ -156,7 +156,7 @@ def test_what_was_begun_leaving_images_out_is_not_finished_as_if_whole(
     assert pack.main(arguments(images, output, "--skip-unreadable")) == 130
     monkeypatch.undo()
     capsys.readouterr()
-    assert pack.main(arguments(images, output)) == 1
+    assert pack.main(arguments(images, output)) == 2
     assert "was begun with --skip-unreadable" in capsys.readouterr().err
     assert pack.main(arguments(images, output, "--skip-unreadable")) == 0
 
@@ -296,17 +296,17 @@ def test_other_settings_do_not_go_on(
         (["--short-side", "40", "--quality", "80"], "quality: 95, now 80"),
         (["--short-side", "40", "--raw"], "raw: False, now True"),
     ):
-        assert pack.main(arguments(images, output, *flags)) == 1
+        assert pack.main(arguments(images, output, *flags)) == 2
         assert f"was begun otherwise ({reason}" in capsys.readouterr().err
     (images / "train" / "c0" / "zz.jpg").write_bytes(
         (images / "train" / "c0" / "00.jpg").read_bytes()
     )
-    assert pack.main(arguments(images, output, "--short-side", "40")) == 1
+    assert pack.main(arguments(images, output, "--short-side", "40")) == 2
     assert "source: '13:" in capsys.readouterr().err
     (images / "train" / "c0" / "zz.jpg").unlink()
     assert pack.main(arguments(images, output, "--short-side", "40")) == 0
     assert pack.main(arguments(images, output, "--short-side", "40")) == 0  # complete
-    assert pack.main(arguments(images, output)) == 1
+    assert pack.main(arguments(images, output)) == 2
     assert "exists and was packed otherwise (short_side: 40, now 0" in capsys.readouterr().err
 
 
@@ -326,7 +326,7 @@ def test_two_processes_do_not_write_one_pack(
     prepare = functools.partial(open_and_wait, output=output)
     (job,) = forked.start("tools.pack", ["--output", str(output)], images / "log", prepare=prepare)
     job.wait_for("holding")
-    assert pack.main(arguments(images, output)) == 1
+    assert pack.main(arguments(images, output)) == 2
     assert "is being written by another process" in capsys.readouterr().err
     job.send(signal.SIGKILL)
     job.wait()
@@ -348,7 +348,7 @@ def test_a_full_disk_is_an_error_and_the_command_goes_on(images: Path, share: fl
     output = images / "p" / "train.pack"
     prepare = functools.partial(small_files, size=int(share * len(whole)))
     assert forked.run("tools.pack", arguments(images, output), images / "log", prepare=prepare) == [
-        1
+        2
     ]
     text = (images / "log.0").read_text()
     assert f"[Errno {errno.EFBIG}]" in text
@@ -372,7 +372,7 @@ def test_a_pack_that_reads_back_otherwise_is_not_committed(
         partial.data.flush()
 
     monkeypatch.setattr(packing.Partial, "close_file", rot)
-    assert pack.main(arguments(images, output)) == 1
+    assert pack.main(arguments(images, output)) == 2
     assert "damaged record" in capsys.readouterr().err
     assert not output.exists()
 
@@ -384,8 +384,8 @@ def test_verify_reads_everything(images: Path, capsys: pytest.CaptureFixture[str
     content = bytearray(output.read_bytes())
     content[int(PackedSource(output).index.offsets[COUNT]) - 1] ^= 128
     output.write_bytes(content)
-    assert pack.main(["--verify", "--output", str(output)]) == 1
+    assert pack.main(["--verify", "--output", str(output)]) == 2
     assert "damaged record" in capsys.readouterr().err
     output.write_bytes(content[:-1])
-    assert pack.main(["--verify", "--output", str(output)]) == 1
+    assert pack.main(["--verify", "--output", str(output)]) == 2
     assert "was cut or damaged" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a person meets first: the help of a tool, and what it says to a mistyped flag."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,16 @@ def answer(place: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
 
 
-@pytest.mark.parametrize("name", [*(f"tools/{tool}" for tool in TOOLS), "benchmarks/__main__.py"])
+MAINS = ("main_pretrain.py", "main_linear.py", "main_semisup.py", "detection/main_detection.py")
+OTHERS = (
+    "segmentation/main_segmentation.py",
+    "benchmarks/__main__.py",
+    "detection/train_net.py",
+    "detection/convert_to_detectron2.py",
+)
+
+
+@pytest.mark.parametrize("name", [*(f"tools/{tool}" for tool in TOOLS), *MAINS, *OTHERS])
 def test_help_needs_no_torch_and_has_an_example(name: str) -> None:
     done = answer(ROOT / name, "--help")
     assert done.returncode == 0, done.stderr
@@ -31,6 +41,24 @@ def test_help_needs_no_torch_and_has_an_example(name: str) -> None:
     command = f"python -m {module}" if module != name else f"python {name}"
     assert f"\nExample: {command}" in done.stdout  # as it is written, so that it can be copied
     assert done.stdout.isascii()
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 60
+    assert "default: None" not in done.stdout
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        # an option or an argument is followed by its text, in its line or the next
+        if re.match(r"  \S+(, \S+)?( \S+)*$", line) and line.startswith("  -"):
+            assert below.startswith(" " * 12), line
+
+
+@pytest.mark.parametrize("command", ["ls", "best", "export", "diff"])
+def test_the_help_of_a_command_names_the_program_that_was_typed(command: str) -> None:
+    done = answer(ROOT / "tools/runs.py", command, "--help")
+    assert done.stdout.startswith(f"usage: {ROOT}/tools/runs.py {command} ")
+    wrong = answer(ROOT / "tools/runs.py", command, "--silent-after", "soon")
+    if command != "diff":
+        error, see = wrong.stderr.splitlines()
+        assert error == "error: argument --silent-after: invalid float value: 'soon'"
+        assert see == f"See {ROOT}/tools/runs.py {command} --help"
 
 
 @pytest.mark.parametrize("name", [tool for tool in TOOLS if tool != "demo.py"])

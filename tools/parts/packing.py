@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ _ROW = np.dtype(
 # After as many bytes or seconds, whichever comes first, what was written is forced to the disk.
 _COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 10.0
-_LINE_SECONDS = 20.0  # between lines where there is no terminal
 
 
 @dataclass
@@ -145,33 +143,3 @@ def difference(old: object, new: Settings) -> str:
     old = old if isinstance(old, dict) else {}
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
-
-
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, verb: str, count: int, start: int = 0) -> None:
-        self.verb, self.count, self.start = verb, count, start
-        self.began = self.last = time.monotonic()
-        self.terminal = sys.stdout.isatty()
-
-    def show(self, done: int, last: bool = False) -> None:
-        """Say how far it is, if it is time to."""
-        now = time.monotonic()
-        if not last and now - self.last < (0.2 if self.terminal else _LINE_SECONDS):
-            return
-        self.last = now
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        left = (self.count - done) / max(rate, 1e-9)
-        share = done / max(self.count, 1)
-        text = f"{self.verb} {done}/{self.count} {share:4.0%} {rate:.0f} images/s"
-        text += f", {left / 60:.1f} min left"
-        if self.terminal:
-            bar = "#" * int(30 * share)
-            print(f"\r[{bar:<30}] {text}\x1b[K", end="\n" if last else "", flush=True)
-        else:
-            print(text, flush=True)
-
-    def end(self) -> None:
-        """Say that all is done."""
-        self.show(self.count, last=True)

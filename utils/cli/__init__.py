@@ -209,7 +209,7 @@ def _first_to_say(message: str) -> bool:
 
 
 def _leave_processes() -> None:
-    if "torch" in sys.modules:
+    if sys.modules.get("torch"):
         from utils.distributed import close_processes
 
         close_processes()

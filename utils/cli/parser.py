@@ -54,6 +54,9 @@ class Parser(argparse.ArgumentParser):
         # An abbreviated flag would change its meaning with the next flag of the same beginning.
         options.setdefault("allow_abbrev", False)
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        typed = sys.argv[0]
+        if typed.endswith(".py") and os.path.basename(typed) != "__main__.py":
+            options.setdefault("prog", typed)  # so that `See ... --help` can be copied
         super().__init__(**options)
 
     def group(self, title: str) -> argparse._ArgumentGroup:
@@ -63,9 +66,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage, which may fill a page, is left to --help."""
-        typed = sys.argv[0]
-        program = typed if self.prog == os.path.basename(typed) else self.prog
-        self.exit(2, f"error: {message}\nSee {program} --help\n")
+        self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse; refuse unknown words, each with what it is called here."""
@@ -104,7 +105,6 @@ def make_parser(
     """
     renamed = renamed or {}
     parser = Parser(
-        prog=sys.argv[0] if sys.argv[0].endswith(".py") else None,
         usage="%(prog)s --cfg FILE [flags]",
         description=description,
         formatter_class=_HelpFormatter,
