@@ -28,7 +28,7 @@ def main() -> int:
         from detectron2.engine import default_argument_parser, launch
     except ImportError as error:
         if {"-h", "--help"} & set(sys.argv[1:]):
-            print(f"{__doc__}\nDetectron2 is not installed: {INSTALL}")
+            sys.stdout.write(f"{__doc__}\nDetectron2 is not installed: {INSTALL}\n")
             return 0
         raise ImportError(
             f"train_net.py needs Detectron2 ({error}): {INSTALL}, or use "
