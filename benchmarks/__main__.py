@@ -26,6 +26,7 @@ COMMANDS = {
     "probe": "a grid of learning rates over a single one; k-NN",
     "peers": "other libraries beside ours: the same backbone, batch, views and precision",
     "corruption": "SiT's corruption of a batch at once over a loop over its images",
+    "dense": "training input and labels of segmentation: PIL and torchvision, ours",
     "index": "listing a large image folder the first and the second time",
 }
 
