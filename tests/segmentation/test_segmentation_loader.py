@@ -133,15 +133,19 @@ def test_an_unreadable_file_is_replaced_in_training_and_an_error_in_a_test(
         list(loading.test_images(open_dataset(cfg, "val"), cfg, CPU, (1.0,), 0))
 
 
-def test_a_wrong_label_of_a_test_is_an_error(pairs_root: Path, tmp_path: Path) -> None:
+def test_a_wrong_label_is_counted_in_training_and_an_error_in_a_test(
+    pairs_root: Path, tmp_path: Path
+) -> None:
     shutil.copytree(pairs_root, tmp_path, dirs_exist_ok=True)
     cfg = scenes.config(tmp_path, "folders")
-    source = open_dataset(cfg, "val")
-    file = tmp_path / "labels" / "val" / "scene104.png"
-    shutil.copy(tmp_path / "labels" / "val" / "scene100.png", file)
-    pixels = scenes.scene(104)[1]
-    pixels[5, 6] = 77
-    scenes.paletted(file, pixels)
+    loader, source = make_loader(tmp_path), open_dataset(cfg, "val")
+    for split, number in (("train", 2), ("val", 104)):  # as if it changed after the start
+        pixels = scenes.scene(number)[1]
+        pixels[5, 6] = 77
+        scenes.paletted(tmp_path / "labels" / split / f"scene{number}.png", pixels)
+    assert all(index != 2 for _, index in drawn(loader))
+    (reason,) = loader.bad.reasons.values()
+    assert "scene2.png: value 77 has no class" in reason
     with pytest.raises(ValueError, match=r"scene104\.png: value 77 has no class"):
         list(loading.test_images(source, cfg, CPU, (1.0,), 0))
 
