@@ -107,16 +107,7 @@ def main() -> int:
     source = open_split(cfg.DATA, "train")
     run.fingerprint = source.fingerprint()  # resume refuses other data by it
     recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
-    loader = build_loader(
-        cfg,
-        source,
-        recipe,
-        run.device,
-        global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS),
-        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
-        repeated_aug=cfg.DATA.REPEATED_AUG,
-        decode=cfg.DATA.DECODE,
-    )
+    loader = open_loader(cfg, run, source, recipe)
 
     # model, plan, optimiser
     framework = run.prepare(build_framework(cfg))
@@ -167,6 +158,20 @@ def next_commands(
     export = f"python tools/convert.py export {run} --to timm --output backbone.pth"
     probe = command("main_linear.py", args, flags) if labelled else export
     return [probe, f"python tools/report.py {run}"]
+
+
+def open_loader(cfg: CfgNode, run: Run, source: Source, recipe: Recipe) -> GlobalLoader:
+    """Return the loader of the run's batches."""
+    return build_loader(
+        cfg,
+        source,
+        recipe,
+        run.device,
+        global_batch=global_batch_size(cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS),
+        accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
+        repeated_aug=cfg.DATA.REPEATED_AUG,
+        decode=cfg.DATA.DECODE,
+    )
 
 
 def plan_of(cfg: CfgNode, loader: GlobalLoader) -> Plan:

@@ -36,6 +36,7 @@ class BatchPlan:
         """Refuse sizes that cannot be cut evenly, and say which can."""
         if self.repeats < 1:
             raise ValueError(f"REPEATED_AUG {self.repeats} must be at least 1 (1: no repetition)")
+        # each micro-batch of each process has the same size: gradients are plain means
         share = self.world * self.accumulation
         size = f"{self.size_key} (--batch-size) x TRAIN.ACCUMULATION_STEPS x processes"
         per_rank, left = divmod(self.global_batch, share)
@@ -82,10 +83,8 @@ class Request:
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the permutation (num_samples,) int64 of an epoch, a pure function of its arguments.
-
-    Sorting hashes that never tie gives the same order with every version of every library.
-    """
+    """Return the permutation (num_samples,) int64 of an epoch, a pure function of its arguments."""
+    # The hashes never tie. So the order is the same with every version of every library.
     return np.argsort(hashed(np.arange(num_samples), "order", seed, epoch))
 
 
@@ -115,6 +114,7 @@ class RequestSampler:
 
     def __iter__(self) -> Iterator[Request]:
         """Yield `accumulation` requests a step."""
+        # the order of an epoch is made once, and only when a step of it is due
         current, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.plan.steps_per_epoch)

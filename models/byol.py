@@ -44,6 +44,7 @@ class BYOL(MomentumFramework):
         num = len(views[0])
         first = cosine_regression(*self.paired_rows(predictions[0], targets[1], num))
         second = cosine_regression(*self.paired_rows(predictions[1], targets[0], num))
+        # both ways, so that each view is predicted once
         return {"loss": first + second, "embedding": targets[0][:num]}
 
     def after_step(self, progress: Progress) -> None:

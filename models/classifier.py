@@ -15,12 +15,13 @@ M = TypeVar("M", bound=nn.Module)
 def freeze(backbone: M, active_drop_path: bool = False) -> M:
     """Freeze a backbone for a probe: no gradients, eval mode.
 
-    With `active_drop_path` it stays in train mode, which keeps drop path active: the protocol of
-    MoBY. Its batch norms are in eval mode even then, since their statistics must not change.
+    With `active_drop_path` it stays in train mode, but for its batch norms.
     """
+    # MoBY's protocol: drop path stays active, and a module has only one switch for all
     backbone.requires_grad_(False).train(active_drop_path)
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # train mode would also move their running statistics
             module.eval()
     return backbone
 
@@ -46,6 +47,7 @@ class LinearHeads(nn.Module):
     ) -> None:
         """Draw the common start; ValueError if `init` is unknown."""
         super().__init__()
+        # one start for all, so that heads differ by their rates only
         weight = _start(torch.empty(num_classes, num_features), init)
         self.weights = nn.ParameterList(nn.Parameter(weight.clone()) for _ in range(num_heads))
         self.biases = nn.ParameterList(

@@ -35,6 +35,7 @@ class MoBY(MomentumFramework):
         projector = mlp(backbone.num_features, hidden_dim, out_dim, proj_num_layers)
         super().__init__(Encoder(backbone, projector), target_backbone)
         self.predictor = mlp(out_dim, hidden_dim, out_dim, pred_num_layers)
+        # Two queues: queries of a view meet only keys of the other view.
         self.queue1 = KeyQueue(queue_size, out_dim)  # keys of view 1
         self.queue2 = KeyQueue(queue_size, out_dim)  # keys of view 2
         self.temperature = temperature
@@ -55,6 +56,7 @@ class MoBY(MomentumFramework):
         # queries of view 1 meet old keys of view 2, and the other way round
         first = queue_contrast(*pairs[0], self.queue2.keys, self.temperature, synthetics)
         second = queue_contrast(*pairs[1], self.queue1.keys, self.temperature, synthetics)
+        # after the contrasts: a query must not meet its own key among the negatives
         self.queue1.hold(keys[0])
         self.queue2.hold(keys[1])
         return {

@@ -39,7 +39,13 @@ class MoCoV3(MomentumFramework):
     ) -> None:
         width = backbone.num_features
         projector = mlp(
-            width, hidden_dim, out_dim, proj_num_layers, bias=False, last_batch_norm=True
+            # no biases: the batch norm behind each layer would subtract them again
+            width,
+            hidden_dim,
+            out_dim,
+            proj_num_layers,
+            bias=False,
+            last_batch_norm=True,
         )
         super().__init__(Encoder(backbone, projector), target_backbone)
         self.predictor = mlp(

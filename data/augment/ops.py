@@ -29,6 +29,7 @@ class HorizontalFlip(BatchOp, HostOp):
     """Mirror left-right with probability `p`."""
 
     name: ClassVar[str] = "flip"
+    # A stream's number keys its draws (utils.randomness): another number is another run.
     streams: ClassVar[tuple[int, ...]] = (1,)
     p: float = 0.5
 
@@ -105,6 +106,7 @@ class GaussianBlur(BatchOp):
 
     def apply(self, x: Tensor, draws: Draws) -> Tensor:
         """Blur."""
+        # one kernel width for the batch, that of the largest sigma
         return gaussian_blur(x, send(draws["sigma"], x.device), self.sigma[1])
 
 
@@ -122,7 +124,8 @@ class Solarize(BatchOp):
         return {"solarize": uniform(keys, 7) < self.p}
 
     def apply(self, x: Tensor, draws: Draws) -> Tensor:
-        """Invert; lerp with weights 0 and 1 is faster on a CPU than a choice by a mask."""
+        """Invert."""
+        # a lerp with weights 0 and 1 is faster on a CPU than a choice by a mask
         return x.lerp(1.0 - x, (x >= self.threshold / 255).to(x.dtype))
 
 
@@ -147,6 +150,7 @@ class RandomErasing(BatchOp):
         """
         attempts, column = np.arange(_ATTEMPTS), keys[:, None]
         area = size * size * uniform_between(column, 400 + attempts, 0.02, 1 / 3)
+        # log-uniform: a rectangle is upright as often as it lies
         edge = math.log(0.3)
         ratio = np.exp(uniform_between(column, 500 + attempts, edge, -edge))
         h = np.rint(np.sqrt(area * ratio)).astype(np.int64)

@@ -57,12 +57,14 @@ def rand_augmenter(
     config: str, size: int, interpolation: str
 ) -> Callable[[Image.Image], Image.Image]:
     """Build timm's transform with the settings of its `create_transform`."""
-    hparams = {  # shifts are relative to the image, and what it leaves free is ImageNet's grey
+    # as timm sets them: shifts of at most 45 % of the side, ImageNet's mean where nothing is left
+    hparams = {
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN),
         "interpolation": Image.Resampling[interpolation.upper()],
     }
     transform = rand_augment_transform(config, hparams)
+    # Only that operation is wrapped: the draws of timm stay as they are.
     for op in transform.ops:
         if op.name.startswith("Posterize"):
             op.aug_fn = functools.partial(_posterize, op.aug_fn)
@@ -72,7 +74,8 @@ def rand_augmenter(
 def _posterize(
     original: Callable[..., Image.Image], image: Image.Image, bits: int, **options: object
 ) -> Image.Image:
-    """Return black where timm asks for 0 bits, as Pillow did before 12: it now raises an error."""
+    """Keep `bits` of each level; 0 gives black."""
+    # timm asks for 0 bits at one end of its magnitudes, which Pillow 13 refuses
     if bits < 1:
         return Image.new(image.mode, image.size)
     return original(image, bits, **options)
@@ -91,10 +94,8 @@ def seeded_numpy(seed: int | list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed `random` and NumPy's global generator, which timm draws from, and restore both.
-
-    Nothing else in the process notices; only for code that runs in one thread.
-    """
+    """Seed `random` and NumPy's global generator, and restore both; for one thread only."""
+    # restored, so that nothing else in the process notices
     python = random.getstate()
     random.seed(seed)
     try:

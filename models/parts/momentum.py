@@ -32,6 +32,7 @@ class MomentumFramework(nn.Module):
         )
         # a backbone that was built apart has other random weights
         self.target.load_state_dict(online.state_dict())
+        # so the optimiser does not see it: it follows by averaging only
         self.target.requires_grad_(False)
 
     can_stack_views = False  # True: a backbone may take both views in one pass
@@ -65,6 +66,7 @@ class MomentumFramework(nn.Module):
                 f"MODEL.BATCHFORMER.LOSS: 'sum' is MoCo v3's; use 'mean' with {type(self).__name__}"
             )
         self.online.batchformer = batchformer
+        # a copy: its weights are averaged with the rest of the target
         self.target.batchformer = copy.deepcopy(batchformer).requires_grad_(False)
 
     def compile_backbones(self, backend: str = "inductor", cuda_graphs: bool = False) -> None:
@@ -75,8 +77,10 @@ class MomentumFramework(nn.Module):
         """
         options = {"mode": "reduce-overhead"} if cuda_graphs else {"backend": backend}
         for encoder in (self.online, self.target):
+            # in place: torch.compile(module) would put "_orig_mod." before the names in checkpoints
             encoder.backbone.compile(**options)
         if cuda_graphs:
+            # The step's mark lets a graph write over the outputs of the step before.
             self.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
     def stack_views(self) -> None:

@@ -76,6 +76,7 @@ def draw_synthetics(config: SyntheticConfig, hard: Tensor, queries: Tensor) -> l
 
     `hard` (B, num_hard) are queue rows; positions in it are drawn uniformly, with replacement.
     """
+    # u is uniform in [0, 1), so the negative always weighs more than the query.
     n1, n2, n3, n4, n5, n6 = config.counts
     draws: list[Synthetics] = []
     if n1:  # interpolation towards the query
@@ -145,6 +146,7 @@ class ClosedForm:
     ) -> None:
         """Take queries (B, D), queue (K, D), similarities (B, K) and lengths (K,) of its rows."""
         s = self.synthetics = synthetics
+        # No type has more than two terms. So the length needs the square of each and one product.
         u = similarities.gather(1, s.first)
         square = queries.square().sum(1, keepdim=True)
         top = s.b * u
@@ -176,6 +178,7 @@ class ClosedForm:
         product with the queue then serves all negatives. `weights` (B, N) are derivatives by the
         logits.
         """
+        # A synthetic is a constant, so the gradient of its logit is the unit vector itself.
         s, w = self.synthetics, weights / self.norm
         # a queue entry may be drawn several times: its weights add up
         queue_weights.scatter_add_(1, s.first, w * s.b)
@@ -225,6 +228,7 @@ def _rows(queue: Tensor, indices: Tensor) -> Tensor:
 
 def _pair_dots(queue: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Return dot products (B, N) of pairs of queue rows, in chunks that fit the cache."""
+    # A GPU has no such cache and wants few, large calls.
     chunk = _PAIRS_PER_CHUNK if queue.device.type == "cpu" else 128 * _PAIRS_PER_CHUNK
     pairs = zip(first.flatten().split(chunk), second.flatten().split(chunk), strict=True)
     dots = [queue.index_select(0, a).mul_(queue.index_select(0, b)).sum(1) for a, b in pairs]

@@ -101,6 +101,7 @@ def _known(state: Mapping[str, Tensor], library: str, families: set[str]) -> str
 def _resnet(state: Mapping[str, Tensor], library: str) -> State:
     """Return a ResNet as it is, for libraries that have only its ImageNet stem."""
     kernel = state["conv1.weight"].shape[-1]
+    # our stems for small images have a kernel of 3
     if kernel != 7:
         raise ValueError(
             f"{library}'s ResNets have a 7x7 stem, this one {kernel}x{kernel} "
@@ -127,6 +128,7 @@ def relative_position_index(window: int) -> Tensor:
     """Return which row of the table a pair of positions of a window has, (window**2, window**2)."""
     rows = torch.arange(window).repeat_interleave(window)
     cols = torch.arange(window).repeat(window)
+    # offsets from -(window - 1) to window - 1, moved to start at 0
     down = rows[:, None] - rows[None] + window - 1
     right = cols[:, None] - cols[None] + window - 1
     return down * (2 * window - 1) + right
@@ -174,6 +176,7 @@ def _vit_config(backbone: Any, img_size: int) -> dict[str, object]:
 
 def _swin_config(backbone: Any, img_size: int) -> dict[str, object]:
     windows = {block.window_size for layer in backbone.layers for block in layer.blocks}
+    # timm makes a window no larger than its map; transformers knows one size for all
     if len(windows) > 1:
         raise ValueError(
             "transformers' Swin has one window size; this model's last stages are smaller than its "

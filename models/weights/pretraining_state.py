@@ -21,6 +21,7 @@ def framework_state(
     listing what is missing, left over or of another shape.
     """
     paths = all_paths(checkpoint)
+    # the names of the query encoder tell whose code wrote the file
     if tensors := _beside("encoder_q", paths):
         found = _encoders(tensors, {"encoder_q.": "online.", "encoder_k.": "target."}, _moco_head)
     elif tensors := _beside("base_encoder", paths):
@@ -111,6 +112,7 @@ def _moby_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 # Their hidden layers (linear, norm, ReLU) stand behind an identity.
                 result[f"{ours}{int(match[1]) - 1}.{match[2]}"] = tensor
             elif match := re.fullmatch(r"linear_out\.(.+)", key):
+                # a hidden layer is three modules in ours: linear, norm, ReLU
                 result[f"{ours}{3 * num_hidden}.{match[1]}"] = tensor
     return result
 
@@ -128,6 +130,7 @@ def _queues(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 
 
 def _refuse_poor_match(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    # tables that follow from the sizes; timm builds its own
     derived = ("relative_position_index", "attn_mask")
     missing = sorted(own.keys() - found.keys())
     left = sorted(key for key in found.keys() - own.keys() if not key.endswith(derived))

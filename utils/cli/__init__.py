@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn, cast
@@ -185,8 +186,6 @@ def _who_is_missing() -> str:
 
 def _report(error: BaseException, message: str) -> None:
     if os.environ.get("SYNCO_DEBUG"):
-        import traceback
-
         with contextlib.suppress(OSError):  # as below
             traceback.print_exception(error)
     rank = os.environ.get("RANK") or "0"
