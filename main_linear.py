@@ -133,6 +133,7 @@ def main() -> int:
     for start in [weights, None] if args.random_baseline else [weights]:
         label, inputs = weights_label(start, args.which), None
         for percent in cfg.LINEAR.LABEL_PERCENTS:
+            # a folder for each: probes of other weights or labels do not resume each other
             folder = probe_folder(cfg.LINEAR, label, percent)
             run = start_run(cfg, folder, task="linear", training=not args.eval)
             # The network and its features are the same for each share of the labels.
@@ -165,6 +166,7 @@ def open_inputs(cfg: CfgNode, run: Run, weights: Path | None, which: str) -> Pro
         "folder": probe_folder(cfg.LINEAR, weights_label(weights, which), 100),
     }
     train, val = (open_split(cfg.DATA, split, labelled=True) for split in ("train", "val"))
+    # The network is frozen: features of val are the same at every epoch.
     queries = split_features(cfg, run, backbone, val, "val", **kept).blocks()
     bank = None
     if cfg.KNN.K or cfg.LINEAR.CACHED_FEATURES:
@@ -249,6 +251,7 @@ def probe(
             f"--eval: {run.folder} holds no trained probe; run it without --eval first, or give "
             "--resume"
         )
+    # also of a probe that was complete before: its last epoch is evaluated again
     final = evaluate(plan.progress(state.step))
     what = {"weights": label, "labels": f"{percent:g}pct", "images": len(source)}
     return write_result(run, what, state.best, final, knn, points, state.closed_at)

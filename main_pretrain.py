@@ -131,6 +131,7 @@ def main() -> int:
         run.meter.record(progress, evaluate(progress), state)
         return 0
 
+    # The one place where model and data meet; the engine knows neither.
     def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with run.autocast():
             return state.model([run.views(view) for view in batch.views], progress)
@@ -218,6 +219,7 @@ class Evaluations:
     ) -> None:
         self.cfg, self.run, self.framework = cfg, run, framework
         self.epochs, self.at_once = epochs, at_once
+        # opened now, so that a missing split ends the run before its first step
         self.held_out: GlobalLoader | None = None
         self.knn: dict[str, Source] = {}
         if cfg.HELD_OUT.EVERY_EPOCHS:

@@ -152,6 +152,7 @@ def forward_and_backward(
         last = number == len(micro_batches)
         with nullcontext() if last else _no_sync(state.model):
             out = step(batch, progress)
+            # so that the sum of the micro-batches is the mean of the batch
             loss = out["loss"] / len(micro_batches)
             (state.scaler.scale(loss) if state.scaler else loss).backward()
         total = loss.detach() if total is None else total + loss.detach()
@@ -209,6 +210,7 @@ def update(
         if plan.clip_per_tensor
         else state.clip_groups or [trainable]
     )
+    # each group by itself: the heads of a grid must not influence each other
     norms = torch.stack([clip_gradient(parameters, plan.clip_grad) for parameters in groups])
     norm = torch.linalg.vector_norm(norms) if len(norms) > 1 else norms[0]
     if state.closed_at is not None:

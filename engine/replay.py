@@ -63,6 +63,7 @@ def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Pat
     if not distributed.is_main():
         return None
     progress = plan.progress(error.step)
+    # All that the step depended on: its batch, draws, weights and place in the schedule.
     payload = {
         "step": error.step,
         "message": str(error),
@@ -175,7 +176,9 @@ def replay(run: Run, framework: torch.nn.Module, kept: State, path: Path) -> lis
             "rank %d: %d images, its loss was %.4g; %s", part["rank"], count, part["loss"], inputs
         )
         found = []
+        # once where the run was in fp32 already
         for precision in dict.fromkeys((kept["precision"], "fp32")):
+            # Each play starts from the same state: a forward moves batch statistics.
             framework.load_state_dict(weights)
             found.append(_play(run, framework, kept, part, precision))
             logger.info("rank %d, %s", part["rank"], found[-1].describe())
@@ -282,6 +285,7 @@ def _watch_output(name: str, finding: Finding) -> Callable[[torch.nn.Module, obj
         bad = next((t for t in _tensors(output) if not _is_finite(t)), None)
         if bad is None or finding.module:
             return
+        # a module that only passes on what it got is not to blame
         clean = all(map(_is_finite, _tensors(inputs)))
         given = "" if clean else ", whose input is already not finite"
         count = int((~torch.isfinite(bad)).sum())
@@ -335,6 +339,7 @@ def _bad_inputs(part: State) -> str:
 
 def _rows(bad: Tensor, indices: Tensor | None) -> str:
     """Return the samples whose rows of an output (N, ...) are not finite, if rows are samples."""
+    # a scalar or an output of several views has no row for each sample
     if bad.ndim < 2 or indices is None or len(bad) != len(indices):
         return ""
     rows = ~torch.isfinite(bad.detach()).flatten(1).all(1).cpu()

@@ -30,6 +30,7 @@ class RandomResizedCrop(SpatialOp):
         """Draw boxes (N,4) int64 by the law of torchvision's RandomResizedCrop."""
         draws = CropDraws(self, keys)
         sizes = zip(heights.tolist(), widths.tolist(), strict=True)
+        # A box depends on its image's size. So it is found image by image.
         boxes = [draws.box(sample, *size) for sample, size in enumerate(sizes)]
         return np.array(boxes, dtype=np.int64).reshape(-1, 4)
 
@@ -57,10 +58,8 @@ class CropDraws:
         self._corners = np.stack([uniform(keys, top), uniform(keys, left)], axis=1).tolist()
 
     def box(self, sample: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return a sample's crop (top, left, height, width) of an image by torchvision's law.
-
-        The first of ten attempts that fits, else the central crop.
-        """
+        """Return a sample's crop (top, left, height, width) of an image by torchvision's law."""
+        # The first of ten attempts that fits, else the central crop.
         # Plain numbers: for one image arrays are twenty times slower.
         for share, ratio in zip(self._shares[sample], self._ratios[sample], strict=True):
             area = height * width * share
@@ -95,6 +94,7 @@ class Resize(SpatialOp):
         """Resize the whole images."""
         height, width = images.shape[-2:]
         size = self.shape(height, width)
+        # a CIFAR image at its own size stays bit-exact
         if size == (height, width):
             return images
         whole = np.tile([0, 0, height, width], (len(images), 1))
@@ -165,6 +165,7 @@ class RandomCropPad(SpatialOp):
 def window(image: Tensor, box: Box) -> Tensor:
     """Return the window `box` of an image (3,H,W), a view of its memory."""
     top, left, height, width = (int(value) for value in box)
+    # no copy: only the resize reads the pixels
     return image[:, top : top + height, left : left + width]
 
 
@@ -184,6 +185,7 @@ def draw_boxes(
         boxes = op.draw(keys, np.full(len(keys), height), np.full(len(keys), width))
         if boxes is not None:
             return boxes
+        # a random crop after a resize sees the resized image
         height, width = op.shape(height, width)
     return None
 

@@ -131,6 +131,7 @@ def _in_chunks(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor
 
 
 def _plain(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+    # a decoder may give channels last; the operations are written for planes
     x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
     for op in ops:
         apply_(op, x, draws)
@@ -147,6 +148,7 @@ def apply_(op: BatchOp, x: Tensor, draws: Draws) -> None:
     if len(chosen) < len(x):
         part = x.index_select(0, index)
         draws = {name: values[chosen] for name, values in draws.items()}
+    # only for those that drew it: half a batch costs half
     x[index] = op.apply(part, draws)
 
 

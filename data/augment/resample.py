@@ -23,6 +23,7 @@ def crop_resize(
     height, width = (size, size) if isinstance(size, int) else size
     box = torch.from_numpy(np.ascontiguousarray(boxes, dtype=np.float32))
     top, left, rows, cols = box.to(images.device, non_blocking=True).unbind(1)
+    # Crop and resize are linear, so both are one matrix for each axis and image.
     by_column = box_weights(left, cols, images.shape[3], width, interpolation)
     by_row = box_weights(top, rows, images.shape[2], height, interpolation)
     length = chunk_length(images.device, *images.shape[1:])
@@ -53,6 +54,7 @@ def box_weights(
     first = start[:, None, None]
     distance = (pixel - first - centre * scale).div_(stretch).abs_()
     weights = _triangle(distance) if interpolation == "bilinear" else _cubic(distance)
+    # pixels outside the crop have no weight, so that the crop is as if cut out first
     inside = (pixel > first) & (pixel < first + length[:, None, None])
     weights *= inside
     return weights.div_(weights.sum(dim=2, keepdim=True))
@@ -78,9 +80,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     kernels = torch.exp(taps.square() * (-0.5 / sigma.square())[:, None])
     # a CPU is five times slower on denormal numbers
     kernels = torch.where(kernels > 1e-12, kernels, 0.0)
+    # a blur keeps the brightness: the weights sum to 1
     kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(images.shape[1], dim=0)
     # One group per channel of every sample: each has its own kernel.
     x = F.pad(images.flatten(0, 1)[None], [reach] * 4, mode="replicate")
+    # A Gaussian is separable: rows, then columns.
     x = F.conv2d(x, kernels[:, None, None, :], groups=len(kernels))
     return F.conv2d(x, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
 

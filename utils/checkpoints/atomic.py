@@ -111,6 +111,7 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file as hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        # piece by piece: a checkpoint may be larger than the memory
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

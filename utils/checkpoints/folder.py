@@ -50,6 +50,7 @@ def prune(
 
     At least two that verify always stay. A file that cannot be removed is a warning.
     """
+    # one file may be named in several ways
     protected = {path.resolve() for path in protect}
     paths = committed(folder)
     newest = paths[: max(keep_last, _FLOOR)]
@@ -77,6 +78,7 @@ def best(folder: Path, metric: str, lower_is_better: bool = False) -> Path | Non
     It follows from the JSON files alone, so that it survives a resume.
     """
     values: list[tuple[float, Path]] = []
+    # oldest first, and `max` takes the first of equals
     for path in reversed(committed(folder)):
         try:
             value = evaluation_of(read_record(path)).get(metric, math.nan)

@@ -46,6 +46,7 @@ def _tensor(storage: object, offset: object, shape: object, stride: object, *_: 
     (start,), sizes, steps = _counts((offset,)), _counts(shape), _counts(stride)
     base = storage.flat.view(storage.dtype)
     count = math.prod(sizes)
+    # an empty tensor has no last value
     if count == 0:
         return torch.empty(sizes, dtype=base.dtype)
     last = start + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
@@ -90,6 +91,7 @@ def _bytearray(*arguments: object) -> bytearray:
 
 
 def _complex(real: object, imaginary: object) -> complex:
+    # complex(text) would parse a text of any length
     if not isinstance(real, float) or not isinstance(imaginary, float):
         raise TypeError
     return complex(real, imaginary)

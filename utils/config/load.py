@@ -101,6 +101,7 @@ def _merged(schema: Schema, values: Mapping[str, Value], name: str = "") -> CfgN
     merged = schema.defaults()
     for key, value in values.items():
         _set(merged, key, value)
+    # the name of a run is the file's, unless the file says another
     merged.NAME = merged.NAME or name or merged.MODEL.NAME
     validate(merged, schema)
     merged.freeze()
@@ -131,6 +132,7 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
     # A key that the code did not have when it saved had its default: what a key adds is off then.
     saved = {name: plain(key.default) for name, key in KEYS.items() if name in current}
     saved |= _flatten(_parse_yaml(saved_yaml, "the checkpoint's configuration"), "checkpoint")
+    # All differences are gathered first, so that one message names them all.
     tunable: list[str] = []
     fatal: list[str] = []
     for key in dict.fromkeys([*current, *saved]):
@@ -167,6 +169,7 @@ def validate(tree: CfgNode, schema: Schema) -> None:
             )
     for key, value in leaves(tree):
         _check_limits(key, value, schema[key])
+    # each section of MODEL is a method's, but for that of the backbone
     methods = [name.lower() for name, node in tree.MODEL.items() if isinstance(node, CfgNode)]
     methods.remove("backbone")
     if tree.MODEL.NAME not in methods:
@@ -214,6 +217,7 @@ def _checked(
 
 def _coerce(default: Value, value: object, key: str, source: str) -> Value:
     """Return the value in the type of the default; a whole number may be a float or a text."""
+    # Python takes True for a 1
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not -_MAX_INT <= value < _MAX_INT:
             raise ConfigError(f"{source}: {key}: {str(value)[:40]} is not a finite 64-bit number")
@@ -277,6 +281,7 @@ def _read_chain(
         values = translated(_read_yaml(file), file)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    # by its real path: a link is no way out of a cycle
     path = file.resolve()
     if path in seen:
         raise ConfigError(f"{file}: {BASE_KEY} comes back to {path.name}; remove the cycle")
