@@ -1,8 +1,10 @@
-# make demo   pretrain and probe a small backbone on embedded real images, no download
-# make test   the tests         make test-slow   the long ones too         make check   lint, format, types
-# make docs   docs/configuration.md from the declared keys
-# make reliability   kills, crashes and damage counted, into docs/results/reliability.md
-# All build a virtual environment in .venv first; VENV=/path uses or builds another. JOBS: tests at a time.
+# make demo         pretrain and probe a small backbone on real images of a package, no download
+# make test         the tests, JOBS=2 at a time; make test-slow: the long ones too
+# make check        format, lint, types; make format: repair what can be repaired
+# make docs         docs/configuration.md from the declared keys
+# make reliability  kills, crashes and damage counted, into docs/results/reliability.md
+# make clean        remove output/ and caches
+# All but the last build a virtual environment in .venv first; VENV=/path uses or builds another.
 VENV ?= .venv
 JOBS ?= 2
 PYTHON ?= python3
@@ -12,7 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.synco-ready
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-slow docs reliability check format clean
+.PHONY: help demo test test-slow docs reliability check format clean
+
+help:
+	@sed -n '/^VENV/q; s/^# //p' Makefile
 
 $(READY): requirements.txt requirements-dev.txt
 ifneq ($(UV),)
@@ -25,7 +30,8 @@ endif
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python tools/demo.py
+	@$(BIN)/python tools/demo.py; code=$$?; \
+	if [ $$code = 75 ]; then echo "(make calls it an error; nothing is lost)"; fi; exit $$code
 
 test: $(READY)
 	$(PYTEST)

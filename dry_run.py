@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from data import build_loader, evaluation_loader
+from data import build_loader
 from data.augment.base import Recipe
-from data.augment.preview import first_batch, save_grid
+from data.augment.preview import save_preview
 from data.batch import Batch
 from data.loader import GlobalLoader
-from data.sources.base import Source, subset
+from data.sources.base import Source
 from engine.guards import FiniteGuard
 from engine.loop import StepFunction, train_step
 from engine.plan import Plan
@@ -86,7 +86,7 @@ def dry_run(
     )
     lines.append(_disk(source))
     _draw_curves(folder / "schedule.png", plan, framework)
-    _contact_sheet(folder / "views.png", cfg, source, recipe)
+    save_preview(folder / "views.png", source, recipe, cfg.SEED, _SHOWN)
     lines.append(f"pictures: {folder / 'schedule.png'}, {folder / 'views.png'}")
     return "\n".join(lines) + "\n"
 
@@ -151,13 +151,3 @@ def _draw_curves(path: Path, plan: Plan, framework: nn.Module) -> None:
         text = f"{title}, {min(values):.4g} to {most:.4g}, over {plan.epochs} epochs"
         draw.text((6, top + 4), text, fill="black")
     page.save(path)
-
-
-def _contact_sheet(path: Path, cfg: CfgNode, source: Source, recipe: Recipe) -> None:
-    """Write the first images of the run beside their views."""
-    batch = first_batch(source, recipe, cfg.SEED, _SHOWN)
-    shown, host = subset(source, batch.indices), torch.device("cpu")
-    plain = next(iter(evaluation_loader(_without_workers(cfg), shown, host, len(shown))))
-    columns = torch.stack([plain.views[0], *batch.views], dim=1)
-    titles = ["image", *(f"view {number + 1}" for number in range(len(batch.views)))]
-    save_grid(path, columns, titles)

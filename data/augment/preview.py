@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from data.batch import Batch
-from data.loader import GlobalLoader
-from data.sources.base import Source
+from data.loader import GlobalLoader, evaluation_batches
+from data.sources.base import Source, subset
 
 logger = logging.getLogger("synco")
 
@@ -21,10 +21,18 @@ _SIDE = 96  # small images are enlarged to at least this many pixels
 def save_preview(
     path: Path, source: Source, recipe: Recipe, seed: int, num_images: int = 8
 ) -> None:
-    """Write the views of the first batch as a grid: a row an image, a column a view."""
-    views = first_batch(source, recipe, seed, num_images).views
-    warn_of_identical_views(views)
-    save_grid(path, torch.stack(views, dim=1))
+    """Write the first images beside their views as a grid: a row an image, a column a view."""
+    batch = first_batch(source, recipe, seed, num_images)
+    warn_of_identical_views(batch.views)
+    count, size = len(batch.indices), batch.views[0].shape[-1]
+    shown = subset(source, batch.indices)
+    originals = next(evaluation_batches(shown, size, batch_size=count, device=torch.device("cpu")))
+    names = ["query", "key"] if len(batch.views) == 2 else _numbered(len(batch.views))
+    save_grid(path, torch.stack([originals.views[0], *batch.views], 1), ["original", *names])
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"view {number}" for number in range(1, count + 1)]
 
 
 def warn_of_identical_views(views: Sequence[Tensor]) -> None:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from data.augment.finetune import finetune_recipe
 from data.augment.pipeline import normalise_
-from data.augment.preview import save_grid, save_preview
+from data.augment.preview import first_batch, save_grid, save_preview
 from data.augment.recipes import build_recipe
-from data.sources import build_source
+from data.loader import evaluation_batches
+from data.sources import build_source, subset
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -58,4 +60,19 @@ def test_a_recipe_is_shown_as_the_network_sees_it(tmp_path: Path, recipe: tuple)
     save_preview(
         tmp_path / "views.png", build_source("digits", "", "train"), recipe, seed=0, num_images=3
     )
-    assert pixels(tmp_path / "views.png").shape == (3 * 34 * 3, len(recipe) * 34 * 3, 3)
+    shown = pixels(tmp_path / "views.png")
+    # one column more than the recipe has views: the image itself, and a band with headings
+    assert shown.shape[1] == (1 + len(recipe)) * 34 * 3
+    band = len(shown) - 3 * 34 * 3
+    assert 8 < band < 40
+    for column in np.array_split(shown[:band], 1 + len(recipe), axis=1):
+        assert (column < 128).any()
+    source = build_source("digits", "", "train")
+    (index,) = first_batch(source, recipe, 0, 1).indices.tolist()
+    save_preview(tmp_path / "one.png", source, recipe, seed=0, num_images=1)
+    found = pixels(tmp_path / "one.png")[band + 3 : band + 99 : 3, 3:99:3, 0].astype(int)
+    plain = next(
+        evaluation_batches(subset(source, [index]), 32, batch_size=1, device=torch.device("cpu"))
+    )
+    expected = plain.views[0][0, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+    assert np.abs(found - (expected.clamp(0, 1) * 255).round().numpy()).max() <= 1

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 import runs
 import shapes
 from PIL import Image
+
+from detection import pictures
+from detection.sources.annotations import DetectionData, Objects
 
 MAIN = "detection.main_detection"
 VOC = {
@@ -61,7 +65,28 @@ def test_a_run_leaves_metrics_and_a_picture(whole: Path) -> None:
     assert [line["step"] for line in lines if "AP50" in line] == [3, 6]
     assert {"loss_classifier", "loss_objectness", "grad_norm"} <= lines[0].keys()
     with Image.open(whole / "detections.png") as picture:
-        assert picture.size == (640, 320)
+        assert picture.size == (2 * pictures.TILE, 2 * (pictures.TILE + pictures.BAND))
+
+
+def test_a_picture_shows_the_truth_and_says_why_nothing_was_found(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "a.png")
+    box = np.array([[10.0, 10.0, 30.0, 30.0]], dtype=np.float32)
+    objects = Objects(box, np.array([1]), np.zeros(1, dtype=bool))
+    data = DetectionData((tmp_path / "a.png",), (0,), (objects,), ("cell",), (1,))
+    item = {"index": 0, "label": 1, "box": box[0].tolist(), "score": 0.4}
+    assert pictures.heading([item]) == "no detection above 0.5 (best score 0.40)"
+    assert pictures.heading([]) == "no detection above 0.5 (best score 0.00)"
+    assert pictures.heading([item, {**item, "score": 0.6}]) == "found: 1 above 0.5"
+    drawn = []
+    for score in (0.4, 0.6):
+        pictures.draw_grid(data, [{**item, "score": score}], 5, tmp_path / "d.png")
+        with Image.open(tmp_path / "d.png") as picture:
+            # the left edge of the box, in the truth and in what was found
+            x, y = 10 * pictures.TILE // 40, pictures.BAND + 20 * pictures.TILE // 40
+            drawn.append([picture.getpixel((left + x, y)) for left in (0, pictures.TILE)])
+    colour = drawn[0][0]
+    assert colour != (255, 255, 255)
+    assert drawn == [[colour, (255, 255, 255)], [colour, colour]]
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(

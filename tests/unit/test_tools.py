@@ -1,6 +1,7 @@
 """What a person meets first: the help of a tool, and what it says to a mistyped flag."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,12 @@ def test_the_sweep_reads_its_own_flags_only(words: list[str]) -> None:
     own = words[0] == "--oups"
     assert ("unknown argument '--oups'" in done.stderr) == own, done.stderr
     assert ("torch" in done.stderr) != own
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_names_every_target() -> None:
+    done = subprocess.run(["make", "-s"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in set(phony.split()) - {"help"}:
+        assert re.search(rf"\bmake {target}\b", done.stdout), target
+    assert all(line.startswith(("make ", "All ")) for line in done.stdout.splitlines())
