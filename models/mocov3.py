@@ -67,11 +67,7 @@ class MoCoV3(MomentumFramework):
         with torch.no_grad():
             keys = self.target.each(views)
         num = len(views[0])
-        pairs = [
-            pair
-            for first, second in ((0, 1), (1, 0))
-            for pair in self.stream_pairs(queries[first], keys[second], num)
-        ]
+        pairs = self.crossed_pairs(queries, keys, num)
         contrasts = [batch_contrast(*pair, self.temperature) for pair in pairs]
         loss = torch.stack([contrast.loss for contrast in contrasts]).sum()
         if self.online.batchformer is not None and self.online.batchformer.loss == "mean":

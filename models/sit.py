@@ -231,11 +231,7 @@ class SiT(MomentumFramework):
         with torch.no_grad():
             keys = self.target(torch.cat(views), len(views)).embedding.chunk(len(views))
         queries = student.embedding.chunk(len(views))
-        pairs = [
-            pair
-            for first, second in ((0, 1), (1, 0))
-            for pair in self.stream_pairs(queries[first], keys[second], num)
-        ]
+        pairs = self.crossed_pairs(queries, keys, num)
         contrasts = [batch_contrast(*pair, self.temperature) for pair in pairs]
         contrast = torch.stack([each.loss for each in contrasts]).sum() * (2.0 / len(pairs))
         error = (student.pixels - torch.cat(views)).abs()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,13 @@ class MomentumFramework(nn.Module):
             if joint
             else list(itertools.product(queries.split(num), keys.split(num)))
         )
+
+    def crossed_pairs(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], num: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the `stream_pairs` of each view's queries with the other view's keys."""
+        first = self.stream_pairs(queries[0], keys[1], num)
+        return first + self.stream_pairs(queries[1], keys[0], num)
 
     def paired_rows(self, queries: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
         """Return `stream_pairs` stacked in rows, for a mean over independent rows."""
