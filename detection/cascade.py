@@ -48,6 +48,7 @@ class StageBoxes(nn.Module):
         logits, deltas = self.cls_score(x).float(), self.bbox_pred(x).float()
         if self.agnostic:
             return logits, deltas.repeat(1, self.classes + 1)
+        # torchvision's layout begins with a box of the background, which nobody reads
         return logits, F.pad(deltas, (4, 0))
 
 
@@ -89,6 +90,7 @@ class CascadeHeads(nn.Module):
             found |= stage.mask_losses(features, regions, image_shapes, targets)
             for name, loss in found.items():
                 losses[f"{name}/{number}"] = weight * loss
+            # the last stage has no next one
             if number < len(self.weights):
                 proposals = refined(stage, predictions, regions, image_shapes)
         return [], losses
@@ -98,6 +100,7 @@ class CascadeHeads(nn.Module):
         logits, deltas = stages[0].predict(features, boxes, shapes)
         total = logits
         for last, stage in pairwise(stages):
+            # each stage starts where the one before moved the boxes
             boxes = moved(last, deltas, boxes, best_class(logits), shapes)
             logits, deltas = stage.predict(features, boxes, shapes)
             total = total + logits

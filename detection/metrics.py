@@ -32,6 +32,7 @@ def voc_metrics(
         truth = [o.boxes[o.labels == label] for o in objects]
         ignored = [o.ignored[o.labels == label] for o in objects]
         if not sum(int((~flags).sum()) for flags in ignored):
+            # a class without objects has no recall
             continue
         boxes, images = _of_class(found, label)
         row = []
@@ -49,6 +50,7 @@ def voc_metrics(
     return {
         "AP": float(means.mean()),
         "AP50": float(means[0]),
+        # the sixth threshold is 0.75
         "AP75": float(means[5]),
         second: 100.0 * float(np.mean(other)),
     }
@@ -80,6 +82,7 @@ def match(
     hits, misses = np.zeros(len(boxes), dtype=bool), np.zeros(len(boxes), dtype=bool)
     for number, (box, image) in enumerate(zip(boxes, images, strict=True)):
         overlaps = overlap(box, truth[image])
+        # VOC takes the best object even if it is taken: the second box on it is a miss.
         best = int(overlaps.argmax()) if len(overlaps) else -1
         if best < 0 or overlaps[best] <= threshold:
             misses[number] = True
@@ -90,11 +93,8 @@ def match(
 
 
 def overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return intersection over union of a half-open box (4,) with others (n,4).
-
-    VOC counts pixels inclusively from 1: our x1 is its x1 - 1, so its width x2 - x1 + 1 is our x2 -
-    x1.
-    """
+    """Return intersection over union of a half-open box (4,) with others (n,4)."""
+    # VOC counts pixels inclusively from 1. Our x1 is its x1 - 1, so its x2 - x1 + 1 is our x2 - x1.
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     inside = np.maximum(sides, 0).prod(axis=1)
     areas = (others[:, 2:] - others[:, :2]).prod(axis=1)
@@ -103,6 +103,7 @@ def overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def curve(hits: np.ndarray, misses: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Return recall and precision after each box."""
+    # boxes stand by falling score, so each row is what a higher threshold would find
     right, wrong = hits.cumsum(), misses.cumsum()
     return right / total, right / np.maximum(right + wrong, np.finfo(float).eps)
 
@@ -112,6 +113,7 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, eleven_points: 
     if eleven_points:
         reached = [precision[recall >= point] for point in np.arange(0.0, 1.1, 0.1)]
         return float(np.mean([values.max() if len(values) else 0.0 for values in reached]))
+    # the area from recall 0 to 1: what is never found has precision 0
     recall = np.concatenate([[0.0], recall, [1.0]])
     precision = np.concatenate([[0.0], precision, [0.0]])
     envelope = np.maximum.accumulate(precision[::-1])[::-1]

@@ -81,6 +81,7 @@ def retrieval_scores(
     scores = {}
     for name, (positive, ignored) in PROTOCOLS.items():
         rows = []
+        # a query without a positive has no precision: it is left out, as in the official code
         for order, entry in zip(ranking.T, lists, strict=True):
             places = positive_places(order, _joined(entry, positive), _joined(entry, ignored))
             if len(places):
@@ -114,5 +115,6 @@ def average_precision(places: np.ndarray) -> float:
 
 def precision_at(places: np.ndarray, k: int) -> float:
     """Return the precision among the first `k`, or up to the last positive if that is sooner."""
+    # as the official code: a query of three positives could never reach a precision at 10 of 1
     k = min(k, int(places[-1]) + 1)
     return float((places < k).sum() / k)

@@ -169,6 +169,7 @@ def _read_header(file: BinaryIO) -> tuple[Header, bytearray]:
     # a cut file ends anywhere but in a tail
     if magic != _MAGIC or end + length + _TAIL.size != size:
         raise ValueError("its end is missing")
+    # Each checksum is read before what it covers is believed.
     text = _read(file, end, length)
     if checksum(text) != expected:
         raise ValueError("its header does not match its checksum")

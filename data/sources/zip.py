@@ -137,6 +137,7 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
                 f"DATA.PATH (--data-path): {path}: entry {name!r} of its directory lies past its "
                 "end: it was cut or damaged, copy it again"
             )
+    # numbers in arrays: a million ZipInfo objects would be copied into every worker
     infos = [known[name] for name in names]
     rows = [(i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in infos]
     # a size that is a lie need not fit into int64

@@ -73,8 +73,10 @@ class Point:
         if subsets and s.percent < 100:
             values["--subset"] = subsets / f"{s.percent:g}percent.txt"
         flags = [str(part) for pair in values.items() for part in pair]
+        # a run that helps to choose never sees the test split
         watch = self.hold_out > 0
         opts = ["FINETUNE.HOLD_OUT", f"{self.hold_out:g}", "FINETUNE.TEST", str(not watch)]
+        # One look, at the end: the best of many looks would be optimistic.
         return [*shared, *flags, "--opts", *opts, "FINETUNE.EVAL_EPOCHS", str(s.epochs)]
 
     def on_all_labels(self) -> "Point":
@@ -86,6 +88,7 @@ class Point:
         s = self.setting
         part = "search" if self.hold_out else "chosen"
         start = Path(s.start).stem if s.start != "none" else "random"
+        # a run with any other flag has another folder, so no result is reused by mistake
         digest = hashlib.sha256("\n".join(arguments).encode()).hexdigest()[:8]
         rates = f"lr{s.lr_backbone:g}-{s.lr_classifier:g}-{s.epochs}ep"
         return f"{part}-{start}-{s.percent:g}pct-{s.mode}-{rates}-seed{self.seed}-{digest}"
@@ -94,12 +97,12 @@ class Point:
 def choose(found: dict[Point, Result], seeds: int) -> dict[Group, Setting]:
     """Return for each group the setting with the best mean validation top-1 of the last epoch.
 
-    Ties go to the first. Settings without all their `seeds` are no candidates: their mean is
-    another's.
+    Ties go to the first. Settings without all their `seeds` are no candidates.
     """
     means: dict[Setting, float] = {}
     for setting in dict.fromkeys(point.setting for point in found):
         values = [result["last_val_top1"] for result in _of(found, setting)]
+        # a mean of fewer seeds varies more, and so would be chosen too often
         if len(values) == seeds:
             means[setting] = statistics.fmean(values)
     best: dict[Group, Setting] = {}
