@@ -106,5 +106,5 @@ def _torchvision(title: str, name: str, path: str, download: bool, **options: ob
         remedy = "pass its parent folder" if inside else f"it must contain a complete {folder}/"
         raise ValueError(
             f"DATA.DATASET {title!r}: no valid copy in DATA.PATH (--data-path) {path!r}: {remedy}, "
-            f"or set DATA.DOWNLOAD ({error})"
+            f"or add --download ({str(error).partition(' You can use download')[0]})"
         ) from error

@@ -33,7 +33,7 @@ def pets(path: str, split: str, download: bool = False) -> FileSource:
     if download:
         parent = Path(path).parent if Path(path).name == _PETS else Path(path)
         on_main(lambda: _download_pets(parent))
-    root = _inside(path, _PETS, "pets", ", or set DATA.DOWNLOAD")
+    root = _inside(path, _PETS, "pets", ", or add --download")
     listing = root / "annotations" / {"train": "trainval.txt", "val": "test.txt"}[split]
     rows = [line.split() for line in _read(listing, "pets") if not line.startswith("#")]
     wrong = [row for row in rows if len(row) < 2 or row[1] not in _PET_IDS]

@@ -246,7 +246,8 @@ def test_file_sources_name_their_subset_and_survive_a_spawned_worker(image_folde
             "cifar10",
             "{tmp}",
             "train",
-            "it must contain a complete cifar-10-batches-py/, or set DATA.DOWNLOAD",
+            "it must contain a complete cifar-10-batches-py/, or add --download"
+            r" \(Dataset not found or corrupted\.\)",
         ),
         ("cifar100", "{tmp}", "val", "it must contain a complete cifar-100-python/"),
         ("stl10", "{tmp}", "train", "it must contain a complete stl10_binary/"),

@@ -58,7 +58,7 @@ def test_an_epoch_keeps_its_length_and_each_sees_other_images() -> None:
         for e in range(10)
     ]
     assert [len(images) for images in seen] == [16] * 10
-    assert len(set().union(*seen)) > 40  # the published code saw the same third for ever (spec S1)
+    assert len(set().union(*seen)) > 40  # the published code saw the same third for ever
     for request in requests:
         pairs = set(zip(request.indices.tolist(), np.asarray(request.copies).tolist(), strict=True))
         assert len(pairs) == 8

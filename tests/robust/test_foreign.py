@@ -36,7 +36,7 @@ from utils.checkpoints.rebuild import ForeignFileError
 
 
 def published() -> dict[str, Any]:
-    """Return what published codes save (spec A5): tensors beside a yacs node, numpy scalars, a Namespace."""
+    """Return what published codes save: tensors beside a yacs node, numpy scalars, a Namespace."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     network(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer = torch.optim.AdamW(network.parameters())
@@ -127,7 +127,7 @@ def test_every_kind_of_value_comes_out_as_it_was_saved(
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickles_read_as_they_were_written(protocol: int, tmp_path: Path) -> None:
-    """The ground truth of the revisited Oxford and Paris sets is such a file (spec 7)."""
+    """The ground truth of the revisited Oxford and Paris sets is such a file."""
     query = {"bbx": np.array([136.5, 34.1]), "easy": np.array([3, 5]), "hard": [], "ok": {1, 2}}
     truth = {
         "gnd": [query, query],

@@ -1,4 +1,4 @@
-"""Published files load into our backbones by the naming rules of the spec, or are refused with the reason."""
+"""Published files load into our backbones by their naming rules, or are refused with the reason."""
 
 import re
 from collections.abc import Callable
@@ -224,7 +224,7 @@ def test_both_numberings_of_swins_merging_load(numbering: str) -> None:
 
 
 def test_sit_with_a_rotation_token_gives_the_same_contrastive_feature() -> None:
-    """The published order is rotation, contrastive, patches (spec E1), which a plain forward here follows."""
+    """The published order is rotation, contrastive, patches, which a plain forward here follows."""
     source = vit(reg_tokens=1).double()
     published = {
         key: t.clone()
