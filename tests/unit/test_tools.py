@@ -1,5 +1,6 @@
 """What a person meets first: the help of a tool, and what it says to a mistyped flag."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -105,3 +106,26 @@ def test_make_alone_names_every_target() -> None:
     for target in set(phony.split()) - {"help"}:
         assert re.search(rf"\bmake {target}\b", done.stdout), target
     assert all(line.startswith(("make ", "All ")) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "said"),
+    [("0", "0", "error: "), ("1", "1", ""), ("2", "0", "error (rank 2): ")],
+)
+def test_one_process_of_a_machine_says_what_all_find(rank: str, local: str, said: str) -> None:
+    words = ["--cfg", "configs/demo.yaml", "--dataset", "imagefolder", "--data-path", "/nowhere"]
+    command = [sys.executable, "main_pretrain.py", *words]
+    ranks = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": "4"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **ranks}, timeout=100
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(said)
+    assert ("'/nowhere' is not a folder" in done.stderr) == bool(said)
+    assert len(done.stderr.splitlines()) == bool(said)
+    command[2:] = ["--oups"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **ranks}, timeout=100
+    )
+    assert done.returncode == 2
+    assert ("unknown argument '--oups'" in done.stderr) == (local == "0")

@@ -68,7 +68,9 @@ def _end_of_import(
         sys.__excepthook__(kind, error, trace)
         return
     code, message = explained
-    _report(error, message)
+    # all processes of a machine read the same files and the same command line: one says it
+    if not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") in ("0", ""):
+        _report(error, message)
     # Python takes the exit code of a SystemExit that the hook raises
     sys.exit(code)
 

@@ -66,7 +66,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage, which may fill a page, is left to --help."""
-        self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
+        # under torchrun all processes of a machine have the same command line: one says it
+        told = os.environ.get("LOCAL_RANK", "0") in ("0", "")
+        self.exit(2, f"error: {message}\nSee {self.prog} --help\n" if told else None)
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse; refuse unknown words, each with what it is called here."""
