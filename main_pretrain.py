@@ -88,10 +88,12 @@ from utils.config.key import Value
 from utils.config.load import load_saved, load_with_origins
 from utils.config.programs import check_graphs
 from utils.config.schema import declare
-from utils.distributed import world_size
+from utils.distributed import on_all, world_size
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
+
+_KNN_EVERY = 10  # epochs, of KNN.EVERY_EPOCHS -1: about 1 % of the time of a run
 
 
 def main() -> int:
@@ -237,18 +239,25 @@ class Evaluations:
             )
             seen = self.held_out.steps_per_epoch * size
             logger.info("held out: %d of %d images, in batches of %d", seen, len(unseen), size)
-        if cfg.KNN.EVERY_EPOCHS or (at_once and not self.held_out):
-            labelled = is_labelled(source)
-            self.knn["train"] = source if labelled else open_split(cfg.DATA, "train", labelled=True)
-            self.knn["val"] = open_split(cfg.DATA, "val", labelled=True)
+        every = cfg.KNN.EVERY_EPOCHS
+        self.knn_by_default = every < 0
+        self.knn_every = _KNN_EVERY if self.knn_by_default else every
+        if every > 0 or (at_once and not self.held_out):
+            self.knn = labelled_splits(cfg.DATA, source)
+        elif self.knn_by_default and not at_once:
+            # Nobody asked for it, so a data set without labels or test images goes without.
+            try:
+                self.knn = on_all(lambda: labelled_splits(cfg.DATA, source))
+            except (ValueError, OSError) as error:
+                logger.info("no k-NN while this run trains: %s", str(error).partition(";")[0])
         if not cfg.CHECKPOINT.KEEP_BEST.startswith("held_out_" if self.held_out else "-"):
             names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]
-            require(cfg.CHECKPOINT.KEEP_BEST, names if cfg.KNN.EVERY_EPOCHS else [])
+            require(cfg.CHECKPOINT.KEEP_BEST, names if self.knn else [])
 
     def __call__(self, progress: Progress) -> dict[str, float]:
         """Return the values that are due after an epoch."""
         values: dict[str, float] = {}
-        if self.knn and self._due(self.cfg.KNN.EVERY_EPOCHS, progress):
+        if self.knn and self._due(self.knn_every, progress):
             values |= self._neighbours()
         if self.held_out and self._due(self.cfg.HELD_OUT.EVERY_EPOCHS, progress):
             values |= self._losses(progress)
@@ -258,11 +267,20 @@ class Evaluations:
         return self.at_once or progress.epoch % every == 0 or progress.epoch == self.epochs
 
     def _neighbours(self) -> dict[str, float]:
-        bank, queries, knn = self._features("train"), self._features("val").blocks(), self.cfg.KNN
-        return features_knn(bank, queries, self.knn["train"].num_classes, knn.K, knn.TEMPERATURE)
+        knn, classes = self.cfg.KNN, self.knn["train"].num_classes
+        try:
+            bank, queries = self._features("train"), self._features("val").blocks()
+            return features_knn(bank, queries, classes, knn.K, knn.TEMPERATURE)
+        except ValueError as error:  # features that are not finite, on all processes
+            if not self.knn_by_default:
+                raise
+            logger.warning("no k-NN after this epoch: %s", error)
+            return {}
 
     def _features(self, split: str) -> SharedFeatures:
-        size, skip = self.cfg.TRAIN.BATCH_SIZE, split == "train"
+        # An unreadable test image must not end a run that did not ask to be tested.
+        skip = split == "train" or self.knn_by_default
+        size = self.cfg.TRAIN.BATCH_SIZE
         batches = evaluation_loader(self.cfg, self.knn[split], self.run.device, size, skip)
         with self.run.evaluating(self.framework.online.backbone) as backbone:
             return compute_features(backbone, batches)
@@ -275,6 +293,12 @@ class Evaluations:
         )
         with self.run.evaluating(self.framework) as framework:
             return held_out_losses(lambda seen: framework(seen, progress), views, self.cfg.SEED)
+
+
+def labelled_splits(node: CfgNode, source: Source) -> dict[str, Source]:
+    """Return the labelled images of `train`, `source` if it has labels, and those of `val`."""
+    train = source if is_labelled(source) else open_split(node, "train", labelled=True)
+    return {"train": train, "val": open_split(node, "val", labelled=True)}
 
 
 def show_restored(

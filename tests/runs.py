@@ -55,6 +55,7 @@ def arguments(
         "CHECKPOINT.EVERY_STEPS": 3,
         "LOG.PRINT_FREQ": 2,
         "LOG.TENSORBOARD": False,
+        "KNN.EVERY_EPOCHS": 0,
         # SiT restores pixels, so an image of 8 must not be smaller than a cell of the last map
         **({"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" else {}),
         **{f"MODEL.{method_section(method)}.{key}": value for key, value in KEYS[method].items()},

@@ -68,7 +68,7 @@ def check_graphs(train: CfgNode) -> None:
 def check_training(cfg: CfgNode) -> None:
     """Refuse what would stop a pretraining at its first step, or after its first epoch."""
     _check_queue(cfg)
-    if cfg.KNN.EVERY_EPOCHS and cfg.DATA.DATASET in UNLABELLED:
+    if cfg.KNN.EVERY_EPOCHS > 0 and cfg.DATA.DATASET in UNLABELLED:
         raise ConfigError(
             f"KNN.EVERY_EPOCHS: {cfg.KNN.EVERY_EPOCHS}, but DATA.DATASET {cfg.DATA.DATASET!r} has "
             f"no labels; add {_NO_KNN}, or use --dataset imagefolder"
@@ -76,7 +76,7 @@ def check_training(cfg: CfgNode) -> None:
     root = Path(cfg.DATA.PATH)
     if cfg.DATA.DATASET in CLASS_FOLDERS and (root / "train").is_dir():
         for key, remedy in (("KNN", _NO_KNN), ("HELD_OUT", "--opts HELD_OUT.EVERY_EPOCHS 0")):
-            if cfg[key].EVERY_EPOCHS and not (root / "val").is_dir():
+            if cfg[key].EVERY_EPOCHS > 0 and not (root / "val").is_dir():
                 raise ConfigError(
                     f"{key}.EVERY_EPOCHS: {cfg[key].EVERY_EPOCHS} needs images to test, but "
                     f"{root / 'val'} does not exist; make it, or add {remedy}"

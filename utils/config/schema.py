@@ -258,7 +258,12 @@ _AUG: Tree = {
 }
 
 _KNN: Tree = {
-    "EVERY_EPOCHS": Key(0, "k-NN accuracy during pretraining; 0: never", role="tunable"),
+    "EVERY_EPOCHS": Key(
+        -1,
+        "k-NN accuracy during pretraining; 0: never; -1: every 10 where there are labels",
+        least=-1,
+        role="tunable",
+    ),
     "K": Key([10, 20, 100, 200], "numbers of neighbours", least=1, role="tunable"),
     "TEMPERATURE": Key(0.07, "of the weights of neighbours", least=1e-6, role="tunable"),
 }

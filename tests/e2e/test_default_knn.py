@@ -1,0 +1,43 @@
+"""k-NN that nobody asked for: after the last epoch where there are labels, no trouble elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import runs
+
+
+def pretrain(root: Path, **keys: Any) -> tuple[str, list[dict[str, Any]]]:
+    """Pretrain an epoch with KNN.EVERY_EPOCHS as it is by default; return log and evaluations."""
+    argv = runs.arguments("byol", root, "t", KNN__EVERY_EPOCHS=-1, KNN__K=[5], **keys)
+    (job,) = forked.start("main_pretrain", argv, root / "log")
+    assert job.wait() == 0, job.text()
+    lines = (root / "byol" / "t" / "metrics.jsonl").read_text().splitlines()
+    return job.text(), [row for row in map(json.loads, lines) if "lr" not in row]
+
+
+def test_a_labelled_set_is_judged_after_the_last_epoch(tmp_path: Path) -> None:
+    text, found = pretrain(tmp_path)
+    assert [row["step"] for row in found] == [runs.STEPS]
+    assert found[0]["knn5_top1"] > 20
+    assert "best     knn5_top1" in text
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "folder"])
+def test_a_set_without_labels_or_test_images_trains_all_the_same(kind: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    runs.image_folder(data, train=16, val=0)
+    keys = {"DATA__DATASET": kind, "DATA__PATH": str(data), "TRAIN__BATCH_SIZE": 8}
+    text, found = pretrain(tmp_path, **keys, DATA__IMG_SIZE=16)
+    assert found == []
+    assert "no k-NN while this run trains: " in text
+
+
+def test_a_damaged_test_image_is_left_out(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    runs.image_folder(data, train=16, val=8)
+    next((data / "val").rglob("*.png")).write_bytes(b"no picture")
+    keys = {"DATA__DATASET": "imagefolder", "DATA__PATH": str(data), "TRAIN__BATCH_SIZE": 8}
+    assert len(pretrain(tmp_path, **keys, DATA__IMG_SIZE=16)[1]) == 1
