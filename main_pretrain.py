@@ -93,6 +93,7 @@ from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
 
+_PROJECTED = 500  # test images in TensorBoard's projector
 _KNN_EVERY = 10  # epochs, of KNN.EVERY_EPOCHS -1: about 1 % of the time of a run
 
 
@@ -258,7 +259,7 @@ class Evaluations:
         """Return the values that are due after an epoch."""
         values: dict[str, float] = {}
         if self.knn and self._due(self.knn_every, progress):
-            values |= self._neighbours()
+            values |= self._neighbours(progress)
         if self.held_out and self._due(self.cfg.HELD_OUT.EVERY_EPOCHS, progress):
             values |= self._losses(progress)
         return values
@@ -266,10 +267,13 @@ class Evaluations:
     def _due(self, every: int, progress: Progress) -> bool:
         return self.at_once or progress.epoch % every == 0 or progress.epoch == self.epochs
 
-    def _neighbours(self) -> dict[str, float]:
+    def _neighbours(self, progress: Progress) -> dict[str, float]:
         knn, classes = self.cfg.KNN, self.knn["train"].num_classes
         try:
             bank, queries = self._features("train"), self._features("val").blocks()
+            if progress.epoch == self.epochs and queries:
+                features, labels = (part[:_PROJECTED] for part in queries[0])
+                self.run.metrics.embedding(features, labels.tolist(), progress.step)
             return features_knn(bank, queries, classes, knn.K, knn.TEMPERATURE)
         except ValueError as error:  # features that are not finite, on all processes
             if not self.knn_by_default:

@@ -175,7 +175,7 @@ class Metrics:
             name += re.sub(r"[_\d]+$", "", path.stem)
             self._guard("tensorboard", lambda: self._add_picture(name, path, step))
 
-    def embedding(self, features: Tensor, labels: Sequence[str], step: int) -> None:
+    def embedding(self, features: Tensor, labels: Sequence[int], step: int) -> None:
         """Show features (N, D) in TensorBoard's projector, coloured by their labels."""
         if self._tensorboard:
             self._guard(

@@ -19,10 +19,12 @@ def pretrain(root: Path, **keys: Any) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_a_labelled_set_is_judged_after_the_last_epoch(tmp_path: Path) -> None:
-    text, found = pretrain(tmp_path)
+    text, found = pretrain(tmp_path, LOG__TENSORBOARD=True)
     assert [row["step"] for row in found] == [runs.STEPS]
     assert found[0]["knn5_top1"] > 20
     assert "best     knn5_top1" in text
+    (table,) = (tmp_path / "byol" / "t").glob("*/knn/metadata.tsv")
+    assert 100 < len(table.read_text().split()) <= 500
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "folder"])

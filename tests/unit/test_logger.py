@@ -241,6 +241,7 @@ def test_tensorboard_has_groups_pictures_and_text(tmp_path: Path) -> None:
     Image.new("RGB", (4, 2), "red").save(tmp_path / "reconstruction_0000003.png")
     metrics.picture(tmp_path / "reconstruction_0000003.png", 3)
     metrics.text("config", "SEED: 0\n", 0)
+    metrics.embedding(torch.eye(3, 5), [4, 5, 6], 7)
     metrics.close()
     probe = Metrics(tmp_path / "linear", task="linear")
     probe.write(1, {"loss": 1.0, "top1": 2.0, "lr0.3/top1": 2.0, "lr": 0.3})
@@ -262,6 +263,8 @@ def test_tensorboard_has_groups_pictures_and_text(tmp_path: Path) -> None:
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert text == b"    SEED: 0\n"
     assert all("contrastive" not in line for line in (tmp_path / "metrics.jsonl").open())
+    (table,) = tmp_path.glob("00007/knn/metadata.tsv")
+    assert table.read_text().split() == ["4", "5", "6"]
     events = accumulator.EventAccumulator(str(tmp_path / "linear"))
     events.Reload()
     tags = sorted(events.Tags()["scalars"])
