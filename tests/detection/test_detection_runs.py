@@ -241,6 +241,8 @@ KINDS = {  # what to change, and the AP50 of boxes and masks that it has to pass
             "MODEL__RCNN__BOX_HEAD": "4conv1fc",
             "MODEL__RCNN__BOX_LOSS": "giou",
             "MODEL__RCNN__ALIGNED": True,
+            "DETECTION__MAX_ITER": 250,
+            "DETECTION__STEPS": [200],
         },
         90,
     ),
