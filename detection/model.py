@@ -11,10 +11,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from yacs.config import CfgNode
 
-from detection.backbones import C4Trunk, Pyramid, SimplePyramid, Stage5
-from detection.cascade import build_cascade_heads
-from detection.heads import build_c4_heads, build_pyramid_heads
-from detection.proposals import build_proposals
+from detection.rcnn.backbones import C4Trunk, Pyramid, SimplePyramid, Stage5
+from detection.rcnn.cascade import build_cascade_heads
+from detection.rcnn.heads import build_c4_heads, build_pyramid_heads
+from detection.rcnn.proposals import build_proposals
 from models.parts.backbones import Backbone
 from models.parts.norm import convert_sync_batch_norm, freeze_batch_norms
 from models.parts.trunks import build_trunk, family, pretrained_body, resize_positions

@@ -10,10 +10,10 @@ from test_detectors import batch, config
 from test_heads import STRIDES, count, maps, proposals, rcnn
 from torch import Tensor
 
-from detection.cascade import CascadeHeads, StageBoxes, build_cascade_heads, moved, refined
 from detection.defaults import load_detection_config
-from detection.heads import RegionHeads, Regions, build_pyramid_heads
 from detection.model import build_detector
+from detection.rcnn.cascade import CascadeHeads, StageBoxes, build_cascade_heads, moved, refined
+from detection.rcnn.heads import RegionHeads, Regions, build_pyramid_heads
 
 RECIPES = Path(__file__).parents[2] / "detection" / "configs"
 CASCADE = {"CASCADE": [0.5, 0.6, 0.7], "BOX_HEAD": "4conv1fc", "BOX_LOSS": "giou", "ALIGNED": True}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 
-from detection.backbones import C4Trunk
 from detection.defaults import load_detection_config
 from detection.model import Detector, build_detector
+from detection.rcnn.backbones import C4Trunk
 from engine.plan import iteration_plan
 from models.parts.backbones import build_backbone
 from models.parts.dense_swin import is_dense_swin

@@ -12,9 +12,9 @@ from torchvision.models.detection import roi_heads
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from detection.defaults import load_detection_config
-from detection.heads import RegionHeads, RegionPool, Regions, build_pyramid_heads
 from detection.model import build_detector
-from detection.proposals import Proposals, build_proposals
+from detection.rcnn.heads import RegionHeads, RegionPool, Regions, build_pyramid_heads
+from detection.rcnn.proposals import Proposals, build_proposals
 from engine.optim import parameter_groups
 
 STRIDES = [4, 8, 16, 32]

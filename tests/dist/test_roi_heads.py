@@ -6,7 +6,7 @@ import torch
 from forked import Pool
 from torch import Tensor
 
-from detection.cascade import build_cascade_heads
+from detection.rcnn.cascade import build_cascade_heads
 from detection.defaults import load_detection_config
 from models.parts.norm import convert_sync_batch_norm
 from utils import distributed

@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss, roi_al
 from torchvision.ops.poolers import LevelMapper
 from yacs.config import CfgNode
 
-from detection.proposals import distance
+from detection.rcnn.proposals import distance
 
 Target = dict[str, Tensor]
 Features = Mapping[str, Tensor]
@@ -87,7 +87,7 @@ class RegionPool(MultiScaleRoIAlign):
         return cells
 
 
-# The predictors put out float32 for the reason that detection/proposals.py gives.
+# The predictors put out float32 for the reason that detection/rcnn/proposals.py gives.
 
 
 class BoxPredictor(FastRCNNPredictor):

@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import clip_boxes_to_image
 from yacs.config import CfgNode
 
-from detection.heads import (
+from detection.rcnn.heads import (
     Features,
     MaskPredictor,
     Predictions,
