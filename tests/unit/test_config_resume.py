@@ -109,6 +109,8 @@ def other_value(key: str, value: Any) -> Any:
     }
     if key in choices:
         return choices[key]
+    if allowed := SCHEMA[key].choices:
+        return next(choice for choice in allowed if choice != value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
