@@ -37,6 +37,8 @@ def commands(page: Path) -> list[str]:
     """Return the commands of a page's bash blocks, and those that stand in backticks."""
     text, found = page.read_text(), []
     for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL):
+        # what stands between <<'END' and END is a script, not a command
+        block = re.sub(r"^python - <<'(\w+)'.*?^\1$", "", block, flags=re.DOTALL | re.MULTILINE)
         found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     if page.relative_to(ROOT).as_posix() in FOREIGN:
