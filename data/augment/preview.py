@@ -25,8 +25,11 @@ def save_preview(
     batch = first_batch(source, recipe, seed, num_images)
     warn_of_identical_views(batch.views)
     count, size = len(batch.indices), batch.views[0].shape[-1]
-    shown = subset(source, batch.indices)
-    originals = next(evaluation_batches(shown, size, batch_size=count, device=torch.device("cpu")))
+    shown, host = subset(source, batch.indices), torch.device("cpu")
+    # rank 0 of 1, as for the views: an evaluation would give each process a part of the images
+    originals = next(
+        evaluation_batches(shown, size, batch_size=count, device=host, rank=0, world=1)
+    )
     names = ["query", "key"] if len(batch.views) == 2 else _numbered(len(batch.views))
     save_grid(path, torch.stack([originals.views[0], *batch.views], 1), ["original", *names])
 

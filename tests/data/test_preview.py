@@ -76,3 +76,11 @@ def test_a_recipe_is_shown_as_the_network_sees_it(tmp_path: Path, recipe: tuple)
     )
     expected = plain.views[0][0, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
     assert np.abs(found - (expected.clamp(0, 1) * 255).round().numpy()).max() <= 1
+
+
+def test_a_process_of_two_draws_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = build_source("digits", "", "train"), build_recipe("digits", 16)
+    save_preview(tmp_path / "alone.png", source, recipe, seed=1)
+    monkeypatch.setattr("utils.distributed.world_size", lambda: 2)
+    save_preview(tmp_path / "of_two.png", source, recipe, seed=1)
+    assert (tmp_path / "of_two.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
