@@ -46,53 +46,7 @@ def _parser() -> Parser:
             help=text,
         )
     add("--pretrained", metavar="FILE", help="weights or a run's folder; else the run's own newest")
-    starts, modes = ["pretrained", "random"], ["finetune", "freeze"]
-    add(
-        "--start",
-        nargs="+",
-        choices=starts,
-        metavar="NAME",
-        default=starts[:1],
-        help="pretrained, random, or both",
-    )
-    add(
-        "--weights",
-        nargs="+",
-        choices=modes,
-        metavar="NAME",
-        default=modes[:1],
-        help="finetune, freeze, or both",
-    )
-    add(
-        "--train-percent",
-        nargs="+",
-        type=float,
-        metavar="X",
-        default=[1.0],
-        help="of the labels, default 1",
-    )
     add("--subsets", type=Path, metavar="DIR", help="lists named 1percent.txt; else they are drawn")
-    add(
-        "--epochs", nargs="+", metavar="N", default=["60"], help="default 60; 1:60 is for 1 %% only"
-    )
-    rates = [0.005, 0.01, 0.02, 0.05, 0.1]
-    add(
-        "--lr-backbone",
-        nargs="+",
-        type=float,
-        metavar="X",
-        default=rates,
-        help="default 0.005 to 0.1, five of them",
-    )
-    add("--lr-classifier", nargs="+", type=float, metavar="X", default=[0.5], help="default 0.5")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        metavar="N",
-        default=[0],
-        help="each point once with each; default 0",
-    )
     add(
         "--hold-out",
         type=float,
@@ -103,7 +57,29 @@ def _parser() -> Parser:
     add("--jobs", type=int, metavar="N", help="runs at a time; else one a GPU, or one on the CPU")
     add("--name", default="sweep", metavar="NAME", help="of the files of the table, default sweep")
     add("--keep-checkpoints", action="store_true", help="of finished runs")
+    _add_grid(parser.add_argument_group("the grid, each value with each"))
     return parser
+
+
+def _add_grid(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, kind: type[int | float | str], default: Sequence[object], text: str) -> None:
+        metavar = "X" if kind is float else "N"
+        group.add_argument(flag, nargs="+", type=kind, metavar=metavar, default=default, help=text)
+
+    def choose(flag: str, first: str, second: str) -> None:
+        names, text = [first, second], f"{first}, {second}, or both"
+        group.add_argument(
+            flag, nargs="+", choices=names, metavar="NAME", default=names[:1], help=text
+        )
+
+    choose("--start", "pretrained", "random")
+    choose("--weights", "finetune", "freeze")
+    add("--train-percent", float, [1.0], "of the labels, default 1")
+    add("--epochs", str, ["60"], "default 60; 1:60 is for 1 %% only")
+    rates = [0.005, 0.01, 0.02, 0.05, 0.1]
+    add("--lr-backbone", float, rates, "default 0.005 to 0.1, five of them")
+    add("--lr-classifier", float, [0.5], "default 0.5")
+    add("--seeds", int, [0], "each point once with each; default 0")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

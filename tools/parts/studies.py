@@ -23,7 +23,7 @@ class Entry:
 
     name: str
     cfg: str  # of main_pretrain.py; of another library: of the backbone and the probe
-    peer: str = ""  # `random`, or another library's method, see benchmarks/peer_runs.py
+    peer: str = ""  # `random`, or another library's method, see benchmarks/studies/peer_runs.py
     opts: tuple[str, ...] = ()  # for --opts, KEY=VALUE
     minutes: float = 0.0  # CPU minutes of training; 0: the study's
     epochs_of: str = ""  # train as many epochs as this entry did, not for a time

@@ -144,7 +144,7 @@ class Trainer:
         flags += ["--output", str(self.work), "--tag", tag, "--seed", str(seed)]
         flags += ["--epochs", str(epochs), "--device", "cuda" if self.tier == "gpu" else "cpu"]
         if entry.peer:
-            return [sys.executable, "-m", "benchmarks.peer_runs", entry.peer, *flags]
+            return [sys.executable, "-m", "benchmarks.studies.peer_runs", entry.peer, *flags]
         # A look at the k-NN is an evaluation: it would be paid from the budget of training.
         opts = ["KNN.EVERY_EPOCHS=0", "LOG.TENSORBOARD=False", *entry.opts]
         return [sys.executable, str(ROOT / "main_pretrain.py"), *flags, "--opts", *opts]

@@ -1,7 +1,7 @@
 """Pretrain a backbone as another library's own CIFAR-10 benchmark does, for tools/reproduce.py.
 
-Example: python -m benchmarks.peer_runs lightly_moco --data-path D --output O --tag T --epochs 10
-             --cfg benchmarks/studies/recipes/moco_v2_resnet8.yaml
+Example: python -m benchmarks.studies.peer_runs lightly_moco --data-path D --output O --tag T
+             --epochs 10 --cfg benchmarks/studies/recipes/moco_v2_resnet8.yaml
 
 The backbone is the one that --cfg names, so the same probe judges it; recipe, views, losses and
 data path are lightly's (pip install lightly). `random` writes random weights. Writes backbone.pt
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import Parser, answer_at_once, run_main
@@ -25,7 +25,7 @@ METHODS = ("random", "lightly_moco", "lightly_byol", "lightly_simsiam")
 
 
 def _parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.studies.peer_runs", description=__doc__)
     add = parser.add_argument
     add("method", choices=METHODS, help="whose recipe")
     add("--cfg", required=True, metavar="FILE", help="configuration that names the backbone")

@@ -1,0 +1,1 @@
+"""What tools/reproduce.py compares, and how another library trains there."""
