@@ -24,9 +24,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"  # the marker that begins a scan
+_ALMOST_BLACK = 16  # levels of 256: what 12 bits in 16 fill
 _MAX_SCANS = 100  # libtiff's limit; encoders write about ten
 _FULL_SCANS = 16  # of an image of `max_pixels`: with 100 it would take 20 seconds
-_TILE_SIDES = (322, 323)  # TIFF's tags of a tile's width and height
+# TIFF's tags of: a tile's width and height, bits and number of samples, their layout and type
+_TILE_SIDES = (322, 323)
+_BITS, _SAMPLES, _PLANAR, _TYPE = 258, 277, 284, 339
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NUMPY = b"\x93NUMPY"
 # Huffman and quantisation tables, restart interval, comment, application data
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 # not those of four channels, which PIL converts its own way
@@ -39,10 +44,10 @@ Image.MAX_IMAGE_PIXELS = None
 def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image to uint8 (3,H,W) RGB like PIL's `.convert("RGB")`; raise on any defect.
 
-    EXIF orientation is not applied. Refused are truncated files, formats not in `FORMATS`, images
-    of more than 8 bits a channel where PIL keeps them, and what takes memory or time beyond
-    `max_pixels`. JPEGs take the fastest decoder there is, bit-identical to PIL; what it will not
-    read is PIL's to judge.
+    EXIF orientation is not applied, and transparency is dropped. Refused are truncated files,
+    formats not in `FORMATS`, pixels that PIL would clip or tear or whose channels it would drop,
+    and what takes memory or time beyond `max_pixels`. JPEGs take the fastest decoder there is,
+    bit-identical to PIL; what it will not read is PIL's to judge.
     """
     simple = fast_jpeg()
     if simple is not None and data[:3] == _JPEG:
@@ -55,11 +60,42 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor
         decode = _torchvision_jpeg() if simple is None else None
         if decode is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
             return decode(data)
-        if image.mode == "F" or image.mode.startswith("I"):  # convert("RGB") would clip the levels
-            bits = {"F": "float", "I": "32-bit"}.get(image.mode, "16-bit")
-            raise ValueError(f"{bits} image (mode {image.mode}) is not supported; convert to 8 bit")
+        _refuse_other_pixels(image)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        # PIL keeps the upper byte, and of 12 bits in 16 that is next to nothing
+        if _is_deep_colour(data, image) and 0 < pixels.max() < _ALMOST_BLACK:
+            raise ValueError(
+                "16-bit colours that use only their lower 12 bits would be almost black; scale "
+                "them and convert to 8 bit"
+            )
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _refuse_other_pixels(image: Image.Image) -> None:
+    """Raise `ValueError` for pixels of which PIL's `convert("RGB")` would make others."""
+    if image.mode == "F" or image.mode.startswith("I"):  # it would clip the levels
+        bits = {"F": "float", "I": "32-bit"}.get(image.mode, "16-bit")
+        raise ValueError(f"{bits} image (mode {image.mode}) is not supported; convert to 8 bit")
+    if not isinstance(image, TiffImageFile):
+        return
+    tags = image.tag_v2
+    # PIL would read the first channel alone (grey with alpha is LA). What stands beside RGB is
+    # dropped too, but that is where editors keep selections and masks.
+    if image.mode == "L" and tags.get(_SAMPLES, 1) != 1:
+        raise ValueError(
+            f"a TIFF of {tags[_SAMPLES]} channels is not supported; convert to 8-bit RGB"
+        )
+    if tags.get(_PLANAR, 1) != 1 and max(tags.get(_BITS, (1,))) > 8:  # PIL mixes the two bytes up
+        raise ValueError("a 16-bit TIFF of separate planes is not supported; convert to 8 bit")
+    if 2 in tags.get(_TYPE, ()):  # PIL reads -1 as 255
+        raise ValueError("a TIFF of signed pixels is not supported; convert to unsigned 8 bit")
+
+
+def _is_deep_colour(data: bytes | memoryview, image: Image.Image) -> bool:
+    """Tell whether a colour image stores 16 bits a channel."""
+    if isinstance(image, TiffImageFile):
+        return max(image.tag_v2.get(_BITS, (1,))) > 8
+    return image.format == "PNG" and data[24] > 8  # the depth in a PNG's head
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -67,13 +103,22 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise OSError(f"not an image of {', '.join(FORMATS)} ({len(data)} bytes)") from None
+        raise OSError(_unknown(data)) from None
     refuse_costly(data, image.width, image.height, max_pixels)
     if isinstance(image, TiffImageFile):
         # libtiff takes memory for a whole tile, however small the image
         width, height = (int(image.tag_v2.get(side, 0)) for side in _TILE_SIDES)
         refuse_costly(data, width, height, max_pixels)
     return image
+
+
+def _unknown(data: bytes | memoryview) -> str:
+    """Say what a file is that PIL does not know."""
+    if data[:4] in _TIFF:
+        return "a TIFF that is damaged, or of more or other channels; convert to 8-bit RGB"
+    if data[:6] == _NUMPY:
+        return f"a NumPy array, not an image; convert to one of {', '.join(FORMATS)}"
+    return f"not an image of {', '.join(FORMATS)} ({len(data)} bytes)"
 
 
 def refuse_costly(data: bytes | memoryview, width: int, height: int, max_pixels: int) -> None:

@@ -103,8 +103,10 @@ def load_or_replace(
         except Exception as error:  # whatever a decoder may raise: the file is bad
             failures.append((source.name(index), f"{type(error).__name__}: {error}"))
         index = replacement(seed, epoch, wanted, attempt, len(source))
-    last = failures[-1]
-    raise BadImagesError(f"{_ATTEMPTS} images in a row cannot be read, the last is {last}")
+    name, reason = failures[-1]
+    raise BadImagesError(
+        f"{_ATTEMPTS} images in a row cannot be read, the last is {name} ({reason})"
+    )
 
 
 class Fetcher(Dataset[Fetched]):

@@ -99,13 +99,110 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def deep_png(levels: np.ndarray) -> bytes:
+    """Write uint16 (H,W,3) as a PNG of 16-bit colours, which PIL reads but does not write."""
+    height, width, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def tiff(pixels: np.ndarray, colours: int = 0, planar: bool = False) -> bytes:
+    """Write (H,W,C) of any type as a plain TIFF; `colours` 1 for grey, 2 for RGB, 0 by C."""
+    height, width, channels = pixels.shape
+    colours = colours or (2 if channels >= 3 else 1)
+    beside = channels - (3 if colours == 2 else 1)
+    planes = pixels.transpose(2, 0, 1) if planar else pixels
+    data = planes.tobytes()
+    strips = channels if planar else 1
+    kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    short, long = 3, 4
+    tags = [
+        (256, long, [width]),
+        (257, long, [height]),
+        (258, short, [pixels.dtype.itemsize * 8] * channels),
+        (259, short, [1]),  # not compressed
+        (262, short, [colours]),
+        (273, long, [0] * strips),  # where the strips start: known below
+        (277, short, [channels]),
+        (278, long, [height]),
+        (279, long, [len(data) // strips] * strips),
+        (284, short, [2 if planar else 1]),
+        (338, short, [0] * beside),  # of no stated meaning
+        (339, short, [kind] * channels),
+    ]
+    tags = [tag for tag in tags if tag[2]]
+    behind = 8 + 2 + 12 * len(tags) + 4
+    sizes = [len(values) * (2 if kind == short else 4) for _, kind, values in tags]
+    start = behind + sum(size for size in sizes if size > 4)
+    rows, values_behind = b"", b""
+    for tag, kind, values in tags:
+        if tag == 273:
+            values = [start + number * (len(data) // strips) for number in range(strips)]
+        packed = struct.pack(f"<{len(values)}{'H' if kind == short else 'I'}", *values)
+        if len(packed) > 4:
+            place = behind + len(values_behind)
+            values_behind += packed
+            packed = struct.pack("<I", place)
+        rows += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return head + rows + struct.pack("<I", 0) + values_behind + data
+
+
 def test_deep_colour_keeps_its_upper_byte() -> None:
     levels = np.arange(16 * 16 * 3, dtype=np.uint16).reshape(16, 16, 3) * 80
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
-    np.testing.assert_array_equal(decode_rgb(data).permute(1, 2, 0).numpy(), levels >> 8)
+    decoded = decode_rgb(deep_png(levels)).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(decoded, levels >> 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_colour_that_would_be_almost_black_is_refused(kind: str) -> None:
+    """12 bits in 16, as cameras and scanners write them."""
+    ramp = np.tile(np.linspace(0, 4095, 64)[:, None], (64, 1, 3)).astype(np.uint16)
+    encoder = deep_png if kind == "PNG" else tiff
+    with pytest.raises(ValueError, match="16-bit colours that use only their lower 12 bits"):
+        decode_rgb(encoder(ramp))
+    assert decode_rgb(encoder(ramp * 16)).max() == 255
+    assert decode_rgb(encoder(ramp * 0)).max() == 0  # black is not a matter of range
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "options", "message"),
+    [
+        ("uint8", 2, {}, "a TIFF of 2 channels is not supported; convert to 8-bit RGB"),
+        ("uint8", 5, {"colours": 1}, "a TIFF that is damaged, or of more or other channels"),
+        ("uint8", 8, {}, "a TIFF that is damaged, or of more or other channels"),
+        ("uint16", 5, {}, "a TIFF that is damaged, or of more or other channels"),
+        ("float32", 3, {}, "a TIFF that is damaged, or of more or other channels"),
+        ("float16", 1, {}, "a TIFF that is damaged, or of more or other channels"),
+        ("uint16", 3, {"planar": True}, "a 16-bit TIFF of separate planes is not supported"),
+        ("int8", 1, {}, "a TIFF of signed pixels is not supported"),
+        ("int16", 1, {}, "is not supported; convert to 8 bit"),
+    ],
+)
+def test_other_pixels_in_a_tiff_are_refused(
+    dtype: str, channels: int, options: dict[str, int], message: str
+) -> None:
+    ramp = np.tile(np.linspace(0, 1, 64)[:, None], (64, 1, channels))
+    top = np.iinfo(dtype).max if np.dtype(dtype).kind in "ui" else 1
+    with pytest.raises((ValueError, OSError), match=message):
+        decode_rgb(tiff((ramp * top).astype(dtype), **options))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_channels_beside_rgb_are_dropped_as_alpha_is(extra: int) -> None:
+    """Editors keep selections there."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3 + extra), dtype=np.uint8)
+    decoded = decode_rgb(tiff(pixels)).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(decoded, pixels[..., :3])
+
+
+def test_an_array_file_is_named_as_one() -> None:
+    file = io.BytesIO()
+    np.save(file, np.zeros((8, 8, 3), dtype=np.uint8))
+    with pytest.raises(OSError, match="a NumPy array, not an image; convert to one of JPEG"):
+        decode_rgb(file.getvalue())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 9), (96, 1), (17, 128)])
