@@ -44,7 +44,7 @@ def _parser() -> Parser:
         "--dry-run", action="store_true", help="three steps: what a run would do and need"
     )
     parser.add_argument("--replay", metavar="FILE", help=REPLAY)
-    parser.add_argument("--pretrained", metavar="FILE", help="start from a backbone's weights")
+    parser.add_argument("--pretrained", metavar="FILE", help="weights to start from, in any layout")
     add_which(parser)
     return parser
 
@@ -81,14 +81,16 @@ from engine.state import TrainState
 from evaluation.accuracy import held_out_losses, held_out_names, measure_throughput
 from evaluation.features import SharedFeatures, compute_features
 from evaluation.knn import features_knn
-from models import build_framework, framework_options, start_from
+from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
+from models.weights.start import start_from
+from utils.checkpoints.file import sha256_of
 from utils.checkpoints.folder import require
 from utils.config.key import Value
 from utils.config.load import load_saved, load_with_origins
 from utils.config.programs import check_graphs
 from utils.config.schema import declare
-from utils.distributed import on_all, world_size
+from utils.distributed import on_all, on_main, world_size
 from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
@@ -116,6 +118,8 @@ def main() -> int:
     framework = run.prepare(build_framework(cfg))
     plan = plan_of(cfg, loader)
     state = open_state(cfg, run, framework)
+    if args.pretrained:
+        run.checkpoints.start = started_from(Path(args.pretrained), args.which)
     resumed = not args.dry_run and run.resume(state, plan)
     if args.pretrained and not resumed:  # a checkpoint holds all of the state
         start_from(framework, cfg, Path(args.pretrained), args.which)
@@ -152,6 +156,14 @@ def main() -> int:
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored(run, framework, source, recipe, state.step)
     return outcome.value
+
+
+def started_from(weights: Path, which: str) -> str:
+    """Say which weights a run starts from: a part of its identity. "" for a file that is gone."""
+    # a run that resumes needs the file no longer
+    digest = on_main(lambda: sha256_of(weights) if weights.is_file() else "")
+    asked = f" --which {which}" if which else ""
+    return f"{weights.name}{asked}, sha256 {digest}" if digest else ""
 
 
 def next_commands(

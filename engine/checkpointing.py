@@ -43,6 +43,8 @@ class Checkpoints:
         self.task, self.training, self._check_lock = task, training, check_lock
         self.known_evaluation: dict[str, float] = {}  # of the step that the run resumed at
         self._resumed_from: Path | None = None
+        # the file of weights that the run began with: name, network, sha256; "" for random ones
+        self.start = ""
         self._origin: str | None = None  # the --resume file that the checkpoints descend from
         self._saved_step: int | None = None
         self._own: Path | None = None  # this folder's checkpoint that was saved or resumed last
@@ -78,6 +80,7 @@ class Checkpoints:
             "config": to_yaml(self.cfg),
             "dataset": fingerprint,
             "global_batch": plan.global_batch,
+            "start": self.start,
         }
         problem = distributed.on_main(lambda: self._save(state, plan, payload))
         if not problem:
@@ -170,8 +173,9 @@ class Checkpoints:
             return False
         path, self._origin = found
         saved, changes = distributed.on_all(
-            lambda: load_own(path, self.cfg, self.task, fingerprint, plan)
+            lambda: load_own(path, self.cfg, self.task, fingerprint, plan, self.start)
         )
+        self.start = saved.get("start", self.start)  # older checkpoints lack it
         for change in changes:
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
@@ -228,11 +232,12 @@ def evaluation_of(path: Path) -> dict[str, float]:
 
 
 def load_own(
-    path: Path, cfg: CfgNode, task: str, fingerprint: str, plan: Plan
+    path: Path, cfg: CfgNode, task: str, fingerprint: str, plan: Plan, start: str = ""
 ) -> tuple[State, list[str]]:
     """Return a checkpoint and the tunable keys that have changed since.
 
-    Raises `ValueError` if it belongs to another configuration, data set or global batch.
+    Raises `ValueError` if it belongs to another configuration, data set or global batch, or to
+    other weights than `start`, if they are named.
     """
     saved = checkpoint.load(path)
     if missing := _NEEDED - set(saved):
@@ -246,6 +251,13 @@ def load_own(
             f"{path} was trained on other data ({saved['dataset']}, now {fingerprint}): files were "
             "added, removed or renamed; restore them, or start a run of its own with another --tag"
         )
+    began = saved.get("start", start)  # older checkpoints lack it
+    if start and _contents(began) != _contents(start):
+        raise checkpoint.CheckpointError(
+            f"--pretrained: {path} began with {_short(began) or 'random weights'}, not with "
+            f"{_short(start)}; leave the flag out to go on with it, or start a run of its own with "
+            "another --tag"
+        )
     wanted = saved["global_batch"]
     if wanted != plan.global_batch:
         raise checkpoint.CheckpointError(
@@ -253,6 +265,17 @@ def load_own(
             f"{_product(plan)} = {plan.global_batch}; {sizes_that_work(wanted, plan)}"
         )
     return saved, changes
+
+
+def _contents(start: str) -> tuple[str, str]:
+    """Return network and sha256 of weights; their file may have been renamed since."""
+    about, _, digest = start.rpartition(", sha256 ")
+    return about.partition(" --which ")[2], digest
+
+
+def _short(start: str) -> str:
+    about, _, digest = start.rpartition(", ")
+    return f"{about}, {digest[:15]}" if about else ""
 
 
 def _product(plan: Plan) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
 from yacs.config import CfgNode
 
 from models.batchformer import BatchFormerMoCoV3
@@ -113,20 +112,8 @@ def pretrained_backbone(
     backbone = online_backbone(cfg, **changes)
     if weights is None:
         return backbone, "online"
-    return backbone, _load(backbone, cfg, weights, which)
-
-
-def start_from(framework: MomentumFramework, cfg: CfgNode, weights: Path, which: str = "") -> None:
-    """Give both backbones of a fresh method the weights of a file. Its heads stay random."""
-    online, target = framework.online.backbone, framework.target.backbone
-    _load(online, cfg, weights, which)
-    # a target that started elsewhere would pull its queries away from these weights
-    target.load_state_dict(online.state_dict())
-
-
-def _load(backbone: nn.Module, cfg: CfgNode, weights: Path, which: str) -> str:
     checkpoint = read_torch(weights)
     check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(weights))
     report = load_network(backbone, checkpoint, str(weights), which)
     logger.info(report)
-    return report.network.taken
+    return backbone, report.network.taken
