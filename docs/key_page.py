@@ -153,7 +153,7 @@ def _table(keys: Iterable[tuple[str, Key]]) -> Iterator[str]:
 def _values(key: Key) -> str:
     """Return the limits of a key in words."""
     if key.choices:
-        return ", ".join(key.choices)
+        return ", ".join(key.spelled())
     if isinstance(key.default, bool) or isinstance(key.default, str):
         return ""
     if key.most < math.inf:

@@ -1,14 +1,19 @@
 """Optimisers and their parameter groups."""
 
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
+import timm.optim
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from utils.config.schema import KEYS
+
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and options of any type
 
+_TIMM = "timm/"
 _TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table")
 
 
@@ -72,6 +77,57 @@ class LARS(torch.optim.Optimizer):
         return list(torch.where(usable, ratio, torch.ones_like(ratio)).unbind())
 
 
+def check_optimizer(node: CfgNode, section: str = "") -> None:
+    """Raise `ValueError` for a `timm/<name>` that timm lacks or that our loop cannot serve.
+
+    `section` is what the `OPTIM` section stands in (`LINEAR.`), for the message.
+    """
+    if not node.NAME.startswith(_TIMM):
+        return
+    name, known = node.NAME.removeprefix(_TIMM), timm.optim.list_optimizers()
+    key = f"{section}OPTIM.NAME: {node.NAME!r}"
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{key} is not in timm {timm.__version__}; the nearest is {_TIMM}{near}")
+    info = timm.optim.get_optimizer_info(name)
+    if info.second_order:
+        raise ValueError(
+            f"{key} needs second derivatives, which the training loop does not compute; use an "
+            f"optimiser of first order, e.g. {_TIMM}lamb"
+        )
+    # Such a decay compares the rate with one peak; ours has a schedule for each group.
+    if (info.defaults or {}).get("corrected_weight_decay"):
+        raise ValueError(
+            f"{key} corrects its weight decay by one peak rate, and parameter groups here have "
+            f"rates of their own; use one without the correction, e.g. {_TIMM}adamw"
+        )
+    try:
+        timm.optim.get_optimizer_class(name, bind_defaults=False)
+    except (AssertionError, ImportError) as error:  # of bitsandbytes and APEX
+        raise ValueError(f"{key} cannot run here ({error}); use e.g. {_TIMM}lamb") from error
+
+
+def _timm_optimizer(node: CfgNode, groups: list[Group]) -> torch.optim.Optimizer:
+    """Build timm's optimiser over our groups; what a key leaves at its default is timm's own."""
+    name = node.NAME.removeprefix(_TIMM)
+    info = timm.optim.get_optimizer_info(name)
+    options: dict[str, Any] = {}
+    if node.BETAS != KEYS["OPTIM.BETAS"].default and info.num_betas == 2:
+        options["betas"] = tuple(node.BETAS)
+    if node.EPS != KEYS["OPTIM.EPS"].default:
+        options["eps"] = node.EPS
+    # timm drops what an optimiser does not take. MADGRAD refuses a rate of 0, which the engine
+    # replaces before the first step anyway.
+    return timm.optim.create_optimizer_v2(
+        groups,
+        name,
+        lr=1.0,
+        weight_decay=node.WEIGHT_DECAY,
+        momentum=node.MOMENTUM,
+        **options,
+    )
+
+
 def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     """Split the trainable parameters into those that decay and those that do not.
 
@@ -119,6 +175,8 @@ def build_optimizer(
     """Build the optimiser of an `OPTIM` section; `fused` must be False under a gradient scaler."""
     # With a scaler a fused optimiser skips a step that overflowed by itself, and fused SGD then
     # leaves a fresh momentum buffer uninitialised.
+    if node.NAME.startswith(_TIMM):
+        return _timm_optimizer(node, groups)
     # The engine sets the learning rate before each step.
     common = {"lr": 0.0, "weight_decay": node.WEIGHT_DECAY}
     match node.NAME:

@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 from engine.checkpointing import Checkpoints
 from engine.closing import best_text, show_rows
 from engine.meter import Meter
+from engine.optim import check_optimizer
 from engine.plan import Plan
 from engine.precision import Precision, choose_device
 from engine.state import TrainState
@@ -35,11 +36,13 @@ from utils.names import visible
 from utils.progress import format_duration
 from utils.provenance import RUN_FILE, record_start
 from utils.randomness import keyed_seed
+from utils.sinks import SINKS
 
 logger = logging.getLogger("synco")
 
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")  # a person compares the first digits
 _STATUS_SECONDS = 5.0  # between two looks at a run that trains
+_SECTIONS = {"linear": "LINEAR", "semisup": "FINETUNE"}  # where OPTIM stands; else at the top
 
 
 class Run(Precision):
@@ -61,7 +64,8 @@ class Run(Precision):
         self.fingerprint = ""  # of the data (and, in a probe, the weights) that the run is about
         self.training = training  # an evaluation looks at a folder that may be another process's
         writes = training and distributed.is_main()
-        self.metrics = Metrics(folder if writes else None, cfg.LOG.TENSORBOARD, task)
+        sinks = [name for name in SINKS if cfg.LOG[name.upper()]]
+        self.metrics = Metrics(folder if writes else None, sinks, task)
         self.meter = Meter(self.metrics, cfg.LOG.PRINT_FREQ)
         self._lock: IO[str] | None = None
         self._next_status = 0.0
@@ -293,6 +297,8 @@ def start_run(
 
     Without `training` (`--eval`, `--throughput`) nothing is locked or written.
     """
+    section = _SECTIONS.get(task, "")
+    check_optimizer((cfg[section] if section else cfg).OPTIM, f"{section}." if section else "")
     device = choose_device(cfg.DEVICE)
     distributed.init_processes(device)
     torch.manual_seed(keyed_seed("model", cfg.SEED))  # equal on all ranks: so are the weights

@@ -1,4 +1,4 @@
-"""Write what a run says: terminal, log file, metrics (JSON lines, TensorBoard).
+"""Write what a run says: terminal, log file, metrics (JSON lines and `utils.sinks`).
 
 Logging never stops a training: a full disk or a lost folder is reported once and the run goes on.
 """
@@ -9,11 +9,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,9 +24,7 @@ from torch import Tensor
 from utils.distributed import rank
 from utils.names import OneLine, board_tag, visible
 from utils.progress import is_terminal
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from utils.sinks import SINKS, Sink
 
 logger = logging.getLogger("synco")
 
@@ -127,19 +126,25 @@ def finite_json(value: Any) -> Any:
 
 
 class Metrics:
-    """Append scalars to `folder`/metrics.jsonl and TensorBoard; without a folder do nothing."""
+    """Append scalars to `folder`/metrics.jsonl and sinks; without a folder do nothing."""
 
     def __init__(
-        self, folder: Path | None, tensorboard: bool = True, task: str = "pretrain"
+        self,
+        folder: Path | None,
+        sinks: Iterable[str] = ("tensorboard",),
+        task: str = "pretrain",
     ) -> None:
-        """Open nothing yet: files appear with the first value. `task` groups TensorBoard's tags."""
+        """Open nothing yet: files appear with the first value.
+
+        `sinks` are names of `utils.sinks.SINKS`. `task` groups the tags that they show.
+        """
         self._folder = folder
         self._task = task
-        self._tensorboard = tensorboard and folder is not None
+        # those that have not failed, None before the first value
+        self._sinks: dict[str, Sink | None] = dict.fromkeys(sinks if folder else ())
         self._file: FileIO | None = None
         self._torn = False
-        self._board: SummaryWriter | None = None
-        self._purge_step: int | None = None
+        self._first_step: int | None = None
         self._warned: set[str] = set()
 
     def truncate_after(self, step: int, evaluation_too: bool = False) -> None:
@@ -147,62 +152,75 @@ class Metrics:
 
         `evaluation_too`: drop the evaluation after `step` also. Its line has no learning rate.
         """
-        self._purge_step = step + 1
+        self._first_step = step + 1
         if self._folder is not None:
             self._guard(METRICS_FILE, lambda: self._rewrite(step, evaluation_too))
 
     def write(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """Append the line {"step", **values, "time"}; numbers go to TensorBoard too."""
+        """Append the line {"step", **values, "time"}; numbers go to the sinks too."""
         if self._folder is None:
             return
         # tensors of one element become numbers
         plain = {key: v.item() if hasattr(v, "item") else v for key, v in values.items()}
         self._guard(METRICS_FILE, lambda: self._append(step, plain))
-        if self._tensorboard:
-            self._guard("tensorboard", lambda: self._scalars(step, plain))
+        tagged = {
+            board_tag(key, self._task): value
+            for key, value in plain.items()
+            if isinstance(value, int | float)
+        }
+        self._to_sinks(lambda sink: sink.scalars(tagged, step))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Show a text, such as the configuration, in TensorBoard."""
-        if self._tensorboard:
-            # indented by four it is code in Markdown
-            code = "".join(f"    {line}\n" for line in text.splitlines())
-            self._guard("tensorboard", lambda: self._writer().add_text(name, code, step))
+        """Show a text, such as the configuration, in the sinks."""
+        self._to_sinks(lambda sink: sink.text(name, text, step))
 
     def picture(self, path: Path, step: int) -> None:
-        """Show a PNG file that we wrote in TensorBoard, under its name without digits."""
-        if self._tensorboard:
-            name = f"{'' if self._task == 'pretrain' else f'{self._task}/'}pictures/"
-            name += re.sub(r"[_\d]+$", "", path.stem)
-            self._guard("tensorboard", lambda: self._add_picture(name, path, step))
+        """Show a PNG file that we wrote in the sinks, under its name without digits."""
+        name = f"{'' if self._task == 'pretrain' else f'{self._task}/'}pictures/"
+        name += re.sub(r"[_\d]+$", "", path.stem)
+        self._to_sinks(lambda sink: sink.picture(name, _pixels(path), step))
 
     def embedding(self, features: Tensor, labels: Sequence[int], step: int) -> None:
-        """Show features (N, D) in TensorBoard's projector, coloured by their labels."""
-        if self._tensorboard:
-            self._guard(
-                "tensorboard",
-                lambda: self._writer().add_embedding(features, list(labels), None, step, "knn"),
-            )
+        """Show features (N, D) and their labels in the sinks that can (TensorBoard's projector)."""
+        self._to_sinks(lambda sink: sink.embedding(features, labels, step))
 
     def close(self) -> None:
-        """Close both outputs."""
+        """Close all outputs."""
         if self._file is not None:
             self._guard(METRICS_FILE, self._file.close)
             self._file = None
-        if self._board is not None:
-            self._guard("tensorboard", self._board.close)
-            self._board = None
+        for name, sink in list(self._sinks.items()):
+            if sink is not None:
+                self._sinks[name] = None  # a later value opens it again
+                self._guard_sink(name, sink.close)
 
-    def _guard(self, name: str, action: Callable[[], None]) -> None:
-        """Run `action`; warn once for each output about an error of the outside world."""
+    def _to_sinks(self, action: Callable[[Sink], None]) -> None:
+        for name in list(self._sinks):
+            self._guard_sink(name, partial(self._to_sink, name, action))
+
+    def _to_sink(self, name: str, action: Callable[[Sink], None]) -> None:
+        assert self._folder is not None
+        sink = self._sinks[name] or SINKS[name](self._folder, self._first_step)
+        self._sinks[name] = sink
+        action(sink)
+
+    def _guard_sink(self, name: str, action: Callable[[], None]) -> None:
+        """Run `action`; a sink that fails in any way is off from then on, with one warning."""
+        # Other people's code may raise anything, and after an error TensorBoard's writer is dead.
         try:
             action()
         except Exception as error:
-            # TensorBoard may raise anything, and its writer thread is dead after an error.
-            if name == "tensorboard":
-                self._tensorboard, self._board = False, None
-            # UnicodeError: a path that a C locale cannot spell
-            elif not isinstance(error, (OSError, UnicodeError)):
-                raise
+            del self._sinks[name]
+            logger.warning(_FAILED, name, error)
+
+    def _guard(self, name: str, action: Callable[[], None]) -> None:
+        """Run `action`; warn once for each file about an error of the outside world."""
+        try:
+            action()
+        except (
+            OSError,
+            UnicodeError,
+        ) as error:  # UnicodeError: a path that a C locale cannot spell
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning(_FAILED, name, error)
@@ -243,24 +261,10 @@ class Metrics:
             new.writelines(line for line in old if _stays(line, step, evaluation_too))
         os.replace(tmp, path)
 
-    def _writer(self) -> "SummaryWriter":
-        if self._board is None:
-            # here, since the package is optional and slow to import
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder), purge_step=self._purge_step)
-        return self._board
-
-    def _scalars(self, step: int, values: Mapping[str, object]) -> None:
-        board = self._writer()
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                board.add_scalar(board_tag(key, self._task), value, step)
-
-    def _add_picture(self, name: str, path: Path, step: int) -> None:
-        with Image.open(path, formats=["PNG"]) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        self._writer().add_image(name, pixels, step, dataformats="HWC")
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path, formats=["PNG"]) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def _stays(line: str, step: int, evaluation_too: bool) -> bool:

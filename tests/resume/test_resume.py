@@ -355,3 +355,15 @@ def test_a_probe_killed_and_resumed(output: Path) -> None:
     assert runs.digest(killed) == runs.digest(whole)
     assert (killed / "result.json").read_text() == (whole / "result.json").read_text()
     assert "top1" in runs.final_state(whole)["best"]
+
+
+@pytest.mark.parametrize("name", ["lamb", "muon"])
+def test_an_optimiser_of_timm_killed_and_resumed(name: str, output: Path) -> None:
+    keys = {"OPTIM__NAME": f"timm/{name}", "OPTIM__BASE_LR": 1e-3, "OPTIM__EXCLUDE_1D": True}
+    keys |= {"OPTIM__WEIGHT_DECAY": 0.1, "OPTIM__WEIGHT_DECAY_END": 0.2}
+    whole = uninterrupted("moby", output, **keys)
+    argv = runs.arguments("moby", output, name, **keys)
+    fault = partial(runs.kill_at, step=7)
+    assert forked.run("main_pretrain", argv, output / "log", prepare=fault) == [-signal.SIGKILL]
+    assert finish(argv, output / "moby" / name, output / "log") == 6
+    assert runs.digest(output / "moby" / name) == whole

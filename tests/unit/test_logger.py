@@ -145,7 +145,7 @@ def test_log_folder_that_cannot_be_made_warns(
 
 
 def test_metrics_are_one_json_object_a_line(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "run", tensorboard=False)
+    metrics = Metrics(tmp_path / "run", sinks=())
     metrics.write(1, {"loss": torch.tensor(0.5), "lr": 1e-3, "note": "warm"})
     metrics.write(2, {"loss": float("nan"), "norm": float("inf")})
     assert read_lines(tmp_path / "run") == [
@@ -165,13 +165,13 @@ def test_metrics_without_folder_do_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_resumed_metrics_hold_each_step_once(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics = Metrics(tmp_path, sinks=())
     for step in range(1, 6):
         metrics.write(step, {"loss": float(step)})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # torn by a kill
-    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics = Metrics(tmp_path, sinks=())
     metrics.truncate_after(3)
     for step in (4, 5):
         metrics.write(step, {"loss": 10.0 * step})
@@ -190,7 +190,7 @@ def test_resumed_metrics_hold_each_step_once(tmp_path: Path) -> None:
 
 def test_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics = Metrics(tmp_path, sinks=())
     metrics.write(2, {})
     metrics.close()
     assert (
@@ -201,7 +201,7 @@ def test_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
 def test_full_disk_at_the_metrics_warns_once_and_recovers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = Metrics(tmp_path, tensorboard=False)
+    metrics = Metrics(tmp_path, sinks=())
     with caplog.at_level(logging.WARNING, logger="synco"), full_disk():
         for step in range(1, 30):
             metrics.write(step, {"loss": 0.123456789})
@@ -328,7 +328,7 @@ def test_a_tensorboard_that_fails_in_any_way_is_one_warning(
 
 def test_a_fault_of_ours_in_the_metrics_is_no_warning(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        Metrics(tmp_path, tensorboard=False).write(1, {"loss": object()})  # type: ignore[dict-item]
+        Metrics(tmp_path, sinks=()).write(1, {"loss": object()})  # type: ignore[dict-item]
 
 
 def test_finite_json_reaches_every_depth() -> None:

@@ -27,7 +27,7 @@ def outputs(loss: float) -> dict[str, torch.Tensor]:
 
 
 def test_means_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) -> None:
-    meter = Meter(Metrics(tmp_path, tensorboard=False), every=3)
+    meter = Meter(Metrics(tmp_path, sinks=()), every=3)
     meter.start(PLAN)
     for step in range(8):
         meter.log(Progress(step, 4, 8), outputs(float(step)), PLAN)
@@ -40,7 +40,7 @@ def test_means_are_written_every_so_many_steps_and_at_the_end(tmp_path: Path) ->
 
 
 def test_best_is_kept_and_no_evaluation_is_no_line(tmp_path: Path) -> None:
-    meter = Meter(Metrics(tmp_path, tensorboard=False), every=1)
+    meter = Meter(Metrics(tmp_path, sinks=()), every=1)
     module = torch.nn.Linear(1, 1)
     state = TrainState(module, torch.optim.SGD(module.parameters(), 0.1), module)
     for epoch, value in ((1, 10.0), (2, 30.0), (3, 20.0)):
@@ -111,7 +111,7 @@ def test_the_status_of_a_run_that_settles_is_known_but_for_the_time_left() -> No
 def test_the_log_line_calls_the_accuracy_of_the_contrastive_task_by_its_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    meter = Meter(Metrics(tmp_path, tensorboard=False), every=1)
+    meter = Meter(Metrics(tmp_path, sinks=()), every=1)
     plan = PLAN
     with caplog.at_level(logging.INFO, logger="synco"):
         meter.log(plan.progress(0), {"loss": torch.ones(()), "acc1": torch.tensor(12.5)}, plan)
@@ -127,11 +127,11 @@ def test_a_metric_of_the_newest_steps_alone_is_shown_as_it_is_also_after_a_resum
     lines = []
     for resumed in (False, True):
         folder = tmp_path / str(resumed)
-        meter = Meter(Metrics(folder, tensorboard=False), every=3)
+        meter = Meter(Metrics(folder, sinks=()), every=3)
         for number, values in enumerate(steps):
             if resumed and number == 2:
                 state = meter.state_dict()
-                meter = Meter(Metrics(folder, tensorboard=False), every=3)
+                meter = Meter(Metrics(folder, sinks=()), every=3)
                 meter.load_state_dict(state)
             out = {name: torch.tensor(value) for name, value in values.items()}
             meter.log(Progress(number, 4, 8), out, PLAN)

@@ -1,15 +1,25 @@
 """Which tensors decay, and each optimiser against a slow loop that follows the paper."""
 
 import copy
+import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from engine.optim import LARS, build_optimizer, parameter_groups
+from engine.optim import (
+    LARS,
+    build_optimizer,
+    check_optimizer,
+    parameter_groups,
+    with_layer_decay,
+)
+from engine.run import start_run
 from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
 from utils.config.load import ConfigError, load_config
@@ -272,3 +282,133 @@ def test_a_step_that_overflows_under_a_scaler_touches_nothing(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
     assert all(not state for state in optimizer.state.values())
     assert scaler.get_scale() == 1.0
+
+
+# ---- optimisers of timm --------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    convolution = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*convolution, nn.Linear(8 * 16, 10), nn.Linear(10, 4))
+
+
+def opened(model: nn.Module, node: CfgNode) -> torch.optim.Optimizer:
+    groups = with_layer_decay(parameter_groups(model, node), {model[0].weight: 0.5})
+    return build_optimizer(node, groups)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(100 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (step + 1) * group["lr_scale"]
+        model(torch.randn(16, 3, 6, 6)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def usable(name: str) -> bool:
+    try:
+        check_optimizer(optim(NAME=f"timm/{name}"))
+    except ValueError:
+        return False
+    return True
+
+
+USABLE = [name for name in timm.optim.list_optimizers() if usable(name)]
+COMMON = ("lamb", "muon", "adamw", "lion", "nadamw", "adopt", "madgrad", "sgd")
+
+
+def test_the_common_optimisers_of_timm_are_usable() -> None:
+    assert set(COMMON) & set(timm.optim.list_optimizers()) <= set(USABLE)
+    assert {"lamb", "adamw", "lion"} <= set(USABLE)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in COMMON else pytest.param(n, marks=pytest.mark.slow) for n in USABLE]
+)
+def test_an_optimiser_of_timm_follows_the_groups_and_resumes_bit_identically(name: str) -> None:
+    node = optim(NAME=f"timm/{name}", EXCLUDE_1D=True, WEIGHT_DECAY=0.1)
+    whole, first, second = network(), network(), network()
+    train(whole, opened(whole, node), range(6))
+    optimizer = opened(first, node)
+    assert [(g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.5, 0.1),
+        (1.0, 0.1),
+        (1.0, 0.0),
+    ]
+    train(first, optimizer, range(3))
+    saved = io.BytesIO()
+    torch.save([first.state_dict(), optimizer.state_dict()], saved)
+    saved.seek(0)
+    weights, state = torch.load(saved, weights_only=True)
+    second.load_state_dict(weights)
+    optimizer = opened(second, node)
+    optimizer.load_state_dict(state)
+    train(second, optimizer, range(3, 6))
+    for found, expected in zip(second.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    start = network()
+    moved = zip(whole.parameters(), start.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in moved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("WEIGHT_DECAY", 0.3, "lamb"),
+        ("BETAS", [0.5, 0.99], "lamb"),
+        ("EPS", 0.1, "lamb"),
+        ("MOMENTUM", 0.5, "sgdw"),
+    ],
+)
+def test_the_keys_reach_an_optimiser_of_timm(key: str, value: Any, name: str) -> None:
+    def after(**options: Any) -> list[Tensor]:
+        node = optim(NAME=f"timm/{name}", **{"WEIGHT_DECAY": 0.1, **options})
+        return run(lambda groups: build_optimizer(node, groups), gradients())
+
+    assert not torch.equal(after()[0], after(**{key: value})[0])
+
+
+def test_without_a_key_an_optimiser_of_timm_keeps_its_own_defaults() -> None:
+    parameter = [{"params": [nn.Parameter(torch.ones(2, 2))]}]
+    (lion,) = build_optimizer(optim(NAME="timm/lion"), parameter).param_groups
+    (lamb,) = build_optimizer(optim(NAME="timm/lamb"), parameter).param_groups
+    assert (tuple(lion["betas"]), lamb["eps"]) == ((0.9, 0.99), 1e-6)
+    # three betas: OPTIM.BETAS has two
+    build_optimizer(optim(NAME="timm/adan", BETAS=[0.5, 0.9]), parameter)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lambs", "is not in timm .*nearest is timm/lamb"),
+        ("moun", "is not in timm .*nearest is timm/muon"),
+        ("", "is not in timm"),
+        ("adahessian", "needs second derivatives"),
+        ("lambcd", "corrects its weight decay by one peak rate"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("task", "section"),
+    [
+        *[(task, "") for task in ("pretrain", "detection", "segmentation")],
+        *[("linear", "LINEAR."), ("semisup", "FINETUNE.")],
+    ],
+)
+def test_an_optimiser_that_timm_lacks_or_we_cannot_serve_is_refused_before_the_run(
+    tmp_path: Path, name: str, words: str, task: str, section: str
+) -> None:
+    key = f"{section}OPTIM.NAME"
+    cfg = load_config(SCHEMA, flags={key: f"timm/{name}", "OUTPUT": str(tmp_path)})
+    with pytest.raises(ValueError, match=f"^{key}: 'timm/{name}' {words}"):
+        start_run(cfg, task=task)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it may run there")
+def test_an_optimiser_that_needs_a_gpu_is_refused() -> None:
+    for name in {"bnbadam", "fusedadam"} & set(timm.optim.list_optimizers()):
+        with pytest.raises(ValueError, match=rf"'timm/{name}' cannot run here \(CUDA"):
+            check_optimizer(optim(NAME=f"timm/{name}"))

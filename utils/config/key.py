@@ -19,7 +19,12 @@ class Limits:
     least: float = 0.0  # of a number, or of each number of a list
     most: float = math.inf
     choices: tuple[str, ...] = ()  # of a text
+    library: str = ""  # `timm/`: a text that begins so is accepted beside the choices
     entries: tuple[int, int] = (0, 1 << 30)  # least and most entries of a list
+
+    def spelled(self) -> tuple[str, ...]:
+        """Return the choices as messages and pages list them."""
+        return (*self.choices, f"{self.library}<name>") if self.library else self.choices
 
 
 @dataclass(frozen=True)

@@ -177,8 +177,9 @@ def validate(tree: CfgNode, schema: Schema) -> None:
 
 
 def _check_limits(key: str, value: Value, limits: Limits) -> None:
-    if limits.choices and value not in limits.choices:
-        raise ConfigError(f"{_named(key)}: {value!r} is not one of {', '.join(limits.choices)}")
+    of_library = limits.library and str(value).startswith(limits.library)
+    if limits.choices and value not in limits.choices and not of_library:
+        raise ConfigError(f"{_named(key)}: {value!r} is not one of {', '.join(limits.spelled())}")
     entries = value if isinstance(value, list) else [value]
     fewest, most = limits.entries
     if isinstance(value, list) and not fewest <= len(value) <= most:

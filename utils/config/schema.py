@@ -87,7 +87,12 @@ def plain(value: object) -> object:
 
 def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
     return {
-        "NAME": Key("sgd", "the optimiser", choices=OPTIMIZERS),
+        "NAME": Key(
+            "sgd",
+            "the optimiser; timm/<name>: one of `timm.optim.list_optimizers()`, such as timm/lamb",
+            choices=OPTIMIZERS,
+            library="timm/",
+        ),
         "BASE_LR": Key(0.03, "peak learning rate"),
         "WARMUP_LR": Key(0.0, "learning rate at the start of the warm-up"),
         "MIN_LR": Key(0.0, "learning rate at the end of the cosine"),
@@ -102,10 +107,15 @@ def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
             "positions, but for biases (Swin's detectors)",
             choices=("1d", "norms"),
         ),
-        "MOMENTUM": Key(0.9, "momentum of SGD and LARS", most=1.0),
+        "MOMENTUM": Key(0.9, "momentum of SGD and LARS, and of one of timm that has it", most=1.0),
         "NESTEROV": Key(False, "Nesterov momentum of SGD"),
-        "BETAS": Key([0.9, 0.999], "betas of AdamW", most=0.999999, entries=(2, 2)),
-        "EPS": Key(1e-8, "epsilon of AdamW"),
+        "BETAS": Key(
+            [0.9, 0.999],
+            "betas of AdamW; another value than the default also replaces those of timm's",
+            most=0.999999,
+            entries=(2, 2),
+        ),
+        "EPS": Key(1e-8, "epsilon of AdamW; as BETAS for one of timm"),
         "TRUST_COEFFICIENT": Key(0.001, "trust coefficient of LARS"),
         "CLIP_GRAD": Key(0.0, "largest L2 norm of the gradient; 0: no clipping"),
         "CLIP_PER_TENSOR": Key(False, "clip the norm of each tensor by itself"),
@@ -302,6 +312,10 @@ _TREE: Tree = {
     "LOG": {
         "PRINT_FREQ": Key(10, "steps between two log lines", least=1, role="local"),
         "TENSORBOARD": Key(True, "write TensorBoard events", role="local"),
+        "WANDB": Key(
+            False, "log to Weights & Biases, by its own `WANDB_*` variables", role="local"
+        ),
+        "MLFLOW": Key(False, "log to MLflow, by its own `MLFLOW_*` variables", role="local"),
     },
     "LINEAR": _for(("linear",), _linear()),
     "FINETUNE": _for(("semisup",), _finetune()),
