@@ -132,21 +132,27 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     """Split the trainable parameters into those that decay and those that do not.
 
     LARS always exempts one-dimensional parameters; the others only with `EXCLUDE_1D`.
-    `EXCLUDE_TOKENS` adds class tokens, positions and relative position tables, which the
-    published MoBY code (arXiv:2105.04553) decays. `EXCLUDE_RULE` "norms" is the rule of Swin's
-    detectors and segmenters (arXiv:2103.14030): names with "norm", tables and positions, but
-    neither biases nor the batch norms of heads, whose names hold no "norm".
+    `EXCLUDE_TOKENS` adds class tokens, positions, relative position tables and what timm exempts in
+    the backbone; the published MoBY code (arXiv:2105.04553) decays them. `EXCLUDE_RULE` "norms" is
+    the rule of Swin's detectors and segmenters (arXiv:2103.14030): names with "norm", tables and
+    positions, but neither biases nor the batch norms of heads, whose names hold no "norm".
     """
     by_name = node.EXCLUDE_RULE == "norms"
     exempt_1d = (node.EXCLUDE_1D and not by_name) or node.NAME == "lars"
     exempt_tokens = node.EXCLUDE_TOKENS or by_name
     decay: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
+    # such as the scales and the position MLPs of Swin v2's attention, by no common name
+    named_by_timm: set[str] = set()
+    for path, part in module.named_modules():
+        listed = getattr(part, "no_weight_decay", None)
+        if node.EXCLUDE_TOKENS and callable(listed):
+            named_by_timm |= {f"{path}.{name}".lstrip(".") for name in listed()}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_1d = parameter.ndim <= 1 or name.endswith(".bias")
-        is_token = name.rsplit(".", 1)[-1] in _TOKENS
+        is_token = name.rsplit(".", 1)[-1] in _TOKENS or name in named_by_timm
         no_decay = (exempt_1d and is_1d) or (exempt_tokens and is_token)
         no_decay = no_decay or (by_name and "norm" in name)
         (exempt if no_decay else decay).append(parameter)

@@ -1,6 +1,7 @@
 """Write backbones in the layouts of other libraries, from a state dict in our (timm's) names."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ from models.weights.naming import (
 
 State = dict[str, Tensor]
 _TABLE = "relative_position_bias_table"
+_RESNET_KEY = re.compile(
+    r"(?:conv1|bn1|fc(?:\.\d)?|layer[1-4]\.\d+\.(?:(?:conv|bn)[123]|downsample\.[01]))\.\w+$"
+)
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> State:
@@ -44,6 +48,7 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     `stem.fc.*`.
     """
     _known(state, "Detectron2", {"resnet"})
+    _refuse_variants(state, "Detectron2")
     renamed = DETECTRON2_RESNET.to_theirs(state)
     return {key: np.array(tensor.detach().cpu().numpy()) for key, tensor in renamed.items()}
 
@@ -81,7 +86,12 @@ def to_huggingface(backbone: nn.Module, img_size: int) -> tuple[State, dict[str,
     state = backbone.state_dict()
     kind = _known(state, "transformers", {"resnet", "vit", "swin"})
     if kind == "resnet":
-        return HF_RESNET.to_theirs(_resnet(state, "transformers")), _resnet_config(state)
+        plain = _resnet(state, "transformers")
+        if any(
+            key.endswith("conv2.weight") and t.shape[0] != t.shape[1] for key, t in plain.items()
+        ):
+            raise ValueError("transformers' ResNets have no groups (ResNeXt); use --to timm")
+        return HF_RESNET.to_theirs(plain), _resnet_config(state)
     naming: Naming = HF_VIT if kind == "vit" else HF_SWIN
     renamed = naming.to_theirs(state)
     config = _vit_config(backbone, img_size) if kind == "vit" else _swin_config(backbone, img_size)
@@ -90,6 +100,9 @@ def to_huggingface(backbone: nn.Module, img_size: int) -> tuple[State, dict[str,
 
 def _known(state: Mapping[str, Tensor], library: str, families: set[str]) -> str:
     kind = family(state)
+    # Swin v2 has v1's names and other attention, so other libraries would load it into a v1.
+    if kind == "swin" and any(key.endswith("attn.logit_scale") for key in state):
+        kind = "Swin v2"
     if kind not in families:
         raise ValueError(
             f"{library} takes {', '.join(sorted(families))} here, not this backbone ({kind}); use "
@@ -100,6 +113,7 @@ def _known(state: Mapping[str, Tensor], library: str, families: set[str]) -> str
 
 def _resnet(state: Mapping[str, Tensor], library: str) -> State:
     """Return a ResNet as it is, for libraries that have only its ImageNet stem."""
+    _refuse_variants(state, library)
     kernel = state["conv1.weight"].shape[-1]
     # our stems for small images have a kernel of 3
     if kernel != 7:
@@ -108,6 +122,13 @@ def _resnet(state: Mapping[str, Tensor], library: str) -> State:
             "(MODEL.BACKBONE.STEM); use --to timm"
         )
     return dict(state)
+
+
+def _refuse_variants(state: Mapping[str, Tensor], library: str) -> None:
+    """Refuse timm's relatives of the ResNet, with deeper stems or attention, by their tensors."""
+    for key in state:
+        if not _RESNET_KEY.match(key):
+            raise ValueError(f"{library}'s ResNets have no {key}; use --to timm")
 
 
 def _with_indices(state: State, flat: bool = False) -> State:

@@ -29,7 +29,7 @@ CIFAR_RECIPES = sorted(CONFIGS.glob("cifar10/*.yaml"))
 RECIPE_FILES = [
     path
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if not path.stem.startswith(("demo", "own_images"))
+    if not path.stem.startswith(("demo", "own_images", "continue"))
 ]
 OTHERS = [path for path in CONFIGS.glob("*.yaml") if path not in RECIPE_FILES]
 
