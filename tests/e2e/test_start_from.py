@@ -11,6 +11,7 @@ from torch import nn
 
 from models import assemble_framework, framework_options
 from models.parts.backbones import build_backbone
+from models.weights import export
 from models.weights.pretraining_state import framework_state
 from models.weights.start import start_from
 from utils.checkpoints import file as checkpoint
@@ -191,3 +192,34 @@ def test_an_imported_whole_state_comes_along(
     assert "also took" in said(caplog, method, path)
     for key, tensor in method.state_dict().items():
         assert torch.equal(tensor, state[key]), key
+
+
+@pytest.mark.parametrize("layout", ["timm", "wrapped", "moco", "detectron2", "hf", "dino"])
+def test_each_layout_that_a_probe_reads_starts_both_networks(tmp_path: Path, layout: str) -> None:
+    torch.manual_seed(5)
+    backbone = build_backbone("resnet8")
+    state = backbone.state_dict()
+    student = build_backbone("resnet8").state_dict()
+    files: dict[str, dict[str, Any]] = {
+        "timm": state,
+        "wrapped": {"model": {f"module._orig_mod.{key}": t for key, t in state.items()}},
+        "moco": {"state_dict": export.to_moco(state, {})},
+        "detectron2": {
+            "model": {k: torch.tensor(v) for k, v in export.to_detectron2(state).items()}
+        },
+        "hf": export.to_huggingface(backbone, 32)[0],
+        "dino": {
+            "student": {f"module.backbone.{key}": t for key, t in student.items()},
+            "teacher": {f"backbone.{key}": t for key, t in state.items()},
+        },
+    }
+    path = tmp_path / "file.pth"
+    torch.save(files[layout], path)
+    method = moco(2)
+    start_from(method, CFG, path)
+    for side in (method.online, method.target):
+        for key, tensor in side.backbone.state_dict().items():
+            assert torch.equal(tensor, state[key]), key
+    if layout == "dino":
+        start_from(method, CFG, path, "student")
+        assert torch.equal(method.target.backbone.conv1.weight, student["conv1.weight"])
