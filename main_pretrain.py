@@ -81,6 +81,7 @@ from engine.state import TrainState
 from evaluation.accuracy import held_out_losses, held_out_names, measure_throughput
 from evaluation.features import SharedFeatures, compute_features
 from evaluation.knn import features_knn
+from evaluation.online_probe import OnlineProbe, open_probe
 from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
 from models.weights.start import start_from
@@ -120,6 +121,7 @@ def main() -> int:
     state = open_state(cfg, run, framework)
     if args.pretrained:
         run.checkpoints.start = started_from(Path(args.pretrained), args.which)
+    state.probe = probe = open_probe(cfg, run, framework.online, source)
     resumed = not args.dry_run and run.resume(state, plan)
     if args.pretrained and not resumed:  # a checkpoint holds all of the state
         start_from(framework, cfg, Path(args.pretrained), args.which)
@@ -128,7 +130,7 @@ def main() -> int:
         with run.evaluating(framework.online.backbone) as backbone:
             measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.TRAIN.BATCH_SIZE, run.device)
         return 0
-    evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, at_once=args.eval)
+    evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, args.eval, probe)
     if args.eval:
         if not resumed:
             raise ValueError(
@@ -141,7 +143,10 @@ def main() -> int:
     # The one place where model and data meet; the engine knows neither.
     def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with run.autocast():
-            return state.model([run.views(view) for view in batch.views], progress)
+            out = state.model([run.views(view) for view in batch.views], progress)
+        if probe:
+            probe.learn(batch)
+        return out
 
     if args.dry_run:
         sys.stdout.write(
@@ -231,8 +236,9 @@ class Evaluations:
         recipe: Recipe,
         epochs: int,
         at_once: bool,
+        probe: OnlineProbe | None = None,
     ) -> None:
-        self.cfg, self.run, self.framework = cfg, run, framework
+        self.cfg, self.run, self.framework, self.probe = cfg, run, framework, probe
         self.epochs, self.at_once = epochs, at_once
         # opened now, so that a missing split ends the run before its first step
         self.held_out: GlobalLoader | None = None
@@ -255,7 +261,7 @@ class Evaluations:
         every = cfg.KNN.EVERY_EPOCHS
         self.knn_by_default = every < 0
         self.knn_every = _KNN_EVERY if self.knn_by_default else every
-        if every > 0 or (at_once and not self.held_out):
+        if every > 0 or probe or (at_once and not self.held_out):
             self.knn = labelled_splits(cfg.DATA, source)
         elif self.knn_by_default and not at_once:
             # Nobody asked for it, so a data set without labels or test images goes without.
@@ -265,6 +271,7 @@ class Evaluations:
                 logger.info("no k-NN while this run trains: %s", str(error).partition(";")[0])
         if not cfg.CHECKPOINT.KEEP_BEST.startswith("held_out_" if self.held_out else "-"):
             names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]
+            names += ["probe_top1"] if probe else []
             require(cfg.CHECKPOINT.KEEP_BEST, names if self.knn else [])
 
     def __call__(self, progress: Progress) -> dict[str, float]:
@@ -286,7 +293,8 @@ class Evaluations:
             if progress.epoch == self.epochs and queries:
                 features, labels = (part[:_PROJECTED] for part in queries[0])
                 self.run.metrics.embedding(features, labels.tolist(), progress.step)
-            return features_knn(bank, queries, classes, knn.K, knn.TEMPERATURE)
+            accuracy = self.probe.accuracy(queries) if self.probe else {}
+            return features_knn(bank, queries, classes, knn.K, knn.TEMPERATURE) | accuracy
         except ValueError as error:  # features that are not finite, on all processes
             if not self.knn_by_default:
                 raise

@@ -117,6 +117,8 @@ def train_step(
     shares = gradient_shares(state) if watch else {}
     out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
     out |= {f"grad_norm_{part}": share * out["grad_norm"] for part, share in shares.items()}
+    if state.probe is not None:
+        out |= state.probe.update()
     # Only now: the target averages the updated weights, and the loss has seen the old queue.
     state.module.after_step(progress)
     state.step += 1

@@ -25,6 +25,19 @@ class Framework(Protocol):
         """Restore parameters and buffers; every key and shape must match."""
 
 
+class Companion(Protocol):
+    """What learns beside the module, from the same steps, without influence on it."""
+
+    def update(self) -> dict[str, Tensor]:
+        """Apply what the micro-batches of a step have taught; return scalars for the log."""
+
+    def state_dict(self) -> State:
+        """Return what a checkpoint holds."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore it; {} if the checkpoint is of a run without."""
+
+
 @dataclass
 class TrainState:
     """All that a checkpoint restores, and `model`: the module as it is called in a step."""
@@ -40,6 +53,7 @@ class TrainState:
     # (G,) int64: the step at which a group diverged and was closed, -1 while it is open. None: a
     # norm that is not finite stops the run.
     closed_at: Tensor | None = None
+    probe: Companion | None = None
 
     def keep_best(self, values: Mapping[str, float]) -> None:
         """Update the best values with those of an evaluation."""
@@ -58,6 +72,8 @@ class TrainState:
         }
         if self.closed_at is not None:
             state["closed_at"] = self.closed_at
+        if self.probe is not None:
+            state["probe"] = self.probe.state_dict()
         return state
 
     def load_state_dict(self, state: State) -> None:
@@ -71,3 +87,5 @@ class TrainState:
         self.best = dict(state["best"])
         if self.closed_at is not None and "closed_at" in state:  # older checkpoints lack it
             self.closed_at.copy_(state["closed_at"])
+        if self.probe is not None:
+            self.probe.load_state_dict(state.get("probe", {}))

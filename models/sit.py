@@ -95,6 +95,7 @@ class SiTEncoder(Encoder):
         query.
         """
         summaries, features = summaries_and_map(self.backbone, images)
+        self._kept(summaries[0])
         if self.batchformer is not None:
             attended = torch.cat([self.batchformer(view) for view in summaries[0].chunk(num_views)])
             # the rotation is read from the plain summary, also where there is only one

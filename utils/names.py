@@ -9,6 +9,7 @@ _CALLED = {"acc1": "contrastive acc1", "acc5": "contrastive acc5"}
 # The group of a metric of pretraining in TensorBoard, by the beginning of its name.
 _GROUPS = {
     "knn": "knn",
+    "probe": "probe",
     "held_out": "held_out",
     "embedding": "health",
     "grad_norm": "health",
@@ -40,7 +41,7 @@ def board_tag(metric: str, task: str = "pretrain") -> str:
         return "/".join([task, *reversed(metric.split("/"))])
     begins = (word for word in _GROUPS if metric.startswith(word))
     group = _GROUPS.get(next(begins, ""), "train")
-    name = re.sub(r"^knn(?=\d)", "k", metric.removeprefix("held_out_"))
+    name = re.sub(r"^knn(?=\d)", "k", metric.removeprefix(f"{group}_"))
     return f"{group}/{shown_name(name).replace(' ', '_')}"
 
 

@@ -49,6 +49,8 @@ class Encoder(nn.Module):
     """
 
     stack_views = False
+    keeps_features = False  # while training, for an on-line probe
+    _features: Tensor | None = None
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
@@ -59,15 +61,25 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Project images (N, 3, H, W) to (N, D), or to (2N, D) while training under BatchFormer."""
-        return self._project(self.backbone(images))
+        return self._project(self._kept(self.backbone(images)))
 
     def each(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Project every view by itself; under `stack_views` only the heads do so."""
         if not self.stack_views:
             return [self(view) for view in views]
-        return [
-            self._project(part) for part in self.backbone(torch.cat(list(views))).chunk(len(views))
-        ]
+        features = self._kept(self.backbone(torch.cat(list(views))))
+        return [self._project(part) for part in features.chunk(len(views))]
+
+    def take_features(self) -> Tensor:
+        """Return the detached features of the first pass since the last call, first view first."""
+        assert self._features is not None, "no pass while `keeps_features`"
+        features, self._features = self._features, None
+        return features
+
+    def _kept(self, features: Tensor) -> Tensor:
+        if self.keeps_features and self.training and self._features is None:
+            self._features = features.detach()
+        return features
 
     def _project(self, features: Tensor) -> Tensor:
         if self.batchformer is not None:

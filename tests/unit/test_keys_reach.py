@@ -49,7 +49,7 @@ NOT_PROBING = {key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "F
         "TRAIN.USE_CHECKPOINT",
     ),
     *("TRAIN.COMPILE", "TRAIN.CUDA_GRAPHS", "KNN.EVERY_EPOCHS", "DATA.DECODE"),
-    *("DATA.REPEATED_AUG", "HELD_OUT.EVERY_EPOCHS"),
+    *("DATA.REPEATED_AUG", "HELD_OUT.EVERY_EPOCHS", "PROBE.ONLINE", "PROBE.LR"),
 }
 NOT_FINETUNING = {
     key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "LINEAR.", "KNN.", "HELD_OUT."))
@@ -62,6 +62,8 @@ NOT_FINETUNING = {
     "TRAIN.CUDA_GRAPHS",
     "DATA.DECODE",
     "DATA.REPEATED_AUG",
+    "PROBE.ONLINE",
+    "PROBE.LR",
 }
 assert not NOT_PRETRAINING & NOT_PROBING & NOT_FINETUNING
 
@@ -189,6 +191,7 @@ def test_every_key_is_read_by_some_run(
             name,
         ]
         opts += ["OPTIM.EXCLUDE_TOKENS", "True", "KNN.EVERY_EPOCHS", "1" if name == "byol" else "0"]
+        opts += ["PROBE.ONLINE", str(name == "byol")]
         start(monkeypatch, main_pretrain.main, *out, "--opts", *opts)
     # once more: resumed, nothing left to do
     start(monkeypatch, main_pretrain.main, *out, "--opts", *opts)

@@ -73,6 +73,8 @@ def check_training(cfg: CfgNode) -> None:
             f"KNN.EVERY_EPOCHS: {cfg.KNN.EVERY_EPOCHS}, but DATA.DATASET {cfg.DATA.DATASET!r} has "
             f"no labels; add {_NO_KNN}, or use --dataset imagefolder"
         )
+    if cfg.PROBE.ONLINE:
+        _check_probe(cfg)
     root = Path(cfg.DATA.PATH)
     if cfg.DATA.DATASET in CLASS_FOLDERS and (root / "train").is_dir():
         for key, remedy in (("KNN", _NO_KNN), ("HELD_OUT", "--opts HELD_OUT.EVERY_EPOCHS 0")):
@@ -81,6 +83,26 @@ def check_training(cfg: CfgNode) -> None:
                     f"{key}.EVERY_EPOCHS: {cfg[key].EVERY_EPOCHS} needs images to test, but "
                     f"{root / 'val'} does not exist; make it, or add {remedy}"
                 )
+
+
+def _check_probe(cfg: CfgNode) -> None:
+    place, remedy = Path(cfg.DATA.PATH), "set PROBE.ONLINE to False"
+    if cfg.DATA.DATASET in UNLABELLED:
+        raise ConfigError(
+            f"PROBE.ONLINE: DATA.DATASET {cfg.DATA.DATASET!r} has no labels to learn from; "
+            f"{remedy}, or use --dataset imagefolder"
+        )
+    if cfg.KNN.EVERY_EPOCHS == 0:
+        raise ConfigError(
+            "PROBE.ONLINE: its accuracy is measured with the k-NN, and KNN.EVERY_EPOCHS is 0; set "
+            f"that to -1 or more epochs, or {remedy}"
+        )
+    if cfg.DATA.DATASET in CLASS_FOLDERS and (place / "train").is_dir():
+        if not (place / "val").is_dir():
+            raise ConfigError(
+                f"PROBE.ONLINE: it needs images to test, but {place / 'val'} does not exist; make "
+                f"it, or {remedy}"
+            )
 
 
 def _check_queue(cfg: CfgNode) -> None:

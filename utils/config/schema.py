@@ -305,6 +305,14 @@ _TREE: Tree = {
     "SCHEDULE": _for(PRETRAIN, _schedule()),
     "TRAIN": _TRAIN,
     "KNN": _KNN,
+    "PROBE": _for(
+        PRETRAIN,
+        {
+            # The weights of the run do not depend on it: it may come and go.
+            "ONLINE": Key(False, "a linear probe that learns beside the run", role="tunable"),
+            "LR": Key(1e-3, "its learning rate (AdamW)", role="tunable"),
+        },
+    ),
     "HELD_OUT": {
         "EVERY_EPOCHS": Key(0, "the method's losses on the val split; 0: never", role="tunable")
     },
