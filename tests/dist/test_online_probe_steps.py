@@ -25,7 +25,8 @@ class Features(torch.nn.Module):
 
 
 def made() -> OnlineProbe:
-    encoder = Encoder(Features(), torch.nn.Linear(6, 2))
+    encoder = Encoder(Features(), torch.nn.Identity())
+    encoder.register_parameter("place", torch.nn.Parameter(torch.zeros(1)))  # says the device
     return OnlineProbe(encoder, 6, 3, lr=0.1, seed=4)
 
 
@@ -78,7 +79,8 @@ def test_its_start_takes_no_draw_of_the_run() -> None:
     torch.manual_seed(0)
     one, other = made(), made()
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(one.weight, other.weight) and float(one.weight.detach().std()) > 0
+    assert torch.equal(one.weight, other.weight)
+    assert float(one.weight.detach().std()) > 0
 
 
 def test_a_batch_that_overflowed_teaches_nothing() -> None:

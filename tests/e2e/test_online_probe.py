@@ -57,7 +57,8 @@ def test_it_learns_and_a_killed_run_resumes_it_bit_identically(tmp_path: Path) -
     keys = {**WITH, "TRAIN__EPOCHS": 2}
     whole, rows, _ = trained("byol", tmp_path, "whole", **keys)
     found = [row["probe_top1"] for row in rows if "probe_top1" in row]
-    assert len(found) == 2 and found[-1] > 30  # of ten classes
+    assert len(found) == 2
+    assert found[-1] > 30  # of ten classes
     losses = [row["probe_loss"] for row in rows if "probe_loss" in row]
     assert losses[-1] < losses[0] - 0.3
 
@@ -68,7 +69,8 @@ def test_it_learns_and_a_killed_run_resumes_it_bit_identically(tmp_path: Path) -
     assert job.wait() != 0
     resumed, again, text = trained("byol", tmp_path, "killed", **keys)
     assert "resumed from" in text
-    assert same(resumed["probe"], whole["probe"]) and same(resumed["framework"], whole["framework"])
+    assert same(resumed["probe"], whole["probe"])
+    assert same(resumed["framework"], whole["framework"])
     assert again == rows
 
 
@@ -82,21 +84,17 @@ def test_it_may_come_and_go_with_a_resume(tmp_path: Path) -> None:
     assert job.wait() != 0
     later, rows, text = trained("byol", tmp_path, "t", **on)
     assert "the checkpoint holds no on-line probe" in text
-    assert "probe_top1" in rows[-1] and same(later["framework"], whole["framework"])
+    assert "probe_top1" in rows[-1]
+    assert same(later["framework"], whole["framework"])
     argv = runs.arguments("byol", tmp_path, "t", "--eval", **off)
     assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
 
 
 def test_images_without_labels_are_refused_by_name(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    runs.image_folder(data, train=8, val=8)
-    for key, kind, remedy in (
-        ("DATA__DATASET", "folder", "has no labels to learn from"),
-        ("KNN__EVERY_EPOCHS", 0, "its accuracy is measured with the k-NN"),
-    ):
-        place = {"DATA__PATH": str(data), "DATA__DATASET": "imagefolder", "TRAIN__BATCH_SIZE": 8}
-        argv = runs.arguments("byol", tmp_path, "t", **{**WITH, **place, key: kind})
-        (job,) = forked.start("main_pretrain", argv, tmp_path / "log")
-        assert job.wait() == 2
-        assert "PROBE.ONLINE: " in job.text() and remedy in job.text()
+    # what the command line alone does not tell: see test_before_torch
+    data = runs.image_folder(tmp_path / "data", train=8, val=8)
+    keys = {"DATA__PATH": str(data), "DATA__DATASET": "folder", "TRAIN__BATCH_SIZE": 8}
+    argv = runs.arguments("byol", tmp_path, "t", **{**WITH, **keys})
+    (job,) = forked.start("main_pretrain", argv, tmp_path / "log")
+    assert job.wait() == 2
+    assert "PROBE.ONLINE: DATA.DATASET 'folder' has training images without labels" in job.text()

@@ -49,6 +49,9 @@ def answered(
     )
 
 
+PROBE = ("PROBE.ONLINE", "True", "KNN.EVERY_EPOCHS")
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -61,6 +64,11 @@ def answered(
         (["--cfg", CIFAR], "DATA.PATH (--data-path) is empty"),
         (["--cfg", DEMO, "--batch-size", "60"], "use --batch-size 64, or --opts MODEL.SYNCO.QUEUE"),
         (["--cfg", DEMO, "--dataset", "folder", "--data-path", "."], "--opts KNN.EVERY_EPOCHS 0"),
+        (
+            ["--cfg", DEMO, "--dataset", "folder", "--data-path", ".", "--opts", *PROBE, "-1"],
+            "PROBE.ONLINE: DATA.DATASET 'folder' has no labels",
+        ),
+        (["--cfg", DEMO, "--opts", *PROBE, "0"], "PROBE.ONLINE: its accuracy is measured with the"),
     ],
 )
 def test_a_mistake_is_answered_without_torch_and_leaves_no_folder(
