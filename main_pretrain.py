@@ -121,7 +121,9 @@ def main() -> int:
     state = open_state(cfg, run, framework)
     if args.pretrained:
         run.checkpoints.start = started_from(Path(args.pretrained), args.which)
-    state.probe = probe = open_probe(cfg, run, framework.online, source)
+    classes = source.num_classes if is_labelled(source) else 0
+    state.probe = probe = open_probe(cfg, run, framework.online.backbone, classes)
+    framework.online.keeps_features = probe is not None
     resumed = not args.dry_run and run.resume(state, plan)
     if args.pretrained and not resumed:  # a checkpoint holds all of the state
         start_from(framework, cfg, Path(args.pretrained), args.which)
@@ -145,7 +147,7 @@ def main() -> int:
         with run.autocast():
             out = state.model([run.views(view) for view in batch.views], progress)
         if probe:
-            probe.learn(batch)
+            probe.learn(framework.online.take_features(), batch.labels)
         return out
 
     if args.dry_run:

@@ -7,12 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from data.batch import Batch
-from data.sources.base import Source, is_labelled
 from engine.run import Run
 from engine.state import State
 from evaluation.accuracy import topk_correct
-from models.parts.heads import Encoder
 from utils.distributed import all_reduce_sum, world_size
 from utils.randomness import keyed_seed
 
@@ -27,11 +24,8 @@ class OnlineProbe:
     """
 
     def __init__(
-        self, encoder: Encoder, width: int, num_classes: int, lr: float, seed: int
+        self, width: int, num_classes: int, lr: float, seed: int, device: torch.device
     ) -> None:
-        self.encoder = encoder
-        encoder.keeps_features = True
-        device = next(encoder.parameters()).device
         # A generator of its own: the run draws the same numbers with and without a probe.
         generator = torch.Generator().manual_seed(keyed_seed("online probe", seed))
         weight = torch.empty(num_classes, width)
@@ -49,12 +43,12 @@ class OnlineProbe:
         # and one learning rate has to do for all.
         return F.linear(F.layer_norm(features.float(), features.shape[1:]), self.weight, self.bias)
 
-    def learn(self, batch: Batch) -> None:
-        """Add the gradient for a micro-batch that the encoder has just seen."""
-        features = self.encoder.take_features()[: len(batch.labels)]
+    def learn(self, features: Tensor, labels: Tensor) -> None:
+        """Add the gradient for a micro-batch; its first N features are those of labels (N,)."""
+        features = features[: len(labels)]
         # autocast would round the head's products
         with torch.autocast(features.device.type, enabled=False):
-            loss = F.cross_entropy(self.logits(features), batch.labels)
+            loss = F.cross_entropy(self.logits(features), labels)
         loss.backward()
         self._losses.append(loss.detach())
 
@@ -103,18 +97,18 @@ class OnlineProbe:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def open_probe(cfg: CfgNode, run: Run, encoder: Encoder, source: Source) -> OnlineProbe | None:
+def open_probe(cfg: CfgNode, run: Run, backbone: nn.Module, num_classes: int) -> OnlineProbe | None:
     """Return the probe of a `PROBE` section, None if it is off.
 
-    Raises `ValueError` if an image of the training `source` has no label.
+    Raises `ValueError` for 0 classes: an image of the training set has no label.
     """
     if not cfg.PROBE.ONLINE:
         return None
-    if not is_labelled(source):
+    if not num_classes:
         raise ValueError(
             f"PROBE.ONLINE: DATA.DATASET {cfg.DATA.DATASET!r} has training images without labels, "
             "and the on-line probe learns from them; set it to False, or use a labelled set"
         )
-    width = encoder.backbone.num_features
+    width = backbone.num_features
     assert isinstance(width, int)
-    return OnlineProbe(encoder, width, source.num_classes, cfg.PROBE.LR, run.seed)
+    return OnlineProbe(width, num_classes, cfg.PROBE.LR, run.seed, run.device)

@@ -8,26 +8,15 @@ import training
 from forked import Pool
 from torch import Tensor
 
-from data.batch import Batch
 from evaluation.online_probe import OnlineProbe
-from models.parts.heads import Encoder
 from utils import distributed
 from utils.schedules import Progress
 
 PROGRESS = Progress(step=0, total_steps=10, steps_per_epoch=5)
 
 
-class Features(torch.nn.Module):
-    num_features = 6
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-
 def made() -> OnlineProbe:
-    encoder = Encoder(Features(), torch.nn.Identity())
-    encoder.register_parameter("place", torch.nn.Parameter(torch.zeros(1)))  # says the device
-    return OnlineProbe(encoder, 6, 3, lr=0.1, seed=4)
+    return OnlineProbe(6, 3, lr=0.1, seed=4, device=torch.device("cpu"))
 
 
 def learned(micro: int) -> list[Tensor]:
@@ -38,8 +27,7 @@ def learned(micro: int) -> list[Tensor]:
         share = 8 // distributed.world_size()
         first = step + distributed.rank() * share
         for rows in torch.arange(first, first + share).chunk(micro):
-            probe.encoder(images[rows])
-            probe.learn(Batch([images[rows]], labels[rows], rows))
+            probe.learn(images[rows], labels[rows])
         probe.update()
     return [probe.weight.detach(), probe.bias.detach()]
 
@@ -86,7 +74,6 @@ def test_its_start_takes_no_draw_of_the_run() -> None:
 def test_a_batch_that_overflowed_teaches_nothing() -> None:
     probe, bad = made(), torch.full((4, 6), float("inf"))
     start = probe.weight.detach().clone()
-    probe.encoder(bad)
-    probe.learn(Batch([bad], torch.arange(4) % 3, torch.arange(4)))
+    probe.learn(bad, torch.arange(4) % 3)
     probe.update()
     assert torch.equal(probe.weight.detach(), start)
