@@ -121,9 +121,7 @@ def main() -> int:
     state = open_state(cfg, run, framework)
     if args.pretrained:
         run.checkpoints.start = started_from(Path(args.pretrained), args.which)
-    classes = source.num_classes if is_labelled(source) else 0
-    state.probe = probe = open_probe(cfg, run, framework.online.backbone, classes)
-    framework.online.keeps_features = probe is not None
+    state.probe = probe = probe_beside(cfg, run, framework, source)
     resumed = not args.dry_run and run.resume(state, plan)
     if args.pretrained and not resumed:  # a checkpoint holds all of the state
         start_from(framework, cfg, Path(args.pretrained), args.which)
@@ -151,9 +149,8 @@ def main() -> int:
         return out
 
     if args.dry_run:
-        sys.stdout.write(
-            dry_run(cfg, origins, run, source, recipe, loader, framework, state, plan, step)
-        )
+        tried = dry_run(cfg, origins, run, source, recipe, loader, framework, state, plan, step)
+        sys.stdout.write(tried)
         return 0
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
@@ -163,6 +160,16 @@ def main() -> int:
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored(run, framework, source, recipe, state.step)
     return outcome.value
+
+
+def probe_beside(
+    cfg: CfgNode, run: Run, framework: MomentumFramework, source: Source
+) -> OnlineProbe | None:
+    """Return the probe that learns beside the run; the online network keeps features for it."""
+    classes = source.num_classes if is_labelled(source) else 0
+    probe = open_probe(cfg, run, framework.online.backbone, classes)
+    framework.online.keeps_features = probe is not None
+    return probe
 
 
 def started_from(weights: Path, which: str) -> str:

@@ -100,7 +100,7 @@ def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
         "WEIGHT_DECAY": Key(weight_decay, "weight decay"),
         "WEIGHT_DECAY_END": Key(0.0, "weight decay at the last step, by a cosine; 0: constant"),
         "EXCLUDE_1D": Key(False, "no weight decay, and no LARS scaling, for biases and norms"),
-        "EXCLUDE_TOKENS": Key(False, "no weight decay for class tokens and positions"),
+        "EXCLUDE_TOKENS": Key(False, "no weight decay for tokens, positions and what timm exempts"),
         "EXCLUDE_RULE": Key(
             "1d",
             "1d: the two keys above decide | norms: no decay for names with `norm`, tokens and "
