@@ -168,9 +168,11 @@ def test_the_package_itself_offline(tmp_path: Path, sink: str) -> None:
     pytest.importorskip(sink)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_TRACKING_URI": uri}
+    settings["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE, str(tmp_path), sink],
         env={**os.environ, **settings},
+        cwd=tmp_path,  # MLflow puts the files of its runs below the working directory
         capture_output=True,
         text=True,
         timeout=600,  # MLflow builds its tables
