@@ -159,7 +159,7 @@ def test_the_flat_folder_is_cut_by_reversed_names(tmp_path: Path) -> None:
     [
         (
             "pets",
-            r"DATA.PATH .*needs oxford-iiit-pet/ there, with annotations in it, or set DATA.DOW",
+            r"DATA.PATH .*needs oxford-iiit-pet/ there, with annotations in it, or add --download",
         ),
         ("tinyimagenet", r"DATA.PATH .*needs tiny-imagenet-200/ there, with wnids.txt in it"),
         (
