@@ -61,12 +61,12 @@ def kill_in_evaluation(rank: int, *, epoch: int, where: str) -> None:
 
 
 def fail_to_evaluate(rank: int) -> None:
-    import main_pretrain
+    import while_training
 
     def fails(*_: Any) -> None:
         raise ValueError("a validation image cannot be read")
 
-    main_pretrain.features_knn = fails
+    while_training.features_knn = fails
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import runs
 import torch
 
 import main_pretrain
+import while_training
 from engine.state import TrainState
 from evaluation.accuracy import held_out_names
 from utils.checkpoints.file import committed, save, step_of
@@ -88,7 +89,7 @@ def train(
 ) -> Path:
     """Run with evaluations that give ``values``, one an epoch; no checkpoint is due but by the evaluation."""
     given = iter(values)
-    monkeypatch.setattr(main_pretrain, "features_knn", lambda *args, **keys: {METRIC: next(given)})
+    monkeypatch.setattr(while_training, "features_knn", lambda *args, **keys: {METRIC: next(given)})
     keys = {
         "KNN__EVERY_EPOCHS": 1,
         "KNN__K": (5,),
