@@ -26,7 +26,6 @@ def _parser() -> Parser:
     add("--tier", choices=["cpu", "gpu"], default="cpu", help="which machine trains [cpu]")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of the study's")
     add("--entries", nargs="+", metavar="NAME", help="only these entries")
-    add("--minutes", type=float, metavar="X", help="CPU minutes of training, not the study's")
     add("--work", type=Path, default=Path("output/studies"), metavar="DIR", help="where to train")
     add("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR", help="of rows")
     add("--render", action="store_true", help="only write table and picture again")
@@ -60,8 +59,6 @@ def main() -> int:
     study = read_study(path if path.suffix else ROOT / "benchmarks" / "studies" / f"{path}.yaml")
     if args.seeds:
         study = replace(study, seeds=tuple(args.seeds))
-    if args.minutes:
-        study = replace(study, minutes=args.minutes)
     wanted = args.entries or [entry.name for entry in study.entries]
     for name in wanted:
         if name not in [entry.name for entry in study.entries]:

@@ -59,7 +59,7 @@ def parse_label_map(text: str, num_classes: int) -> Table:
                 f"{num_classes - 1} (the data set names {num_classes}) or 255 for none"
             )
         if value in pairs:
-            raise LabelError(f"SEGMENTATION.LABEL_MAP: value {value} stands twice; remove one")
+            raise LabelError(f"SEGMENTATION.LABEL_MAP: duplicate value {value}; remove one")
         pairs[value] = number
     return table_of(pairs)
 
@@ -118,5 +118,5 @@ def check_classes(classes: Sequence[str], where: str) -> list[str]:
         if not name:
             raise LabelError(f"{where}: class {place} has an empty name; give it one")
         if name in classes[:place]:
-            raise LabelError(f"{where}: class {name!r} stands twice; rename one")
+            raise LabelError(f"{where}: duplicate class {name!r}; rename one")
     return list(classes)

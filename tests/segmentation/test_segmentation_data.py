@@ -174,7 +174,7 @@ def test_a_label_map_and_zero_labels(pairs_root: Path) -> None:
         ("0:255,1", ["'1'", "VALUE:CLASS"]),
         ("0:3", ["0:3", "0 to 2"]),
         ("300:1", ["300:1", "0 to 255"]),
-        ("1:0,1:1", ["value 1 stands twice"]),
+        ("1:0,1:1", ["duplicate value 1"]),
     ],
 )
 def test_a_bad_label_map_is_refused(text: str, words: list[str]) -> None:
@@ -269,7 +269,7 @@ def test_missing_images_folders_and_lists_are_named(pairs_root: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("dataset", "changes", "words"),
     [
-        ("folders", {"CLASSES": "a,a,b"}, ["SEGMENTATION.CLASSES", "'a' stands twice"]),
+        ("folders", {"CLASSES": "a,a,b"}, ["SEGMENTATION.CLASSES", "duplicate class 'a'"]),
         ("folders", {"CLASSES": "a"}, ["1 classes", "2 to 254"]),
         ("folders", {"LABEL_MAP": "0:0", "REDUCE_ZERO_LABEL": "keep"}, ["both given"]),
     ],

@@ -130,10 +130,31 @@ def test_cpu_seconds_hold_those_of_children() -> None:
 def test_a_recorded_command_names_no_place_of_this_machine(tmp_path: Path) -> None:
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     trainer = Trainer(study, tmp_path / "work", "/data/somewhere", "cpu")
-    shown = trainer._shown(trainer._training(Entry("a", "configs/demo.yaml"), "a-0", 0, 3))
+    shown = trainer._shown(trainer._training(Entry("a", "configs/demo.yaml"), "a-0-3ep", 0, 3))
     assert shown.startswith("python main_pretrain.py --cfg configs/demo.yaml --data-path D")
     assert "--output O" in shown
     assert "/" not in shown.replace("configs/demo.yaml", "")
+
+
+def test_a_run_that_is_done_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: c.yaml}}")
+    trainer = Trainer(study, tmp_path / "work", "", "cpu")
+    folder = tmp_path / "work" / "c" / "a-0-7ep"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"state": "done"}')
+    cost = {"cpu_seconds": 5.0, "wall_seconds": 6.0, "peak_mib": 7.0}
+    (tmp_path / "work" / "a-0-7ep.cost.json").write_text(json.dumps(cost))
+    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0})
+    monkeypatch.setattr(Trainer, "_judge", lambda *_: {"knn20": 1.0, "linear": 2.0})
+    monkeypatch.setattr("tools.parts.study_runs._run", lambda *_: pytest.fail("trained again"))
+    row = trainer.measure(study.entries[0], 0, [])
+    assert row["epochs"] == 7  # (60 - 4) / 8
+    assert row["cpu_seconds"] == 5.0
+    # the speed is measured once for all seeds
+    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: pytest.fail("measured again"))
+    assert trainer._epochs(study.entries[0], []) == 7
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -57,10 +58,17 @@ class Trainer:
     def measure(self, entry: Entry, seed: int, rows: Sequence[Row]) -> Row:
         """Train and judge an entry; return its row."""
         epochs = self._epochs(entry, rows)
-        tag = f"{entry.name}-{seed}"
+        # the epochs too: a run of another length must not be taken for this one
+        tag = f"{entry.name}-{seed}-{epochs}ep"
         self._say(tag, f"{epochs} epochs" if epochs else "random weights")
         command = self._training(entry, tag, seed, epochs)
-        cost = _run(command, self.work / f"{tag}.log", self.work / f"{tag}.cost.json")
+        costs = self.work / f"{tag}.cost.json"
+        if entry.peer:  # begins anew after a stop
+            costs.unlink(missing_ok=True)
+        if self._status(tag).get("state") == "done" and costs.exists():
+            cost = Cost(**json.loads(costs.read_bytes()))  # only its probe failed
+        else:
+            cost = _run(command, self.work / f"{tag}.log", costs)
         row: Row = {
             "study": self.study.name,
             "entry": entry.name,
@@ -93,16 +101,25 @@ class Trainer:
         if epochs < 1:
             raise ValueError(
                 f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} CPU seconds, the start "
-                f"{speed['start']:.0f}; give more --minutes than {budget / 60:g}"
+                f"{speed['start']:.0f}; give more minutes than {budget / 60:g}"
             )
         return epochs
 
     def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
-        """Return the CPU seconds of the start and of an epoch, measured once."""
+        """Return the CPU seconds of the start and of an epoch, the same for all seeds."""
         file = self.work / f"{entry.name}-{budget:g}.speed.json"
-        if file.exists():
-            return json.loads(file.read_bytes())
+        with file.with_suffix(".lock").open("a+") as lock:
+            # a second driver waits for the measurement instead of making its own
+            while not try_lock(lock, self.work):
+                time.sleep(_POLL)
+            if not file.exists():
+                write_text(file, json.dumps(self._measured_speed(entry, budget)))
+        return json.loads(file.read_bytes())
+
+    def _measured_speed(self, entry: Entry, budget: float) -> dict[str, float]:
         tag = f"{entry.name}-speed"
+        # what an earlier driver left would resume, and its start would cost less
+        shutil.rmtree(self._folder(tag), ignore_errors=True)
         self._say(tag, "measuring the speed")
         command = self._training(entry, tag, 0, _MANY_EPOCHS)
         with (self.work / f"{tag}.log").open("wb") as log:
@@ -114,9 +131,8 @@ class Trainer:
             child.wait()
         (first, cpu), (last, end), steps_per_epoch = points[0], points[-1], self._steps(tag)
         step = (end - cpu) / (last - first)
-        speed = {"start": max(0.0, cpu - first * step), "epoch": step * steps_per_epoch}
-        write_text(file, json.dumps(speed))
-        return speed
+        shutil.rmtree(self._folder(tag), ignore_errors=True)
+        return {"start": max(0.0, cpu - first * step), "epoch": step * steps_per_epoch}
 
     def _watched(
         self, child: subprocess.Popen[bytes], tag: str, seconds: float
@@ -152,7 +168,7 @@ class Trainer:
     def _shown(self, command: Sequence[str]) -> str:
         """Return a command as it can be given elsewhere: places by their letters."""
         places = {self.data_path: "D", str(self.work): "O", sys.executable: "python"}
-        words = (places.get(word, word) if word else "D" for word in command)
+        words = (places.get(word, word) for word in command)
         return shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
 
     def _folder(self, tag: str) -> Path:
@@ -202,8 +218,11 @@ def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
     begin = time.monotonic()
     with log.open("ab") as file:
         child = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
-    # unlike `wait`: with what the child and its own children used
-    _, status, usage = os.wait4(child.pid, 0)
+    try:
+        # unlike `wait`: with what the child and its children used
+        _, status, usage = os.wait4(child.pid, 0)
+    except KeyboardInterrupt:  # the child has it too and saves: its cost must not be lost
+        _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     earlier = read_json(costs) if costs else {}
     cost = Cost(
