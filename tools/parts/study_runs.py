@@ -25,6 +25,7 @@ from utils.locks import try_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget
+_SPEED_LEAST = 10.0  # CPU seconds of that: the first steps compile and are slow
 _MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known
 _POLL = 0.5  # seconds
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -125,7 +126,7 @@ class Trainer:
         with (self.work / f"{tag}.log").open("wb") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            points = list(self._watched(child, tag, budget * _SPEED_SHARE))
+            points = list(self._watched(child, tag, max(_SPEED_LEAST, budget * _SPEED_SHARE)))
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait()
