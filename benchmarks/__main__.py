@@ -16,19 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import Parser, answer_at_once, run_main
 
-COMMANDS = {
+INPUT = {
     "decode": "JPEGs a second on one core: PIL, torchvision, simplejpeg, ours",
     "views": "two augmented views of a JPEG: published, ours for a device, ours on a CPU",
     "augment": "photometric operations of a batch: torch's batched ones, fused",
+    "corruption": "SiT's corruption of a batch at once over a loop over its images",
+    "dense": "training input and labels of segmentation: PIL and torchvision, ours",
+    "index": "listing a large image folder the first and the second time",
+}
+TRAINING = {
     "loss": "MoCo's and SynCo's losses, forward and backward: published, ours",
     "step": "target average and optimiser; a training step of a small CNN",
     "epoch": "images a second of real epochs over those of the bare step",
     "probe": "a grid of learning rates over a single one; k-NN",
     "peers": "other libraries beside ours: the same backbone, batch, views and precision",
-    "corruption": "SiT's corruption of a batch at once over a loop over its images",
-    "dense": "training input and labels of segmentation: PIL and torchvision, ours",
-    "index": "listing a large image folder the first and the second time",
 }
+COMMANDS = INPUT | TRAINING
 
 
 def _parser() -> Parser:
@@ -50,11 +53,12 @@ def _parser() -> Parser:
 
 def _complete(name: str, command: argparse.ArgumentParser) -> None:
     if name == "corruption":
-        module = importlib.import_module("benchmarks.augment")
+        module = importlib.import_module("benchmarks.input.augment")
         module.add_corruption_arguments(command)
         command.set_defaults(run=module.run_corruption)
     else:
-        module = importlib.import_module(f"benchmarks.{name}")
+        room = "input" if name in INPUT else "training"
+        module = importlib.import_module(f"benchmarks.{room}.{name}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
 

@@ -1,7 +1,7 @@
 """The named views as data: what is done to an image, in which order, with which parameters.
 
 One recipe drives the batched pipeline (`data.augment.pipeline`), the pipeline of torchvision and
-timm that tests and benchmarks compare with (`benchmarks.views`), the preview and the docs.
+timm that tests and benchmarks compare with (`benchmarks.input.views`), the preview and the docs.
 """
 
 import difflib

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tv
 
-from benchmarks.views import reference_transform
+from benchmarks.input.views import reference_transform
 from data.augment.base import device_ops, host_ops, is_random, needs_pil, sample_keys
 from data.augment.crops import (
     RandomCropPad,

@@ -3,7 +3,7 @@
 import pytest
 from torchvision import transforms
 
-from benchmarks.views import reference_transform
+from benchmarks.input.views import reference_transform
 from data.augment.base import Recipe, view_size
 from data.augment.crops import RandomResizedCrop
 from data.augment.recipes import RECIPES, build_recipe, check_view

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.common import ratio
-from benchmarks.decode import add_arguments as add_data_arguments
-from benchmarks.decode import interleaved, load_photos, print_rates, rate
+from benchmarks.input.decode import add_arguments as add_data_arguments
+from benchmarks.input.decode import interleaved, load_photos, print_rates, rate
 from data.augment.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import Side, autocast, measure, ratio, repeated, show
-from benchmarks.loss import published_loss
-from benchmarks.step import average_in_a_loop
-from benchmarks.views import reference_transform
+from benchmarks.input.views import reference_transform
+from benchmarks.training.loss import published_loss
+from benchmarks.training.step import average_in_a_loop
 from data.augment.base import Recipe
 from data.augment.recipes import build_recipe
 from data.batch import Batch

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import Side, autocast, measure, ratio, repeated, show
-from benchmarks.step import method_step
+from benchmarks.training.step import method_step
 from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources.base import ArraySource

@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import functional as torchvision
 
 from benchmarks.common import Side, measure, ratio, show
-from benchmarks.decode import add_arguments as add_data_arguments
-from benchmarks.decode import interleaved, load_photos, print_rates, rate
+from benchmarks.input.decode import add_arguments as add_data_arguments
+from benchmarks.input.decode import interleaved, load_photos, print_rates, rate
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
 from data.decode import FORMATS
 from data.sampler import Request
