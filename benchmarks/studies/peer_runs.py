@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -80,7 +81,8 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
         """Return two views (3, 32, 32) of an image."""
         pixels = self.source.load(index).permute(1, 2, 0).numpy()
         first, second = self.transform(Image.fromarray(pixels))
-        return first, second
+        # lightly declares images or tensors; its transform ends with a tensor
+        return cast("Tensor", first), cast("Tensor", second)
 
 
 class Contrast(nn.Module):

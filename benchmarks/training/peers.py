@@ -9,6 +9,7 @@ import copy
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ class _Transformed(Dataset[list[Tensor]]):
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return self.transform(Image.fromarray(self.pixels[index]))
+        # lightly declares images or tensors; its transform ends with a tensor
+        return cast("list[Tensor]", self.transform(Image.fromarray(self.pixels[index])))
 
 
 def _their_views(
