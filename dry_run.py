@@ -17,7 +17,6 @@ from yacs.config import CfgNode
 from data import build_loader
 from data.augment.base import Recipe
 from data.augment.preview import save_preview
-from data.batch import Batch
 from data.loader import GlobalLoader
 from data.sources.base import Source
 from engine.guards import FiniteGuard
@@ -25,6 +24,7 @@ from engine.loop import StepFunction, train_step
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
+from utils.batch import Batch
 from utils.config.load import leaves
 from utils.schedules import momentum_at
 

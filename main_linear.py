@@ -75,7 +75,6 @@ from yacs.config import CfgNode
 
 from data import build_loader, evaluation_loader
 from data.augment.recipes import build_recipe
-from data.batch import Batch
 from data.features import FeatureLoader, refuse_missing
 from data.labels import label_subset
 from data.loader import GlobalLoader
@@ -106,6 +105,7 @@ from evaluation.probe import (
 from models import framework_options, pretrained_backbone
 from models.classifier import LinearHeads, freeze, grid_loss
 from models.parts.backbones import Backbone
+from utils.batch import Batch
 from utils.config.load import load_config
 from utils.config.schema import declare
 from utils.config.sections import section_options

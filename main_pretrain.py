@@ -66,12 +66,10 @@ from data import build_loader
 from data.augment.base import Recipe
 from data.augment.preview import first_batch, save_grid, save_preview
 from data.augment.recipes import build_recipe
-from data.batch import Batch
 from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
 from data.sources.base import Source
 from dry_run import dry_run
-from engine.closing import command
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, global_batch_size, make_plan
@@ -83,7 +81,9 @@ from evaluation.online_probe import OnlineProbe, open_probe
 from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
 from models.weights.start import start_from
+from utils.batch import Batch
 from utils.checkpoints.file import sha256_of
+from utils.cli.closing import command
 from utils.config.key import Value
 from utils.config.load import load_saved, load_with_origins
 from utils.config.programs import check_graphs

@@ -68,7 +68,6 @@ from yacs.config import CfgNode
 from data import build_loader, evaluation_loader
 from data.augment.finetune import finetune_recipe
 from data.augment.mixing import Mixing
-from data.batch import Batch
 from data.labels import hold_out, label_subset, write_subset
 from data.loader import GlobalLoader
 from data.sources import open_split, subset
@@ -93,6 +92,7 @@ from evaluation.probe import find_weights, show_table, weights_fingerprint, weig
 from models import framework_options, pretrained_backbone
 from models.classifier import Classifier, freeze, layer_ids, soft_loss
 from models.parts.backbones import Backbone
+from utils.batch import Batch
 from utils.config.load import load_config
 from utils.config.schema import declare
 from utils.config.sections import section_options

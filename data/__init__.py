@@ -6,9 +6,9 @@ import torch
 from yacs.config import CfgNode
 
 from data.augment.base import Recipe
-from data.batch import Batch
 from data.loader import GlobalLoader, evaluation_batches
 from data.sources.base import Source
+from utils.batch import Batch
 
 
 def build_loader(

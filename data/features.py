@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import utils.distributed as distributed
-from data.batch import Batch
 from data.sampler import BatchPlan, RequestSampler
 from data.sources.base import Source
 from data.worker import BadImages, BadImagesError
+from utils.batch import Batch
 
 
 class FeatureLoader:

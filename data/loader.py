@@ -26,11 +26,11 @@ from data.augment.base import Recipe, View, is_random, needs_pil, sample_keys
 from data.augment.crops import crop_batch, draw_boxes
 from data.augment.pipeline import choose_backend, draw_photometric, photometric
 from data.augment.recipes import build_recipe, check_view
-from data.batch import Batch
 from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.sources.base import Source
 from data.worker import BadImages, BadImagesError, Fetched, Fetcher
+from utils.batch import Batch
 from utils.limits import error_number, worker_failure
 
 logger = logging.getLogger("synco")

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from data.batch import Batch
 from data.dense import DenseLoader, TrainingSamples, samples_in_order
 from data.sampler import BatchPlan
 from data.worker import Loaded
 from detection.augment import Augmentation, Cropping, Resizing, Target, resize
 from detection.sources.annotations import DetectionData, Objects
 from utils import distributed
+from utils.batch import Batch
 
 PADDED_TO = 32  # the largest stride of a pyramid's maps but the last
 

@@ -249,13 +249,13 @@ def load_own(
     if saved["dataset"] != fingerprint:
         raise checkpoint.CheckpointError(
             f"{path} was trained on other data ({saved['dataset']}, now {fingerprint}): files were "
-            "added, removed or renamed; restore them, or start a run of its own with another --tag"
+            "added, removed or renamed; restore them, or start a new run with another --tag"
         )
     began = saved.get("start", start)  # older checkpoints lack it
     if start and _contents(began) != _contents(start):
         raise checkpoint.CheckpointError(
             f"--pretrained: {path} began with {_short(began) or 'random weights'}, not with "
-            f"{_short(start)}; leave the flag out to go on with it, or start a run of its own with "
+            f"{_short(start)}; leave the flag out to go on with it, or start a new run with "
             "another --tag"
         )
     wanted = saved["global_batch"]

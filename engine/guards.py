@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from utils.batch import Batch
 from utils.distributed import any_rank
 
 logger = logging.getLogger("synco")

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.batch import Batch
 from engine.guards import FiniteGuard, StopFlag
 from engine.plan import Plan
 from engine.replay import kept_for_replay
 from engine.run import Run
 from engine.state import TrainState
 from utils import heartbeat
+from utils.batch import Batch
 from utils.distributed import rank
 from utils.randomness import keyed_seed
 from utils.schedules import Progress

@@ -20,7 +20,6 @@ from torch import nn
 from yacs.config import CfgNode
 
 from engine.checkpointing import Checkpoints
-from engine.closing import best_text, show_rows
 from engine.meter import Meter
 from engine.optim import check_optimizer
 from engine.plan import Plan
@@ -28,13 +27,14 @@ from engine.precision import Precision, choose_device
 from engine.state import TrainState
 from utils import distributed, heartbeat
 from utils.checkpoints.atomic import write_text
+from utils.checkpoints.locks import try_lock
 from utils.cli import at_failure, lost_processes
+from utils.cli.closing import best_text, show_rows
+from utils.cli.provenance import RUN_FILE, record_start
 from utils.config.load import to_yaml
-from utils.locks import try_lock
 from utils.logger import Metrics, finite_json, now, setup_logger
 from utils.names import visible
 from utils.progress import format_duration
-from utils.provenance import RUN_FILE, record_start
 from utils.randomness import keyed_seed
 from utils.sinks import SINKS
 

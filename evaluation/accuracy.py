@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Batch
 from evaluation.features import compute_features
+from utils.batch import Batch
 from utils.distributed import all_reduce_sum, rank, world_size
 from utils.randomness import keyed_seed
 

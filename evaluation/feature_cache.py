@@ -29,8 +29,8 @@ from utils.checkpoints.atomic import (
     write_synced,
     write_text,
 )
+from utils.checkpoints.locks import try_lock
 from utils.distributed import is_main, on_all, on_main
-from utils.locks import try_lock
 
 logger = logging.getLogger("synco")
 

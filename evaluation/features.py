@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.batch import Batch
+from utils.batch import Batch
 from utils.distributed import gather_rows, gather_uneven, rank, world_size
 from utils.progress import Counter
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from data.batch import Batch
 from engine.optim import Group, parameter_groups, with_layer_decay
 from engine.run import Run
 from evaluation.accuracy import topk_correct
 from evaluation.probe import weights_label
+from utils.batch import Batch
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
 from utils.config.load import leaves

@@ -11,12 +11,12 @@ from typing import Generic, TypeVar, cast
 from torch import nn
 from yacs.config import CfgNode
 
-from data.batch import Batch
 from engine.loop import Evaluation, Loader, Outcome, StepFunction, fit
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
 from evaluation.probe import find_weights, weights_fingerprint
+from utils.batch import Batch
 from utils.checkpoints.atomic import write_text
 
 logger = logging.getLogger("synco")

@@ -89,7 +89,7 @@ def assemble_framework(
         framework.attach_batchformer(BatchFormer(online.num_features, **module))
     if stack_views:
         framework.stack_views()
-    if world_size() > 1 and getattr(framework, "sync_batch_norm", False):
+    if world_size() > 1 and framework.sync_batch_norm:
         convert_sync_batch_norm(framework)
     return framework
 

@@ -10,7 +10,6 @@ from yacs.config import CfgNode
 
 from data.augment.base import View, sample_keys
 from data.augment.pipeline import draw_photometric, normalise_, photometric
-from data.batch import Batch
 from data.dense import DenseLoader, TrainingSamples, samples_in_order
 from data.sampler import BatchPlan
 from data.worker import Loaded
@@ -25,6 +24,7 @@ from segmentation.augment import (
 from segmentation.datasets import SegmentationData
 from segmentation.sources.labels import IGNORED
 from utils import distributed
+from utils.batch import Batch
 
 # images uint8 (N,3,H,W), classes uint8 (N,H,W), and the (height, width) of each that is no padding
 Crops = tuple[Tensor, Tensor, list[Size]]

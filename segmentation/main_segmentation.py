@@ -42,7 +42,6 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from data.batch import Batch
 from engine.optim import build_optimizer
 from engine.plan import global_batch_size, iteration_plan
 from engine.run import Run, start_run
@@ -57,6 +56,7 @@ from segmentation.heads import LinearGrid
 from segmentation.loader import build_train_loader
 from segmentation.model import Segmenter, build_segmenter, optimizer_groups
 from segmentation.pictures import draw_rows
+from utils.batch import Batch
 from utils.schedules import Progress
 
 

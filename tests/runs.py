@@ -17,25 +17,28 @@ from PIL import Image
 from torch import Tensor
 
 from utils.checkpoints import file as checkpoint
+from utils.config.methods import method_options
 from utils.config.sections import method_section
 
 STEPS = 11  # of an epoch of digits at a global batch of 128
-KEYS = {
-    "moco_v2": {"QUEUE_SIZE": 512, "OUT_DIM": 32},
-    "synco": {
-        **{"QUEUE_SIZE": 512, "OUT_DIM": 32, "NUM_HARD": 32},
-        **{"NUM_SYNTHETIC": [8] * 6, "WARMUP_EPOCHS": 0},
-    },
-    "byol": {"HIDDEN_DIM": 64, "OUT_DIM": 32},
-    "moby": {"QUEUE_SIZE": 512, "HIDDEN_DIM": 64, "OUT_DIM": 32},
-    "synco_v2": {
-        **{"QUEUE_SIZE": 512, "HIDDEN_DIM": 64, "OUT_DIM": 32, "NUM_HARD": 32},
-        **{"NUM_SYNTHETIC": [8] * 6, "WARMUP_EPOCHS": 0},
-    },
-    "mocov3": {"HIDDEN_DIM": 64, "OUT_DIM": 32},
-    "batchformer": {"HIDDEN_DIM": 64, "OUT_DIM": 32},
-    "sit": {"OUT_DIM": 32, "BASE_MOMENTUM": 0.9},
+# of each method that has such an option: small enough for a run of seconds
+SMALL = {
+    "queue_size": 512,
+    "out_dim": 32,
+    "hidden_dim": 64,
+    "num_hard": 32,
+    "num_synthetic": [8] * 6,
+    "warmup_epochs": 0,
 }
+
+
+def small_keys(method: str) -> dict[str, Any]:
+    """Return the keys that make a method small; a new method needs no entry."""
+    section = method_section(method)
+    keys = {name: SMALL[name] for name in method_options()[section.lower()] if name in SMALL}
+    if method == "sit":
+        keys["base_momentum"] = 0.9  # the published rate moves nothing in so few steps
+    return {f"MODEL.{section}.{name.upper()}": value for name, value in keys.items()}
 
 
 def arguments(
@@ -58,7 +61,7 @@ def arguments(
         "KNN.EVERY_EPOCHS": 0,
         # SiT restores pixels, so an image of 8 must not be smaller than a cell of the last map
         **({"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" else {}),
-        **{f"MODEL.{method_section(method)}.{key}": value for key, value in KEYS[method].items()},
+        **small_keys(method),
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
     opts = [

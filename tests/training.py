@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Batch
 from engine import loop as engine
 from engine.guards import FiniteGuard
 from engine.optim import build_optimizer, parameter_groups
@@ -17,6 +16,7 @@ from models import FRAMEWORKS, framework_options
 from models.parts.backbones import build_backbone
 from models.parts.norm import convert_sync_batch_norm
 from utils import distributed
+from utils.batch import Batch
 from utils.config.schema import declare
 from utils.schedules import LearningRate
 

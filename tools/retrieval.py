@@ -61,15 +61,14 @@ from torch.nn.functional import interpolate, normalize
 
 from data import evaluation_loader
 from data.augment.pipeline import normalise_
-from data.batch import Batch
 from data.dense import samples_in_order
 from data.sources.folder import FileSource
 from evaluation.accuracy import extract_features
 from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
 from models.parts.backbones import Backbone
-from models.parts.dense_swin import dense_swin
-from models.parts.resolution import at_size, size_multiple
+from models.parts.resolution import at_size, dense_swin, size_multiple
 from tools.parts.frozen import FrozenBackbone, open_frozen
+from utils.batch import Batch
 from utils.checkpoints.atomic import write_text
 from utils.names import folder_name
 

@@ -22,7 +22,6 @@ from benchmarks.training.loss import published_loss
 from benchmarks.training.step import average_in_a_loop
 from data.augment.base import Recipe
 from data.augment.recipes import build_recipe
-from data.batch import Batch
 from data.decode import FORMATS
 from data.loader import GlobalLoader
 from data.sources import build_source
@@ -32,6 +31,7 @@ from engine.precision import resolve_precision
 from engine.state import TrainState
 from models import assemble_framework
 from models.moco import MoCoV2
+from utils.batch import Batch
 from utils.schedules import Progress
 
 _EPOCHS = 200  # of which the time is derived for CIFAR-10

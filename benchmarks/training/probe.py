@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Side, autocast, measure, peak_memory, ratio, show
-from data.batch import Batch
 from engine.guards import FiniteGuard
 from engine.loop import forward_and_backward, set_rates, update
 from engine.optim import build_optimizer
@@ -21,6 +20,7 @@ from evaluation.probe import grid_points, head_accuracies
 from models import framework_options
 from models.classifier import LinearHeads, freeze, grid_loss
 from models.parts.backbones import build_backbone
+from utils.batch import Batch
 from utils.config.load import load_config
 from utils.config.schema import declare
 

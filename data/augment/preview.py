@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
-from data.batch import Batch
 from data.loader import GlobalLoader, evaluation_batches
 from data.sources.base import Source, subset
+from utils.batch import Batch
 
 logger = logging.getLogger("synco")
 

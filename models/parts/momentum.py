@@ -40,6 +40,7 @@ class MomentumFramework(nn.Module):
     needs_batchformer = False  # True: BatchFormer is a part of the method
     sums_batchformer_pairs = False  # True: the method has MODEL.BATCHFORMER.LOSS sum
     restores_images = False  # True: the method has `restore`
+    sync_batch_norm = False  # True: batch norms see the batches of all processes
     lower_is_better: tuple[str, ...] = ("loss",)  # of the scalars that `forward` returns
 
     def after_step(self, progress: Progress) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.parts.backbones import Backbone, build_backbone
-from models.parts.dense_swin import dense_swin
+from models.parts.resolution import dense_swin
 from models.weights.load import load_network
 from utils.checkpoints.foreign import read_torch
 from utils.config.sections import section_options

@@ -14,8 +14,8 @@ from detection.model import Detector, build_detector
 from detection.rcnn.backbones import C4Trunk
 from engine.plan import iteration_plan
 from models.parts.backbones import build_backbone
-from models.parts.dense_swin import is_dense_swin
 from models.parts.norm import SyncBatchNorm
+from models.parts.resolution import is_dense_swin
 from utils.config.load import ConfigError
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 import evaluation.feature_cache
 import evaluation.features
 from utils.distributed import rank, world_size
-from data.batch import Batch
+from utils.batch import Batch
 from evaluation.feature_cache import cached_features
 from evaluation.features import SharedFeatures, WholeFeatures, compute_features
 from evaluation.knn import features_knn, nearest

@@ -1,6 +1,7 @@
 """Every method over every family: two steps, the right things move, the wrong ones do not."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models.parts.backbones import _warn_of_cut, build_backbone, feature_map
 from models.parts.heads import mlp
 from models.parts.mocov3_vit import sincos_positions
 from models.parts.momentum import KeyQueue, MomentumFramework
+from utils.config.sections import method_section
 from utils.schedules import Progress, momentum_at
 
 # smallest settings that keep each family's parts: stages, heads, windows
@@ -19,25 +21,24 @@ FAMILIES = {
     "deit": {"name": "deit_tiny", "patch_size": 8, "drop_path": 0.1},
     "swin": {"name": "swin_tiny", "drop_path": 0.2},
 }
-SMALL = {
-    "moco_v2": {"queue_size": 16, "out_dim": 16},
-    "synco": {
-        "queue_size": 16,
-        "out_dim": 16,
-        "num_hard": 8,
-        "num_synthetic": [4] * 6,
-        "warmup_epochs": 0,
-    },
-    "byol": {"hidden_dim": 32, "out_dim": 16},
-    "moby": {"queue_size": 16, "hidden_dim": 32, "out_dim": 16},
-    "synco_v2": {
-        **{"queue_size": 16, "hidden_dim": 32, "out_dim": 16, "warmup_epochs": 0},
-        **{"num_hard": 8, "num_synthetic": [4] * 6},
-    },
-    "mocov3": {"hidden_dim": 32, "out_dim": 16},
-    "batchformer": {"hidden_dim": 32, "out_dim": 16},
-    "sit": {"out_dim": 16, "base_momentum": 0.9},
+# of each method that has such an option
+_SIZES = {
+    "queue_size": 16,
+    "out_dim": 16,
+    "hidden_dim": 32,
+    "num_hard": 8,
+    "num_synthetic": [4] * 6,
+    "warmup_epochs": 0,
 }
+_OPTIONS = framework_options()
+SMALL: dict[str, dict[str, Any]] = {
+    method: {
+        name: _SIZES[name] for name in _OPTIONS[method_section(method).lower()] if name in _SIZES
+    }
+    for method in FRAMEWORKS
+}
+# the published rate moves nothing in so few steps
+SMALL["sit"]["base_momentum"] = 0.9
 
 
 def views(seed: int) -> list[Tensor]:

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from engine.closing import best_text, command, epoch_of, watched
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
 from main_pretrain import next_commands
 from models import framework_options
 from utils.checkpoints import file as checkpoint
+from utils.cli.closing import best_text, command, epoch_of, watched
 from utils.config.schema import declare
 from utils.schedules import LearningRate
 

@@ -24,7 +24,6 @@ from models import build_framework, framework_options
 from models.parts.losses import cosine_regression, unit
 from utils.config.load import load_config
 from utils.config.schema import declare
-from utils.config.sections import method_section
 from utils.logger import Metrics
 
 POINT = "collapsing to a point"
@@ -104,9 +103,7 @@ def test_measured_courses(name: str) -> None:
 
 def course(method: str, broken: str, seed: int, steps: int, every: int, batch: int) -> list[str]:
     """Train on digits, broken or not, and return what the log said of the embeddings."""
-    keys = {
-        f"MODEL.{method_section(method)}.{key}": value for key, value in runs.KEYS[method].items()
-    }
+    keys = runs.small_keys(method)
     keys |= {"MODEL.NAME": method, "SEED": seed, "DATA.DATASET": "digits", "DATA.IMG_SIZE": 8}
     keys |= {"MODEL.BACKBONE.NAME": "resnet8", "OPTIM.BASE_LR": 0.05}
     keys |= {"MODEL.BACKBONE.STEM": "cifar_stride2"} if method == "sit" or every < 10 else {}

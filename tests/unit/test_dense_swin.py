@@ -12,8 +12,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor
 
 from models.parts.backbones import build_backbone
-from models.parts.dense_swin import dense_swin, is_dense_swin
-from models.parts.resolution import at_size
+from models.parts.resolution import at_size, dense_swin, is_dense_swin
 from models.weights.export import to_huggingface
 
 SHIFT = 3  # of windows of 7

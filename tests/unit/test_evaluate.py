@@ -8,7 +8,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import Batch
 from engine.collapse import effective_rank, embedding_std
 from evaluation.accuracy import (
     _fit_logistic,
@@ -19,6 +18,7 @@ from evaluation.accuracy import (
     topk_correct,
 )
 from evaluation.knn import knn_accuracy, weighted_knn
+from utils.batch import Batch
 
 
 def make_batches(indices: Tensor, size: int) -> list[Batch]:

@@ -178,7 +178,7 @@ def test_a_file_system_without_locks_is_said_and_waits_for_nobody(
     def refuse(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("utils.locks.fcntl.lockf", refuse)
+    monkeypatch.setattr("utils.checkpoints.locks.fcntl.lockf", refuse)
     load(tmp_path)
     assert caplog.text.count("has no locks") == 1
     assert "another run" not in caplog.text

@@ -14,8 +14,7 @@ from PIL import Image
 
 from evaluation.retrieval import read_ground_truth, retrieval_scores
 from models.parts.backbones import build_backbone
-from models.parts.dense_swin import dense_swin
-from models.parts.resolution import at_size, dense_features, size_multiple
+from models.parts.resolution import at_size, dense_features, dense_swin, size_multiple
 from tools import retrieval
 from tools.retrieval import MULTI_SCALE, BoxedSource, photo_features, photos, scaled_features
 

@@ -205,7 +205,7 @@ def test_a_file_system_without_locks_is_a_warning(
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("utils.locks.fcntl.lockf", refuse)
+    monkeypatch.setattr("utils.checkpoints.locks.fcntl.lockf", refuse)
     run.open_folder()
     assert caplog.text.count("has no locks") == 1
     run._check_lock()
@@ -242,7 +242,7 @@ def test_a_lock_that_fails_otherwise_is_an_error_in_its_own_words(
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("utils.locks.fcntl.lockf", refuse)
+    monkeypatch.setattr("utils.checkpoints.locks.fcntl.lockf", refuse)
     with pytest.raises(ValueError, match=os.strerror(code)):
         run.open_folder()
 

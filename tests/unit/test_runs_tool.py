@@ -12,7 +12,7 @@ import torch
 
 from tools import runs
 from tools.parts.run_files import find_runs, open_run_files, seconds_as_text
-from utils import provenance
+from utils.cli import provenance
 from utils.cli.version import commit
 
 

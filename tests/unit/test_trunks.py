@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.parts.backbones import build_backbone
-from models.parts.dense_swin import dense_swin
+from models.parts.resolution import dense_swin
 from models.parts.trunks import SwinTrunk, ViTTaps, ViTTokens, build_trunk, resize_positions
 
 

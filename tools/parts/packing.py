@@ -12,7 +12,7 @@ import numpy as np
 
 from data.sources.binary import checksum
 from data.sources.packed import HEAD, PackIndex, closing
-from utils.locks import try_lock
+from utils.checkpoints.locks import try_lock
 
 Settings = dict[str, object]  # all that the bytes of a pack depend on
 SKIPPED = -1  # the length of an image that was left out

@@ -20,8 +20,8 @@ from pathlib import Path
 from tools.parts.run_files import read_json
 from tools.parts.studies import Entry, Row, Study, number, rows_of
 from utils.checkpoints.atomic import write_text
+from utils.checkpoints.locks import try_lock
 from utils.cli.version import commit
-from utils.locks import try_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tools.parts.run_files import seconds_as_text
 from tools.parts.sweep_points import Point, Result
-from utils.locks import try_lock
+from utils.checkpoints.locks import try_lock
 from utils.progress import ProgressLine, progress_text
 
 logger = logging.getLogger("synco")

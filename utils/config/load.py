@@ -145,7 +145,7 @@ def compare_for_resume(saved_yaml: str, tree: CfgNode, task: str = "pretrain") -
     if fatal:
         raise ConfigError(
             f"the checkpoint belongs to another configuration ({'; '.join(fatal)}); restore these"
-            " values, or start a run of its own with another --tag"
+            " values, or start a new run with another --tag"
         )
     return tunable
 
