@@ -4,9 +4,11 @@ Example: python tools/reproduce.py methods_resnet8 --data-path D
 
 NAME is a file of benchmarks/studies/. Each entry trains for the study's CPU minutes, counted over
 all its processes: a short run measures its speed first, and its schedule ends with the budget. A
-k-NN and a linear probe on images without augmentation judge it afterwards. Each result is appended
-to docs/results/NAME.jsonl. The same command goes on after a stop; started twice, two entries train
-side by side. --render only writes docs/results/NAME.md and NAME.svg again.
+k-NN and linear probes (1, 10 and 100 % of the labels, images without augmentation) judge it
+afterwards. Each result is a line of docs/results/studies.jsonl, which all studies share: the same
+recipe and seed is trained once. A changed recipe is another one. The same command goes on after a
+stop; started twice, two entries train side by side. --render only writes docs/results/NAME.md and
+NAME.svg again.
 """
 
 import sys
@@ -46,6 +48,7 @@ from tools.parts.studies import (
     picture,
     read_rows,
     read_study,
+    results_of,
     rows_of,
 )
 from tools.parts.study_runs import Trainer
@@ -64,34 +67,36 @@ def main() -> int:
         if name not in [entry.name for entry in study.entries]:
             names = ", ".join(entry.name for entry in study.entries)
             raise ValueError(f"--entries: {study.name} has no entry {name!r}; entries: {names}")
-    trainer = Trainer(study, args.work / study.name, args.data_path, args.tier)
-    if not args.render:
+    trainer = Trainer(study, args.work, args.data_path, args.tier)
+    file = args.results / "studies.jsonl"
+    # Seed by seed: a study that is not finished compares all entries.
+    for seed in () if args.render else study.seeds:
         for entry in study.entries:
             if entry.name in wanted:
-                run_entry(study, entry, trainer, args.results)
-    render(study, args.results)
+                run_entry(trainer, entry, seed, file)
+    render(study, args.tier, file)
     return 0
 
 
-def run_entry(study: Study, entry: Entry, trainer: Trainer, results: Path) -> None:
-    """Train and judge an entry with each seed that has no row yet."""
-    file = results / f"{study.name}.jsonl"
-    for seed in study.seeds:
-        with trainer.only_here(entry, seed) as free:
-            # read under the lock: another driver may have finished it meanwhile
-            rows = read_rows(file)
-            if not free or seed in rows_of(rows, entry.name):
-                continue
+def run_entry(trainer: Trainer, entry: Entry, seed: int, file: Path) -> None:
+    """Train and judge an entry unless this recipe and seed have a row."""
+    with trainer.only_here(entry, seed) as free:
+        # read under the lock: another driver may have finished it meanwhile
+        rows = read_rows(file)
+        if free and seed not in rows_of(rows, trainer.recipe(entry)):
             append_row(file, trainer.measure(entry, seed, rows))
 
 
-def render(study: Study, results: Path) -> None:
+def render(study: Study, tier: str, file: Path) -> None:
     """Write the page and the picture of a study from its rows."""
-    rows = read_rows(results / f"{study.name}.jsonl")
+    results = results_of(study, read_rows(file), tier)
     command = f"python tools/reproduce.py {study.name} --data-path D"
-    page = results / f"{study.name}.md"
-    write_text(results / f"{study.name}.svg", picture(study, rows))
-    write_text(page, markdown(study, rows, command))
+    name = study.name
+    if tier == "gpu":
+        command, name = f"{command} --tier gpu", f"{name}_gpu"
+    write_text(file.with_name(f"{name}.svg"), picture(study, results))
+    page = file.with_name(f"{name}.md")
+    write_text(page, markdown(study, results, command))
     print(page)
 
 

@@ -36,6 +36,7 @@ SOURCES: dict[str, Builder] = {
     "zip": archives.zipped,
     "packed": packed.packed,
     "cifar10": partial(arrays.cifar, "cifar10"),
+    "cifar10_held_out": arrays.cifar10_held_out,
     "cifar100": partial(arrays.cifar, "cifar100"),
     "stl10": partial(arrays.stl10, "stl10"),
     "stl10_labelled": partial(arrays.stl10, "stl10_labelled"),

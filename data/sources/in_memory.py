@@ -66,9 +66,20 @@ def _grey(title: str, pixels: np.ndarray, labels: np.ndarray, split: str) -> Arr
 
 def cifar(title: str, path: str, split: str, download: bool = False) -> ArraySource:
     """Return CIFAR-10 or CIFAR-100 from the folder `path` that contains torchvision's copy."""
-    data = _torchvision(title, title.upper(), path, download, train=split == "train")
+    name = "CIFAR100" if title == "cifar100" else "CIFAR10"
+    data = _torchvision(title, name, path, download, train=split == "train")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return ArraySource(title, images, torch.tensor(data.targets), data.classes)
+
+
+def cifar10_held_out(path: str, split: str, download: bool = False) -> ArraySource:
+    """Return nine tenths of CIFAR-10's training images, or as val the tenth that is held out.
+
+    Values chosen on it have not seen the test images.
+    """
+    whole = cifar("cifar10_held_out", path, "train", download)
+    rows = torch.from_numpy(stratified_split(whole.labels.numpy(), 0.1)[split == "val"])
+    return ArraySource(whole.title, whole.images[rows], whole.labels[rows], whole.classes)
 
 
 def stl10(title: str, path: str, split: str, download: bool = False) -> ArraySource:

@@ -178,6 +178,22 @@ def test_download_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (source.load(0).shape, source.labels.tolist()) == ((3, 32, 32), [1, 0])
 
 
+def test_cifar10_held_out_cuts_the_training_images_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(path: str, train: bool, download: bool) -> SimpleNamespace:
+        assert train, "the test images must not be read"
+        pixels = np.arange(40, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(3, -1)
+        return SimpleNamespace(data=pixels, targets=[0, 1] * 20, classes=["a", "b"])
+
+    monkeypatch.setattr(tv_datasets, "CIFAR10", fake)
+    parts = [build_source("cifar10_held_out", str(tmp_path), split) for split in ("train", "val")]
+    seen = [{int(part.load(i)[0, 0, 0]) for i in range(len(part))} for part in parts]
+    assert [len(numbers) for numbers in seen] == [36, 4]
+    assert seen[0] | seen[1] == set(range(40))
+    assert parts[1].labels.bincount().tolist() == [2, 2]  # the same share of each class
+
+
 @pytest.mark.slow
 def test_cifar10_reads_the_original_archive(shared_data: Path, tmp_path: Path) -> None:
     pack = shared_data / "cifar-10-python.tar.xz"

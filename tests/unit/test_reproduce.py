@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tools.parts import study_runs
 from tools.parts.studies import (
     Entry,
+    Row,
     Study,
     append_row,
     gains,
@@ -18,6 +20,7 @@ from tools.parts.studies import (
     picture,
     read_rows,
     read_study,
+    results_of,
     rows_of,
 )
 from tools.parts.study_runs import Trainer, tree_cpu_seconds
@@ -74,7 +77,7 @@ def test_an_unknown_study_is_answered_with_the_known_ones() -> None:
 
 def row(entry: str, seed: int, knn: float) -> dict[str, object]:
     return {
-        "entry": entry, "seed": seed, "knn20": knn, "knn200": knn - 1, "linear": knn + 1, "epochs": 3,
+        "recipe": entry, "seed": seed, "knn20": knn, "knn200": knn - 1, "linear": knn + 1, "epochs": 3,
         "cpu_seconds": 60.0, "images_per_second": 1000.0, "peak_mib": 512.0, "commit": "abc", "machine": "M",
     }  # fmt: skip
 
@@ -96,19 +99,21 @@ def test_the_interval_is_students() -> None:
 
 def test_differences_are_of_equal_seeds(tmp_path: Path) -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 60.0), row("b", 1, 58.0), row("b", 2, 10.0)]
-    assert gains(rows, "a", "b", "knn20") == [2.0]
+    results = {name: rows_of(rows, name) for name in ("a", "b")}
+    assert gains(results, "a", "b", "knn20") == [2.0]
 
 
 def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     text = HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}, never: {cfg: c}}"
     study = study_of(tmp_path, text)
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
-    page = markdown(study, rows, "python tools/reproduce.py small")
+    results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
+    page = markdown(study, results, "python tools/reproduce.py small")
     assert "| a | 2 | 3 | 1.0 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
     assert "| never |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
-    drawn = picture(study, rows)
+    drawn = picture(study, results)
     assert "never" not in drawn
     assert drawn.index(">a<") < drawn.index(">b<")  # the best on top
 
@@ -139,13 +144,14 @@ def test_a_recorded_command_names_no_place_of_this_machine(tmp_path: Path) -> No
 def test_a_run_that_is_done_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: c.yaml}}")
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     trainer = Trainer(study, tmp_path / "work", "", "cpu")
-    folder = tmp_path / "work" / "c" / "a-0-7ep"
+    tag = f"demo-{trainer.recipe(study.entries[0])}-0-7ep"
+    folder = tmp_path / "work" / "demo" / tag
     folder.mkdir(parents=True)
     (folder / "status.json").write_text('{"state": "done"}')
     cost = {"cpu_seconds": 5.0, "wall_seconds": 6.0, "peak_mib": 7.0}
-    (tmp_path / "work" / "a-0-7ep.cost.json").write_text(json.dumps(cost))
+    (tmp_path / "work" / f"{tag}.cost.json").write_text(json.dumps(cost))
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0})
     monkeypatch.setattr(Trainer, "_judge", lambda *_: {"knn20": 1.0, "linear": 2.0})
     monkeypatch.setattr("tools.parts.study_runs._run", lambda *_: pytest.fail("trained again"))
@@ -155,6 +161,45 @@ def test_a_run_that_is_done_is_not_trained_again(
     # the speed is measured once for all seeds
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: pytest.fail("measured again"))
     assert trainer._epochs(study.entries[0], []) == 7
+
+
+def test_studies_share_rows_of_one_recipe_and_no_others(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("_BASE_: base.yaml\nSEED: 3\n")
+    (tmp_path / "base.yaml").write_text("TRAIN: {EPOCHS: 5}\n")
+    text = (
+        f"entries: {{one: {{cfg: {recipe}}}, slow: {{cfg: {recipe}, opts: [SEED=4]}}, "
+        f"as: {{cfg: {recipe}, epochs_of: slow}}, long: {{cfg: {recipe}, minutes: 2}}, "
+        f"chance: {{cfg: {recipe}, peer: random}}}}"
+    )
+    study = study_of(tmp_path, HEAD + text)
+    digests = {entry.name: study.recipe(entry, "cpu") for entry in study.entries}
+    assert len(set(digests.values())) == 5
+    other = study_of(tmp_path, HEAD.replace("T", "U") + f"entries: {{ours: {{cfg: {recipe}}}}}")
+    assert other.recipe(other.entries[0], "cpu") == digests["one"]
+    assert other.recipe(other.entries[0], "gpu") != digests["one"]
+    rows: list[Row] = [{"recipe": digests["one"], "seed": 0}]
+    assert results_of(study, rows, "cpu")["one"] == {0: rows[0]}
+    assert results_of(study, rows, "cpu")["slow"] == {}
+    # what makes a recipe may stand in its base
+    (tmp_path / "base.yaml").write_text("TRAIN: {EPOCHS: 6}\n")
+    assert study.recipe(study.entries[0], "cpu") != digests["one"]
+
+
+def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_runs, "_TELL", 0.0)
+    costs, seen = tmp_path / "cost.json", []
+    keep = study_runs._keep
+    monkeypatch.setattr(study_runs, "_keep", lambda *given: seen.append(given[2]) or keep(*given))
+    work = "import time, sys; sum(i * i for i in range(3_000_000)); time.sleep(1.5)"
+    first = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
+    assert len(seen) > 1  # not only at the end: a driver that is killed loses little
+    assert first.cpu_seconds > 0.05
+    second = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
+    assert second.cpu_seconds > first.cpu_seconds + 0.05
+    assert second.peak_mib >= first.peak_mib > 1
 
 
 @pytest.mark.slow
@@ -168,12 +213,12 @@ def test_a_miniature_study_from_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "tools/reproduce.py", str(tmp_path / "mini.yaml")]
     command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
-    rows = [json.loads(line) for line in (tmp_path / "mini.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "studies.jsonl").read_text().splitlines()]
     assert [row["entry"] for row in rows] == ["a", "b", "random"]
     assert rows[0]["epochs"] == rows[1]["epochs"] > 0
     assert rows[0]["knn20"] > rows[2]["knn20"]  # trained is above random
     assert rows[0]["cpu_seconds"] > 0
-    before = (tmp_path / "mini.jsonl").read_bytes()
+    before = (tmp_path / "studies.jsonl").read_bytes()
     subprocess.run(command, cwd=ROOT, check=True)  # nothing is measured twice
-    assert (tmp_path / "mini.jsonl").read_bytes() == before
+    assert (tmp_path / "studies.jsonl").read_bytes() == before
     assert "| a - b | 1 |" in (tmp_path / "mini.md").read_text()

@@ -1,5 +1,6 @@
-"""What a study compares, the rows that it has measured, and the tables made of them."""
+"""What a study compares, the rows that were measured for it, and the tables made of them."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import strict_yaml
+from utils.config.load import written_values
 
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, object]
+Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
@@ -40,7 +44,24 @@ class Study:
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
     differences: tuple[tuple[str, str], ...] = ()  # (entry, entry): what the first one gains
-    probe: tuple[str, ...] = ()  # more arguments of main_linear.py
+
+    def entry(self, name: str) -> Entry:
+        """Return the entry of this name."""
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def recipe(self, entry: Entry, tier: str) -> str:
+        """Return a digest of all that makes a result: a row of another recipe is not its row.
+
+        Two studies with the same recipe share its rows, whatever they call it.
+        """
+        minutes: object = float(entry.minutes or self.minutes)
+        if entry.peer == "random":
+            minutes = 0
+        if entry.epochs_of:
+            minutes = self.recipe(self.entry(entry.epochs_of), tier)
+        values = sorted(written_values(ROOT / entry.cfg).items())
+        parts = [tier, self.dataset, minutes, entry.peer, values, entry.opts]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def read_study(path: Path) -> Study:
@@ -111,9 +132,14 @@ def append_row(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def rows_of(rows: Sequence[Row], entry: str) -> dict[int, Row]:
-    """Return the newest row of each seed of an entry."""
-    return {int(str(row["seed"])): row for row in rows if row["entry"] == entry}
+def rows_of(rows: Sequence[Row], recipe: str) -> dict[int, Row]:
+    """Return the newest row of each seed of a recipe."""
+    return {int(str(row["seed"])): row for row in rows if row["recipe"] == recipe}
+
+
+def results_of(study: Study, rows: Sequence[Row], tier: str) -> Results:
+    """Return the rows of a study by entry and seed."""
+    return {entry.name: rows_of(rows, study.recipe(entry, tier)) for entry in study.entries}
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -127,9 +153,9 @@ def interval(values: Sequence[float]) -> float:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def gains(rows: Sequence[Row], first: str, second: str, measure: str) -> list[float]:
+def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
     """Return by how much `first` is above `second` with each seed that both have."""
-    one, other = rows_of(rows, first), rows_of(rows, second)
+    one, other = results[first], results[second]
     seeds = sorted(one.keys() & other.keys())
     return [number(one[seed], measure) - number(other[seed], measure) for seed in seeds]
 
@@ -140,8 +166,9 @@ def number(row: Row, key: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def markdown(study: Study, rows: Sequence[Row], command: str) -> str:
+def markdown(study: Study, results: Results, command: str) -> str:
     """Return the page of a study: what was run, the table, the differences."""
+    rows = [row for found in results.values() for row in found.values()]
     measures = MEASURES | {
         key: f"linear, {key[7:].replace('pct', ' %')}"
         for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
@@ -150,14 +177,14 @@ def markdown(study: Study, rows: Sequence[Row], command: str) -> str:
     lines = [f"# {study.title}", "", f"`{command}`", "", *_conditions(study, rows), ""]
     lines += [_line(head), _line(["---"] * len(head))]
     for entry in study.entries:
-        found = list(rows_of(rows, entry.name).values())
+        found = list(results[entry.name].values())
         lines.append(_line([entry.name, *_cells(found, list(measures))]))
     if study.differences:
         lines += ["", "Difference of the two at equal seeds, with its 95 % interval:", ""]
         lines += [_line(["", "seeds", *measures.values()]), _line(["---"] * (2 + len(measures)))]
         for first, second in study.differences:
-            counts = str(len(gains(rows, first, second, "knn20")))
-            cells = [_gain(gains(rows, first, second, measure)) for measure in measures]
+            counts = str(len(gains(results, first, second, "knn20")))
+            cells = [_gain(gains(results, first, second, measure)) for measure in measures]
             lines.append(_line([f"{first} - {second}", counts, *cells]))
     return "\n".join(lines) + "\n"
 
@@ -213,11 +240,11 @@ def _line(cells: Sequence[str]) -> str:
 _ROW, _LEFT, _WIDTH = 26, 190, 720
 
 
-def picture(study: Study, rows: Sequence[Row], measure: str = "knn20") -> str:
+def picture(study: Study, results: Results, measure: str = "knn20") -> str:
     """Draw a dot an entry with its 95 % interval, the best on top, as SVG text."""
     found = {}
     for entry in study.entries:
-        values = [number(row, measure) for row in rows_of(rows, entry.name).values()]
+        values = [number(row, measure) for row in results[entry.name].values()]
         if values and all(map(math.isfinite, values)):
             half = interval(values)
             found[entry.name] = statistics.mean(values), half if math.isfinite(half) else 0.0

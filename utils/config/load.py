@@ -73,6 +73,12 @@ def load_with_origins(
     return _merged(schema, values, paths[0].stem if paths else ""), origins
 
 
+def written_values(file: str | Path) -> dict[str, object]:
+    """Return dotted key -> value as a yaml file and its bases give them, without the defaults."""
+    chain = _read_chain(Path(file))
+    return {key: value for source, tree in chain for key, value in _flatten(tree, source)}
+
+
 def opts_pairs(opts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield (key, text) of `KEY VALUE` and `KEY=VALUE`."""
     words = iter(opts)
