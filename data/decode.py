@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import logging
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +25,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"  # the marker that begins a scan
+# libraries with a function `decode_jpeg`; torchvision announces that it will drop its own
+_TORCH_DECODERS = ("torchcodec.decoders", "torchvision.io")
 _ALMOST_BLACK = 16  # levels of 256: what 12 bits in 16 fill
 _MAX_SCANS = 100  # libtiff's limit; encoders write about ten
 _FULL_SCANS = 16  # of an image of `max_pixels`: with 100 it would take 20 seconds
@@ -34,6 +37,8 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NUMPY = b"\x93NUMPY"
 # Huffman and quantisation tables, restart interval, comment, application data
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+_FRAMES = range(0xC0, 0xD0)  # starts of frames, and tables
+_EXIF, _UNUSED = 0xE1, 0xEF  # kinds of application data
 # not those of four channels, which PIL converts its own way
 _PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")
 
@@ -57,9 +62,11 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor
             if colours in _PLAIN_COLOURS:
                 return torch.from_numpy(simple.decode_jpeg(data)).permute(2, 0, 1)
     with open_image(data, max_pixels) as image:
-        decode = _torchvision_jpeg() if simple is None else None
+        decode = torch_jpegs(torch.device("cpu")) if simple is None else None
         if decode is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return decode(data)
+            encoded = bytearray(data)
+            if hide_orientation(encoded):
+                return decode([torch.frombuffer(encoded, dtype=torch.uint8)])[0]
         _refuse_other_pixels(image)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         # PIL keeps the upper byte, and of 12 bits in 16 that is next to nothing
@@ -137,22 +144,45 @@ def refuse_costly(data: bytes | memoryview, width: int, height: int, max_pixels:
         raise ValueError(f"a JPEG of {scans} scans; more than {most} would take too long")
 
 
-def _has_one_scan(data: bytes | memoryview) -> bool:
+def _has_one_scan(data: bytes | bytearray | memoryview) -> bool:
     """Tell whether a JPEG is sequential and its first scan holds all channels.
 
     Then libjpeg refuses further scans. False where libjpeg might skip segments in another way than
-    this loop does.
+    `_segments` does.
     """
-    at, channels = 2, 0
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    channels = 0
+    for at, marker in _segments(data):
         if marker == 0xDA:  # start of scan
             return data[at + 4] == channels
         if marker in (0xC0, 0xC1):  # start of a sequential frame
             channels = data[at + 9]
         elif marker not in _TABLES:
             return False
+    return False
+
+
+def _segments(data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:
+    """Yield the place and the marker of a JPEG's segments, as if each stated its length."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        yield at, data[at + 1]
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def hide_orientation(data: bytearray) -> bool:
+    """Make a JPEG's EXIF data, in place, a segment that all decoders skip.
+
+    torchcodec turns the pixels by the orientation in EXIF and cannot be told not to; PIL,
+    simplejpeg and torchvision leave them as stored. False where libjpeg might find other segments.
+    """
+    for at, marker in _segments(data):
+        if marker == 0xDA:  # start of scan
+            # torchcodec finds EXIF between scans too, where a search cannot tell it from a table
+            return _has_one_scan(data) or data.find(b"\xff\xe1", at) < 0
+        if marker == _EXIF:
+            data[at + 1] = _UNUSED
+        elif marker not in _TABLES and marker not in _FRAMES:
+            return False
     return False
 
 
@@ -169,18 +199,20 @@ def fast_jpeg() -> ModuleType | None:
 
 
 @functools.cache
-def _torchvision_jpeg() -> Callable[[bytes | memoryview], Tensor] | None:
-    """Return torchvision's decoder, which gives PIL's pixels a little faster, or None.
+def torch_jpegs(device: torch.device) -> functools.partial[list[Tensor]] | None:
+    """Return torchcodec's decoder of JPEGs, else torchvision's, else None if neither can do it.
 
-    From 0.29 on torchvision announces that its decoders will go.
+    It takes files as uint8 (bytes,) and returns uint8 (3,H,W) each on `device`. On a CPU the pixels
+    are PIL's, a little faster. Prepare the files by `hide_orientation`.
     """
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:
-        return None
-
-    def decode(data: bytes | memoryview) -> Tensor:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
-
-    return decode
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    sample = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    for package in _TORCH_DECODERS:
+        # a build for another torch, or without libjpeg or nvJPEG, fails when it loads or decodes
+        with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
+            decode_jpeg = importlib.import_module(package).decode_jpeg
+            decode = functools.partial(decode_jpeg, mode="RGB", device=device)
+            decode([sample])
+            return decode
+    return None

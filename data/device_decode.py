@@ -1,8 +1,8 @@
 """JPEGs decoded where the networks run (`DATA.DECODE` device): workers only read files.
 
-On a GPU torchvision hands a batch to nvJPEG, a separate unit of the GPU. Its levels differ from
-libjpeg's by a few, and damage that only a decoder notices may pass. Elsewhere the same code decodes
-on the CPU. Crops have the draws of `data.worker`, and within one level its pixels.
+On a GPU torchcodec or torchvision hands a batch to nvJPEG, a separate unit of the GPU. Its levels
+differ from libjpeg's by a few, and damage that only a decoder notices may pass. Elsewhere the same
+code decodes on the CPU. Crops have the draws of `data.worker`, and within one level its pixels.
 """
 
 import contextlib
@@ -18,7 +18,14 @@ from torch.utils.data import Dataset
 from data.augment.base import Recipe, needs_pil, sample_keys, send, spatial_ops
 from data.augment.crops import RandomResizedCrop
 from data.augment.resample import crop_resize
-from data.decode import MAX_PIXELS, decode_rgb, fast_jpeg, refuse_costly
+from data.decode import (
+    MAX_PIXELS,
+    decode_rgb,
+    fast_jpeg,
+    hide_orientation,
+    refuse_costly,
+    torch_jpegs,
+)
 from data.sampler import Request
 from data.sources.base import Source
 from data.worker import Fetched, Fetcher, Loaded, loaded_as
@@ -86,8 +93,9 @@ class FileReader(Dataset[Encoded]):
         data = self.host.source.encoded(index)
         assert data is not None
         max_pixels = self.host.source.max_pixels
-        if is_plain_jpeg(data, max_pixels):
-            return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        file = bytearray(data)
+        if is_plain_jpeg(data, max_pixels) and hide_orientation(file):
+            return torch.frombuffer(file, dtype=torch.uint8)
         return decode_rgb(data, max_pixels)
 
 
@@ -137,9 +145,12 @@ def _report(reason: str) -> None:
 
 
 def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    return decode_jpeg(files, mode=ImageReadMode.RGB, device=device) if files else []
+    if not files:
+        return []
+    decode_files = torch_jpegs(device if device.type == "cuda" else torch.device("cpu"))
+    if decode_files is None:
+        raise RuntimeError(f"neither torchcodec nor torchvision decodes JPEGs on {device}")
+    return decode_files(files)
 
 
 def decode_in_order(

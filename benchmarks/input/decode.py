@@ -1,6 +1,7 @@
-"""JPEGs decoded by one core: PIL, torchvision, simplejpeg and ours, whose guards are part of it."""
+"""JPEGs decoded by one core: PIL, torchcodec or torchvision, simplejpeg, ours with its guards."""
 
 import argparse
+import functools
 import io
 import itertools
 import os
@@ -13,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.common import Side, measure, ratio
-from data.decode import FORMATS, decode_rgb, fast_jpeg
+from data.decode import FORMATS, decode_rgb, fast_jpeg, torch_jpegs
 
 CHUNK = 32  # images after which the next side takes its turn
 # the first that is there: full size
@@ -54,7 +54,11 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     """Compare the decoders on the same bytes."""
     torch.set_num_threads(1)
     photos = load_photos(args.data, args.images)
-    decoders: dict[str, Callable[[bytes], object]] = {"PIL": _pil, "torchvision": _torchvision}
+    decoders: dict[str, Callable[[bytes], object]] = {"PIL": _pil}
+    decode_files = torch_jpegs(torch.device("cpu"))
+    if decode_files is not None:
+        package = decode_files.func.__module__.partition(".")[0]  # torchcodec or torchvision
+        decoders[package] = functools.partial(_with_torch, decode_files)
     simple = fast_jpeg()
     if simple is not None:
         decoders["simplejpeg"] = simple.decode_jpeg
@@ -76,8 +80,8 @@ def _pil(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
 
 
-def _torchvision(data: bytes) -> torch.Tensor:
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+def _with_torch(decode_files: Callable[[list[torch.Tensor]], object], data: bytes) -> object:
+    return decode_files([torch.frombuffer(bytearray(data), dtype=torch.uint8)])
 
 
 def _over(decoder: Callable[[bytes], object]) -> Callable[[int, slice, list[bytes]], None]:

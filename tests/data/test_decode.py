@@ -14,23 +14,28 @@ import pytest
 from PIL import Image
 
 import data.decode
-from data.decode import MAX_PIXELS, decode_rgb
+from data.decode import MAX_PIXELS, decode_rgb, hide_orientation
 from data.sources.base import PackedStrings
 from utils.config.schema import declare
 
 
-@pytest.fixture(params=["simplejpeg", "torchvision", "PIL"], autouse=True)
+@pytest.fixture(params=["simplejpeg", "torchcodec", "torchvision", "PIL"], autouse=True)
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run every test with simplejpeg, as if it were not installed, and with PIL alone."""
+    """Run every test with each decoder, as if no other was installed."""
+    package = {"torchcodec": "torchcodec.decoders", "torchvision": "torchvision.io"}
     if request.param == "simplejpeg":
         pytest.importorskip("simplejpeg")
     else:
         monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    if request.param == "PIL":
-        monkeypatch.setattr("data.decode._torchvision_jpeg", lambda: None)
+        if request.param in package:
+            pytest.importorskip(package[request.param])
+        packages = (package[request.param],) if request.param in package else ()
+        monkeypatch.setattr("data.decode._TORCH_DECODERS", packages)
     data.decode.fast_jpeg.cache_clear()
+    data.decode.torch_jpegs.cache_clear()
     yield request.param
     data.decode.fast_jpeg.cache_clear()
+    data.decode.torch_jpegs.cache_clear()
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -358,12 +363,43 @@ def test_the_absence_of_simplejpeg_is_logged_once_and_by_the_main_process(
     assert not caplog.records
 
 
-def test_exif_orientation_is_not_applied(photos: np.ndarray) -> None:
+def turned(photo: np.ndarray, orientation: int, **options: object) -> bytes:
+    """Write a JPEG whose EXIF data tells viewers to turn it."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    data = encode(Image.fromarray(photos[0]), "JPEG", exif=exif)
-    assert decode_rgb(data).shape == (3, 96, 128)
-    assert_like_pil(data)
+    exif[0x0112] = orientation
+    return encode(Image.fromarray(photo), "JPEG", exif=exif, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"\xff\xe1 of words"}])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_exif_orientation_is_not_applied(
+    photos: np.ndarray, orientation: int, options: dict[str, object]
+) -> None:
+    whole = turned(photos[0], orientation, **options)
+    assert decode_rgb(whole).shape == (3, 96, 128)
+    assert_like_pil(whole)
+    # behind a byte of padding, and as the last segment before the first scan
+    start, end, scan = (whole.index(marker) for marker in (b"\xff\xe1", b"\xff\xdb", b"\xff\xda"))
+    assert_like_pil(whole[:start] + b"\xff" + whole[start:])
+    assert_like_pil(whole[:start] + whole[end:scan] + whole[start:end] + whole[scan:])
+    if "progressive" in options:  # between scans
+        second = whole.index(b"\xff\xda", scan + 1)
+        tables = whole.rindex(b"\xff\xc4", 0, second)
+        assert_like_pil(whole[:start] + whole[end:tables] + whole[start:end] + whole[tables:])
+
+
+def test_every_exif_segment_is_hidden(photos: np.ndarray) -> None:
+    whole = turned(photos[0], 6)
+    start, frame = whole.index(b"\xff\xe1"), whole.index(b"\xff\xdb")
+    twice = bytearray(whole[:frame] + whole[start:])
+    assert hide_orientation(twice)
+    assert b"\xff\xe1" not in twice
+    assert len(twice) == len(whole) + frame - start
+    # libjpeg would find the segment behind a marker of no length, `_segments` would not
+    assert not hide_orientation(bytearray(whole[:2] + b"\xff\x01" + whole[2:]))
+    assert not hide_orientation(bytearray(whole[: frame + 4]))
+    # a second image behind the first, as telephones write it
+    assert hide_orientation(bytearray(whole + whole))
 
 
 def test_real_photos_decode_like_pil(real_photos: list[Path]) -> None:

@@ -1,7 +1,9 @@
 """JPEGs decoded on the device, here the CPU: the workers' draws and samples, their pixels to one level."""
 
 import io
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from data.augment.base import IMAGENET_STD, Recipe
 from data.augment.crops import RandomResizedCrop
 from data.augment.randaugment import RandAugment
 from data.augment.recipes import build_recipe
-from data.device_decode import check_decodable, is_plain_jpeg
+from data.decode import torch_jpegs
+from data.device_decode import FileReader, check_decodable, is_plain_jpeg
 from data.loader import Batch, GlobalLoader
 from data.sources.base import subset
 from data.sources.folder import imagefolder
+from data.worker import Fetcher
 
 pytest.importorskip("simplejpeg", reason="DATA.DECODE 'device' needs simplejpeg")
 
@@ -112,6 +116,60 @@ def test_a_batch_that_fails_is_decoded_on_the_host_and_the_bad_image_replaced(
     assert f"unreadable image replaced: {victim}" in caplog.text
     assert caplog.text.count("the device cannot decode a batch") == 1
     assert_same(ours, batches(mixed, "worker"), 1.0)
+
+
+@pytest.mark.parametrize("package", ["torchcodec.decoders", "torchvision.io"])
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_exif_orientation_is_not_applied_by_any_decoder(
+    tmp_path: Path, package: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one test of nvJPEG: levels differ from libjpeg's by a few, a turned image by far more."""
+    pytest.importorskip(package)
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("nvJPEG needs a CUDA device")
+    monkeypatch.setattr("data.decode._TORCH_DECODERS", (package,))
+    torch_jpegs.cache_clear()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    photo = draw_photo(48, 48, 5)  # square: a turned one would have the same shape
+    (tmp_path / "train" / "c0").mkdir(parents=True)
+    path = tmp_path / "train" / "c0" / "a.jpg"
+    Image.fromarray(photo).save(path, quality=95, exif=exif)
+    host = Fetcher(imagefolder(str(tmp_path), "train"), SMALL, seed=0)
+    file = FileReader(host).read(0)
+    assert file.ndim == 1
+    (decoded,) = data.device_decode._decode_jpegs([file], torch.device(where))
+    expected = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    largest = (decoded.cpu().int() - expected.int()).abs().max()
+    assert largest == 0 if where == "cpu" else largest < 16
+    torch_jpegs.cache_clear()
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError, AttributeError])
+def test_a_torchcodec_that_cannot_do_it_gives_way_to_torchvision(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build without libjpeg or nvJPEG, or for another torch, fails when it loads or decodes."""
+    calls: list[str] = []
+
+    def decode(files: list[torch.Tensor], *, mode: str, device: torch.device) -> list[torch.Tensor]:
+        calls.append(f"{len(files)} {mode} {device}")
+        raise error("not built with nvJPEG")
+
+    stand_in = ModuleType("torchcodec.decoders")
+    stand_in.decode_jpeg = decode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", stand_in)
+    torch_jpegs.cache_clear()
+    taken = torch_jpegs(CPU)
+    assert taken is not None
+    assert taken.func.__module__.startswith("torchvision")
+    assert calls == ["1 RGB cpu"]
+    monkeypatch.setattr("data.decode._TORCH_DECODERS", ("torchcodec.decoders", "no_such_package"))
+    torch_jpegs.cache_clear()
+    assert torch_jpegs(CPU) is None
+    with pytest.raises(RuntimeError, match="neither torchcodec nor torchvision decodes JPEGs"):
+        data.device_decode._decode_jpegs([torch.zeros(3, dtype=torch.uint8)], CPU)
+    torch_jpegs.cache_clear()
 
 
 def test_a_subset_and_a_real_recipe(mixed: Path) -> None:
