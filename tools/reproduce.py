@@ -45,12 +45,12 @@ from tools.parts.studies import (
     Study,
     append_row,
     markdown,
-    picture,
     read_rows,
     read_study,
     results_of,
     rows_of,
 )
+from tools.parts.study_pictures import picture
 from tools.parts.study_runs import Trainer
 from utils.checkpoints.atomic import write_text
 
@@ -96,7 +96,7 @@ def render(study: Study, tier: str, file: Path) -> None:
         command, name = f"{command} --tier gpu", f"{name}_gpu"
     write_text(file.with_name(f"{name}.svg"), picture(study, results))
     page = file.with_name(f"{name}.md")
-    write_text(page, markdown(study, results, command))
+    write_text(page, markdown(study, results, command, f"{name}.svg"))
     print(page)
 
 

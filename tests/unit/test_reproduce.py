@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,12 @@ from tools.parts.studies import (
     gains,
     interval,
     markdown,
-    picture,
     read_rows,
     read_study,
     results_of,
     rows_of,
 )
+from tools.parts.study_pictures import picture
 from tools.parts.study_runs import Trainer, tree_cpu_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,18 +105,36 @@ def test_differences_are_of_equal_seeds(tmp_path: Path) -> None:
 
 
 def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
-    text = HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}, never: {cfg: c}}"
+    text = (
+        HEAD
+        + "notes: [differs in rate]\ndifferences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}, never: {cfg: c}}"
+    )
     study = study_of(tmp_path, text)
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
-    page = markdown(study, results, "python tools/reproduce.py small")
+    page = markdown(study, results, "python tools/reproduce.py small", "small.svg")
     assert "| a | 2 | 3 | 1.0 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
     assert "| never |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
+    assert "* differs in rate" in page
     drawn = picture(study, results)
     assert "never" not in drawn
     assert drawn.index(">a<") < drawn.index(">b<")  # the best on top
+
+
+def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
+    text = (
+        "entries: {a5: {cfg: c, line: us, minutes: 5}, b: {cfg: c, line: them}, "
+        "a20: {cfg: c, line: us, minutes: 20}, later: {cfg: c, line: us, minutes: 97}}"
+    )
+    study = study_of(tmp_path, HEAD + text)
+    rows = [row("a5", 0, 50.0), row("a20", 0, 60.0), row("a20", 1, 62.0), row("b", 0, 40.0)]
+    drawn = picture(study, {entry.name: rows_of(rows, entry.name) for entry in study.entries})
+    assert ">us 61.0<" in drawn  # the mean, at the end of the line
+    assert ">them 40.0<" in drawn
+    assert [part.count(",") for part in re.findall(r'points="([^"]*)"', drawn)] == [2, 1]
+    assert ">97<" not in drawn  # nothing was run at 97 minutes
 
 
 def test_cpu_seconds_hold_those_of_children() -> None:

@@ -31,6 +31,7 @@ class Entry:
     opts: tuple[str, ...] = ()  # for --opts, KEY=VALUE
     minutes: float = 0.0  # CPU minutes of training; 0: the study's
     epochs_of: str = ""  # train as many epochs as this entry did, not for a time
+    line: str = ""  # in the picture of accuracy over time: the line that this entry is a point of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Study:
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
     differences: tuple[tuple[str, str], ...] = ()  # (entry, entry): what the first one gains
+    notes: tuple[str, ...] = ()  # what a reader of the table has to know
 
     def entry(self, name: str) -> Entry:
         """Return the entry of this name."""
@@ -146,7 +148,7 @@ def results_of(study: Study, rows: Sequence[Row], tier: str) -> Results:
 
 
 def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval of the mean (Student's t)."""
+    """Return half the width of the 95 % interval of the mean (Student's t); NaN of one value."""
     if len(values) < 2:
         return math.nan
     t = _T95[min(len(values) - 2, len(_T95) - 1)]
@@ -166,15 +168,17 @@ def number(row: Row, key: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def markdown(study: Study, results: Results, command: str) -> str:
-    """Return the page of a study: what was run, the table, the differences."""
+def markdown(study: Study, results: Results, command: str, picture: str) -> str:
+    """Return the page of a study: picture, what was run, the table, the differences."""
     rows = [row for found in results.values() for row in found.values()]
     measures = MEASURES | {
         key: f"linear, {key[7:].replace('pct', ' %')}"
         for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
     }
     head = ["", "seeds", "epochs", "CPU min", "images/s", "memory", *measures.values()]
-    lines = [f"# {study.title}", "", f"`{command}`", "", *_conditions(study, rows), ""]
+    lines = [f"# {study.title}", "", f"![{study.title}]({picture})", "", f"`{command}`", ""]
+    lines += [*_conditions(study, rows), ""]
+    lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
     lines += [_line(head), _line(["---"] * len(head))]
     for entry in study.entries:
         found = list(results[entry.name].values())
@@ -233,43 +237,3 @@ def _gain(values: Sequence[float]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-# ---- picture -------------------------------------------------------------------------------------
-
-_ROW, _LEFT, _WIDTH = 26, 190, 720
-
-
-def picture(study: Study, results: Results, measure: str = "knn20") -> str:
-    """Draw a dot an entry with its 95 % interval, the best on top, as SVG text."""
-    found = {}
-    for entry in study.entries:
-        values = [number(row, measure) for row in results[entry.name].values()]
-        if values and all(map(math.isfinite, values)):
-            half = interval(values)
-            found[entry.name] = statistics.mean(values), half if math.isfinite(half) else 0.0
-    best_first = sorted(found, key=lambda name: -found[name][0])
-    ends = [end for mean, half in found.values() for end in (mean - half, mean + half)] or [0, 1]
-    low, high = math.floor(min(ends) - 1), math.ceil(max(ends) + 1)
-
-    def x(value: float) -> float:
-        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - 60)
-
-    height = 60 + _ROW * len(found)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        'font-family="sans-serif" font-size="13">',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="12" y="20" font-weight="bold">{study.title}: {MEASURES[measure]} (%)</text>',
-    ]
-    for number_, name in enumerate(best_first):
-        (mean, half), y = found[name], 46 + _ROW * number_
-        parts += [
-            f'<text x="{_LEFT - 12}" y="{y + 4}" text-anchor="end">{name}</text>',
-            f'<line x1="{_LEFT}" x2="{_WIDTH - 60}" y1="{y}" y2="{y}" stroke="#eee"/>',
-            f'<line x1="{x(mean - half):.1f}" x2="{x(mean + half):.1f}" y1="{y}" y2="{y}" '
-            'stroke="#2563a8" stroke-width="3"/>',
-            f'<circle cx="{x(mean):.1f}" cy="{y}" r="5" fill="#2563a8"/>',
-            f'<text x="{_WIDTH - 48}" y="{y + 4}">{mean:.1f}</text>',
-        ]
-    return "\n".join([*parts, "</svg>"]) + "\n"
