@@ -219,21 +219,27 @@ def _evaluate(
     items = fetch_in_order(fetcher, requests, num_workers, timeout, device, size)
     with contextlib.closing(items) as fetched:
         for item in fetched:
-            bad = {name for name, _ in item["failures"]}
-            for name, reason in item["failures"]:
-                if not skip_unreadable:
-                    raise BadImagesError(
-                        f"cannot read {name}: {reason}. Repair or remove it: evaluations replace "
-                        "nothing"
-                    )
-                logger.warning("unreadable image left out: %s (%s)", name, reason)
-            keep = torch.tensor([source.name(int(index)) not in bad for index in item["indices"]])
+            if item["failures"] and not skip_unreadable:
+                name, reason = item["failures"][0]
+                raise BadImagesError(
+                    f"cannot read {name}: {reason}. Repair or remove it: evaluations replace "
+                    "nothing"
+                )
+            keep = _readable(source, item)
             if not keep.any():
                 continue  # a network need not take an empty batch: Swin does not
             indices = item["indices"][keep]
             (crops,) = item["views"]
             views = [photometric(_to(crops[keep], device), recipe[0], {})]
             yield Batch(views, _to(source.labels[indices], device), indices)
+
+
+def _readable(source: Source, item: Fetched) -> Tensor:
+    """Return (N,) bool, which images could be read; warn of the others."""
+    for name, reason in item["failures"]:
+        logger.warning("unreadable image left out: %s (%s)", name, reason)
+    bad = {name for name, _ in item["failures"]}
+    return torch.tensor([source.name(int(index)) not in bad for index in item["indices"]])
 
 
 def _init_worker(_worker: int) -> None:

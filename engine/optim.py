@@ -142,12 +142,7 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     exempt_tokens = node.EXCLUDE_TOKENS or by_name
     decay: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
-    # such as the scales and the position MLPs of Swin v2's attention, by no common name
-    named_by_timm: set[str] = set()
-    for path, part in module.named_modules():
-        listed = getattr(part, "no_weight_decay", None)
-        if node.EXCLUDE_TOKENS and callable(listed):
-            named_by_timm |= {f"{path}.{name}".lstrip(".") for name in listed()}
+    named_by_timm = _named_by_timm(module) if node.EXCLUDE_TOKENS else set()
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -163,6 +158,17 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     if node.NAME == "lars":
         groups[1]["adapt"] = False
     return [group for group in groups if group["params"]]
+
+
+def _named_by_timm(module: nn.Module) -> set[str]:
+    """Return the parameters that timm's models list in `no_weight_decay`."""
+    # Such as the scales and position MLPs of Swin v2's attention: no rule on names finds them.
+    names: set[str] = set()
+    for path, part in module.named_modules():
+        listed = getattr(part, "no_weight_decay", None)
+        if callable(listed):
+            names |= {f"{path}.{name}".lstrip(".") for name in listed()}
+    return names
 
 
 def with_layer_decay(groups: Iterable[Group], scale: Mapping[nn.Parameter, float]) -> list[Group]:

@@ -182,18 +182,25 @@ def compute_features(
             "no evaluation batch on this rank; use at most as many ranks as there are images that "
             "can be read"
         )
-    own = torch.cat(indices).to(device)
+    return _in_order(torch.cat(features), torch.cat(labels), torch.cat(indices), device)
+
+
+def _in_order(
+    rows: Tensor, labels: Tensor, indices: Tensor, device: torch.device
+) -> SharedFeatures:
+    """Bring what each process computed into the order of the data set; each index counts once."""
+    own = indices.to(device)
     # Processes may share samples that fill up their shards: of equal indices the first counts.
     order, origin = torch.sort(gather_uneven(own), stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = order[1:] != order[:-1]
     origin = origin[first]
-    known = gather_uneven(torch.cat(labels).to(device))[origin]
+    known = gather_uneven(labels.to(device))[origin]
     sizes = gather_rows(torch.tensor([len(own)], device=device)).tolist()
     # Where the samples of this process begin among those of all.
     begin = sum(sizes[: rank()])
     places = torch.nonzero((origin >= begin) & (origin < begin + len(own))).flatten()
-    rows, held = torch.cat(features), (origin[places] - begin).cpu()
+    held = (origin[places] - begin).cpu()
     if not torch.equal(held, torch.arange(len(rows))):
         rows = rows[held]
     return SharedFeatures(rows, known.cpu(), order[first].cpu(), device, places.cpu())

@@ -98,25 +98,7 @@ def vote(
     return found
 
 
-def weighted_knn(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    num_classes: int,
-    ks: Sequence[int] = KNN_KS,
-    temperature: float = 0.07,
-    chunk: int | None = None,
-) -> dict[int, Tensor]:
-    """Return for each k the top min(5, C) classes (Q, 5) of queries (Q, D), best first.
-
-    k > M means M. `chunk` rows of either side are compared at a time, as many as fit if None.
-    """
-    size, whole = chunk or block_rows(bank.shape[1]), WholeFeatures.of(bank, bank_labels)
-    found = _ranking(list(queries.split(size)), whole, num_classes, ks, temperature, chunk)
-    return {k: torch.cat([part[k] for part in found]) for k in ks}
-
-
-def _ranking(
+def ranking(
     queries: Sequence[Tensor],
     bank: Features,
     num_classes: int,
@@ -124,6 +106,7 @@ def _ranking(
     temperature: float,
     chunk: int | None = None,
 ) -> list[dict[int, Tensor]]:
+    """Return what `vote` gives for each block of queries; `chunk` rows of the bank at a time."""
     if len(bank) == 0:
         raise ValueError("k-NN needs a bank of labelled features, but it is empty")
     low, high = int(bank.labels.min()), int(bank.labels.max())
@@ -153,10 +136,10 @@ def features_knn(
     holds of both, a process needs at most about 0.5 GiB, whatever their sizes, and max(ks) numbers
     a query.
     """
-    found = _ranking([features for features, _ in queries], bank, num_classes, ks, temperature)
+    found = ranking([features for features, _ in queries], bank, num_classes, ks, temperature)
     right = torch.zeros(2 * len(ks) + 1, dtype=torch.int64, device=bank.device)
-    for ranking, (_, labels) in zip(found, queries, strict=True):
-        hits = torch.stack([ranking[k] == labels.unsqueeze(1) for k in ks])  # (K, q, 5)
+    for top, (_, labels) in zip(found, queries, strict=True):
+        hits = torch.stack([top[k] == labels.unsqueeze(1) for k in ks])  # (K, q, 5)
         total = torch.full((1,), len(labels), device=right.device)
         # All k at once: one exchange between the processes for the whole table.
         right += torch.cat([hits[:, :, 0].sum(1), hits.any(2).sum(1), total])

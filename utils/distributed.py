@@ -61,15 +61,7 @@ def init_processes(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=_START)
-    try:
-        store, number, size = next(dist.rendezvous("env://", timeout=timeout))
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ValueError(
-            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this"
-            " machine; give the launcher another --master_port"
-        ) from error
+    store, number, size = _rendezvous(timeout)
     # torchrun's store outlives a restart, and holds the addresses of the processes before it.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
@@ -83,6 +75,19 @@ def init_processes(device: torch.device) -> None:
     if backend == "nccl":  # flags travel by the host: asking must not wait for the device
         global _host_group
         _host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Return the launcher's store, this process's rank and the number of processes."""
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this"
+            " machine; give the launcher another --master_port"
+        ) from error
 
 
 def limit_waits(seconds: float) -> None:

@@ -126,23 +126,28 @@ def _read_directory(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
             raise ValueError(
                 f"{path} has no entry {name!r} that its map file lists: rebuild the map or the zip"
             )
-        info = known[name]
-        encrypted = info.flag_bits & 1
-        if encrypted or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(
-                f"{path}: entry {name!r} is encrypted or not stored/deflated: zip it again plainly"
-            )
-        if not 0 <= info.header_offset <= end - info.compress_size:
-            raise ValueError(
-                f"DATA.PATH (--data-path): {path}: entry {name!r} of its directory lies past its "
-                "end: it was cut or damaged, copy it again"
-            )
+        _check_entry(known[name], path, end)
     # numbers in arrays: a million ZipInfo objects would be copied into every worker
     infos = [known[name] for name in names]
     rows = [(i.header_offset, i.compress_size, i.compress_type, i.CRC) for i in infos]
     # a size that is a lie need not fit into int64
     sizes = [min(i.file_size, 1 << 62) for i in infos]
     return np.array(rows, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+
+def _check_entry(info: zipfile.ZipInfo, path: Path, end: int) -> None:
+    """Refuse an entry that one positioned read cannot give; the archive has `end` bytes."""
+    encrypted = info.flag_bits & 1
+    if encrypted or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(
+            f"{path}: entry {info.filename!r} is encrypted or not stored/deflated: zip it again "
+            "plainly"
+        )
+    if not 0 <= info.header_offset <= end - info.compress_size:
+        raise ValueError(
+            f"DATA.PATH (--data-path): {path}: entry {info.filename!r} of its directory lies past "
+            "its end: it was cut or damaged, copy it again"
+        )
 
 
 def _open_directory(path: Path) -> dict[str, zipfile.ZipInfo]:

@@ -1,4 +1,4 @@
-"""Losses, in float32 under any autocast. Each fast form has a slow, plain form for tests."""
+"""Losses, in float32 under any autocast. The tests compare each fast form with a plain one."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from models.parts.negatives import (
     SyntheticConfig,
     draw_synthetics,
     hardest,
-    materialise,
     refuse_short_queue,
 )
 
@@ -111,30 +110,6 @@ def queue_contrast(
     return Contrast(
         *_QueueContrast.apply(queries, keys.detach(), queue.detach(), temperature, synthetics)
     )
-
-
-def queue_contrast_plain(
-    queries: Tensor,
-    keys: Tensor,
-    queue: Tensor,
-    temperature: float,
-    synthetics: SyntheticConfig | None = None,
-) -> Contrast:
-    """Compute `queue_contrast` as the papers do: concatenated logits, cross entropy, autograd."""
-    keys, queue = keys.detach(), queue.detach()
-    negatives = queries @ queue.T
-    logits = [(queries * keys).sum(1, keepdim=True), negatives]
-    if synthetics is not None:
-        fixed = queries.detach()
-        draws = draw_synthetics(synthetics, hardest(negatives.detach(), synthetics.num_hard), fixed)
-        logits.append(torch.einsum("bd,bnd->bn", queries, materialise(draws, fixed, queue)))
-    all_logits = torch.cat(logits, dim=1) / temperature
-    labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    rank = (all_logits[:, 1:] > all_logits[:, :1]).sum(1)
-    means = [all_logits[:, 0].mean(), all_logits[:, 1 : 1 + len(queue)].mean()]
-    if synthetics is not None:
-        means.append(all_logits.softmax(1)[:, 1 + len(queue) :].sum(1).mean())
-    return Contrast(F.cross_entropy(all_logits, labels), rank, torch.stack(means).detach())
 
 
 class _QueueContrast(torch.autograd.Function):

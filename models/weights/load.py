@@ -94,16 +94,21 @@ def load_backbone(
     if lost or foreign or misfits:
         raise ValueError(_refusal(own, state, source, lost, foreign, misfits))
     _refuse_other_heads(backbone, matched, own, source)
-    # a NaN would only show as chance accuracy, hours later
-    broken = [key for key in sorted(matched) if not torch.isfinite(matched[key]).all()]
+    refuse_not_finite(matched, source)
+    backbone.load_state_dict(matched, strict=False)  # every key is accounted for above
+    left_out = (*unexpected, *sorted(beside))
+    return LoadReport(source, len(matched), tuple(missing), left_out, resized)
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError for NaN or infinity in the weights of the file `source`."""
+    # A NaN would only show as chance accuracy, hours later.
+    broken = [key for key in sorted(state) if not torch.isfinite(state[key]).all()]
     if broken:
         raise ValueError(
             f"{source}: {len(broken)} tensors are not finite ({some(broken)}); use another "
             "checkpoint"
         )
-    backbone.load_state_dict(matched, strict=False)  # every key is accounted for above
-    left_out = (*unexpected, *sorted(beside))
-    return LoadReport(source, len(matched), tuple(missing), left_out, resized)
 
 
 def _resized(

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.weights.find import WHICH, some, tensors_of
-from models.weights.load import check_norm_eps, load_network
+from models.weights.load import check_norm_eps, load_network, refuse_not_finite
 from utils.checkpoints.foreign import read_torch
 
 logger = logging.getLogger("synco")
@@ -67,8 +66,7 @@ def _load_rest(
         # The position stays 0: that of another batch size would not divide the queue.
         if keys is not None and keys.shape == own[f"{name}.keys"].shape:
             taken[f"{name}.keys"] = keys
-    if broken := [key for key in taken if not torch.isfinite(taken[key]).all()]:
-        raise ValueError(f"{source}: {some(broken)} are not finite; use another checkpoint")
+    refuse_not_finite(taken, source)
     framework.load_state_dict(taken, strict=False)
     fresh = [name for name in queues if f"{name}.keys" not in taken]
     said = f"; {', '.join(fresh)} starts at random: missing or of another size" if fresh else ""
