@@ -4,8 +4,9 @@ Example: python -m benchmarks.studies.peer_runs lightly_moco --data-path D --out
              --epochs 10 --cfg benchmarks/studies/recipes/moco_v2_resnet8.yaml
 
 The backbone is the one that --cfg names, so the same probe judges it; recipe, views, losses and
-data path are lightly's (pip install lightly). `random` writes random weights. Writes backbone.pt
-and, while it trains, status.json. Starts from the beginning after a stop.
+data path are lightly's (pip install lightly). `random` writes random weights, `pixels` needs the
+backbone timm/raw_pixels. Writes backbone.pt and, while it trains, status.json. Starts from the
+beginning after a stop.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils.cli import Parser, answer_at_once, run_main
 
-METHODS = ("random", "lightly_moco", "lightly_byol", "lightly_simsiam")
+METHODS = ("random", "pixels", "lightly_moco", "lightly_byol", "lightly_simsiam")
 
 
 def _parser() -> Parser:
@@ -37,6 +38,7 @@ def _parser() -> Parser:
     add("--epochs", type=int, required=True, metavar="N", help="length of the run")
     add("--seed", type=int, default=0, metavar="N", help="of weights and order")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda [cpu]")
+    add("--opts", nargs="+", default=[], metavar="K=V", help="as of main_linear.py")
     return parser
 
 
@@ -50,6 +52,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.studies import raw_pixels  # noqa: F401  (puts its model into timm's registry)
 from data.sources import open_split
 from data.sources.base import Source
 from models import framework_options, online_backbone
@@ -163,12 +166,12 @@ def main() -> int:
     """Train, write the backbone, return the exit code."""
     args = _parser().parse_strictly(None)
     flags = {"DATA.DATASET": args.dataset, "DATA.PATH": args.data_path}
-    cfg = load_config(declare(framework_options()), [args.cfg], (), flags)
+    cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     torch.manual_seed(args.seed)
     backbone = online_backbone(cfg)
     folder = Path(args.output) / Path(args.cfg).stem / args.tag
     folder.mkdir(parents=True, exist_ok=True)
-    if args.method != "random":
+    if args.epochs:
         train(args, backbone, open_split(cfg.DATA, "train"), folder)
     write_file(folder / "backbone.pt", lambda file: torch.save(backbone.state_dict(), file))
     return 0

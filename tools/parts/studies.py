@@ -18,6 +18,7 @@ Row = dict[str, object]
 Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+UNTRAINED = ("random", "pixels")  # peers that need no training
 MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
 
 
@@ -27,7 +28,9 @@ class Entry:
 
     name: str
     cfg: str  # of main_pretrain.py; of another library: of the backbone and the probe
-    peer: str = ""  # `random`, or another library's method, see benchmarks/studies/peer_runs.py
+    peer: str = (
+        ""  # `random`, `pixels`, or another library's method, see benchmarks/studies/peer_runs.py
+    )
     opts: tuple[str, ...] = ()  # for --opts, KEY=VALUE
     minutes: float = 0.0  # CPU minutes of training; 0: the study's
     epochs_of: str = ""  # train as many epochs as this entry did, not for a time
@@ -57,7 +60,7 @@ class Study:
         Two studies with the same recipe share its rows, whatever they call it.
         """
         minutes: object = float(entry.minutes or self.minutes)
-        if entry.peer == "random":
+        if entry.peer in UNTRAINED:
             minutes = 0
         if entry.epochs_of:
             minutes = self.recipe(self.entry(entry.epochs_of), tier)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tools.parts.run_files import read_json
-from tools.parts.studies import Entry, Row, Study, number, rows_of
+from tools.parts.studies import UNTRAINED, Entry, Row, Study, number, rows_of
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.locks import try_lock
 from utils.cli.version import commit
@@ -70,7 +70,7 @@ class Trainer:
         epochs = self._epochs(entry, rows)
         # the epochs too: a run of another length must not be taken for this one
         tag = f"{self._tag(entry)}-{seed}-{epochs}ep"
-        self._say(tag, f"{epochs} epochs" if epochs else "random weights")
+        self._say(tag, f"{epochs} epochs" if epochs else "nothing to train")
         command = self._training(entry, tag, seed, epochs)
         costs = self.work / f"{tag}.cost.json"
         if entry.peer:  # begins anew after a stop
@@ -97,7 +97,7 @@ class Trainer:
     # ---- the length of the run -------------------------------------------------------------------
 
     def _epochs(self, entry: Entry, rows: Sequence[Row]) -> int:
-        if entry.peer == "random":
+        if entry.peer in UNTRAINED:
             return 0
         if entry.epochs_of:
             model = self.study.entry(entry.epochs_of)
@@ -172,7 +172,8 @@ class Trainer:
         flags += ["--output", str(self.work), "--tag", tag, "--seed", str(seed)]
         flags += ["--epochs", str(epochs), "--device", "cuda" if self.tier == "gpu" else "cpu"]
         if entry.peer:
-            return [sys.executable, "-m", "benchmarks.studies.peer_runs", entry.peer, *flags]
+            opts = ["--opts", *entry.opts] if entry.opts else []
+            return [sys.executable, "-m", "benchmarks.studies.peer_runs", entry.peer, *flags, *opts]
         # A look at the k-NN is an evaluation: it would be paid from the budget of training.
         opts = ["KNN.EVERY_EPOCHS=0", "LOG.TENSORBOARD=False", *entry.opts]
         return [sys.executable, str(ROOT / "main_pretrain.py"), *flags, "--opts", *opts]
@@ -198,7 +199,10 @@ class Trainer:
         return {"images_per_second": statistics.median(rates)} if rates else {}
 
     def _judge(self, entry: Entry, tag: str) -> Row:
-        command = [sys.executable, str(ROOT / "main_linear.py"), "--cfg", entry.cfg]
+        program = [str(ROOT / "main_linear.py")]
+        if entry.peer == "pixels":
+            program = ["-m", "benchmarks.studies.raw_pixels"]
+        command = [sys.executable, *program, "--cfg", entry.cfg]
         command += ["--data-path", self.data_path, "--dataset", self.study.dataset]
         command += ["--output", str(self.work), "--tag", tag]
         command += ["--cached-features", "--labels", "1", "10", "100"]
