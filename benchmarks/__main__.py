@@ -30,6 +30,8 @@ TRAINING = {
     "epoch": "images a second of real epochs over those of the bare step",
     "probe": "a grid of learning rates over a single one; k-NN",
     "peers": "other libraries beside ours: the same backbone, batch, views and precision",
+    "start": "from the command to the first step: ours, other libraries' scripts",
+    "scale": "what grows with processes, images, the queue's length and the method",
 }
 COMMANDS = INPUT | TRAINING
 

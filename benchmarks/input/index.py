@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         time.sleep(listing._RACY_NS / 1e9 + 0.1)  # a tree that has just been written is not trusted
         cache, pack = root / "cache", root / "train.pack"
         known = build_source("imagefolder", made, "train", index_cache=str(cache))
-        _write_pack(pack, known.labels.numpy(), known.classes)
+        labels = known.labels.numpy()
+        write_pack(pack, labels, known.classes, _names_of(labels))
         scan = functools.partial(build_source, "imagefolder", made, "train")
         sides = [
             Side("plain walk", lambda: plain_walk(root / "train")),
@@ -86,10 +87,13 @@ def _build(root: Path, files: int, classes: int) -> None:
             os.close(os.open(folder / f"n{number:08d}_{index}.JPEG", os.O_CREAT | os.O_WRONLY))
 
 
-def _write_pack(path: Path, labels: np.ndarray, classes: list[str]) -> None:
+def _names_of(labels: np.ndarray) -> PackedStrings:
+    return PackedStrings(f"n{label:08d}/n{label:08d}_{i}.JPEG" for i, label in enumerate(labels))
+
+
+def write_pack(path: Path, labels: np.ndarray, classes: list[str], names: PackedStrings) -> None:
     """Write a pack with an index of full size over records of eight bytes."""
     count = len(labels)
-    names = PackedStrings(f"n{label:08d}/n{label:08d}_{i}.JPEG" for i, label in enumerate(labels))
     offsets = len(HEAD) + 8 * np.arange(count + 1, dtype=np.int64)
     sizes, checksums = np.full((count, 2), 500, np.uint32), np.arange(count, dtype=np.uint32)
     index = PackIndex(offsets, labels, names.offsets, sizes, checksums, names.blob)

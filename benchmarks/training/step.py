@@ -146,7 +146,7 @@ def method_step(
 ) -> Callable[[list[Tensor]], None]:
     """Return a method's training step on two views, channels last, with SGD."""
     framework = framework.to(device).to(memory_format=torch.channels_last)
-    parameters = framework.online.parameters()
+    parameters = [p for p in framework.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
     progress = Progress(0, 10, 100)
 

@@ -1,0 +1,1 @@
+"""Short scripts of other libraries, as their documentation writes them, for `start`."""
