@@ -11,23 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
-
-
-def _parser() -> Parser:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--pretrained",
-        metavar="FILE",
-        help="backbone: a file, a run's folder, or none for random weights",
-    )
-    add_which(parser)
-    return parser
-
+from utils.cli import answer_at_once, make_transfer_parser, parse, run_main
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    answer_at_once(_parser())
+    answer_at_once(make_transfer_parser(__doc__))
 
 from dataclasses import replace
 
@@ -53,7 +41,7 @@ from utils.schedules import Progress
 
 def main() -> int:
     """Fine-tune, evaluate and draw what was found; return the exit code."""
-    args, flags = parse(_parser())
+    args, flags = parse(make_transfer_parser(__doc__))
     cfg = load_detection_config([args.cfg], args.opts, flags)
     weights = starting_weights(cfg, args.pretrained)
     if cfg.DATA.DATASET == "coco":

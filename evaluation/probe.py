@@ -40,12 +40,13 @@ def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
 
 
 def weights_fingerprint(weights: Path | None, network: str = "online") -> str:
-    """Say which weights a run starts from: the file's sha256, and the network if averaged."""
+    """Say which weights a run starts from: the file's sha256, and the network if not the online."""
     if weights is None:
         return "random weights"
     digest = on_main(lambda: checkpoint.sha256_of(weights))
     # Runs from before the choice have no name here: they took the online network or the student.
-    return f"weights {digest}" + (f", {network}" if network in ("target", "teacher") else "")
+    named = network in ("target", "teacher", "whole")
+    return f"weights {digest}" + (f", {network}" if named else "")
 
 
 def weights_label(weights: Path | None, which: str) -> str:

@@ -52,6 +52,7 @@ class Transfer(Generic[B]):
     draw: Callable[[], object]
     split: str  # that is tested
     num_images: int  # of training
+    trained: bool = False  # the weights that it starts from can be judged as they are
 
 
 def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network: str) -> int:
@@ -62,7 +63,7 @@ def run_transfer(run: Run, task: Transfer[B], args: argparse.Namespace, network:
     if args.throughput:
         task.throughput()
         return 0
-    if args.eval and not resumed:
+    if args.eval and not resumed and not task.trained:
         raise ValueError(
             f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
         )

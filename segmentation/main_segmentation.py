@@ -12,22 +12,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import Parser, add_which, answer_at_once, make_parser, parse, run_main
+from utils.cli import Parser, answer_at_once, make_transfer_parser, parse, run_main
 
 
 def _parser() -> Parser:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--pretrained",
-        metavar="FILE",
-        help="backbone: a file, a run's folder, or none for random weights",
-    )
+    parser = make_transfer_parser(__doc__)
     parser.add_argument(
         "--multi-scale",
         action="store_true",
         help="also evaluate over several scales, mirrored too",
     )
-    add_which(parser)
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="take the heads of --pretrained too; with --eval it is judged as it is",
+    )
     return parser
 
 
@@ -65,6 +64,8 @@ def main() -> int:
     args, flags = parse(_parser())
     cfg = load_segmentation_config([args.cfg], args.opts, flags)
     weights = starting_weights(cfg, args.pretrained)
+    if args.whole and weights is None:
+        raise ValueError("--whole: --pretrained none has no heads; name a file")
     run = start_run(cfg, task="segmentation", training=not (args.eval or args.throughput))
 
     # data
@@ -74,8 +75,9 @@ def main() -> int:
     loader = build_train_loader(cfg, train, global_batch=global_batch, device=run.device)
 
     # model, plan, optimiser
-    segmenter = run.prepare(build_segmenter(cfg, len(train.classes), weights, args.which))
-    network = network_of(weights, args.which)
+    segmenter = build_segmenter(cfg, len(train.classes), weights, args.which, args.whole)
+    segmenter = run.prepare(segmenter)
+    network = "whole" if args.whole else network_of(weights, args.which)
     run.fingerprint = start_fingerprint(weights, network, train.fingerprint())
     plan = iteration_plan(
         cfg.OPTIM,
@@ -109,6 +111,7 @@ def main() -> int:
         draw=lambda: draw(run, segmenter, test),
         split=node.TEST_SPLIT,
         num_images=len(train),
+        trained=args.whole,
     )
     return run_transfer(run, task, args, network)
 

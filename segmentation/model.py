@@ -22,6 +22,7 @@ from models.parts.trunks import (
     resize_positions,
 )
 from segmentation.heads import FCN, Head, LinearGrid, LinearHead, UPerNet, pixel_loss
+from segmentation.interchange import load_segmenter
 
 
 class Segmenter(nn.Module):
@@ -81,14 +82,20 @@ def sum_of(losses: Iterator[Tensor]) -> Tensor:
 
 
 def build_segmenter(
-    cfg: CfgNode, num_classes: int, weights: Path | None, which: str = ""
+    cfg: CfgNode,
+    num_classes: int,
+    weights: Path | None,
+    which: str = "",
+    whole: bool = False,
 ) -> Segmenter:
     """Build the segmenter of `MODEL`; without `weights` its backbone is random.
 
-    Raises `ValueError` for a backbone that has no maps and for weights that do not fit it.
+    `whole` takes the heads of `weights` too. Raises `ValueError` for a backbone that has no maps
+    and for weights that do not fit it.
     """
     node = cfg.MODEL.SEGMENTER
-    body = pretrained_body(cfg, weights, which, output_stride=node.OUTPUT_STRIDE)
+    backbone = None if whole else weights
+    body = pretrained_body(cfg, backbone, which, output_stride=node.OUTPUT_STRIDE)
     trunk = _trunk(cfg, body)
     segmenter = Segmenter(
         trunk,
@@ -98,6 +105,8 @@ def build_segmenter(
         loss_over=node.LOSS_OVER,
         frozen=node.FREEZE,
     )
+    if whole and weights is not None:
+        load_segmenter(segmenter, weights)
     if node.NORM == "frozen":
         freeze_batch_norms(segmenter.backbone)
     if node.NORM != "batch":  # a head's norms are fresh: they must learn

@@ -5,7 +5,7 @@ Example: python tools/convert.py import moco.pth --cfg configs/moco_v2_resnet50.
 inspect shows what a file holds. import reads the published files of MoCo, SynCo, MoCo v3,
 BatchFormer, MoBY, SynCo-v2, BYOL and SiT, and those of torchvision, timm, Detectron2, MMDetection
 and Hugging Face; it writes a file that every --pretrained takes. export writes a run's backbone, or
-a file's, for another library.
+a file's, for another library; --to mmseg writes a run of segmentation whole.
 """
 
 import argparse
@@ -17,7 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import Parser, add_which, answer_at_once, run_main
 
-FORMATS = ("timm", "torchvision", "detectron2", "mmdet", "swin", "huggingface", "moco", "plain")
+FORMATS = (
+    "timm",
+    "torchvision",
+    "detectron2",
+    "mmdet",
+    "mmseg",
+    "swin",
+    "huggingface",
+    "moco",
+    "plain",
+)
 
 
 def _parser() -> Parser:
@@ -73,6 +83,7 @@ from models.weights.architecture import describe, name_of
 from models.weights.find import find_network, listed, tensors_of
 from models.weights.load import LoadReport, check_norm_eps, load_backbone
 from models.weights.pretraining_state import framework_state
+from segmentation.interchange import segmenter_state, to_mmseg
 from tools.parts.model_card import write_huggingface
 from tools.parts.run_files import parsed_config, read_json, value_at
 from utils.checkpoints import file as checkpoints
@@ -95,6 +106,7 @@ HINTS = {
     "torchvision": "torchvision's model.load_state_dict(state, strict=False): no head in the file",
     "detectron2": "MODEL.WEIGHTS, with PIXEL_STD and RGB as in detection/configs",
     "mmdet": "init_cfg=dict(type='Pretrained', checkpoint=FILE) of the backbone",
+    "mmseg": "mmsegmentation's tools/test.py CONFIG FILE; a ViT's neck is its Feature2Pyramid",
     "swin": "the 'model' entry, as Swin's own detection and segmentation codes read it",
     "huggingface": "transformers.AutoModel.from_pretrained(FOLDER)",
     "moco": "--pretrained FILE of MoCo's and SynCo's main_lincls.py",
@@ -206,6 +218,11 @@ def import_file(args: argparse.Namespace) -> None:
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
     source = _checkpoint_of(args.source)
+    if args.to == "mmseg":  # the file itself tells the network, heads included
+        state = to_mmseg(segmenter_state(_read(source), str(source)))
+        _save({"state_dict": state, "meta": {}}, args.output)
+        print(f"wrote {args.output}; load it with {HINTS['mmseg']}")
+        return
     cfg = _config(args)
     checkpoint = _read(source)
     check_norm_eps(checkpoint, cfg.MODEL.BACKBONE.NORM_EPS, str(source))

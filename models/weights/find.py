@@ -38,6 +38,7 @@ _HEADS = re.compile(
     r"fc|classifier|pooler|pre_logits\w*|convTrans|(?:rot|contrastive|recons)_w|queue\w*|n_averaged"
     r"|(?:\w+_)?heads?(?:_\w+)?|(?:\w+_)?(?:projector|projection|predictor|prediction)(?:_\w+)?"
     r"|decoder\w*|prototypes\w*|mask_token|masked_embed"
+    r"|norm[012]"  # of the first three maps of a Swin that is part of a detector or segmenter
 )
 # Last words of keys of buffers that follow from the architecture, and of tokens for masked patches.
 _DERIVED = re.compile(

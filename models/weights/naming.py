@@ -157,7 +157,12 @@ TORCHVISION_SWIN = Naming(
 ORIGINAL_SWIN = Naming(
     "merging at the end of stages",
     "layers.0.downsample.reduction.weight",
-    (*((f"layers.{i + 1}.downsample.*", f"layers.{i}.downsample.*") for i in range(3)), ("*", "*")),
+    (
+        *((f"layers.{i + 1}.downsample.*", f"layers.{i}.downsample.*") for i in range(3)),
+        ("norm.*", "norm.*"),
+        ("norm.*", "norm3.*"),  # of detectors and segmenters, which have four; read only
+        ("*", "*"),
+    ),
 )
 
 MMDET_SWIN = Naming(
@@ -167,6 +172,7 @@ MMDET_SWIN = Naming(
         ("patch_embed.proj.*", "patch_embed.projection.*"),
         ("patch_embed.norm.*", "patch_embed.norm.*"),
         ("norm.*", "norm.*"),  # MMDetection has four output norms instead, which start fresh
+        ("norm.*", "norm3.*"),  # the fourth of a trained one; read only
         *((f"layers.{i + 1}.downsample.*", f"stages.{i}.downsample.*") for i in range(3)),
         ("layers.#.blocks.#.mlp.fc1.*", "stages.#.blocks.#.ffn.layers.0.0.*"),
         ("layers.#.blocks.#.mlp.fc2.*", "stages.#.blocks.#.ffn.layers.1.*"),
@@ -178,6 +184,23 @@ MMDET_SWIN = Naming(
         "downsample.norm.weight": (_to_unfold, _from_unfold),
         "downsample.norm.bias": (_to_unfold, _from_unfold),
     },
+)
+
+MMSEG_VIT = Naming(
+    "MMSegmentation ViT",
+    "layers.0.attn.attn.in_proj_weight",
+    (
+        ("cls_token", "cls_token"),
+        ("pos_embed", "pos_embed"),
+        ("patch_embed.proj.*", "patch_embed.projection.*"),
+        ("norm.*", "ln1.*"),
+        ("blocks.#.norm#.*", "layers.#.ln#.*"),
+        ("blocks.#.attn.qkv.weight", "layers.#.attn.attn.in_proj_weight"),
+        ("blocks.#.attn.qkv.bias", "layers.#.attn.attn.in_proj_bias"),
+        ("blocks.#.attn.proj.*", "layers.#.attn.attn.out_proj.*"),
+        ("blocks.#.mlp.fc1.*", "layers.#.ffn.layers.0.0.*"),
+        ("blocks.#.mlp.fc2.*", "layers.#.ffn.layers.1.*"),
+    ),
 )
 
 DETECTRON2_RESNET = Naming(
@@ -290,6 +313,7 @@ NAMINGS = (
     TORCHVISION_VIT,
     TORCHVISION_SWIN,
     DETECTRON2_RESNET,
+    MMSEG_VIT,  # before MMDetection's Swin, whose signature it has too
     MMDET_SWIN,
     HF_VIT,
     HF_SWIN,

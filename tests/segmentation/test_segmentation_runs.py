@@ -132,6 +132,19 @@ def test_one_process_finds_the_metrics_of_two_and_more_scales_beside_them(
     assert list(result["ms/iou"]) == list(scenes.CLASSES)
 
 
+def test_a_whole_segmenter_is_judged_as_it_is(pairs_root: Path, output: Path, whole: Path) -> None:
+    file = str(next(whole.glob("ckpt_*6.pt")))
+    flags = ("--whole", "--eval")
+    job = run(arguments(pairs_root, output, "as_is", *flags, weights=file), output / "as_is.log")
+    result = json.loads((whole / "result.json").read_text())
+    assert f"val: mIoU {result['mIoU']:.2f}, mAcc {result['mAcc']:.2f}" in job.text()
+    # and its backbone alone is no segmenter
+    argv = arguments(pairs_root, output, "alone", "--eval", weights=file)
+    (job,) = forked.start(MAIN, argv, output / "alone.log")
+    assert job.wait() == 2
+    assert "holds no checkpoint" in job.text()
+
+
 def test_several_rates_learn_in_one_pass(pairs_root: Path, output: Path) -> None:
     keys = {
         **{"MODEL__SEGMENTER__HEAD": "linear", "MODEL__SEGMENTER__FREEZE": True},
@@ -155,6 +168,7 @@ def test_several_rates_learn_in_one_pass(pairs_root: Path, output: Path) -> None
         (["--batch-size", "64"], {}, ["8 images", "BATCH_SIZE"]),
         (["--batch-size", "1"], {}, ["--batch-size", "at least 2 images"]),
         (["--eval"], {}, ["--eval", "no checkpoint"]),
+        (["--whole"], {}, ["--whole", "name a file"]),
         ([], {"MODEL__BACKBONE__NAME": "resnet81"}, ["resnet81", "did you mean"]),
         ([], {"SEGMENTATION__TEST_SPLIT": "test"}, ["test"]),
     ],

@@ -13,7 +13,13 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn, cast
 
-from utils.cli.parser import Parser, add_which, make_parser, names_nothing
+from utils.cli.parser import (
+    Parser,
+    add_which,
+    make_parser,
+    make_transfer_parser,
+    names_nothing,
+)
 from utils.cli.streams import guard_streams
 from utils.config.key import Program, Value
 from utils.config.programs import answer_from_config
@@ -27,6 +33,7 @@ __all__ = [
     "at_failure",
     "lost_processes",
     "make_parser",
+    "make_transfer_parser",
     "parse",
     "run_main",
 ]

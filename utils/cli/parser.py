@@ -194,6 +194,15 @@ def _add_lists(parser: Parser) -> None:
     )
 
 
+def make_transfer_parser(description: str) -> Parser:
+    """Return the parser of a program that fine-tunes a backbone for a task."""
+    parser = make_parser(description)
+    text = "backbone: a file, a run's folder, or none for random weights"
+    parser.add_argument("--pretrained", metavar="FILE", help=text)
+    add_which(parser)
+    return parser
+
+
 def add_which(parser: argparse._ActionsContainer) -> None:
     """Add the flag that says which network of a file of several is meant."""
     parser.add_argument(
