@@ -21,8 +21,8 @@ from models.parts.trunks import (
     pretrained_body,
     resize_positions,
 )
+from models.weights.segmenter import load_segmenter
 from segmentation.heads import FCN, Head, LinearGrid, LinearHead, UPerNet, pixel_loss
-from segmentation.interchange import load_segmenter
 
 
 class Segmenter(nn.Module):

@@ -83,7 +83,7 @@ from models.weights.architecture import describe, name_of
 from models.weights.find import find_network, listed, tensors_of
 from models.weights.load import LoadReport, check_norm_eps, load_backbone
 from models.weights.pretraining_state import framework_state
-from segmentation.interchange import segmenter_state, to_mmseg
+from models.weights.segmenter import segmenter_state, to_mmseg
 from tools.parts.model_card import write_huggingface
 from tools.parts.run_files import parsed_config, read_json, value_at
 from utils.checkpoints import file as checkpoints

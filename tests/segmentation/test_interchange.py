@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.parts.trunks import pretrained_body
 from models.weights.export import to_original_swin
-from segmentation.interchange import segmenter_state, to_mmseg
+from models.weights.segmenter import segmenter_state, to_mmseg
 from segmentation.model import Segmenter, build_segmenter
 from tools import convert
 
