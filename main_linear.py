@@ -78,6 +78,7 @@ from data.augment.recipes import build_recipe
 from data.features import FeatureLoader, refuse_missing
 from data.labels import label_subset
 from data.loader import GlobalLoader
+from data.pixels import PLAIN
 from data.sources import open_split, subset
 from data.sources.base import Source
 from engine.loop import Outcome, StepFunction, fit
@@ -206,13 +207,16 @@ def split_features(
 
     if not cfg.LINEAR.CACHED_FEATURES:
         return compute()
-    key = {
+    key: dict[str, object] = {
         "weights": weights,
         "backbone": section_options(cfg.MODEL.BACKBONE),
         "data": source.fingerprint(),
         "view": repr(build_recipe("eval", cfg.DATA.IMG_SIZE)),
         "precision": run.precision,
     }
+    # left out for 8-bit RGB, whose features may be there from before the key was
+    if source.pixels != PLAIN:
+        key["pixels"] = repr(source.pixels)
     place, write = run.folder.parents[1] / folder, run.training
     return cached_features(place, split, key, source.labels, run.device, compute, write=write)
 

@@ -27,14 +27,14 @@ _JPEG = b"\xff\xd8\xff"
 _SCAN = b"\xff\xda"  # the marker that begins a scan
 # libraries with a function `decode_jpeg`; torchvision announces that it will drop its own
 _TORCH_DECODERS = ("torchcodec.decoders", "torchvision.io")
-_ALMOST_BLACK = 16  # levels of 256: what 12 bits in 16 fill
+_DARK = 64  # levels of 256: what 14 bits in 16 fill, the most that cameras and scanners leave
 _MAX_SCANS = 100  # libtiff's limit; encoders write about ten
 _FULL_SCANS = 16  # of an image of `max_pixels`: with 100 it would take 20 seconds
 # TIFF's tags of: a tile's width and height, bits and number of samples, their layout and type
 _TILE_SIDES = (322, 323)
-_BITS, _SAMPLES, _PLANAR, _TYPE = 258, 277, 284, 339
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_NUMPY = b"\x93NUMPY"
+BITS, SAMPLES, PLANAR, TYPE = 258, 277, 284, 339
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NUMPY = b"\x93NUMPY"
 # Huffman and quantisation tables, restart interval, comment, application data
 _TABLES = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 _FRAMES = range(0xC0, 0xD0)  # starts of frames, and tables
@@ -70,10 +70,11 @@ def decode_rgb(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Tensor
         _refuse_other_pixels(image)
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         # PIL keeps the upper byte, and of 12 bits in 16 that is next to nothing
-        if _is_deep_colour(data, image) and 0 < pixels.max() < _ALMOST_BLACK:
+        if _is_deep_colour(data, image) and 0 < (brightest := int(pixels.max())) < _DARK:
+            bits = 8 + brightest.bit_length()
             raise ValueError(
-                "16-bit colours that use only their lower 12 bits would be almost black; scale "
-                "them and convert to 8 bit"
+                f"16-bit colours of which none needs more than {bits} bits would be too dark; "
+                f"set DATA.RANGE to what they span, such as 0,{2**bits - 1}, or convert to 8 bit"
             )
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -82,26 +83,29 @@ def _refuse_other_pixels(image: Image.Image) -> None:
     """Raise `ValueError` for pixels of which PIL's `convert("RGB")` would make others."""
     if image.mode == "F" or image.mode.startswith("I"):  # it would clip the levels
         bits = {"F": "float", "I": "32-bit"}.get(image.mode, "16-bit")
-        raise ValueError(f"{bits} image (mode {image.mode}) is not supported; convert to 8 bit")
+        raise ValueError(
+            f"{bits} image (mode {image.mode}) is not supported; convert to 8 bit or, where the "
+            "program has the key, set DATA.RANGE"
+        )
     if not isinstance(image, TiffImageFile):
         return
     tags = image.tag_v2
     # PIL would read the first channel alone (grey with alpha is LA). What stands beside RGB is
     # dropped too, but that is where editors keep selections and masks.
-    if image.mode == "L" and tags.get(_SAMPLES, 1) != 1:
+    if image.mode == "L" and tags.get(SAMPLES, 1) != 1:
         raise ValueError(
-            f"a TIFF of {tags[_SAMPLES]} channels is not supported; convert to 8-bit RGB"
+            f"a TIFF of {tags[SAMPLES]} channels is not supported; convert to 8-bit RGB"
         )
-    if tags.get(_PLANAR, 1) != 1 and max(tags.get(_BITS, (1,))) > 8:  # PIL mixes the two bytes up
+    if tags.get(PLANAR, 1) != 1 and max(tags.get(BITS, (1,))) > 8:  # PIL mixes the two bytes up
         raise ValueError("a 16-bit TIFF of separate planes is not supported; convert to 8 bit")
-    if 2 in tags.get(_TYPE, ()):  # PIL reads -1 as 255
+    if 2 in tags.get(TYPE, ()):  # PIL reads -1 as 255
         raise ValueError("a TIFF of signed pixels is not supported; convert to unsigned 8 bit")
 
 
 def _is_deep_colour(data: bytes | memoryview, image: Image.Image) -> bool:
     """Tell whether a colour image stores 16 bits a channel."""
     if isinstance(image, TiffImageFile):
-        return max(image.tag_v2.get(_BITS, (1,))) > 8
+        return max(image.tag_v2.get(BITS, (1,))) > 8
     return image.format == "PNG" and data[24] > 8  # the depth in a PNG's head
 
 
@@ -121,9 +125,9 @@ def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.
 
 def _unknown(data: bytes | memoryview) -> str:
     """Say what a file is that PIL does not know."""
-    if data[:4] in _TIFF:
+    if data[:4] in TIFF:
         return "a TIFF that is damaged, or of more or other channels; convert to 8-bit RGB"
-    if data[:6] == _NUMPY:
+    if data[:6] == NUMPY:
         return f"a NumPy array, not an image; convert to one of {', '.join(FORMATS)}"
     return f"not an image of {', '.join(FORMATS)} ({len(data)} bytes)"
 

@@ -46,6 +46,8 @@ class Encoded(Loaded):
 
 def check_decodable(recipe: Recipe, source: Source) -> None:
     """Refuse what cannot be decoded on the device, with a ValueError that names the key."""
+    if not source.pixels.plain:
+        raise ValueError("DATA.DECODE 'device' decodes 8-bit RGB only; use 'worker'")
     crops_first = all(isinstance(spatial_ops(view)[0], RandomResizedCrop) for view in recipe)
     if needs_pil(recipe) or not crops_first:
         raise ValueError(

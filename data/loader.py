@@ -25,7 +25,7 @@ import utils.distributed as distributed
 from data.augment.base import Recipe, View, is_random, needs_pil, sample_keys
 from data.augment.crops import crop_batch, draw_boxes
 from data.augment.pipeline import choose_backend, draw_photometric, photometric
-from data.augment.recipes import build_recipe, check_view
+from data.augment.recipes import build_recipe, check_view, for_pixels
 from data.device_decode import FileReader, check_decodable, decode_in_order
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.sources.base import Source
@@ -80,6 +80,7 @@ class GlobalLoader:
         world: int | None = None,
         size_key: str = "TRAIN.BATCH_SIZE",
     ) -> None:
+        recipe = for_pixels(recipe, source.pixels)
         for view in recipe:
             check_view(view)
         if resident and source.images is None:
@@ -90,7 +91,7 @@ class GlobalLoader:
         self.source, self.recipe, self.seed = source, recipe, seed
         self.device = torch.device(device)
         self.num_workers, self.timeout = num_workers, timeout
-        self.backend = choose_backend(backend, self.device)
+        self.backend = choose_backend(backend, self.device, source.pixels)
         self.rank = distributed.rank() if rank is None else rank
         world = distributed.world_size() if world is None else world
         self.plan = BatchPlan(
@@ -161,7 +162,9 @@ class GlobalLoader:
         return self._batch(views, item["indices"])
 
     def _augment(self, crops: Tensor, view: View, keys: np.ndarray) -> Tensor:
-        return photometric(crops, view, draw_photometric(view, keys), self.backend)
+        return photometric(
+            crops, view, draw_photometric(view, keys), self.backend, self.source.pixels
+        )
 
     def _batch(self, views: list[Tensor], indices: Tensor) -> Batch:
         return Batch(views, _to(self.source.labels[indices], self.device), indices)
@@ -230,7 +233,7 @@ def _evaluate(
                 continue  # a network need not take an empty batch: Swin does not
             indices = item["indices"][keep]
             (crops,) = item["views"]
-            views = [photometric(_to(crops[keep], device), recipe[0], {})]
+            views = [photometric(_to(crops[keep], device), recipe[0], {}, pixels=source.pixels)]
             yield Batch(views, _to(source.labels[indices], device), indices)
 
 

@@ -122,7 +122,10 @@ class Fetcher(Dataset[Fetched]):
 
     def shared_bytes(self, count: int) -> int:
         """Return the bytes of shared memory in which the views of `count` images travel."""
-        return count * sum(3 * view_size(view) ** 2 for view in self.recipe)
+        return count * self._pixel_bytes() * sum(view_size(view) ** 2 for view in self.recipe)
+
+    def _pixel_bytes(self) -> int:
+        return self.source.pixels.channels * self.source.pixels.dtype.itemsize
 
     def __getitem__(self, request: Request) -> Fetched:
         """Load and crop the images of a request."""
@@ -145,7 +148,8 @@ class Fetcher(Dataset[Fetched]):
         views = []
         for size in map(view_size, self.recipe):
             # channels last, as images are decoded: a crop is then written without a copy
-            memory = torch.empty((count, size, size, 3), dtype=torch.uint8)
+            pixels = self.source.pixels
+            memory = torch.empty((count, size, size, pixels.channels), dtype=pixels.dtype)
             views.append(memory.permute(0, 3, 1, 2))
         for place, wanted in enumerate(request.indices.tolist()):
             index, image = self.load(request.epoch, wanted, failures)

@@ -182,10 +182,11 @@ def measure_throughput(
     img_size: int,
     batch_size: int,
     device: torch.device,
+    channels: int = 3,
     seconds: float = 5.0,
 ) -> float:
     """Log and return the images/s of `backbone` on random images, after a warm-up, in inference."""
-    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    images = torch.randn(batch_size, channels, img_size, img_size, device=device)
     rate = 0.0
     with torch.inference_mode():
         for budget in (seconds / 5, seconds):  # the first round warms up

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from data.augment.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     BatchOp,
     Draws,
     HostOp,
@@ -24,6 +22,7 @@ from data.augment.base import (
 )
 from data.augment.fused.opcodes import can_run
 from data.augment.resample import chunk_length, constant
+from data.pixels import PLAIN, Pixels
 
 logger = logging.getLogger("synco")
 
@@ -57,7 +56,9 @@ def view_interpolation(view: View) -> str:
     return "bicubic"
 
 
-def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto") -> Tensor:
+def photometric(
+    images: Tensor, view: View, draws: Draws, backend: str = "auto", pixels: Pixels = PLAIN
+) -> Tensor:
     """Apply the batched operations of `view` and normalise: uint8 (N,3,S,S) -> float32 (N,3,S,S).
 
     What a view does on the host (`host_ops`) was done where the image was read. `draws` come from
@@ -67,14 +68,14 @@ def photometric(images: Tensor, view: View, draws: Draws, backend: str = "auto")
     """
     ops = device_ops(view)
     before = tuple(op for op in ops if not op.after_normalisation)
-    fused = bool(before) and choose_backend(backend, images.device) == "fused"
-    x = (_fused if fused else _in_chunks)(images, before, draws)
+    fused = bool(before) and choose_backend(backend, images.device, pixels) == "fused"
+    x = _fused(images, before, draws) if fused else _in_chunks(images, before, draws, pixels)
     for op in ops[len(before) :]:  # check_view: these come last
         apply_(op, x, draws)
     return x
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
+def choose_backend(backend: str, device: torch.device, pixels: Pixels = PLAIN) -> str:
     """Return "fused" (compiled by numba for a CPU, by Triton for a GPU) or "torch".
 
     "auto" is "fused" on a CPU that has numba, else "torch": the kernels for a GPU have been
@@ -83,6 +84,14 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """
     if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
+    # The kernels are compiled for uint8, three colours and ImageNet's mean and deviation.
+    if pixels != PLAIN:
+        if backend == "auto":
+            return "torch"
+        raise ValueError(
+            "AUG.BACKEND 'fused' is for 8-bit RGB with ImageNet's mean and deviation: with "
+            "DATA.CHANNELS, RANGE, MEAN or STD use 'auto' or 'torch'"
+        )
     package = {"cpu": "numba", "cuda": "triton"}.get(device.type)
     if package is None:
         raise ValueError(
@@ -118,24 +127,31 @@ def _fused(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
     return run_on_gpu(images, ops, draws)
 
 
-def _in_chunks(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+def _in_chunks(
+    images: Tensor, ops: tuple[BatchOp, ...], draws: Draws, pixels: Pixels = PLAIN
+) -> Tensor:
     # A CPU works on pieces that stay in its caches; their results are the same.
     length = chunk_length(images.device, *images.shape[1:])
     if len(images) <= length:
-        return _plain(images, ops, draws)
+        return _plain(images, ops, draws, pixels)
     parts = []
     for start in range(0, len(images), length):
         part = slice(start, start + length)
-        parts.append(_plain(images[part], ops, {name: v[part] for name, v in draws.items()}))
+        drawn = {name: values[part] for name, values in draws.items()}
+        parts.append(_plain(images[part], ops, drawn, pixels))
     return torch.cat(parts)
 
 
-def _plain(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws) -> Tensor:
+def _plain(images: Tensor, ops: tuple[BatchOp, ...], draws: Draws, pixels: Pixels) -> Tensor:
     # a decoder may give channels last; the operations are written for planes
-    x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)
+    if images.dtype == torch.uint8:
+        x = x.div_(255.0)
+    else:
+        x = x.clamp(0.0, 1.0)  # a copy; a cubic filter leaves the range, as uint8 cannot
     for op in ops:
         apply_(op, x, draws)
-    return normalise_(x)
+    return normalise_(x, pixels)
 
 
 def apply_(op: BatchOp, x: Tensor, draws: Draws) -> None:
@@ -152,6 +168,6 @@ def apply_(op: BatchOp, x: Tensor, draws: Draws) -> None:
     x[index] = op.apply(part, draws)
 
 
-def normalise_(x: Tensor) -> Tensor:
-    """Normalise `x` (N,3,H,W) in [0,1] in place by ImageNet's mean and deviation."""
-    return x.sub_(constant(IMAGENET_MEAN, x.device)).div_(constant(IMAGENET_STD, x.device))
+def normalise_(x: Tensor, pixels: Pixels = PLAIN) -> Tensor:
+    """Normalise `x` (N,C,H,W) in [0,1] in place, by ImageNet's mean and deviation unless told."""
+    return x.sub_(constant(pixels.mean, x.device)).div_(constant(pixels.std, x.device))

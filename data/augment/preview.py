@@ -8,8 +8,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from data.augment.base import Recipe
 from data.loader import GlobalLoader, evaluation_batches
+from data.pixels import PLAIN, Pixels
 from data.sources.base import Source, subset
 from utils.batch import Batch
 
@@ -31,7 +32,8 @@ def save_preview(
         evaluation_batches(shown, size, batch_size=count, device=host, rank=0, world=1)
     )
     names = ["query", "key"] if len(batch.views) == 2 else _numbered(len(batch.views))
-    save_grid(path, torch.stack([originals.views[0], *batch.views], 1), ["original", *names])
+    rows = torch.stack([originals.views[0], *batch.views], 1)
+    save_grid(path, rows, ["original", *names], source.pixels)
 
 
 def _numbered(count: int) -> list[str]:
@@ -62,15 +64,22 @@ def first_batch(source: Source, recipe: Recipe, seed: int, num_images: int = 8) 
     return batch
 
 
-def save_grid(path: Path, rows: Tensor, titles: Sequence[str] | None = None) -> None:
-    """Write normalised images (N,V,3,S,S) as a grid of N rows with `titles` (V) above.
+def save_grid(
+    path: Path, rows: Tensor, titles: Sequence[str] | None = None, pixels: Pixels = PLAIN
+) -> None:
+    """Write normalised images (N,V,C,S,S) as a grid of N rows with `titles` (V) above.
+
+    Of more than three channels the first three are shown, of two the first.
 
     Raises ValueError if there are not as many titles as columns.
     """
     if titles is not None and len(titles) != rows.shape[1]:
         raise ValueError(f"save_grid: {len(titles)} titles for {rows.shape[1]} columns")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (pixels.mean, pixels.std))
     levels = rows.detach().float().cpu() * std + mean
+    levels = (
+        levels[:, :, :3] if pixels.channels >= 3 else levels[:, :, :1].expand(-1, -1, 3, -1, -1)
+    )
     # a white line around each picture
     framed = torch.nn.functional.pad(levels, (1, 1, 1, 1), value=1.0)
     # (N, H, V, W, 3): a row an image, its views side by side

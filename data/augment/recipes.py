@@ -5,11 +5,15 @@ timm that tests and benchmarks compare with (`benchmarks.input.views`), the prev
 """
 
 import difflib
+import logging
 from dataclasses import replace
 
-from data.augment.base import BatchOp, HostOp, Recipe, View, host_ops, spatial_ops
+from data.augment.base import BatchOp, HostOp, Recipe, View, host_ops, needs_pil, spatial_ops
 from data.augment.crops import CenterCrop, RandomCropPad, RandomResizedCrop, Resize
 from data.augment.ops import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, Solarize
+from data.pixels import Pixels
+
+logger = logging.getLogger("synco")
 
 SMALL_IMAGE = 96  # up to this size an evaluation image is resized straight to the input size
 
@@ -164,6 +168,23 @@ def build_recipe(name: str, img_size: int, crop_min: float | None = None) -> Rec
         raise ValueError(f"DATA.IMG_SIZE {img_size} must be at least 1")
     recipe = RECIPES[name](img_size)
     return recipe if crop_min is None else _with_crop_min(recipe, name, crop_min)
+
+
+def for_pixels(recipe: Recipe, pixels: Pixels) -> Recipe:
+    """Return the recipe without the operations on colours where the channels are no colours.
+
+    Raises `ValueError` where it has RandAugment and images are not 8-bit RGB.
+    """
+    if not pixels.plain and needs_pil(recipe):
+        raise ValueError("DATA.CHANNELS, DATA.RANGE: RandAugment works on 8-bit RGB; turn it off")
+    if pixels.rgb:
+        return recipe
+    kept = []
+    for view in recipe:
+        kept.append(tuple(op for op in view if not isinstance(op, (ColorJitter, Grayscale))))
+    if tuple(kept) != recipe:
+        logger.info("DATA.CHANNELS %d: no colour jitter, no random grey", pixels.channels)
+    return tuple(kept)
 
 
 def _with_crop_min(recipe: Recipe, name: str, crop_min: float) -> Recipe:

@@ -6,12 +6,14 @@ from typing import TypeAlias
 
 from yacs.config import CfgNode
 
+from data.pixels import ARRAY_EXTENSION, pixels_of
 from data.sources import folder as files
 from data.sources import in_memory as arrays
 from data.sources import named_sets as layouts
 from data.sources import packed
 from data.sources import zip as archives
 from data.sources.base import ArraySource, Source, Subset, is_labelled, subset
+from data.sources.scan import IMG_EXTENSIONS
 from utils.config.datasets import BUNDLED, DOWNLOADABLE, check_place
 
 __all__ = [
@@ -47,6 +49,8 @@ SOURCES: dict[str, Builder] = {
 }
 # folders whose listing is worth keeping
 _INDEXED = {"imagefolder", "imagenet", "folder", "tinyimagenet"}
+# sets of one's own, whose images may be arrays in .npy files
+_WITH_ARRAYS = {"imagefolder", "folder"}
 _LABELLED = {"stl10": "stl10_labelled"}  # pretraining adds images without labels
 SPLITS = ("train", "val")
 
@@ -59,12 +63,13 @@ def build_source(
     cache_mode: str = "part",
     download: bool = False,
     index_cache: str = "off",
+    arrays_too: bool = False,
 ) -> Source:
     """Open `split` ("train" or "val") of a data set; only that split has to exist.
 
     `cache_mode` concerns zip archives, `download` the torchvision sets, `index_cache` folders of
-    images (the folder of their indexes, "" for the user's own, "off" for none); a ValueError names
-    the key to change.
+    images (the folder of their indexes, "" for the user's own, "off" for none); `arrays_too` lists
+    .npy files as images. A ValueError names the key to change.
     """
     check_place(dataset, path, download)
     if split not in SPLITS:
@@ -73,6 +78,9 @@ def build_source(
         return SOURCES[dataset](split)
     if dataset in DOWNLOADABLE:
         return SOURCES[dataset](path, split, download=download)
+    if dataset in _WITH_ARRAYS and arrays_too:
+        extensions = (*IMG_EXTENSIONS, ARRAY_EXTENSION)
+        return SOURCES[dataset](path, split, index_cache=index_cache, extensions=extensions)
     if dataset in _INDEXED:
         return SOURCES[dataset](path, split, index_cache=index_cache)
     if dataset == "zip":
@@ -85,6 +93,7 @@ def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
 
     Raises `ValueError` where labels are asked for and there are none.
     """
+    pixels = pixels_of(node)
     name = _LABELLED.get(node.DATASET, node.DATASET) if labelled else node.DATASET
     source = build_source(
         name,
@@ -93,8 +102,14 @@ def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
         cache_mode=node.CACHE_MODE,
         download=node.DOWNLOAD,
         index_cache=node.INDEX_CACHE,
+        arrays_too=not pixels.plain,
     )
-    source.max_pixels = node.MAX_PIXELS
+    if not pixels.plain and (len(source) == 0 or source.encoded(0) is None):
+        raise ValueError(
+            f"DATA.CHANNELS, DATA.RANGE: DATA.DATASET {node.DATASET!r} holds 8-bit RGB pixels; "
+            "remove the keys, or use a data set of files"
+        )
+    source.max_pixels, source.pixels = node.MAX_PIXELS, pixels
     if labelled and not is_labelled(source):
         raise ValueError(
             f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class "

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import utils.distributed as distributed
-from data.decode import MAX_PIXELS, decode_rgb
+from data.decode import MAX_PIXELS
+from data.pixels import PLAIN, Pixels, decode
 
 logger = logging.getLogger("synco")
 
@@ -26,6 +27,7 @@ class Source:
 
     images: Tensor | None = None
     max_pixels: int = MAX_PIXELS
+    pixels: Pixels = PLAIN
 
     def __init__(self, labels: Tensor, classes: Sequence[str]) -> None:
         self.labels = labels
@@ -45,11 +47,15 @@ class Source:
         raise NotImplementedError
 
     def load(self, index: int) -> Tensor:
-        """Return one image as uint8 (3,H,W) RGB."""
+        """Return one image: uint8 (3,H,W) RGB, or what else `pixels` says."""
         data = self.encoded(index)
         if data is None:
             raise NotImplementedError
-        return decode_rgb(data, self.max_pixels)
+        return self.decode(data)
+
+    def decode(self, data: bytes | memoryview) -> Tensor:
+        """Return the pixels of an encoded image as `load` does."""
+        return decode(data, self.pixels, self.max_pixels)
 
     def encoded(self, index: int) -> bytes | None:
         """Return the encoded bytes of one image, or None where only pixels are stored."""
@@ -89,7 +95,8 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         super().__init__(source.labels[torch.from_numpy(indices)], source.classes)
-        self.source, self.indices, self.max_pixels = source, indices, source.max_pixels
+        self.source, self.indices = source, indices
+        self.max_pixels, self.pixels = source.max_pixels, source.pixels
 
     def name(self, index: int) -> str:
         """Return the name in the full source."""

@@ -52,7 +52,12 @@ class FileSource(Source):
         return self._fingerprint
 
 
-def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
+def imagefolder(
+    path: str,
+    split: str,
+    index_cache: str = "off",
+    extensions: tuple[str, ...] = IMG_EXTENSIONS,
+) -> FileSource:
     """Read <path>/<split>/<class>/**; class numbers are the ranks of the folders in train/."""
     folder = Path(path) / split
     passed = PassedOver()
@@ -66,7 +71,7 @@ def imagefolder(path: str, split: str, index_cache: str = "off") -> FileSource:
         raise ValueError(f"DATA.PATH (--data-path): {wrong}")
     number = {name: label for label, name in enumerate(classes)}
     groups = [(name, number[name]) for name in found]  # both are sorted
-    listing = list_images(folder, groups, index_cache, passed)
+    listing = list_images(folder, groups, index_cache, passed, extensions)
     for (name, _), count in zip(groups, listing.counts, strict=True):
         if not count and split == "train":
             refuse_empty(folder / name, "remove the folder: it would count as a class")
@@ -97,11 +102,16 @@ def refuse_empty(folder: Path, remedy: str) -> None:
     """Raise the ValueError of a folder without images."""
     raise ValueError(
         f"DATA.PATH (--data-path): no images in {folder}: {remedy} (extensions: "
-        f"{' '.join(IMG_EXTENSIONS)})"
+        f"{' '.join(IMG_EXTENSIONS)}; with DATA.CHANNELS or DATA.RANGE .npy too)"
     )
 
 
-def folder(path: str, split: str, index_cache: str = "off") -> FileSource:
+def folder(
+    path: str,
+    split: str,
+    index_cache: str = "off",
+    extensions: tuple[str, ...] = IMG_EXTENSIONS,
+) -> FileSource:
     """Read all images below <path>/<split>, or <path> itself as train, without labels."""
     root = Path(path)
     inside = root / split
@@ -115,7 +125,7 @@ def folder(path: str, split: str, index_cache: str = "off") -> FileSource:
         root = inside
     if not is_folder(root):
         raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")
-    listing = list_images(root, [("", -1)], index_cache)
+    listing = list_images(root, [("", -1)], index_cache, extensions=extensions)
     if not len(listing.paths):
         refuse_empty(root, "expected image files below it")
     return FileSource(root, listing.paths, listing.labels, [], listing.fingerprint)

@@ -42,7 +42,11 @@ _TIMELESS = ("fuse.", "squashfs", "erofs", "iso9660", "cramfs", "romfs", "vfat",
 
 
 def list_images(
-    root: Path, groups: Sequence[Group], cache: str = "off", passed: PassedOver | None = None
+    root: Path,
+    groups: Sequence[Group],
+    cache: str = "off",
+    passed: PassedOver | None = None,
+    extensions: tuple[str, ...] = IMG_EXTENSIONS,
 ) -> Listing:
     """List the images below each group's folder, in the order of torchvision's ImageFolder.
 
@@ -51,20 +55,20 @@ def list_images(
     `cache` is the folder of the indexes, "" for the user's own, "off" to scan. The main process
     scans and writes; a process that cannot use what it wrote scans for itself.
     """
-    listing = _list(root, groups, cache)
+    listing = _list(root, groups, cache, extensions)
     listing.passed.joined(passed or PassedOver()).say(root)
     return listing
 
 
-def _list(root: Path, groups: Sequence[Group], cache: str) -> Listing:
+def _list(root: Path, groups: Sequence[Group], cache: str, extensions: tuple[str, ...]) -> Listing:
     place = _place(cache)
     if place is None:
-        return scan(root, groups).listing()
-    asked = _asked(root, groups)
-    file = place / f"{asked}.index"
+        return scan(root, groups, extensions).listing()
+    question = (root, groups, extensions)
+    file = place / f"{_asked(*question)}.index"
     mine: list[Listing] = []
-    distributed.on_main(lambda: mine.append(_open_or_scan(file, asked, root, groups, store=True)))
-    return mine[0] if mine else _open_or_scan(file, asked, root, groups, store=False)
+    distributed.on_main(lambda: mine.append(_open_or_scan(file, *question, store=True)))
+    return mine[0] if mine else _open_or_scan(file, *question, store=False)
 
 
 def _place(cache: str) -> Path | None:
@@ -80,19 +84,20 @@ def _place(cache: str) -> Path | None:
         return None
 
 
-def _asked(root: Path, groups: Sequence[Group]) -> str:
+def _asked(root: Path, groups: Sequence[Group], extensions: tuple[str, ...]) -> str:
     """Digest what was asked for; an index answers one question."""
-    question = json.dumps([os.path.abspath(root), groups, IMG_EXTENSIONS, _VERSION])
+    question = json.dumps([os.path.abspath(root), groups, extensions, _VERSION])
     return hashlib.blake2b(question.encode(), digest_size=16).hexdigest()
 
 
 def _open_or_scan(
-    file: Path, asked: str, root: Path, groups: Sequence[Group], store: bool
+    file: Path, root: Path, groups: Sequence[Group], extensions: tuple[str, ...], store: bool
 ) -> Listing:
-    found = _open(file, asked, root)
+    asked = _asked(root, groups, extensions)
+    found = _open(file, asked, root, extensions)
     if found is not None:
         return found
-    tree = scan(root, groups)
+    tree = scan(root, groups, extensions)
     listing = tree.listing()
     reason = _untrusted(tree)
     if reason:
@@ -117,7 +122,7 @@ def _untrusted(tree: Tree) -> str:
 # ---- the index -----------------------------------------------------------------------------------
 
 
-def _open(file: Path, asked: str, root: Path) -> Listing | None:
+def _open(file: Path, asked: str, root: Path, extensions: tuple[str, ...]) -> Listing | None:
     """Return what an index holds if it is whole and nothing has changed since; log why not."""
     try:
         data = _load(file)
@@ -128,7 +133,7 @@ def _open(file: Path, asked: str, root: Path) -> Listing | None:
         return None
     try:
         header, start = _read_header(data, asked)
-        changed = next(_changes(root, header), "")
+        changed = next(_changes(root, header, extensions), "")
         if changed:
             logger.info("%s has changed since it was indexed (%s): scanning it", root, changed)
             return None
@@ -180,7 +185,7 @@ def _read_body(data: memoryview, start: int, header: Header) -> Listing:
     return Listing(paths, labels, header["counts"], header["fingerprint"], passed)
 
 
-def _changes(root: Path, header: Header) -> Iterator[str]:
+def _changes(root: Path, header: Header, extensions: tuple[str, ...]) -> Iterator[str]:
     """Yield the folders and links that are no longer what they were."""
     for path, *known in header["folders"]:
         try:
@@ -192,7 +197,7 @@ def _changes(root: Path, header: Header) -> Iterator[str]:
                 yield path or "."
     for link in header["links"]:
         full = os.path.join(root, link)
-        if os.path.isdir(full) or (link.lower().endswith(IMG_EXTENSIONS) and os.path.isfile(full)):
+        if os.path.isdir(full) or (link.lower().endswith(extensions) and os.path.isfile(full)):
             yield link
 
 

@@ -106,11 +106,17 @@ class PackedSource(Source):
 
     def __getstate__(self) -> dict[str, object]:
         """Keep what opens the same pack again in a process that does not share memory."""
-        return {"path": self.path, "digest": self.header["digest"], "max_pixels": self.max_pixels}
+        return {
+            "path": self.path,
+            "digest": self.header["digest"],
+            "max_pixels": self.max_pixels,
+            "pixels": self.pixels,
+        }
 
     def __setstate__(self, state: Header) -> None:
         """Open the pack again; `ValueError` if it has been replaced meanwhile."""
         self.path, self.max_pixels = state["path"], state["max_pixels"]
+        self.pixels = state["pixels"]
         self._open()
         if self.header["digest"] != state["digest"]:
             raise ValueError(f"{self.path} was replaced by another pack while it was in use")

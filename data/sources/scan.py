@@ -101,7 +101,9 @@ class Entries(NamedTuple):
     links: list[str]  # other links, which would matter if they led elsewhere one day
 
 
-def read_folder(folder: str | Path, passed: PassedOver) -> Entries:
+def read_folder(
+    folder: str | Path, passed: PassedOver, extensions: tuple[str, ...] = IMG_EXTENSIONS
+) -> Entries:
     """Sort what is in a folder and count what is not in the data set.
 
     Raises ValueError if any of it cannot be read: images would be missing without a word.
@@ -116,12 +118,12 @@ def read_folder(folder: str | Path, passed: PassedOver) -> Entries:
                 # no name in _LEFT_BEHIND ends like an image unless it starts with a dot.
                 if (
                     name[0] != "."
-                    and name.lower().endswith(IMG_EXTENSIONS)
+                    and name.lower().endswith(extensions)
                     and entry.is_file(follow_symlinks=False)
                 ):
                     images.append(name)
                 else:
-                    _sort(entry, found, passed)
+                    _sort(entry, found, passed, extensions)
     except OSError as error:
         raise unreadable(error.filename or folder, error) from error
     return found
@@ -145,22 +147,26 @@ def is_folder(path: Path) -> bool:
         raise unreadable(path, error) from error
 
 
-def _sort(entry: os.DirEntry[str], found: Entries, passed: PassedOver) -> None:
+def _sort(
+    entry: os.DirEntry[str], found: Entries, passed: PassedOver, extensions: tuple[str, ...]
+) -> None:
     if left_behind(entry.name):
         passed.add(LEFT_BEHIND, entry.path)
         return
     if entry.is_dir(follow_symlinks=False):
         found.folders.append(entry.name)
     elif entry.is_symlink():
-        _sort_link(entry, found, passed)
+        _sort_link(entry, found, passed, extensions)
     elif entry.is_file(follow_symlinks=False):
         passed.add_extension(entry.path)
     else:
         passed.add(_SPECIAL, entry.path)
 
 
-def _sort_link(entry: os.DirEntry[str], found: Entries, passed: PassedOver) -> None:
-    image = entry.name.lower().endswith(IMG_EXTENSIONS)
+def _sort_link(
+    entry: os.DirEntry[str], found: Entries, passed: PassedOver, extensions: tuple[str, ...]
+) -> None:
+    image = entry.name.lower().endswith(extensions)
     mode = _mode_of_target(entry, image)
     regular = stat.S_ISREG(mode)
     if stat.S_ISDIR(mode):
@@ -201,8 +207,10 @@ class Listing(NamedTuple):
 class Tree:
     """What a scan met: packed paths, and all that must stay as it is for them to stay true."""
 
-    def __init__(self, root: Path, groups: Sequence[Group]) -> None:
-        self.root, self.groups = root, groups
+    def __init__(
+        self, root: Path, groups: Sequence[Group], extensions: tuple[str, ...] = IMG_EXTENSIONS
+    ) -> None:
+        self.root, self.groups, self.extensions = root, groups, extensions
         self.started = time.time_ns()
         self.folders: list[tuple[str, int, int, int]] = []  # [path, mtime_ns, ctime_ns, inode]
         self.links: list[str] = []  # that would matter if they led to a folder, or an image
@@ -280,7 +288,7 @@ class Tree:
 
     def _read(self, path: str) -> Entries:
         self._note(path)  # first: an entry that comes while it is read makes the folder newer
-        entries = read_folder(self.root / path, self.passed)
+        entries = read_folder(self.root / path, self.passed, self.extensions)
         self.links += [os.path.join(path, name) for name in entries.links]
         return entries
 
@@ -330,8 +338,8 @@ def _pack(folder: str, names: Iterable[str]) -> tuple[bytes, np.ndarray]:
     return b"".join(encoded), np.array([len(path) for path in encoded], dtype=np.int64)
 
 
-def scan(root: Path, groups: Sequence[Group]) -> Tree:
+def scan(root: Path, groups: Sequence[Group], extensions: tuple[str, ...] = IMG_EXTENSIONS) -> Tree:
     """Look for the images below each group's folder."""
-    tree = Tree(root, groups)
+    tree = Tree(root, groups, extensions)
     tree.walk()
     return tree

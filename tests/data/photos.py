@@ -1,4 +1,7 @@
-"""A picture with smooth areas and edges, for tests that need one like a photograph."""
+"""A picture with smooth areas and edges, and a PNG of 16-bit colours."""
+
+import struct
+import zlib
 
 import numpy as np
 
@@ -19,3 +22,16 @@ def draw_photo(height: int, width: int, seed: int) -> np.ndarray:
         scale=0.01, size=(height, width, 1)
     )
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def deep_png(levels: np.ndarray) -> bytes:
+    """Write uint16 (H,W,3) or (H,W,4) as a PNG of 16-bit colours, which PIL does not write."""
+    height, width, channels = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if channels == 3 else 6, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photos import deep_png
 from PIL import Image
 
 import data.decode
@@ -100,19 +101,6 @@ def test_deep_images_are_refused_not_clipped(dtype: str, kind: str, message: str
         decode_rgb(data)
 
 
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def deep_png(levels: np.ndarray) -> bytes:
-    """Write uint16 (H,W,3) as a PNG of 16-bit colours, which PIL reads but does not write."""
-    height, width, _ = levels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
-
-
 def tiff(pixels: np.ndarray, colours: int = 0, planar: bool = False) -> bytes:
     """Write (H,W,C) of any type as a plain TIFF; `colours` 1 for grey, 2 for RGB, 0 by C."""
     height, width, channels = pixels.shape
@@ -161,14 +149,15 @@ def test_deep_colour_keeps_its_upper_byte() -> None:
     np.testing.assert_array_equal(decoded, levels >> 8)
 
 
+@pytest.mark.parametrize("bits", [12, 13, 14])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_deep_colour_that_would_be_almost_black_is_refused(kind: str) -> None:
-    """12 bits in 16, as cameras and scanners write them."""
-    ramp = np.tile(np.linspace(0, 4095, 64)[:, None], (64, 1, 3)).astype(np.uint16)
+def test_deep_colour_that_would_be_dark_is_refused(kind: str, bits: int) -> None:
+    """12 to 14 bits in 16, as cameras and scanners write them."""
+    ramp = np.tile(np.linspace(0, 2**bits - 1, 64)[:, None], (64, 1, 3)).astype(np.uint16)
     encoder = deep_png if kind == "PNG" else tiff
-    with pytest.raises(ValueError, match="16-bit colours that use only their lower 12 bits"):
+    with pytest.raises(ValueError, match=f"set DATA.RANGE .* such as 0,{2**bits - 1},"):
         decode_rgb(encoder(ramp))
-    assert decode_rgb(encoder(ramp * 16)).max() == 255
+    assert decode_rgb(encoder(ramp << 16 - bits)).max() == 255
     assert decode_rgb(encoder(ramp * 0)).max() == 0  # black is not a matter of range
 
 

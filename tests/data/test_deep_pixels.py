@@ -12,7 +12,7 @@ from PIL import Image
 from data.augment.recipes import build_recipe
 from data.device_decode import FileReader
 from data.sources import build_source
-from data.sources.base import subset
+from data.sources.base import Source, subset
 from data.worker import Fetcher
 from detection.sources.annotations import DetectionData
 from segmentation.datasets import SegmentationData
@@ -100,9 +100,10 @@ def test_a_pack_of_an_older_version_is_refused_when_read(
 ) -> None:
     """Packs keep the bytes of their files, and once took these."""
     white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
-    monkeypatch.setattr(pack, "decode_rgb", lambda data, max_pixels: white)
+    monkeypatch.setattr(Source, "decode", lambda self, data: white)
     root = deep.parents[2]
     argv = ["--data-path", str(root), "--output", str(root / "train.pack"), "--workers", "0"]
     assert pack.main(argv) == 0
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=REFUSED):
         build_source("packed", str(root), "train").load(0)

@@ -35,15 +35,18 @@ FINETUNE = [
         "AUG OPTIM SCHEDULE"
     ).split()
 ]
+PIXELS = ["DATA.CHANNELS", "DATA.RANGE", "DATA.MEAN", "DATA.STD"]
 IDENTITY = {
-    "pretrain": (
-        "SEED DATA.DATASET DATA.IMG_SIZE DATA.REPEATED_AUG MODEL AUG.RECIPE AUG.CROP_MIN OPTIM SCHEDULE "
-        "TRAIN.EPOCHS TRAIN.CHANNELS_LAST"
-    ).split(),
-    "linear": ["SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE", *LINEAR],
+    "pretrain": [
+        *PIXELS,
+        *"SEED DATA.DATASET DATA.IMG_SIZE DATA.REPEATED_AUG MODEL AUG.RECIPE AUG.CROP_MIN OPTIM SCHEDULE "
+        "TRAIN.EPOCHS TRAIN.CHANNELS_LAST".split(),
+    ],
+    "linear": [*PIXELS, "SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE", *LINEAR],
     "semisup": [
         *("SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE", "TRAIN.CHANNELS_LAST"),
         *FINETUNE,
+        *PIXELS,
     ],
     "detection": ["SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL", "OPTIM", "TRAIN.CHANNELS_LAST"],
     "segmentation": [
@@ -59,8 +62,24 @@ FOREIGN = {
     "pretrain": [*LINEAR, *FINETUNE],
     "linear": [*PRETRAINING, "TRAIN.CHANNELS_LAST", *FINETUNE],
     "semisup": [*PRETRAINING, *LINEAR],
-    "detection": ["DATA.REPEATED_AUG", "AUG", "SCHEDULE", "TRAIN.EPOCHS", *LINEAR, *FINETUNE],
-    "segmentation": ["DATA.REPEATED_AUG", "AUG", "SCHEDULE", "TRAIN.EPOCHS", *LINEAR, *FINETUNE],
+    "detection": [
+        *PIXELS,
+        "DATA.REPEATED_AUG",
+        "AUG",
+        "SCHEDULE",
+        "TRAIN.EPOCHS",
+        *LINEAR,
+        *FINETUNE,
+    ],
+    "segmentation": [
+        *PIXELS,
+        "DATA.REPEATED_AUG",
+        "AUG",
+        "SCHEDULE",
+        "TRAIN.EPOCHS",
+        *LINEAR,
+        *FINETUNE,
+    ],
 }
 ALL_KEYS = [key for key, _ in leaves(DEFAULTS)]
 

@@ -24,6 +24,7 @@ COMMON_SECTIONS = ("BACKBONE", "BATCHFORMER")
 PRETRAIN: tuple[Program, ...] = ("pretrain",)
 MODEL: tuple[Program, ...] = ("pretrain", "detection", "segmentation")
 LAYOUT: tuple[Program, ...] = (*MODEL, "semisup")
+PIXELS: tuple[Program, ...] = ("pretrain", "linear", "semisup")  # the others read 8-bit RGB
 
 Tree = Mapping[str, "Key | Tree"]
 
@@ -224,6 +225,10 @@ _DATA: Tree = {
     "DATASET": Key("imagefolder", "one of data.sources.SOURCES"),
     "PATH": Key("", "folder or file of the data set", role="local"),
     "IMG_SIZE": Key(224, "pixels of a view's side", least=1),
+    "CHANNELS": Key(3, "of an image; not 3: give MEAN and STD", least=1, programs=PIXELS),
+    "RANGE": Key("", "levels that become 0 to 1: low,high | type; empty: 8 bits", programs=PIXELS),
+    "MEAN": Key([], "of each channel, in 0 to 1; empty: ImageNet's", programs=PIXELS),
+    "STD": Key([], "of each channel; empty: ImageNet's", programs=PIXELS),
     "REPEATED_AUG": Key(1, "copies of an image in an epoch", least=1, programs=PRETRAIN),
     "NUM_WORKERS": Key(8, "loader workers per process", role="local"),
     "DECODE": Key("worker", "device: by nvJPEG", choices=("worker", "device"), role="tunable"),
