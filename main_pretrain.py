@@ -123,7 +123,8 @@ def main() -> int:
     run.describe(framework, plan, len(source))
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:
-            measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.TRAIN.BATCH_SIZE, run.device)
+            size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
+            measure_throughput(backbone, size, cfg.TRAIN.BATCH_SIZE, run.device, channels)
         return 0
     evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, args.eval, probe)
     if args.eval:
@@ -235,7 +236,10 @@ def show_restored(
         seen, restored = framework.restore(run.views(clean.to(run.device)), run.seed)
     columns = torch.stack([clean, seen.cpu(), restored.cpu()], dim=1)
     titles = ["clean", "corrupted", "reconstruction"]
-    run.write_extra(f"reconstruction_{step:07d}.png", lambda path: save_grid(path, columns, titles))
+    run.write_extra(
+        f"reconstruction_{step:07d}.png",
+        lambda path: save_grid(path, columns, titles, source.pixels),
+    )
 
 
 def replay_batch(args: argparse.Namespace, flags: dict[str, Value]) -> int:

@@ -115,7 +115,8 @@ def main() -> int:
     if args.throughput:
         run = start_run(cfg, task="semisup", training=False)
         backbone = run.prepare(starting_backbone(cfg, weights, args.which)[0]).eval()
-        measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.FINETUNE.BATCH_SIZE, run.device)
+        size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
+        measure_throughput(backbone, size, cfg.FINETUNE.BATCH_SIZE, run.device, channels)
         return 0
     results = []
     for start in [weights, None] if args.random_baseline and weights else [weights]:

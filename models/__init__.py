@@ -54,6 +54,7 @@ def build_framework(cfg: CfgNode) -> MomentumFramework:
         section_options(cfg.MODEL.BACKBONE),
         batchformer=section_options(cfg.MODEL.BATCHFORMER),
         img_size=cfg.DATA.IMG_SIZE,
+        channels=cfg.DATA.CHANNELS,
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
         stack_views=cfg.MODEL.STACK_VIEWS,
     )
@@ -66,6 +67,7 @@ def assemble_framework(
     *,
     batchformer: Mapping[str, Any] | None = None,
     img_size: int = 224,
+    channels: int = 3,
     use_checkpoint: bool = False,
     stack_views: bool = False,
 ) -> MomentumFramework:
@@ -78,7 +80,11 @@ def assemble_framework(
     """
     if name not in FRAMEWORKS:
         raise ValueError(f"MODEL.NAME: {name!r} is not one of {', '.join(FRAMEWORKS)}")
-    shared = {**backbone, "img_size": img_size}
+    if channels != 3 and issubclass(FRAMEWORKS[name], SiT):
+        raise ValueError(
+            f"DATA.CHANNELS {channels}: {name} reconstructs RGB pixels; use another MODEL.NAME"
+        )
+    shared = {**backbone, "img_size": img_size, "channels": channels}
     target_drop_path = shared.pop("target_drop_path", 0.0)
     online = build_backbone(**shared, use_checkpoint=use_checkpoint)
     shared["drop_path"] = target_drop_path
@@ -96,7 +102,8 @@ def assemble_framework(
 
 def online_backbone(cfg: CfgNode, **changes: Any) -> Backbone:
     """Build the online network's backbone of a configuration; `changes` replace its options."""
-    options = section_options(cfg.MODEL.BACKBONE) | {"img_size": cfg.DATA.IMG_SIZE} | changes
+    images = {"img_size": cfg.DATA.IMG_SIZE, "channels": cfg.DATA.CHANNELS}
+    options = section_options(cfg.MODEL.BACKBONE) | images | changes
     options.pop("target_drop_path", None)  # of the target network, which is not built here
     return build_backbone(**options)
 

@@ -1,8 +1,7 @@
 """Build backbones of timm: `module(images)` returns features (N, num_features).
 
 `module.num_features` is their width, and `module.forward_features(images)` returns the last feature
-map or token sequence. The module is timm's own, without a wrapper: its state dict loads into timm
-as it is.
+map or token sequence. The module is timm's own, so its state dict loads into timm as it is.
 """
 
 import difflib
@@ -77,6 +76,7 @@ def build_backbone(
     norm_eps: float = 0.0,
     use_checkpoint: bool = False,
     output_stride: int = 32,
+    channels: int = 3,
 ) -> Backbone:
     """Build the backbone `name` (one of `BACKBONES` or `timm/<name>`) without a classifier.
 
@@ -90,9 +90,10 @@ def build_backbone(
     if name in _RESNETS:
         _refuse(name, patch_size=patch_size, freeze_patch_embed=freeze_patch_embed)
         _refuse(name, num_tokens=num_tokens != 1 and num_tokens)
-        backbone = _resnet(name, stem, drop_path, zero_init_residual, output_stride)
+        backbone = _resnet(name, stem, drop_path, zero_init_residual, output_stride, channels)
     else:
         options: Options = {"img_size": img_size, "drop_path_rate": drop_path}
+        options |= {"in_chans": channels} if channels != 3 else {}
         if patch_size:
             options["patch_size"] = patch_size
         if num_tokens != 1:
@@ -190,7 +191,7 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
 
 
 def _resnet(
-    name: str, stem: str, drop_path: float, zero_init_residual: bool, output_stride: int
+    name: str, stem: str, drop_path: float, zero_init: bool, output_stride: int, channels: int
 ) -> nn.Module:
     shape = _RESNETS[name]
     resnet = ResNet(
@@ -199,7 +200,8 @@ def _resnet(
         num_classes=0,
         channels=shape.widths,
         drop_path_rate=drop_path,
-        zero_init_last=zero_init_residual,
+        zero_init_last=zero_init,
+        in_chans=channels,
         output_stride=output_stride,
     )
     backbone = cast(Backbone, resnet)
@@ -211,7 +213,7 @@ def _resnet(
     if stem != "imagenet":  # small images: no 4x reduction before the first stage
         width = cast(nn.Conv2d, backbone.conv1).out_channels
         stride = 2 if stem == "cifar_stride2" else 1
-        conv = nn.Conv2d(3, width, 3, stride=stride, padding=1, bias=False)
+        conv = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
         # as timm starts the convolutions that stay
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         backbone.conv1 = conv
@@ -251,7 +253,7 @@ def _with_deit_tokens(backbone: nn.Module) -> nn.Module:
 
 def _any_timm_model(timm_name: str, options: Options) -> nn.Module:
     """Build any timm model. Its width is measured, since some models report another."""
-    size = options["img_size"]
+    size, channels = options["img_size"], options.get("in_chans", 3)
     wanted = {key: value for key, value in options.items() if value and key != "img_size"}
     try:
         built = timm.create_model(timm_name, pretrained=False, num_classes=0, **options)
@@ -267,16 +269,16 @@ def _any_timm_model(timm_name: str, options: Options) -> nn.Module:
         raise _unfit_size(timm_name, size, error) from error
     backbone = cast(Backbone, built)
     # eval: measuring must not change the statistics of batch norms
-    backbone.num_features = _width_at(backbone.eval(), timm_name, size)
+    backbone.num_features = _width_at(backbone.eval(), timm_name, size, channels)
     return backbone.train()
 
 
 @torch.enable_grad()
-def _width_at(backbone: nn.Module, timm_name: str, size: int) -> int:
+def _width_at(backbone: nn.Module, timm_name: str, size: int, channels: int) -> int:
     """Return the width of a timm model's features. Warn of pixels that do not influence them."""
     # Noise without a generator, whose state would change the run.
-    pixels = torch.arange(3 * size * size, dtype=torch.float32).mul(12.9898).sin()
-    images = pixels.view(1, 3, size, size).requires_grad_()
+    pixels = torch.arange(channels * size * size, dtype=torch.float32).mul(12.9898).sin()
+    images = pixels.view(1, channels, size, size).requires_grad_()
     try:
         features = backbone(images)
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:

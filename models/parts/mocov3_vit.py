@@ -33,6 +33,7 @@ def mocov3_vit(
     patch_size: int = 16,
     drop_path_rate: float = 0.0,
     reg_tokens: int = 0,
+    in_chans: int = 3,
 ) -> nn.Module:
     """Build a ViT of `MOCOV3_VITS`: fixed 2-D sin-cos positions, Xavier initialisation."""
     shape = MOCOV3_VITS[name]
@@ -43,6 +44,7 @@ def mocov3_vit(
     vit = VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
+        in_chans=in_chans,
         embed_dim=shape.width,
         depth=shape.depth,
         drop_path_rate=drop_path_rate,
@@ -56,7 +58,7 @@ def mocov3_vit(
     _initialise(vit)
     if not shape.conv_stem:
         # Xavier's bound of the linear layer that the projection of patches is
-        bound = math.sqrt(6.0 / (3 * patch_size**2 + vit.embed_dim))
+        bound = math.sqrt(6.0 / (in_chans * patch_size**2 + vit.embed_dim))
         nn.init.uniform_(vit.patch_embed.proj.weight, -bound, bound)
         nn.init.zeros_(vit.patch_embed.proj.bias)
     rows, cols = vit.patch_embed.grid_size

@@ -24,6 +24,7 @@ from models.weights.naming import (
 
 State = dict[str, Tensor]
 _TABLE = "relative_position_bias_table"
+_ANY_CHANNELS = ("transformers", "Swin's own code")  # their configurations say how many
 _RESNET_KEY = re.compile(
     r"(?:conv1|bn1|fc(?:\.\d)?|layer[1-4]\.\d+\.(?:(?:conv|bn)[123]|downsample\.[01]))\.\w+$"
 )
@@ -108,6 +109,10 @@ def _known(state: Mapping[str, Tensor], library: str, families: set[str]) -> str
             f"{library} takes {', '.join(sorted(families))} here, not this backbone ({kind}); use "
             "--to timm"
         )
+    if library not in _ANY_CHANNELS and (channels := _channels(state)) != 3:
+        raise ValueError(
+            f"{library} builds backbones for 3 channels, this one takes {channels}; use --to timm"
+        )
     return kind
 
 
@@ -155,12 +160,17 @@ def relative_position_index(window: int) -> Tensor:
     return down * (2 * window - 1) + right
 
 
+def _channels(state: Mapping[str, Tensor]) -> int:
+    """Return the number of channels of the images that a backbone takes."""
+    return next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 4)
+
+
 def _resnet_config(state: Mapping[str, Tensor]) -> dict[str, object]:
     depths, widths = stages_of(state)
     return {
         "model_type": "resnet",
         "architectures": ["ResNetModel"],
-        "num_channels": 3,
+        "num_channels": _channels(state),
         "embedding_size": len(state["conv1.weight"]),
         "hidden_sizes": widths,
         "depths": depths,
@@ -182,7 +192,7 @@ def _vit_config(backbone: Any, img_size: int) -> dict[str, object]:
         "architectures": ["DeiTModel" if two_tokens else "ViTModel"],
         "image_size": img_size,
         "patch_size": backbone.patch_embed.patch_size[0],
-        "num_channels": 3,
+        "num_channels": _channels(backbone.state_dict()),
         "hidden_size": backbone.embed_dim,
         "num_hidden_layers": len(backbone.blocks),
         "num_attention_heads": block.attn.num_heads,
@@ -208,7 +218,7 @@ def _swin_config(backbone: Any, img_size: int) -> dict[str, object]:
         "architectures": ["SwinModel"],
         "image_size": img_size,
         "patch_size": backbone.patch_embed.patch_size[0],
-        "num_channels": 3,
+        "num_channels": _channels(backbone.state_dict()),
         "embed_dim": backbone.patch_embed.proj.out_channels,
         "depths": [len(layer.blocks) for layer in backbone.layers],
         "num_heads": [layer.blocks[0].attn.num_heads for layer in backbone.layers],

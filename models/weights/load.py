@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from models.weights.architecture import is_sincos, of_another
@@ -30,7 +31,8 @@ class LoadReport:
     matched: int
     missing: tuple[str, ...]  # only num_batches_tracked
     unexpected: tuple[str, ...]  # heads and derived buffers, not loaded
-    resized: tuple[str, ...] = ()  # tables of positions, interpolated to this model's size
+    # tables of positions, interpolated to this model's size; a first convolution of other channels
+    resized: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return one line for the log."""
@@ -84,7 +86,9 @@ def load_backbone(
     of positions of another image size are interpolated (bicubic, class tokens kept).
     """
     own = backbone.state_dict()
+    state, adapted = _adapted(state, own, source)
     state, resized = _resized(state, own, backbone)
+    resized = (*adapted, *resized)
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
     matched = {key: state[key] for key in own.keys() & state.keys()}
@@ -109,6 +113,30 @@ def refuse_not_finite(state: Mapping[str, Tensor], source: str) -> None:
             f"{source}: {len(broken)} tensors are not finite ({some(broken)}); use another "
             "checkpoint"
         )
+
+
+def _adapted(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """Give a first convolution of three channels as many as the backbone has, as timm does.
+
+    One channel gets the sum of three; more repeat the three, scaled so that the response stays.
+    Raises `ValueError` for one of any other number.
+    """
+    key = next((name for name, tensor in own.items() if tensor.ndim == 4), "")
+    if key not in state:
+        return state, ()
+    theirs, ours = state[key].shape, own[key].shape
+    # Shapes that differ in more than the channels are of another network.
+    if theirs == ours or (theirs[:1], theirs[2:]) != (ours[:1], ours[2:]):
+        return state, ()
+    if theirs[1] != 3:
+        raise ValueError(
+            f"{source} takes images of {theirs[1]} channels, the backbone {ours[1]}; set "
+            f"DATA.CHANNELS {theirs[1]} (detection and segmentation take 3 only)"
+        )
+    weight = adapt_input_conv(ours[1], state[key])
+    return {**state, key: weight}, (f"{key} (3 to {ours[1]} channels)",)
 
 
 def _resized(
