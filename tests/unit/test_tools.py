@@ -29,6 +29,7 @@ def answer(place: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 MAINS = ("main_pretrain.py", "main_linear.py", "main_semisup.py", "detection/main_detection.py")
 OTHERS = (
     "segmentation/main_segmentation.py",
+    "tools/prepare/channel_statistics.py",
     "benchmarks/__main__.py",
     "detection/train_net.py",
     "detection/convert_to_detectron2.py",
