@@ -268,6 +268,7 @@ def _hint(to: str, cfg: CfgNode) -> str:
     extra = ", num_heads=12" if options.NAME == "vit_small" else ""
     extra += f", reg_tokens={options.NUM_TOKENS - 1}" if options.NUM_TOKENS > 1 else ""
     extra += f", patch_size={options.PATCH_SIZE}" if options.PATCH_SIZE else ""
+    extra += f", in_chans={cfg.DATA.CHANNELS}" if cfg.DATA.CHANNELS != 3 else ""
     if not name.startswith("resnet") and cfg.DATA.IMG_SIZE != 224:
         extra += f", img_size={cfg.DATA.IMG_SIZE}"
     model = f"timm.create_model({name!r}, num_classes=0{extra})"

@@ -87,7 +87,8 @@ def main() -> int:
     args, flags = parse(_parser())
     args.cfg = args.cfg or config_of_run(args, flags)
     flags |= any_folder(args.opts, flags)
-    frozen = open_frozen(args, flags, needs_path=False)  # some data sets are bundled
+    # Some data sets are bundled and have no path.
+    frozen = open_frozen(args, flags, needs_path=False, any_pixels=True)
     source = open_split(frozen.run.cfg.DATA, args.split)
     temporary = tmp_path(args.output)
     with removed_on_error(temporary):

@@ -5,7 +5,8 @@ Example: python tools/pack.py --data-path D --split train --output P/train.pack 
 The same with --split val; then main_pretrain.py --dataset packed --data-path P reads both.
 
 Images whose shorter side is above --short-side are resized (antialiased) and encoded anew as JPEG;
-smaller ones, and all with --short-side 0, keep their bytes. The file appears under its name only
+smaller ones, and all with --short-side 0, keep their bytes. So do all that --channels or --range
+say are not 8-bit RGB. The file appears under its name only
 when it is complete and has been read back. The same command goes on where it was stopped, and
 writes the same bytes.
 """
@@ -35,6 +36,12 @@ def _parser() -> Parser:
         "--split", choices=("train", "val"), default="train", metavar="NAME", help="train or val"
     )
     parser.add_argument("--output", type=Path, required=True, help="the pack, e.g. P/train.pack")
+    parser.add_argument(
+        "--channels", type=int, default=3, metavar="N", help="as DATA.CHANNELS; lists .npy too"
+    )
+    parser.add_argument(
+        "--range", default="", metavar="RANGE", help="as DATA.RANGE: low,high or type"
+    )
     parser.add_argument(
         "--short-side", type=int, default=0, help="resize larger images to it; 0: keep them"
     )
@@ -71,6 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag, value, least, most in (
         ("--short-side", args.short_side, 0, 1 << 16),
         ("--quality", args.quality, 1, 100),
+        ("--channels", args.channels, 1, 1 << 16),
         ("--max-pixels", args.max_pixels, 0, 1 << 40),
         ("--workers", args.workers, 0, 1024),
     ):
@@ -94,8 +102,8 @@ from PIL import Image, features
 from torch.utils.data import Dataset
 
 from data.augment.crops import Resize
-from data.decode import decode_rgb
 from data.loader import LoaderError, fetch_in_order
+from data.pixels import Pixels, parse_range
 from data.sampler import Request
 from data.sources import build_source
 from data.sources.base import PackedStrings, Source
@@ -138,8 +146,11 @@ def _interrupt(*_: object) -> None:
 
 def pack(args: argparse.Namespace) -> None:
     """Write `args.output`, going on with what an earlier call left."""
-    source = build_source(args.dataset, args.data_path, args.split, index_cache="")
-    source.max_pixels = args.max_pixels or source.max_pixels
+    pixels = _pixels(args)
+    source = build_source(
+        args.dataset, args.data_path, args.split, index_cache="", arrays_too=not pixels.plain
+    )
+    source.max_pixels, source.pixels = args.max_pixels or source.max_pixels, pixels
     settings = _settings(args, source)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.exists():
@@ -166,6 +177,19 @@ def pack(args: argparse.Namespace) -> None:
         print(f"left out, unreadable: {visible(name)}")
 
 
+def _pixels(args: argparse.Namespace) -> Pixels:
+    """Return what the images are; `ValueError` for what cannot be done to others than 8-bit RGB."""
+    # A pack holds no mean and deviation: training gives them.
+    neutral = (0.0,) * args.channels, (1.0,) * args.channels
+    pixels = Pixels(args.channels, parse_range(args.range, "--range"), *neutral)
+    if not pixels.plain and (args.raw or args.short_side):
+        raise ValueError(
+            "--raw and --short-side are for 8-bit RGB: with --channels or --range a pack keeps "
+            "the bytes of the files"
+        )
+    return pixels
+
+
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 1 << 28 else f"{count / 2**20:.1f} MiB"
 
@@ -181,6 +205,8 @@ def _settings(args: argparse.Namespace, source: Source) -> Settings:
         settings["codecs"] = (
             f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
         )
+    if not source.pixels.plain:
+        settings |= {"channels": args.channels, "range": args.range}
     return {**settings, "source": source.fingerprint()}
 
 
@@ -290,9 +316,8 @@ class Encoder(Dataset[list[Record]]):
         data = self.source.encoded(index)
         if data is None and not self.raw:
             raise ValueError("only its pixels are stored: add --raw")
-        image = (
-            self.source.load(index) if data is None else decode_rgb(data, self.source.max_pixels)
-        )
+        # The bytes are read once: `load` would read them again.
+        image = self.source.load(index) if data is None else self.source.decode(data)
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         height, width = pixels.shape[:2]
         if self.short_side and min(height, width) > self.short_side:

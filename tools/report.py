@@ -46,6 +46,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data import evaluation_loader
+from data.pixels import refuse_other_pixels
 from data.sources import is_labelled, open_split
 from data.sources.base import Source, subset
 from engine.precision import choose_device
@@ -180,6 +181,7 @@ def measure(run: Run) -> Measured:
             f"{run.folder} holds no checkpoint to report on; run main_pretrain.py with the same "
             "--cfg, --output and --tag first"
         )
+    refuse_other_pixels(run.cfg.DATA)
     images = open_images(run.cfg)
     logger.info("%s: %s, %s", run.folder, found.path.name, images.words)
     splits = representations(run, images.bank, images.queries, found.path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data.pixels import refuse_other_pixels
 from engine.precision import choose_device
 from engine.run import Run
 from evaluation.probe import find_weights, weights_label
@@ -37,13 +38,19 @@ class FrozenBackbone:
 
 
 def open_frozen(
-    args: argparse.Namespace, flags: Mapping[str, Value], needs_path: bool = True
+    args: argparse.Namespace,
+    flags: Mapping[str, Value],
+    needs_path: bool = True,
+    any_pixels: bool = False,
 ) -> FrozenBackbone:
     """Build the backbone that the flags name, on `args.pretrained` or the run's newest weights.
 
-    Raises `ValueError` without data path or weights.
+    Raises `ValueError` without data path or weights, and for a run on other pixels than 8-bit RGB
+    unless the tool reads `any_pixels`.
     """
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
+    if not any_pixels:
+        refuse_other_pixels(cfg.DATA)
     setup_logger(None, is_main=True)
     if needs_path and not cfg.DATA.PATH:
         raise ValueError("DATA.PATH (--data-path) is empty: name the folder of the data")

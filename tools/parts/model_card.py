@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import nn
 from yacs.config import CfgNode
 
-from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
+from data.pixels import BY_TYPE, pixels_of
 from models.weights.export import to_huggingface
 from utils.checkpoints.atomic import sync_folder, write_file, write_text
 
@@ -65,7 +65,7 @@ def write_huggingface(
 
 def preprocessing(cfg: CfgNode) -> dict[str, object]:
     """Return the configuration of transformers' image processor that gives our evaluation view."""
-    size = cfg.DATA.IMG_SIZE
+    size, pixels = cfg.DATA.IMG_SIZE, pixels_of(cfg.DATA)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
@@ -73,11 +73,12 @@ def preprocessing(cfg: CfgNode) -> dict[str, object]:
         "resample": 2,  # bilinear
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "do_convert_rgb": True,
+        # It would divide by 255. Other levels come in [0, 1], as the card says.
+        "do_rescale": pixels.plain,
+        "do_convert_rgb": pixels.plain,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
     }
 
 
@@ -176,11 +177,16 @@ def _foreign(cfg: CfgNode, checkpoint: Mapping[str, object], which: str) -> dict
 def _network(cfg: CfgNode, taken: str) -> dict[str, str]:
     eps = cfg.MODEL.BACKBONE.NORM_EPS
     norms = f"eps {eps:g}, but before the MLPs the model's own" if eps else "the model's own"
-    return {
+    rows = {
         "network": f"{cfg.MODEL.BACKBONE.NAME}, {taken}without heads",
         "layer norms": norms,
         "image size": f"{cfg.DATA.IMG_SIZE}",
     }
+    if not pixels_of(cfg.DATA).plain:
+        span = {"": "0,255", BY_TYPE: "those of the images' type"}
+        levels = span.get(cfg.DATA.RANGE, cfg.DATA.RANGE)
+        rows["channels"] = f"{cfg.DATA.CHANNELS}; levels {levels} become 0 to 1 before all else"
+    return rows
 
 
 def _is_tuned(checkpoint: Mapping[str, object]) -> bool:
