@@ -130,6 +130,7 @@ def main() -> int:
         backbone, _ = frozen_backbone(cfg, run, weights, args.which)
         measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
         return 0
+    # Random weights come second: they show what the backbone alone is worth.
     results = []
     for start in [weights, None] if args.random_baseline else [weights]:
         label, inputs = weights_label(start, args.which), None
@@ -325,6 +326,7 @@ def plan_of(cfg: CfgNode, loader: GlobalLoader | FeatureLoader) -> Plan:
 
 def open_state(cfg: CfgNode, run: Run, heads: LinearHeads, points: list[GridPoint]) -> TrainState:
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
+    # `rate` is the number of the schedule in the plan.
     groups = [
         {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}
         for pair, point in zip(heads.pairs(), points, strict=True)

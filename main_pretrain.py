@@ -219,6 +219,7 @@ def open_state(cfg: CfgNode, run: Run, framework: MomentumFramework) -> TrainSta
         framework.compile_backbones(cuda_graphs=cfg.TRAIN.CUDA_GRAPHS)
     scaler = run.scaler()
     groups = parameter_groups(framework, cfg.OPTIM)
+    # Under a gradient scaler a fused optimiser would skip steps by itself.
     optimizer = build_optimizer(cfg.OPTIM, groups, fused=scaler is None)
     losses = held_out_names(framework.lower_is_better)
     model = run.wrap(framework)
@@ -231,6 +232,7 @@ def show_restored(
     """Let a method that restores images show clean, corrupted and restored ones."""
     if not framework.restores_images:
         return
+    # The same images and the same corruption at each call, so that pictures can be compared.
     clean = first_batch(source, recipe, run.seed).views[0]
     with run.evaluating(framework):
         seen, restored = framework.restore(run.views(clean.to(run.device)), run.seed)

@@ -192,6 +192,7 @@ def finetune(
     def evaluate(progress: Progress) -> dict[str, float]:
         if unmoved:
             unmoved.check()
+        # The last epoch is always evaluated.
         if progress.epoch % node.EVAL_EPOCHS and progress.epoch < plan.epochs:
             return {}
         last.update(measure(splits.watched, splits.prefix))
@@ -205,6 +206,7 @@ def finetune(
     if splits.test is not None and node.HOLD_OUT:
         accuracies |= measure(splits.test, "test_")
     images = (len(splits.train), len(splits.chosen) - len(splits.train))
+    # With --eval a run may be looked at before its end; result.json is of whole runs.
     complete = state.step == plan.total_steps
     return summarise(run, label, images, accuracies, state.best, write=complete)
 

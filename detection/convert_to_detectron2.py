@@ -63,6 +63,7 @@ def convert(source: Path, target: Path, which: str = "") -> int:
             f"{source}: its backbone ({network}) is no ResNet of four stages; convert a ResNet"
         )
     arrays = to_detectron2(state)
+    # With `matching_heuristics` Detectron2 matches names by their endings.
     content = {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
     write_file(target, lambda file: pickle.dump(content, file))
     logger.info("wrote %d arrays of %s (%s) to %s", len(arrays), source, network, target)

@@ -29,6 +29,7 @@ class Canvas(GeneralizedRCNNTransform):
     """Normalise and pad resized images to a fixed square of `side`, 0: as small as fits."""
 
     def __init__(self, side: int) -> None:
+        # The two sizes belong to its resizing, which `resize` below turns off.
         super().__init__(1, 1, list(_MEAN), list(_STD), size_divisible=32)
         self.side = side
 
@@ -40,6 +41,7 @@ class Canvas(GeneralizedRCNNTransform):
         """Pad with zeros to one size, (N,3,H,W)."""
         if not self.side:
             return super().batch_images(images, size_divisible)
+        # After normalising, zero is the mean colour.
         batch = images[0].new_zeros(len(images), 3, self.side, self.side)
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[1], : image.shape[2]].copy_(image)
@@ -80,6 +82,7 @@ def build_detector(
             f"MODEL.RCNN.NECK: {rcnn.NECK!r} does not apply to {cfg.MODEL.BACKBONE.NAME}; "
             f"use {' or '.join(_NECKS_OF[kind])}"
         )
+    # The necks of transformers have no batch norm, as their backbones have none.
     norm = nn.BatchNorm2d if kind == "resnet" else None
     if rcnn.NECK == "c4":
         trunk: Any = C4Trunk(cast(ResNet, body))
@@ -92,6 +95,7 @@ def build_detector(
             _fit_canvas(body, cfg.MODEL.BACKBONE.NAME, canvas)
             trunk = SimplePyramid(body, rcnn.PYRAMID_WIDTH)
         else:
+            # A fresh norm cannot be frozen: it has no statistics yet.
             fpn_norm = norm if rcnn.NORM != "frozen" else None
             trunk = Pyramid(build_trunk(body), rcnn.PYRAMID_WIDTH, fpn_norm)
         build_heads = build_cascade_heads if rcnn.CASCADE else build_pyramid_heads

@@ -13,6 +13,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+# run as a file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import run_main
@@ -25,6 +26,7 @@ INSTALL = (
 def main() -> int:
     """Register the RoI head, parse Detectron2's flags and launch; return the exit code."""
     try:
+        # In functions, as all imports of Detectron2 here: --help answers without it.
         from detectron2.engine import default_argument_parser, launch
     except ImportError as error:
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -77,6 +79,7 @@ def make_trainer() -> Any:
 
     class Trainer(DefaultTrainer):
         @classmethod
+        # Detectron2 calls it by this name.
         def build_evaluator(
             cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
         ) -> Any:
@@ -96,6 +99,7 @@ def register_heads() -> None:
     from detectron2.layers import get_norm
     from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
+    # The registry refuses a name that it has.
     if "Res5ROIHeadsExtraNorm" in ROI_HEADS_REGISTRY:
         return
 

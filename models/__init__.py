@@ -88,13 +88,16 @@ def assemble_framework(
     target_drop_path = shared.pop("target_drop_path", 0.0)
     online = build_backbone(**shared, use_checkpoint=use_checkpoint)
     shared["drop_path"] = target_drop_path
+    # No `use_checkpoint`: the target has no backward, so it holds no activations.
     target = build_backbone(**shared)
+    # The keywords differ from method to method, so mypy cannot check this call.
     framework = cast(Any, FRAMEWORKS[name])(online, target, **options)
     module = dict(batchformer or {})
     if module.pop("enabled", False) or framework.needs_batchformer:
         framework.attach_batchformer(BatchFormer(online.num_features, **module))
     if stack_views:
         framework.stack_views()
+    # Last, so that the batch norms of the heads are converted too.
     if world_size() > 1 and framework.sync_batch_norm:
         convert_sync_batch_norm(framework)
     return framework

@@ -58,6 +58,7 @@ class SegmentationData:
 
     def label(self, index: int) -> np.ndarray:
         """Read the classes of an image's pixels, uint8 (H,W) with 255 for none."""
+        # Only the head of the image is read: its size is enough.
         with open_image(read_bytes(self.files[index]), self.max_pixels) as image:
             return self._label(index, (image.height, image.width))
 
@@ -67,6 +68,7 @@ class SegmentationData:
 
     def fingerprint(self) -> str:
         """Digest the names of the images, the classes and the tables."""
+        # Without their folders, so that a data set may be moved.
         names = "\n".join(file.name for file in self.files)
         parts = [names, "\n".join(self.classes)]
         return digest(len(self), *(part.encode() for part in parts), *self.tables, self.chosen)
@@ -145,6 +147,7 @@ def _check_files(files: list[Path], what: str) -> None:
 
 def _look_at_some(data: SegmentationData) -> None:
     """Read a few label maps: a wrong kind of mask or LABEL_MAP is told before a run starts."""
+    # Spread over the split: a mistake may be in a part of it only.
     for index in range(0, len(data), -(-len(data) // _LOOKED_AT)):
         try:
             data.sample(index)

@@ -72,6 +72,7 @@ class SegmentationLoader(DenseLoader[Crops, Batch]):
             workers=cfg.DATA.NUM_WORKERS,
             timeout=cfg.DATA.TIMEOUT,
             max_bad_fraction=cfg.DATA.MAX_BAD_FRACTION,
+            # three channels and the label map
             batch_bytes=plan.micro_batch * height * width * 4,
         )
 

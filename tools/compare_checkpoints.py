@@ -75,6 +75,7 @@ def entries(state: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 def same(first: object, second: object) -> bool:
     """Compare two leaves, tensors by type, shape and every bit."""
+    # NaN differs from itself here; a checkpoint holds none, see `file.save`.
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     return type(first) is type(second) and first == second

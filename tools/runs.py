@@ -115,6 +115,7 @@ def compare(runs: list[RunFiles]) -> str:
     table = [["", *(run.name for run in runs)]]
     configs = [run.config for run in runs]
     table += [[key, *map(str, values)] for key, values in differences(configs)]
+    # In brackets below the keys: what was measured.
     columns = [described(run) for run in runs]
     table += [[f"({c})", *(row[c] for row in columns)] for c in COLUMNS[4:]]
     return aligned(table)
@@ -141,6 +142,7 @@ def _shown(value: float | None, digits: int) -> str:
 
 
 def _number(text: str) -> float:
+    # Runs without a result come last.
     return -1.0 if text == "-" else float(text)
 
 

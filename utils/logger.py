@@ -230,7 +230,9 @@ class Metrics:
             self._file = self._open()
         record = {"step": step, **values, "time": now()}
         line = json.dumps(finite_json(record), allow_nan=False) + "\n"
+        # After half a line, of a kill or a full disk, a new one begins.
         data = ("\n" + line if self._torn else line).encode()
+        # Stays so if the write raises.
         self._torn = True
         # unbuffered: a full disk raises or takes a part
         self._torn = self._file.write(data) != len(data)
@@ -249,6 +251,7 @@ class Metrics:
         assert self._folder is not None
         path = self._folder / METRICS_FILE
         if self._file is not None:
+            # Else later lines would go into the file that is replaced below.
             self._file.close()
             self._file = None
         if not path.exists():

@@ -40,6 +40,7 @@ class TensorBoard(Sink):
     def __init__(self, folder: Path, first_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        # What a run wrote after the checkpoint that it resumed from is dropped.
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

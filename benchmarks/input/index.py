@@ -98,6 +98,7 @@ def write_pack(path: Path, labels: np.ndarray, classes: list[str], names: Packed
     sizes, checksums = np.full((count, 2), 500, np.uint32), np.arange(count, dtype=np.uint32)
     index = PackIndex(offsets, labels, names.offsets, sizes, checksums, names.blob)
     with path.open("wb") as file:
+        # Opening a pack reads its index only, so the records may be empty.
         file.write(HEAD + bytes(8 * count))
         for part in closing(index, {"classes": classes, "raw": False, "split": "train"}):
             file.write(part)

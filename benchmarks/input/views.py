@@ -140,6 +140,7 @@ class _Ready(Dataset[list[Tensor]]):
         self.views = [torch.zeros((_HAND_OVER, 3, size, size), dtype=dtype) for _ in range(views)]
 
     def __getitem__(self, index: int) -> list[Tensor]:
+        # New memory each time, as a worker that makes views has.
         return [view.clone() for view in self.views]
 
 
@@ -177,6 +178,7 @@ def reference_transform(view: View) -> transforms.Compose:
 
     It draws from the global generators of torch, `random` and NumPy, as the originals do.
     """
+    # Erasing works on normalised tensors, all else on PIL images.
     normalise = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     before = [_reference_op(op, view) for op in view if not isinstance(op, RandomErasing)]
     after = [_reference_op(op, view) for op in view if isinstance(op, RandomErasing)]

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             else:
                 loss = published_loss(queries, keys, queue, 0.2, synthetics)
             loss.backward()
+            # Else the next backward would add to it.
             queries.grad = None
 
         return Side(name, once)

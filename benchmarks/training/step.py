@@ -56,6 +56,7 @@ def update_speedup(device: torch.device, rounds: int) -> dict[str, float]:
             node = load_config(declare(framework_options()), flags={"OPTIM.NAME": "adamw"}).OPTIM
             optimizer = build_optimizer(node, parameter_groups(online, node))
         else:
+            # One parameter after the other, as torch did when these codes were published.
             optimizer = torch.optim.AdamW(online.parameters(), lr=0.0, foreach=False, fused=False)
 
         def once() -> None:

@@ -64,6 +64,7 @@ def imagefolder(
     found = _class_names(folder, passed)
     train = Path(path) / "train"
     has_train = split != "train" and is_folder(train)
+    # The numbers of train for both splits, also where val lacks a class.
     classes = _class_names(train, PassedOver()) if has_train else found
     unknown = sorted(set(found) - set(classes))
     if unknown:

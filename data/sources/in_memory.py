@@ -59,6 +59,7 @@ def require(module: str, dataset: str, package: str) -> ModuleType:
 
 def _grey(title: str, pixels: np.ndarray, labels: np.ndarray, split: str) -> ArraySource:
     rows = stratified_split(labels, 0.2)[split == "val"]
+    # Three equal channels, since the networks take RGB.
     images = torch.from_numpy(pixels[rows].astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
     classes = torch.from_numpy(labels[rows].astype(np.int64))
     return ArraySource(title, images, classes, list("0123456789"))
@@ -108,6 +109,7 @@ def _torchvision(title: str, name: str, path: str, download: bool, **options: ob
     # Only the main process downloads. An error there is everyone's: a rank that fails alone would
     # leave the others waiting.
     if download:
+        # `bool`: the result goes to all ranks, and the data set itself need not.
         on_main(lambda: bool(build(path, download=True, **options)))
     try:
         return build(path, download=False, **options)

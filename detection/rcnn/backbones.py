@@ -29,6 +29,7 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
         """Return five maps of images (N,3,H,W)."""
+        # torchvision takes maps by name, in this order.
         maps = enumerate(self.trunk(images))
         return self.fpn(OrderedDict((str(number), level) for number, level in maps))
 
@@ -46,6 +47,7 @@ class SimplePyramid(nn.Module):
         full, half, quarter = (body.num_features // share for share in (1, 2, 4))
         up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
         twice = nn.Sequential(up(full, half), LayerNorm2d(half), nn.GELU(), up(half, quarter))
+        # With a patch of 16 the strides are 4, 8, 16 and 32.
         scales = (twice, up(full, half), nn.Identity(), nn.MaxPool2d(2))
         widths = (quarter, half, full, full)
         self.levels = nn.ModuleList(
@@ -66,6 +68,7 @@ class SimplePyramid(nn.Module):
         """Return five maps of images (N,3,S,S), S the size the backbone was built for."""
         last = feature_map(self.body, images)
         maps = OrderedDict((str(number), level(last)) for number, level in enumerate(self.levels))
+        # Every second cell, as `LastLevelMaxPool` of the other pyramid makes its fifth map.
         maps["pool"] = F.max_pool2d(maps["3"], kernel_size=1, stride=2)
         return maps
 
@@ -75,6 +78,7 @@ class C4Trunk(nn.Module):
 
     def __init__(self, body: ResNet) -> None:
         super().__init__()
+        # Without `layer4`: it runs on regions, in the head.
         self.trunk = ResNetTrunk(body, last_stage=False)
         self.out_channels, self.strides = self.trunk.widths[-1], self.trunk.strides
 

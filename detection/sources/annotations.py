@@ -77,6 +77,7 @@ class DetectionData:
 
     def fingerprint(self) -> str:
         """Digest the names of the images and every box and label."""
+        # The names without their folder, so that a data set may be moved.
         names = "\n".join(
             f"{file.name} {ident}" for file, ident in zip(self.files, self.ids, strict=True)
         )
@@ -85,6 +86,7 @@ class DetectionData:
 
     def for_training(self) -> "DetectionData":
         """Leave out COCO's crowds, and images that then show nothing, as published detectors do."""
+        # VOC's difficult objects are trained on, as published; they are left out of its metric.
         objects = [o.chosen(~o.ignored) if self.annotation_file else o for o in self.objects]
         self._check_polygons(objects)
         keep = [index for index, o in enumerate(objects) if len(o.labels)]
@@ -108,6 +110,7 @@ class DetectionData:
     def _check_polygons(self, objects: Sequence[Objects]) -> None:
         """Refuse an object without polygons where others have them: its mask would be empty."""
         for file, item in zip(self.files, objects, strict=True):
+            # Not strict: without masks there are boxes and no polygons.
             for box, polygons in zip(item.boxes.tolist(), item.polygons, strict=False):
                 if not polygons:
                     raise AnnotationError(

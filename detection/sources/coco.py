@@ -133,6 +133,7 @@ def parse_coco(file: Path, masks: bool) -> CocoFile:
     dropped: list[Annotation] = []
     for entry in _entries(tree, "annotations", file):
         annotation = _annotation(entry, pictures, categories, masks)
+        # Cut off at the border first: a box may lie outside of its image.
         corners = annotation.corners(pictures[annotation.image])
         # COCO has a few such boxes, and all published detectors drop them
         empty = (corners[2:] - corners[:2]).min() <= _SMALLEST_SIDE
@@ -265,6 +266,7 @@ def _segmentation(entry: _Entry, picture: Picture, crowd: bool) -> Polygons | Ma
                 "segmentation is not a run-length encoding of the image's "
                 f"{picture.height} x {picture.width} pixels (size, counts); correct it, {_NO_MASK}"
             )
+        # Without other fields: the evaluators read these two.
         return {"size": [picture.height, picture.width], "counts": value["counts"]}
     if not isinstance(value, list) or not value:
         raise entry.error(f"segmentation {value!r} gives no mask; add polygons, {_NO_MASK}")
@@ -284,6 +286,7 @@ def _is_run_length(value: Mapping[str, object], picture: Picture) -> bool:
     """Tell whether the runs of 0 and 1 fill the image; the evaluators do not check it."""
     counts = value.get("counts")
     runs = uncompressed(counts) if isinstance(counts, str) else counts
+    # Runs are column by column, and the size is rows, columns.
     if value.get("size") != [picture.height, picture.width] or not isinstance(runs, list):
         return False
     if not all(isinstance(run, int) and run >= 0 for run in runs):

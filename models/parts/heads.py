@@ -68,6 +68,7 @@ class Encoder(nn.Module):
         if not self.stack_views:
             return [self(view) for view in views]
         features = self._kept(self.backbone(torch.cat(list(views))))
+        # The heads see one view at a time, so their batch norms have its statistics alone.
         return [self._project(part) for part in features.chunk(len(views))]
 
     def take_features(self) -> Tensor:
@@ -77,6 +78,7 @@ class Encoder(nn.Module):
         return features
 
     def _kept(self, features: Tensor) -> Tensor:
+        # Only the first pass of a step: later ones see other views.
         if self.keeps_features and self.training and self._features is None:
             self._features = features.detach()
         return features

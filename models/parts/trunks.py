@@ -52,6 +52,7 @@ class ResNetTrunk(Trunk):
         self.conv1, self.bn1, self.act1 = body.conv1, body.bn1, body.act1
         self.maxpool = body.maxpool
         self.layer1, self.layer2, self.layer3 = body.layer1, body.layer2, body.layer3
+        # Otherwise `layer4` belongs to the head of a C4 detector.
         if last_stage:
             self.layer4 = body.layer4
         stages = body.feature_info[1 : 5 if last_stage else 4]

@@ -49,6 +49,7 @@ class RunFiles:
         return events + [(epoch, "restart") for epoch in self._restarts()]
 
     def _restarts(self) -> list[float]:
+        # run.json has the steps of the starts, the curves have epochs.
         steps = [start.get("step") for start in self.starts[1:]]
         places = {int(step): epoch for epoch, step in self.curve("step")}
         later = ([p for s, p in places.items() if s >= step] for step in steps if type(step) is int)
@@ -72,6 +73,7 @@ class RunFiles:
 
     def speed(self) -> float | None:
         """Return the median images/s of the lines of training."""
+        # The median, since the first steps of a start are slow.
         rates = sorted(y for _, y in self.curve("images_per_second"))
         return rates[len(rates) // 2] if rates else None
 

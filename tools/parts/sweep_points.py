@@ -147,6 +147,7 @@ def spread(values: Sequence[float]) -> str:
     """Write mean and standard deviation of a sample."""
     if not values:
         return "failed"
+    # One seed has no deviation.
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation}"
 

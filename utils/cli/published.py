@@ -78,6 +78,7 @@ _VALUED = {
     "--validate-every": "--opts HELD_OUT.EVERY_EPOCHS {}",
     "--finetune": "--pretrained {}",
 }
+# The six counts --n1 to --n6 of SynCo's script are one list here.
 for _number in range(2, 7):
     _VALUED[f"--n{_number}"] = _VALUED["--n1"]
 
@@ -116,6 +117,7 @@ def our_spelling(words: Sequence[str], section: str = "") -> Iterator[tuple[str,
             given = f"'[{','.join(values)}]'" if flag == "--schedule" else " ".join(values)
             ours = _VALUED[flag].replace("{section}", section).replace("{}", given or "VALUE")
             yield " ".join([flag, *values]), ours
+        # MoCo's scripts take the folder of the data as a word without a flag.
         elif not flag.startswith("-") and (os.sep in flag or os.path.isdir(flag)):
             yield flag, f"--data-path {flag}"
         else:

@@ -44,6 +44,7 @@ def method_titles() -> dict[str, str]:
 
 def backbone_names() -> list[str]:
     """Return the names of the backbones that have a short name here."""
+    # Their text is read too: to import these modules would import torch and timm.
     places = (
         ("models/parts/backbones.py", "_RESNETS"),
         ("models/parts/backbones.py", "_TIMM_NAMES"),
@@ -83,6 +84,7 @@ def _options(file: str, name: str) -> Iterator[tuple[str, Key]]:
         ),
         None,
     )
+    # `**moco` in a signature hands the options of the base class on.
     if start is None or start.args.kwarg:
         base = ast.unparse(found.bases[0])
         yield from _options(_imported(file, base), base)
@@ -99,6 +101,7 @@ def _options(file: str, name: str) -> Iterator[tuple[str, Key]]:
 def _limits(file: str, annotation: ast.expr | None) -> Limits:
     """Return what `Count` or `Annotated[str, Limits(choices=TASKS)]` allows."""
     if isinstance(annotation, ast.Name):
+        # An alias of utils/config/key.py, such as `Count`.
         alias = getattr(key, annotation.id, None)
         return next((e for e in typing.get_args(alias) if isinstance(e, Limits)), Limits())
     if not isinstance(annotation, ast.Subscript) or ast.unparse(annotation.value) != "Annotated":
@@ -110,6 +113,7 @@ def _limits(file: str, annotation: ast.expr | None) -> Limits:
     for keyword in call.keywords:
         value = keyword.value
         if isinstance(value, ast.Name):
+            # The choices may be a constant of the same file.
             value = _constant(file, value.id)
         given[str(keyword.arg)] = ast.literal_eval(value)
     return Limits(**given)

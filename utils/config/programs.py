@@ -77,6 +77,7 @@ def check_training(cfg: CfgNode) -> None:
         _check_probe(cfg)
     root = Path(cfg.DATA.PATH)
     if cfg.DATA.DATASET in CLASS_FOLDERS and (root / "train").is_dir():
+        # Hours later the first evaluation would fail, so it is asked for now.
         for key, remedy in (("KNN", _NO_KNN), ("HELD_OUT", "--opts HELD_OUT.EVERY_EPOCHS 0")):
             if cfg[key].EVERY_EPOCHS > 0 and not (root / "val").is_dir():
                 raise ConfigError(
@@ -140,6 +141,7 @@ def show_config(cfg: CfgNode, origins: Mapping[str, str], program: Program) -> s
     rows = []
     for key, origin in origins.items():
         sections = key.split(".")
+        # Sections of MODEL: the other methods have no part in this run.
         of_other = len(sections) == 3 and sections[0] == "MODEL"
         of_other = of_other and sections[1] not in (method, "BACKBONE", "BATCHFORMER")
         if program in schema[key].programs and not of_other:

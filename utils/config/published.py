@@ -92,6 +92,7 @@ _SWIN = "MODEL.SWIN."
 # (EMBED_DIM, blocks of the third stage) of Swin; what else that section holds never varied.
 _SWINS = {(96, 6): "swin_tiny", (96, 18): "swin_small", (128, 18): "swin_base"}
 _PRECISIONS = {"": "fp32", "O0": "fp32", "O1": "bf16", "O2": "bf16"}
+# Files whose table has been shown: a program reads its configuration twice.
 _told: set[Path] = set()
 
 
@@ -163,6 +164,7 @@ def _moved(key: str, value: object, section: str, file: Path) -> tuple[str, obje
         raise ValueError(f"{file}: BASE {value}: copy the keys of that file into this one")
     if key == "AMP_OPT_LEVEL" and value in _PRECISIONS:
         return "TRAIN.PRECISION", _PRECISIONS[str(value)]
+    # There 0 means no accumulation.
     if key == "TRAIN.ACCUMULATION_STEPS" and value == 0:
         return key, 1
     if key == "DATA.ZIP_MODE":
@@ -175,5 +177,6 @@ def _tell(file: Path, lines: list[str]) -> None:
     if file in _told or os.environ.get("RANK", "0") != "0":
         return
     _told.add(file)
+    # Not on standard output, which belongs to --show-config.
     table = "\n".join(f"  {line}" for line in lines)
     sys.stderr.write(f"{file} is a yaml of MoBY or SynCo-v2 and was translated:\n{table}\n")

@@ -39,12 +39,14 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
+            # Aliases of aliases can stand for more than fits into memory.
             raise yaml.YAMLError("aliases (*name) are not allowed")
         if getattr(self.peek_event(), "tag", None):
             raise yaml.YAMLError("tags (!name) are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        # PyYAML would keep the last of equal keys and say nothing.
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
