@@ -130,7 +130,6 @@ def main() -> int:
         backbone, _ = frozen_backbone(cfg, run, weights, args.which)
         measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
         return 0
-    # Random weights come second: they show what the backbone alone is worth.
     results = []
     for start in [weights, None] if args.random_baseline else [weights]:
         label, inputs = weights_label(start, args.which), None
@@ -208,6 +207,7 @@ def split_features(
 
     if not cfg.LINEAR.CACHED_FEATURES:
         return compute()
+    # all that the features depend on: with any other value they are computed again
     key: dict[str, object] = {
         "weights": weights,
         "backbone": section_options(cfg.MODEL.BACKBONE),

@@ -41,7 +41,9 @@ class BadImagesError(ValueError):
 
 
 class Loaded(TypedDict):
-    """Which images a micro-batch has; a dict, because the loader's pinning understands it."""
+    """Which images a micro-batch has."""
+
+    # a dict: torch's loader pins the tensors of a dict, not those of our classes
 
     epoch: int
     wanted: Tensor  # (N,) indices that the sampler asked for: with the copies the keys of all draws

@@ -167,7 +167,7 @@ def forward_and_backward(
 def gradient_shares(state: TrainState) -> dict[str, Tensor]:
     """Return the gradient norm of backbone, projector, predictor and the rest over that of all.
 
-    A share, since a gradient scaler has scaled all alike. Empty where there is one part only.
+    Empty where there is one part only.
     """
     grads: dict[str, list[Tensor]] = {}
     for name, parameter in state.model.named_parameters():
@@ -177,6 +177,7 @@ def gradient_shares(state: TrainState) -> dict[str, Tensor]:
     if len(grads) < 2:
         return {}
     norms = torch.stack([nn.utils.get_total_norm(part) for part in grads.values()])
+    # shares: a gradient scaler has scaled all alike
     return dict(zip(grads, norms / torch.linalg.vector_norm(norms), strict=True))
 
 

@@ -144,19 +144,16 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     exempt: list[nn.Parameter] = []
     named_by_timm = _named_by_timm(module) if node.EXCLUDE_TOKENS else set()
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
         is_1d = parameter.ndim <= 1 or name.endswith(".bias")
         is_token = name.rsplit(".", 1)[-1] in _TOKENS or name in named_by_timm
         no_decay = (exempt_1d and is_1d) or (exempt_tokens and is_token)
         no_decay = no_decay or (by_name and "norm" in name)
-        (exempt if no_decay else decay).append(parameter)
-    groups: list[Group] = [
-        {"params": decay},
-        {"params": exempt, "weight_decay": 0.0, "exempt": True},
-    ]
+        if parameter.requires_grad:
+            (exempt if no_decay else decay).append(parameter)
+    without: Group = {"params": exempt, "weight_decay": 0.0, "exempt": True}
     if node.NAME == "lars":
-        groups[1]["adapt"] = False
+        without["adapt"] = False
+    groups: list[Group] = [{"params": decay}, without]
     return [group for group in groups if group["params"]]
 
 

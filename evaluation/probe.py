@@ -145,6 +145,20 @@ def _say_closed(name: str, step: int) -> None:
         )
 
 
+def _right_and_total(heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """Return the counts of top-1 and top-5 of each head, then of images, over all ranks."""
+    num_heads = len(list(heads.parameters())) // 2  # a weight (C, F) and a bias (C,) each
+    device = next(heads.parameters()).device
+    counts = torch.zeros(2 * num_heads + 1, dtype=torch.int64, device=device)
+    # The logits of all heads at once would be num_heads times a batch's: cut to 64 MiB.
+    size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))
+    for features, labels in blocks:
+        for part, target in zip(features.split(size), labels.split(size), strict=True):
+            counts[:-1] += topk_correct(heads(part), target, (1, 5)).flatten()
+        counts[-1] += len(labels)
+    return all_reduce_sum(counts).tolist()
+
+
 @torch.no_grad()
 def head_accuracies(
     heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Mapping[int, GridPoint]
@@ -154,18 +168,7 @@ def head_accuracies(
     `blocks` are this process's (features, labels), on its device; the counts of all processes are
     summed. `points` are those to report, by their place in the grid.
     """
-    num_heads = len(list(heads.parameters())) // 2  # a weight and a bias each
-    counts = torch.zeros(
-        2 * num_heads + 1, dtype=torch.int64, device=next(heads.parameters()).device
-    )
-    # weights (C, F) and biases (C,)
-    # The logits of all heads at once would be num_heads times a batch's: cut to 64 MiB.
-    size = max(1, _LOGITS // sum(p.shape[0] for p in heads.parameters()))
-    for features, labels in blocks:
-        for part, target in zip(features.split(size), labels.split(size), strict=True):
-            counts[:-1] += topk_correct(heads(part), target, (1, 5)).flatten()
-        counts[-1] += len(labels)
-    *right, total = all_reduce_sum(counts).tolist()
+    *right, total = _right_and_total(heads, blocks)
     accuracy = {
         point.name: [100.0 * count / total for count in right[2 * place : 2 * place + 2]]
         for place, point in points.items()

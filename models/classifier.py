@@ -83,14 +83,14 @@ class LinearHeads(nn.Module):
 def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the mean cross-entropy (G,) of each head's logits (G, N, C) for labels (N,).
 
-    With smoothing s: (1 - s) * NLL + s * mean over classes of -log p. The sum of the result gives
-    every head the gradient it would have alone.
+    With smoothing s: (1 - s) * NLL + s * mean over classes of -log p.
     """
     # float32: in half precision small probabilities round to 0
     log_p = logits.transpose(0, 1).float().log_softmax(dim=-1)  # (N, G, C), as the heads left it
     nll = -log_p.gather(-1, labels[:, None, None].expand(-1, len(logits), 1)).squeeze(-1)
     if smoothing:
         nll = (1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
+    # Not a mean over heads: the sum of these gives every head the gradient it would have alone.
     return nll.mean(dim=0)
 
 

@@ -89,14 +89,11 @@ class SiTEncoder(Encoder):
     projector: Heads
 
     def forward(self, images: Tensor, num_views: int = 1) -> Outputs:  # type: ignore[override]
-        """Return the three heads' outputs of images (N, 3, H, W) of `num_views` stacked views.
-
-        BatchFormer attends over each view by itself. Over both it would see the positive of each
-        query.
-        """
+        """Return the three heads' outputs of images (N, 3, H, W) of `num_views` stacked views."""
         summaries, features = summaries_and_map(self.backbone, images)
         self._kept(summaries[0])
         if self.batchformer is not None:
+            # Each view by itself: over both, attention would see the positive of each query.
             attended = torch.cat([self.batchformer(view) for view in summaries[0].chunk(num_views)])
             # the rotation is read from the plain summary, also where there is only one
             summaries = (attended, *(summaries[1:] or summaries))
@@ -265,10 +262,8 @@ class SiT(MomentumFramework):
 
     @torch.no_grad()
     def restore(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return corrupted copies of images (N, 3, H, W) and their reconstructions.
-
-        The corruption depends on `seed` only, so that pictures of different epochs can be compared.
-        """
+        """Return corrupted copies of images (N, 3, H, W) and their reconstructions."""
+        # The same corruption for the same seed: pictures of different epochs can be compared.
         torch.manual_seed(seed)
         seen, _ = self.corrupted(images)
         return seen, self.online(seen).pixels.float()

@@ -31,10 +31,9 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 class ProgressLine:
-    """Draws what `describe(columns)` returns from a second thread; a file or a pipe gets nothing.
+    """Draws what `describe(columns)` returns, from a second thread; only on a terminal."""
 
-    A thread, since the line has to move during a long step, an evaluation or a compilation too.
-    """
+    # A thread: the line moves during a long step, an evaluation or a compilation too.
 
     def __init__(self, describe: Callable[[int], str], stream: TextIO | None = None) -> None:
         """Draw on `stream`, standard error if None."""

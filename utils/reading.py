@@ -16,14 +16,12 @@ _MARKS = (
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
-    """Return what a regular file of at most `most` bytes holds; `OSError` for any other file.
-
-    A pipe would keep its reader waiting for ever, and a device may have no end.
-    """
+    """Return what a regular file of at most `most` bytes holds; `OSError` for any other file."""
     # Without O_NONBLOCK already opening a pipe waits. Regular files do not know the flag.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
+        # A pipe would keep its reader waiting for ever, and a device may have no end.
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is a pipe, a socket or a device, not a regular file")
         if most is not None and status.st_size > most:

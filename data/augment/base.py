@@ -124,11 +124,9 @@ def photometric_ops(view: View) -> tuple[PhotometricOp, ...]:
 
 
 def host_ops(view: View) -> tuple[PhotometricOp, ...]:
-    """Return the operations that run on one crop where it was read: those up to the last HostOp.
-
-    A flip before RandAugment stays before it: shear is anchored at a corner, so flipping afterwards
-    changes the distribution. A flip without RandAugment runs on the batch.
-    """
+    """Return the operations that run on one crop where it was read: those up to the last HostOp."""
+    # A flip before RandAugment stays before it: shear is anchored at a corner, so flipping
+    # afterwards changes the distribution. A flip without RandAugment runs on the batch.
     ops = photometric_ops(view)
     last = 0
     for place, op in enumerate(ops, start=1):

@@ -41,10 +41,8 @@ def _numbered(count: int) -> list[str]:
 
 
 def warn_of_identical_views(views: Sequence[Tensor]) -> None:
-    """Warn if all views (N,3,S,S) of every image are the same: then a method learns nothing.
-
-    The embeddings of such a run do not collapse, so nothing else would tell.
-    """
+    """Warn if all views (N,3,S,S) of every image are the same: then a method learns nothing."""
+    # The embeddings of such a run do not collapse, so nothing else would tell.
     if len(views) > 1 and all(torch.equal(view, views[0]) for view in views[1:]):
         logger.warning(
             "the two views of an image are identical: the augmentation does nothing, and the "

@@ -89,7 +89,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     return F.conv2d(x, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
 
 
-@functools.lru_cache
+@functools.lru_cache  # a copy at each batch would wait for the device
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return per-channel constants (C,1,1); cached, because a copy waits for the device."""
+    """Return per-channel constants (C,1,1)."""
     return torch.tensor(values, device=device)[:, None, None]

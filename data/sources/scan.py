@@ -106,7 +106,7 @@ def read_folder(
 ) -> Entries:
     """Sort what is in a folder and count what is not in the data set.
 
-    Raises ValueError if any of it cannot be read: images would be missing without a word.
+    Raises ValueError if any of it cannot be read.
     """
     found = Entries([], [], [], [])
     images = found.images
@@ -124,7 +124,7 @@ def read_folder(
                     images.append(name)
                 else:
                     _sort(entry, found, passed, extensions)
-    except OSError as error:
+    except OSError as error:  # otherwise images would be missing without a word
         raise unreadable(error.filename or folder, error) from error
     return found
 
@@ -222,11 +222,7 @@ class Tree:
         self._packed: dict[tuple[int, str], tuple[bytes, np.ndarray]] = {}
 
     def walk(self) -> None:
-        """Find the images: first those in real folders, then those behind links elsewhere.
-
-        A link to a folder of the data set, or to one around it, would list images again, under
-        another label or without end.
-        """
+        """Find the images: first those in real folders, then those behind links elsewhere."""
         waiting = self._tops()
         while waiting:
             links: list[tuple[int, str]] = []
@@ -236,6 +232,7 @@ class Tree:
             for number, inside in sorted(links):
                 path = self._path(number, inside)
                 real = os.path.realpath(self.root / path)
+                # Such a link would list images again, under another label or without end.
                 if real in self._seen or self._is_around(real):
                     self._listed(path)
                 else:

@@ -199,6 +199,17 @@ def zipped(
     return ZipSource(archive, names, labels, num_classes, cache_mode, rank, world)
 
 
+def _label(text: str, most: int, place: str, count: int) -> int:
+    """Return a label of a map of `count` lines; ValueError if it is not below `most`."""
+    # The length first: Python refuses to read a number of thousands of digits.
+    if len(text) > 18 or int(text) >= most:
+        raise ValueError(
+            f"{place}: label {text[:20]} is too large: a map of {count} lines may have labels "
+            f"below {most}"
+        )
+    return int(text)
+
+
 def _read_map(listing: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
     """Return the names and labels that a map lists; count a system's entries in `passed`."""
     text = read_text(listing)
@@ -209,19 +220,13 @@ def _read_map(listing: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]
         if any(left_behind(part) for part in name.split("/")):
             passed.add(LEFT_BEHIND, name)
             continue
-        label = label.strip()
-        if not tab or not label.isdecimal() or not name.lower().endswith(IMG_EXTENSIONS):
+        if not tab or not name.lower().endswith(IMG_EXTENSIONS) or not label.strip().isdecimal():
             raise ValueError(
                 f"{listing} line {number}: {line!r} is not <path in the zip> TAB <label>; "
                 f"extensions: {' '.join(IMG_EXTENSIONS)}"
             )
-        if len(label) > 18 or int(label) >= most:
-            raise ValueError(
-                f"{listing} line {number}: label {label[:20]} is too large: a map of {len(lines)} "
-                f"lines may have labels below {most}"
-            )
         names.append(name)
-        labels.append(int(label))
+        labels.append(_label(label.strip(), most, f"{listing} line {number}", len(lines)))
     if not names:
         raise ValueError(
             f"{listing} lists no images: expected lines of <path in the zip> TAB <label>"

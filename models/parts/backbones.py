@@ -252,7 +252,7 @@ def _with_deit_tokens(backbone: nn.Module) -> nn.Module:
 
 
 def _any_timm_model(timm_name: str, options: Options) -> nn.Module:
-    """Build any timm model. Its width is measured, since some models report another."""
+    """Build any timm model."""
     size, channels = options["img_size"], options.get("in_chans", 3)
     wanted = {key: value for key, value in options.items() if value and key != "img_size"}
     try:
@@ -268,7 +268,8 @@ def _any_timm_model(timm_name: str, options: Options) -> nn.Module:
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
     backbone = cast(Backbone, built)
-    # eval: measuring must not change the statistics of batch norms
+    # Some models report another width than they have, so it is measured. In eval mode: that must
+    # not change the statistics of batch norms.
     backbone.num_features = _width_at(backbone.eval(), timm_name, size, channels)
     return backbone.train()
 

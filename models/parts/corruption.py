@@ -224,9 +224,9 @@ def _blurred(images: Tensor, drawn: Corruption) -> Tensor:
 def _blur_matrix(start: Tensor, stop: Tensor, kernel: Tensor, sigma: Tensor, side: int) -> Tensor:
     """Return (N, S, S): Gaussian weights inside [start, stop), the identity outside; edges (N, 1).
 
-    Pixel i reads pixel j directly and as j's reflection at either border. The kernel is made
-    smaller where it would reflect twice; the published code fails on such small blocks.
+    Pixel i reads pixel j directly and as j's reflection at either border.
     """
+    # Smaller where the kernel would reflect twice; the published code fails on such small blocks.
     radius = torch.minimum((kernel[:, None] - 1) // 2, stop - start - 1)
     reach = torch.arange(MAX_KERNEL, device=start.device)
     weights = torch.exp(-0.5 * (reach / sigma[:, None]) ** 2) * (reach <= radius)

@@ -103,10 +103,10 @@ def queue_contrast(
     """Return InfoNCE of queries (B, D) and keys (B, D) against a queue (K, D), all of unit length.
 
     He et al. 2020 (arXiv:1911.05722), equation 1. With `synthetics` SynCo's negatives join the
-    queue. One B x K buffer holds the similarities, then the exponentials, then the gradient
-    weights. The forward pass computes the gradient by the queries too, so that nothing of size K is
-    kept for the backward pass.
+    queue.
     """
+    # The forward pass computes the gradient by the queries too, so nothing of size K is kept for
+    # the backward pass.
     return Contrast(
         *_QueueContrast.apply(queries, keys.detach(), queue.detach(), temperature, synthetics)
     )
@@ -146,7 +146,8 @@ class _QueueContrast(torch.autograd.Function):
 def _contrast_and_gradient(
     queries: Tensor, keys: Tensor, queue: Tensor, temperature: float, config: SyntheticConfig | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    buffer = queries @ queue.T  # (B, K) similarities
+    # One B x K buffer holds the similarities, then the exponentials, then the gradient's weights.
+    buffer = queries @ queue.T
     positive = (queries * keys).sum(1, keepdim=True)
     rank = _count_larger(buffer, positive)
     forms = [] if config is None else _closed_forms(config, queries, queue, buffer)

@@ -19,9 +19,7 @@ class MomentumFramework(nn.Module):
 
     A subclass implements `forward(views, progress)`, which returns a dict with "loss" and
     "embedding", and `after_step(progress)`, which is called without gradient after each optimiser
-    step. The published codes average before the forward. Averaging after the step with the momentum
-    of the next step gives the same sequence (the golden tests show it), and the forward then
-    changes no weights.
+    step.
     """
 
     def __init__(self, online: Encoder, target_backbone: nn.Module | None = None) -> None:
@@ -127,7 +125,9 @@ class MomentumFramework(nn.Module):
         With `buffers` its buffers are averaged too. Without, they stay its own: its own forwards
         fill them.
         """
-        # one call for all tensors: hundreds of small ones would wait for Python
+        # The published codes average before the forward. After the step, with the momentum of the
+        # next one, the sequence is the same, and the forward changes no weights.
+        # One call for all tensors: hundreds of small ones would wait for Python.
         torch._foreach_lerp_(
             list(self.target.parameters()), list(self.online.parameters()), 1.0 - momentum
         )
@@ -141,15 +141,12 @@ class MomentumFramework(nn.Module):
 
 
 class KeyQueue(nn.Module):
-    """The K most recent keys of all processes, rows of unit length (He et al. 2020, section 3.2).
-
-    The write position is a number on the host, so that reading it never waits for a device. It is
-    part of the state dict.
-    """
+    """The K most recent keys of all processes, of unit length (He et al. 2020, section 3.2)."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
+        # On the host, so that reading it never waits for a device; a part of the state dict.
         self.position = 0
         self._pending: list[Tensor] = []
 
@@ -182,12 +179,13 @@ class KeyQueue(nn.Module):
         """Write the held keys of all processes, in rank order, and advance.
 
         Raises `ValueError` when the queue length is not a multiple of the number of keys of one
-        step. The published codes require it too, so that the queue always holds whole batches.
+        step.
         """
         # all ranks write the same rows, so their queues stay equal
         keys = gather_rows(torch.cat(self._pending))
         self._pending.clear()
         size, num = self.keys.shape[0], keys.shape[0]
+        # As in the published codes: the queue always holds whole batches.
         if size % num:
             below = size // num * num
             fitting = f"{below} or {below + num}" if below else f"{num}"

@@ -13,11 +13,9 @@ _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`nn.SyncBatchNorm` that also works on a CPU, where torch's own refuses to run.
+    """`nn.SyncBatchNorm` that also works on a CPU, where torch's own refuses to run."""
 
-    It is no subclass of torch's, since `DistributedDataParallel` refuses those on a CPU.
-    """
-
+    # Not a subclass of torch's: `DistributedDataParallel` refuses those on a CPU.
     process_group = None  # all processes; read by torch's forward, as are the two checks
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels

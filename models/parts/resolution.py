@@ -41,7 +41,8 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
 
 
 def _twin(module: M) -> M:
-    """Return a copy without gradients that shares the tensors, so that many sizes cost nothing."""
+    """Return a copy without gradients that shares the tensors."""
+    # shared, since a copy is kept for each image size
     shared = [(id(p), nn.Parameter(p.detach(), requires_grad=False)) for p in module.parameters()]
     # deepcopy takes what the dictionary holds for a copy; a new size replaces tables, never fills
     return copy.deepcopy(module, dict(shared))

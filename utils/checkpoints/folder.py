@@ -73,10 +73,8 @@ def prune(
 
 
 def best(folder: Path, metric: str, lower_is_better: bool = False) -> Path | None:
-    """Return the checkpoint whose evaluation gave the best `metric`, the earliest of equal ones.
-
-    It follows from the JSON files alone, so that it survives a resume.
-    """
+    """Return the checkpoint whose evaluation gave the best `metric`, the earliest of equal ones."""
+    # From the JSON files alone, so that a resumed run finds the same one.
     values: list[tuple[float, Path]] = []
     # oldest first, and `max` takes the first of equals
     for path in reversed(committed(folder)):

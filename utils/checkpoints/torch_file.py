@@ -70,7 +70,7 @@ def _refuse_special(path: Path) -> None:
 
 
 def _weigh(value: object, known: dict[int, int]) -> int:
-    """Return how many values a walk meets: 60 lists, each twice in the next, would be 2^60.
+    """Return how many values a walk meets.
 
     Raises `ForeignFileError` for too many, for a container inside itself and for bare storages.
     """
@@ -78,6 +78,7 @@ def _weigh(value: object, known: dict[int, int]) -> int:
         raise ForeignFileError("holds a bare storage; save tensors instead")
     if not isinstance(value, (dict, list, tuple)):
         return 1
+    # Each container is walked once: 60 lists, each twice in the next, hold 2^60 values.
     if id(value) not in known:
         known[id(value)] = 0  # not finished: who meets it now is inside of it
         items = value.values() if isinstance(value, dict) else value

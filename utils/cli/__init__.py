@@ -154,10 +154,8 @@ _MEMORY_REMEDY = "lower --batch-size and raise --accumulation-steps, or add --us
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:
-    """Return exit code and line of an error that a person can mend, None of a fault of ours.
-
-    Types of other modules go by name, since nothing heavy is imported here.
-    """
+    """Return exit code and line of an error that a person can mend, None of a fault of ours."""
+    # Types of other modules go by their names: nothing heavy is imported here.
     name, text = type(error).__name__, str(error)
     number = error_number(error)
     if isinstance(error, KeyboardInterrupt):

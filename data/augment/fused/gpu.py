@@ -67,7 +67,7 @@ def tables(plan: Programs) -> tuple[np.ndarray, np.ndarray, int]:
     return ints, np.concatenate([plan.values, plan.taps], axis=1), int(blurs.sum())
 
 
-@functools.lru_cache
+@functools.lru_cache  # a copy at each batch would wait for the device
 def _constants(device: torch.device) -> Tensor:
-    """Return scale (3) and shift (3); cached, because a copy would wait for the device."""
+    """Return scale (3) and shift (3)."""
     return torch.from_numpy(np.concatenate([SCALE, SHIFT])).to(device)
