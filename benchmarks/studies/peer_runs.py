@@ -10,11 +10,13 @@ beginning after a stop.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -61,6 +63,13 @@ from utils.checkpoints.atomic import write_file, write_text
 from utils.config.load import load_config
 from utils.config.schema import declare
 
+# `random` and `pixels` need nothing of lightly; for the others `main` asks whether it is there.
+with contextlib.suppress(ImportError):
+    from lightly.loss import NTXentLoss
+    from lightly.models import modules
+    from lightly.models.utils import update_momentum
+    from lightly.transforms import SimCLRTransform
+
 # lightly's benchmark of CIFAR-10: 512 images a step at rate 0.06; the rate scales with the batch.
 _BATCH, _RATE, _WEIGHT_DECAY = 128, 0.06 * 128 / 512, 5e-4
 _KEYS = 4096
@@ -70,8 +79,6 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
     """Two views of each image by lightly's transform for small images."""
 
     def __init__(self, source: Source) -> None:
-        from lightly.transforms import SimCLRTransform
-
         self.source = source
         # as in its benchmark: no blur of images of 32 pixels
         self.transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
@@ -93,10 +100,7 @@ class Contrast(nn.Module):
 
     def __init__(self, backbone: nn.Module, width: int) -> None:
         super().__init__()
-        from lightly.loss import NTXentLoss
-        from lightly.models.modules import MoCoProjectionHead
-
-        self.online = nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
+        self.online = nn.Sequential(backbone, modules.MoCoProjectionHead(width, width, 128))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.loss = NTXentLoss(temperature=0.1, memory_bank_size=(_KEYS, 128))
 
@@ -118,8 +122,6 @@ class Predict(nn.Module):
 
     def __init__(self, backbone: nn.Module, width: int, with_target: bool) -> None:
         super().__init__()
-        from lightly.models import modules
-
         if with_target:
             projector = modules.BYOLProjectionHead(width, 1024, 256)
             self.predictor = modules.BYOLPredictionHead(256, 1024, 256)
@@ -147,8 +149,6 @@ def _cosine(one: Tensor, other: Tensor) -> Tensor:
 @torch.no_grad()
 def update_target(online: nn.Module, target: nn.Module) -> None:
     """Average the weights with momentum 0.99 by lightly's own function."""
-    from lightly.models.utils import update_momentum
-
     update_momentum(online, target, 0.99)
 
 
@@ -165,6 +165,8 @@ def _model(method: str, backbone: Backbone) -> nn.Module:
 def main() -> int:
     """Train, write the backbone, return the exit code."""
     args = _parser().parse_strictly(None)
+    if args.method.startswith("lightly") and find_spec("lightly") is None:
+        raise ImportError(f"{args.method} needs lightly: pip install lightly")
     flags = {"DATA.DATASET": args.dataset, "DATA.PATH": args.data_path}
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     torch.manual_seed(args.seed)
