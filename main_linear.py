@@ -207,7 +207,6 @@ def split_features(
 
     if not cfg.LINEAR.CACHED_FEATURES:
         return compute()
-    # all that the features depend on: with any other value they are computed again
     key: dict[str, object] = {
         "weights": weights,
         "backbone": section_options(cfg.MODEL.BACKBONE),
@@ -326,7 +325,6 @@ def plan_of(cfg: CfgNode, loader: GlobalLoader | FeatureLoader) -> Plan:
 
 def open_state(cfg: CfgNode, run: Run, heads: LinearHeads, points: list[GridPoint]) -> TrainState:
     """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
-    # `rate` is the number of the schedule in the plan.
     groups = [
         {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}
         for pair, point in zip(heads.pairs(), points, strict=True)

@@ -268,8 +268,7 @@ def _any_timm_model(timm_name: str, options: Options) -> nn.Module:
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise _unfit_size(timm_name, size, error) from error
     backbone = cast(Backbone, built)
-    # Some models report another width than they have, so it is measured. In eval mode: that must
-    # not change the statistics of batch norms.
+    # Measured: some models report another width. In eval mode, so that no statistics change.
     backbone.num_features = _width_at(backbone.eval(), timm_name, size, channels)
     return backbone.train()
 
