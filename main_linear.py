@@ -224,7 +224,7 @@ def split_features(
 def probe(
     cfg: CfgNode, run: Run, inputs: ProbeInputs, label: str, percent: float
 ) -> dict[str, object] | None:
-    """Train the grid of heads on `percent` of the labels; with --eval look at what is trained.
+    """Train the grid of heads on `percent` of the labels; with --eval only evaluate them.
 
     Returns the results, None if the run was asked to stop.
     """

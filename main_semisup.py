@@ -156,7 +156,7 @@ def starting_backbone(cfg: CfgNode, weights: Path | None, which: str) -> tuple[B
 def finetune(
     cfg: CfgNode, run: Run, backbone: Backbone, fingerprint: str, label: str
 ) -> dict[str, object] | None:
-    """Train a head and, unless it is frozen, the backbone; with --eval look at what is trained.
+    """Train a head and, unless it is frozen, the backbone; with --eval only evaluate it.
 
     Returns the results, None if the run was asked to stop.
     """

@@ -90,7 +90,7 @@ def _refuse_other_pixels(image: Image.Image) -> None:
     if not isinstance(image, TiffImageFile):
         return
     tags = image.tag_v2
-    # PIL would read the first channel alone (grey with alpha is LA). What stands beside RGB is
+    # PIL would read the first channel alone (grey with alpha is LA). Another channel beside RGB is
     # dropped too, but that is where editors keep selections and masks.
     if image.mode == "L" and tags.get(SAMPLES, 1) != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Batches of features in the order of their images' own loader, without an image."""
+"""Batches of features, in the order in which the loader of images would give these images."""
 
 from collections.abc import Callable, Iterator
 

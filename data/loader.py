@@ -324,7 +324,7 @@ def fetch_in_order(
 
 
 def _explained(error: Exception, timeout: float, codes: list[int | None]) -> Exception | None:
-    """Return an error of the workers in one line; None for a fault of ours."""
+    """Return an error of the workers in one line; None for a bug of this code."""
     text = str(error)
     if text.startswith("DataLoader timed out"):
         return LoaderError(

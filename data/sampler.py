@@ -20,7 +20,7 @@ from utils.randomness import hashed
 class BatchPlan:
     """How `num_samples` are cut into global batches, and those for ranks and accumulation.
 
-    `repeats` is how often an image of an epoch stands in it.
+    `repeats` is how often each image of an epoch occurs in it.
     """
 
     num_samples: int
@@ -98,7 +98,7 @@ def global_batch(order: np.ndarray, plan: BatchPlan, position: int) -> np.ndarra
 
 def rank_batches(batch: np.ndarray, plan: BatchPlan, rank: int) -> list[np.ndarray]:
     """Cut the part of `rank` out of a global batch (2,G): one array (2,n) per micro-batch."""
-    # every W-th: copies of an image stand side by side and go to different ranks
+    # every W-th: copies of an image are neighbours and go to different ranks
     return np.split(batch[:, rank :: plan.world], plan.accumulation, axis=1)
 
 

@@ -103,7 +103,7 @@ def overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def curve(hits: np.ndarray, misses: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Return recall and precision after each box."""
-    # boxes stand by falling score, so each row is what a higher threshold would find
+    # sorted by falling score, so the first n boxes are those above some threshold
     right, wrong = hits.cumsum(), misses.cumsum()
     return right / total, right / np.maximum(right + wrong, np.finfo(float).eps)
 

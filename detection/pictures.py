@@ -27,7 +27,7 @@ class Labelled(NamedTuple):
 def draw_grid(data: DetectionData, found: list[Detection], count: int, path: Path) -> None:
     """Write the first `count` images as a PNG, each with its truth and beside it what was `found`.
 
-    From four images on two of these pairs stand in a row.
+    From four images on there are two of these pairs in a row.
     """
     count = min(count, len(data))
     columns = 1 if count < 4 else 2

@@ -1,4 +1,4 @@
-"""Watch the embeddings of a run for collapse, and say in words what is seen.
+"""Watch the embeddings of a run for collapse, and report it in words.
 
 Two signs: their spread (std of unit embeddings x sqrt(D): near 1 on the whole sphere, 0 in one
 point; Chen & He 2020, arXiv:2011.10566) and their uncentred effective rank (RankMe,
@@ -59,7 +59,7 @@ class CollapseMonitor:
         self._rows, self._looks = deque(state["embeddings"]), state["looks"]
 
     def look(self) -> dict[str, float]:
-        """Return the spread and, now and then, the effective rank of what was noted."""
+        """Return the spread and, now and then, the effective rank of the noted embeddings."""
         # One embedding has a spread of 0, which is no collapse.
         if not self._rows or len(self._rows[-1]) < 2:
             return {}

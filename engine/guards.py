@@ -98,7 +98,7 @@ class FiniteGuard:
         self._pending = (norm, step, batches, loss)
 
     def flush(self) -> None:
-        """Read what is pending, e.g. before a checkpoint."""
+        """Check the pending norm now, e.g. before a checkpoint."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._raise_if_bad(*pending)

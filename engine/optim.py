@@ -80,7 +80,7 @@ class LARS(torch.optim.Optimizer):
 def check_optimizer(node: CfgNode, section: str = "") -> None:
     """Raise `ValueError` for a `timm/<name>` that timm lacks or that our loop cannot serve.
 
-    `section` is what the `OPTIM` section stands in (`LINEAR.`), for the message.
+    `section` (`LINEAR.`) is the section around `OPTIM`, for the message.
     """
     if not node.NAME.startswith(_TIMM):
         return
@@ -108,7 +108,7 @@ def check_optimizer(node: CfgNode, section: str = "") -> None:
 
 
 def _timm_optimizer(node: CfgNode, groups: list[Group]) -> torch.optim.Optimizer:
-    """Build timm's optimiser over our groups; what a key leaves at its default is timm's own."""
+    """Build timm's optimiser over our groups; a key at its default means timm's default."""
     name = node.NAME.removeprefix(_TIMM)
     info = timm.optim.get_optimizer_info(name)
     options: dict[str, Any] = {}

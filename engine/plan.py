@@ -33,7 +33,7 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     def progress(self, step: int) -> Progress:
-        """Return where optimiser step `step` stands."""
+        """Return how far the run is at optimiser step `step`."""
         return Progress(step, self.steps_per_epoch, self.total_steps)
 
     def weight_decay_at(self, step: int) -> float:
@@ -88,7 +88,7 @@ def make_plan(
 ) -> Plan:
     """Derive the plan from an `OPTIM` and a `SCHEDULE` section; `LR_BATCH` may scale the rates.
 
-    `section` is what both stand in (`LINEAR.`), for messages.
+    `section` (`LINEAR.`) is the section around both, for messages.
     """
     warmup = schedule.WARMUP_EPOCHS * steps_per_epoch
     if schedule.WARMUP_EPOCHS and schedule.WARMUP_EPOCHS >= epochs:

@@ -188,7 +188,7 @@ def replay(run: Run, framework: torch.nn.Module, kept: State, path: Path) -> lis
 
 
 def verdict(found: list[Finding], bad_inputs: str, bad_weights: bool, world: int) -> str:
-    """Say what is wrong and what to do, from the findings in the run's precision and in fp32."""
+    """Return the cause and the remedy, from the findings in the run's precision and in fp32."""
     first, last = found[0], found[-1]
     if bad_weights:
         return (

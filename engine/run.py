@@ -42,7 +42,7 @@ logger = logging.getLogger("synco")
 
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")  # a person compares the first digits
 _STATUS_SECONDS = 5.0  # between two looks at a run that trains
-_SECTIONS = {"linear": "LINEAR", "semisup": "FINETUNE"}  # where OPTIM stands; else at the top
+_SECTIONS = {"linear": "LINEAR", "semisup": "FINETUNE"}  # whose OPTIM it is; else that at the top
 
 
 class Run(Precision):
@@ -252,7 +252,7 @@ class Run(Precision):
     def _refresh_status(self, step: int) -> None:
         """Write the status of a run that trains, unless the folder or the disk is in trouble."""
         start = time.monotonic()
-        # The next checkpoint says what is wrong; a look at the status must not end a run.
+        # The next checkpoint reports a full disk; a lost status must not end a run.
         with contextlib.suppress(OSError):
             if self.training and self._holds_lock():
                 write_text(self.folder / "status.json", self._status_text("running", step))
@@ -280,7 +280,7 @@ class Run(Precision):
     # ---- what a person sees ----------------------------------------------------------------------
 
     def describe(self, module: nn.Module, plan: Plan, num_images: int) -> None:
-        """Say what is about to be trained, on what, for how long."""
+        """Log the model, the data and the plan of the run."""
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         size = f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:,}"
         name = type(module).__name__

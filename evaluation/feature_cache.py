@@ -125,7 +125,7 @@ def _store(path: Path, key: Key, features: SharedFeatures, images: int) -> None:
                 written = write_synced(tmp_path(path), lambda file: _fill(file, features, chunks))
         except (OSError, ValueError) as reason:
             error = reason
-    for _ in chunks:  # whoever fails still takes part: the others wait in each chunk
+    for _ in chunks:  # a process that failed still takes part, since the others wait in each chunk
         pass
     missing = np.setdiff1d(np.arange(images), features.indices.numpy()).tolist()
     shape = {"rows": len(features), "width": features.width, "missing": missing}

@@ -192,7 +192,7 @@ def summarise(
         **{f"last_{name}": value for name, value in accuracies.items()},
         **{f"best_{name}": value for name, value in best.items()},
     }
-    # The best epoch on the test split is chosen by its own result, so it is optimistic.
+    # The best epoch is chosen on the test split itself, so its accuracy is optimistic.
     if not node.HOLD_OUT:
         logger.info(
             "best: over epochs on the test split, as published scripts report; last: not chosen"

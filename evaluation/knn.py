@@ -49,7 +49,7 @@ def nearest(
             similarity, rows = _top(block @ columns, k)
             similarity = torch.cat([best[number][0], similarity], dim=1)
             rows = torch.cat([best[number][1], rows + seen], dim=1)
-            # Earlier rows stand first, so a stable sort gives equals the smaller row.
+            # Earlier rows come first, so a stable sort puts the smaller row first among equals.
             similarity, order = similarity.sort(dim=1, descending=True, stable=True)
             best[number] = similarity[:, :k], rows.gather(1, order[:, :k])
         seen += len(chunk)

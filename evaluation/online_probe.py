@@ -58,7 +58,7 @@ class OnlineProbe:
         # one exchange; every rank gets the same sum, so that the heads stay equal
         mean = all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
         mean /= world_size() * len(self._losses)
-        # fp16 may overflow while the scaler finds its scale: such a batch teaches nothing. A mask,
+        # fp16 may overflow while the scaler finds its scale: such a batch is left out. A mask,
         # since a look would wait for the device.
         mean.masked_fill_(~torch.isfinite(mean).all(), 0)
         for grad, part in zip(grads, mean.split([g.numel() for g in grads]), strict=True):

@@ -191,8 +191,8 @@ def write_result(
 ) -> dict[str, object]:
     """Write `result.json` of a finished probe and return it.
 
-    `what` was probed stands first. Weight decays are named where there are several. Heads that
-    diverged are listed with their step and have no accuracy.
+    It begins with the entries of `what`. Weight decays are named where there are several. Heads
+    that diverged are listed with their step and have no accuracy.
     """
     closed = diverged(points, closed_at)
     trained = [point for point in points if point.name not in closed]
@@ -200,7 +200,7 @@ def write_result(
     def best_of(point: GridPoint) -> float:
         return best.get(f"{point.name}/top1", final[f"{point.name}/top1"])
 
-    # By the best epoch, as the published tables do; the final accuracy stands beside it.
+    # By the best epoch, as the published tables do; the final accuracy is written too.
     chosen = max(trained, key=best_of)
     several = len({point.weight_decay for point in points}) > 1
     result = {

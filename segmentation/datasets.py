@@ -146,7 +146,7 @@ def _check_files(files: list[Path], what: str) -> None:
 
 
 def _look_at_some(data: SegmentationData) -> None:
-    """Read a few label maps: a wrong kind of mask or LABEL_MAP is told before a run starts."""
+    """Read a few label maps: refuse a wrong kind of mask or LABEL_MAP before a run."""
     # Spread over the split: a mistake may be in a part of it only.
     for index in range(0, len(data), -(-len(data) // _LOOKED_AT)):
         try:

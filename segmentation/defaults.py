@@ -125,7 +125,7 @@ def segmentation_schema() -> Schema:
 def load_segmentation_config(
     files: list[str | None], opts: list[str], flags: dict[str, Value]
 ) -> CfgNode:
-    """Merge files, `--opts` and flags over the defaults and refuse what no segmenter can be.
+    """Merge files, `--opts` and flags over the defaults and refuse what cannot be built.
 
     Raises `ConfigError` naming key, value and remedy.
     """

@@ -139,7 +139,7 @@ def open_state(cfg: CfgNode, run: Run, segmenter: Segmenter) -> TrainState:
 
 
 class Judge:
-    """Evaluate a segmenter as it is now; what the last evaluation found is kept for the result."""
+    """Evaluate a segmenter; the last evaluation is kept for the result."""
 
     def __init__(
         self, run: Run, segmenter: Segmenter, test: SegmentationData, multi_scale: bool

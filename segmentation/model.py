@@ -58,7 +58,7 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return losses of labels (N,H,W), or logits (G*N,C,h,w) of G heads if there are none."""
-        # what is frozen needs no graph
+        # a frozen backbone needs no graph
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.backbone(images)
         logits = self.decode_head(maps)

@@ -177,7 +177,7 @@ def facts_of(checkpoint: Mapping[str, object], record: Mapping[str, object]) -> 
 
 
 def _held(value: object) -> str:
-    """Say what an entry of a foreign file is; "" for a tensor, which is part of a network."""
+    """Describe an entry of a foreign file; "" for a tensor, which is part of a network."""
     if tensors := tensors_of(value):
         queues = [f", {name} {tuple(t.shape)}" for name, t in tensors.items() if _is_queue(name, t)]
         return f"{len(tensors)} tensors{''.join(queues)}"

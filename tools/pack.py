@@ -273,7 +273,7 @@ def _index(partial: Partial, source: Source) -> PackIndex:
 
 
 def verify(path: Path) -> None:
-    """Read a whole pack and compare it with its checksums; `ValueError` names what is wrong."""
+    """Read a whole pack and compare it with its checksums; `ValueError` names a damaged image."""
     source = PackedSource(path)
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory

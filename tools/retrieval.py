@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def image_size(protocol: str, imsize: int | None) -> int:
-    """Return the longest side of an image, 0 for the square view; `ValueError` for what is none."""
+    """Return the longest side of an image, 0 for the square view; `ValueError` for another text."""
     if protocol == "view":
         if imsize is not None:
             raise ValueError(
@@ -180,7 +180,7 @@ def photo_features(backbone: Backbone, scales: Sequence[float]) -> Callable[[Ten
             height, width = x.shape[2:]
             if min(height, width) < step:  # thinner than a patch
                 x = interpolate(x, (max(height, step), max(width, step)), mode="bilinear")
-            # DINO's patch embedding leaves out what is no whole patch, right and below
+            # DINO's patch embedding leaves out incomplete patches at the right and below
             height, width = (side // step * step for side in x.shape[2:])
             found.append(body_at((height, width))(x[:, :, :height, :width]))
         return torch.stack(found).float().mean(dim=0)

@@ -22,7 +22,7 @@ _PATIENCE = 3.0
 
 _count = 0  # notes so far; alike on all ranks at the same line of the program
 _latest = ("", time.monotonic())  # the newest note of this process, and when
-_told = ""  # what was found out once: asking again would wait again
+_told = ""  # the answer of the first question: a second one would wait again
 
 
 def beat(doing: str) -> None:
@@ -41,7 +41,7 @@ def latest() -> tuple[str, float]:
 
 
 def missing() -> str:
-    """Say after a failed collective who does not answer and since when; empty if all do."""
+    """Return which process does not answer after a failed collective, and since when; else ""."""
     global _told
     if not _told and distributed.world_size() > 1:
         silent = "the process that holds the common store, rank 0, does not answer"

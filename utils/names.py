@@ -33,7 +33,7 @@ def shown_name(metric: str) -> str:
 def board_tag(metric: str, task: str = "pretrain") -> str:
     """Return the tag of a metric in TensorBoard, whose first part is its group.
 
-    Pretraining has groups of its own: `train/loss`, `knn/k20_top1`, `health/embedding_std`,
+    Pretraining has several groups: `train/loss`, `knn/k20_top1`, `health/embedding_std`,
     `optim/lr`. All of another program are one group, the heads of a grid together:
     `linear/top1/lr0.3`.
     """

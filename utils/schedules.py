@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimiser steps done so far, out of how many."""
+    """How far a run is: optimiser steps done, out of how many."""
 
     step: int
     steps_per_epoch: int

@@ -27,7 +27,7 @@ class RandomResizedCrop(SpatialOp):
     interpolation: str = "bilinear"
 
     def draw(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Draw boxes (N,4) int64 by the law of torchvision's RandomResizedCrop."""
+        """Draw boxes (N,4) int64 with the distribution of torchvision's RandomResizedCrop."""
         draws = CropDraws(self, keys)
         sizes = zip(heights.tolist(), widths.tolist(), strict=True)
         # A box depends on its image's size. So it is found image by image.
@@ -58,7 +58,7 @@ class CropDraws:
         self._corners = np.stack([uniform(keys, top), uniform(keys, left)], axis=1).tolist()
 
     def box(self, sample: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return a sample's crop (top, left, height, width) of an image by torchvision's law."""
+        """Return a sample's crop (top, left, height, width), drawn as torchvision does."""
         # The first of ten attempts that fits, else the central crop.
         # Plain numbers: for one image arrays are twenty times slower.
         for share, ratio in zip(self._shares[sample], self._ratios[sample], strict=True):
@@ -127,7 +127,7 @@ class RandomCropPad(SpatialOp):
     padding: int = 4
 
     def draw(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Draw boxes (N,4) int64 in the padded images, by the law of torchvision's RandomCrop.
+        """Draw boxes (N,4) int64 in the padded images, as torchvision's RandomCrop does.
 
         Raises ValueError if a padded image is smaller than the window.
         """

@@ -21,7 +21,7 @@ def finetune_recipe(
     """Return the training view of DeiT, Swin and SiT: crop, flip, colours, erasing.
 
     Up to 32 pixels the crop is a shift by at most 4 (`crop_min` is then not used). As in timm,
-    RandAugment stands in for the jitter: a ValueError where both are asked for.
+    RandAugment replaces the jitter: a ValueError where both are asked for.
     """
     if color_jitter and rand_augment:
         raise ValueError(

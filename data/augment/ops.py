@@ -1,4 +1,4 @@
-"""The operations on a batch, one class each: parameters, draw and application stand together.
+"""The operations on a batch, one class each, with its parameters, draw and application.
 
 Draws are keyed by the sample (`utils.randomness`); application is deterministic and runs on any
 device. An operation may have fused kernels as well: `data.augment.fused.opcodes`.

@@ -1,9 +1,9 @@
 """The images below a folder: scanned once, then read from an index in milliseconds.
 
-An index stands outside of the data set, in a folder of the user's. It is used only while every
+An index is kept outside of the data set, in a folder of the user. It is used only while every
 folder that was scanned still has the times and the inode that it had: adding, removing or renaming
-a file sets a folder's ctime, which no program can set back. What cannot be vouched for is scanned
-again.
+a file sets a folder's ctime, which no program can set back. In all other cases the folders are
+scanned again.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ def _place(cache: str) -> Path | None:
 
 
 def _asked(root: Path, groups: Sequence[Group], extensions: tuple[str, ...]) -> str:
-    """Digest what was asked for; an index answers one question."""
+    """Return the digest that names the index of these folders and groups."""
     question = json.dumps([os.path.abspath(root), groups, extensions, _VERSION])
     return hashlib.blake2b(question.encode(), digest_size=16).hexdigest()
 

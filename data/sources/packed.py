@@ -29,7 +29,7 @@ Header: TypeAlias = dict[str, Any]  # the JSON text, as a packer wrote it
 
 
 class PackIndex(NamedTuple):
-    """The arrays of a pack of N images, in the order in which they stand in the file."""
+    """The arrays of a pack of N images, in their order in the file."""
 
     offsets: np.ndarray  # int64 (N+1,): where each record starts
     labels: np.ndarray  # int64 (N,)
@@ -55,7 +55,7 @@ _TYPES = {
 
 
 def closing(index: PackIndex, described: Header) -> Iterator[bytes]:
-    """Yield what stands behind the records: padding, the arrays, the JSON text and the tail.
+    """Yield the bytes after the records: padding, the arrays, the JSON text and the tail.
 
     `described` holds at least the `classes`, the `split` and whether the records are `raw`.
     """
@@ -149,7 +149,7 @@ class PackedSource(Source):
         return torch.frombuffer(data, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
     def fingerprint(self) -> str:
-        """Return the digest of names, labels and the images' checksums that stands in the file."""
+        """Return the digest of names, labels and the images' checksums, as the file has it."""
         return self.header["digest"]
 
 

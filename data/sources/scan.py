@@ -205,7 +205,7 @@ class Listing(NamedTuple):
 
 
 class Tree:
-    """What a scan met: packed paths, and all that must stay as it is for them to stay true."""
+    """What a scan found: packed paths, and the state of all folders that they depend on."""
 
     def __init__(
         self, root: Path, groups: Sequence[Group], extensions: tuple[str, ...] = IMG_EXTENSIONS
@@ -321,7 +321,7 @@ class Tree:
 
 
 def state(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what changes when a folder's entries change, or another folder stands in its place."""
+    """Return the times and number of a folder, which change with its entries or its place."""
     return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 

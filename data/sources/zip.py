@@ -57,7 +57,7 @@ class ZipSource(Source):
             try:
                 data = self.read(index)
             except (OSError, zlib.error):
-                continue  # whoever asks for the image reads it again, and learns what is wrong
+                continue  # reported when the image is needed and read again
             self._slot[index] = len(kept)
             kept.append(data)
             room -= len(data)

@@ -231,7 +231,7 @@ def _blur_matrix(start: Tensor, stop: Tensor, kernel: Tensor, sigma: Tensor, sid
     reach = torch.arange(MAX_KERNEL, device=start.device)
     weights = torch.exp(-0.5 * (reach / sigma[:, None]) ** 2) * (reach <= radius)
     weights = weights / (2.0 * weights.sum(1, keepdim=True) - 1.0)  # of distances 0 to 14, (N, 15)
-    weights[:, -1] = 0.0  # stands for every distance beyond
+    weights[:, -1] = 0.0  # the weight of every distance beyond
     place = torch.arange(side, device=start.device)
     j, i = place[None, None, :], place[None, :, None]
     first, last = start[:, :, None], stop[:, :, None] - 1

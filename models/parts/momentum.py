@@ -122,8 +122,8 @@ class MomentumFramework(nn.Module):
     def update_target(self, momentum: float, buffers: bool = False) -> None:
         """Move the target's parameters: target <- momentum * target + (1 - momentum) * online.
 
-        With `buffers` its buffers are averaged too. Without, they stay its own: its own forwards
-        fill them.
+        With `buffers` its buffers are averaged too. Without it they hold the statistics of the
+        target's own forwards.
         """
         # The published codes average before the forward. After the step, with the momentum of the
         # next one, the sequence is the same, and the forward changes no weights.

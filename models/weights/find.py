@@ -2,7 +2,7 @@
 
 Every tensor gets a path: the names of the entries that it lies in, then its key, joined by dots,
 such as `state_dict.module.encoder_q.conv1.weight`. A network lies where the paths go on with the
-backbone's own names. What stands before these names is its place, here
+backbone's own names. The part of the path before these names is its place, here
 `state_dict.module.encoder_q`. The words of the place say which network it is.
 """
 

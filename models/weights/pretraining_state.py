@@ -45,7 +45,7 @@ def framework_state(
 
 def _beside(encoder: str, paths: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of an encoder and of all that lies next to it, behind any wrappers."""
-    # the first path with the encoder's name tells which wrappers stand before it
+    # the words before the encoder's name in its first path are the wrappers
     for path in paths:
         words = path.split(".")
         if encoder in words:
@@ -109,7 +109,7 @@ def _moby_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
         for key, tensor in state.items():
             if match := re.fullmatch(r"linear_hidden\.(\d+)\.(.+)", key):
-                # Their hidden layers (linear, norm, ReLU) stand behind an identity.
+                # Their hidden layers (linear, norm, ReLU) come after an identity.
                 result[f"{ours}{int(match[1]) - 1}.{match[2]}"] = tensor
             elif match := re.fullmatch(r"linear_out\.(.+)", key):
                 # a hidden layer is three modules in ours: linear, norm, ReLU

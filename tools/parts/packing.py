@@ -47,12 +47,12 @@ class Partial:
 
     @staticmethod
     def journal_of(output: Path) -> Path:
-        """Return where the journal of a pack stands."""
+        """Return the path of the journal of a pack."""
         return output.with_name(f"{output.name}.partial.journal")
 
     @classmethod
     def open(cls, output: Path, settings: Settings, count: int, skip: bool) -> "Partial":
-        """Go on with what is there, or begin; `ValueError` if it is of other settings or in use."""
+        """Continue a pack or begin one; `ValueError` if its settings differ or it is in use."""
         path = output.with_name(f"{output.name}.partial")
         journal = cls.journal_of(output).open("a+b")
         _lock(journal, path)
@@ -100,7 +100,7 @@ class Partial:
         self.committed, self.pending, self.since = self.done, 0, time.monotonic()
 
     def close_file(self, index: PackIndex, described: dict[str, object]) -> None:
-        """Write what stands behind the records."""
+        """Write the index after the records."""
         for part in closing(index, described):
             self.data.write(part)
         self.data.flush()

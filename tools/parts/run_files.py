@@ -78,7 +78,7 @@ class RunFiles:
         return rates[len(rates) // 2] if rates else None
 
     def step(self) -> int:
-        """Return the last step that a file speaks of."""
+        """Return the last step that status.json or metrics.jsonl mentions."""
         status = self.status.get("step")
         last = max((int(row["step"]) for row in self.rows if "step" in row), default=0)
         return max(last, status if isinstance(status, int) else 0)

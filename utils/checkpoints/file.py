@@ -71,7 +71,7 @@ def save(folder: Path, step: int, state: Contents, *, meta: Record) -> Path:
             os.replace(tmp, target)
         else:
             os.replace(tmp, target)
-            # the commit below must not become durable before what it vouches for
+            # the file must be on the disk before the commit below, which says that it is whole
             sync_folder(folder)
             with removed_on_error(target):
                 _write_record(target, record)

@@ -40,7 +40,7 @@ class StandIn:
         """Take an item, as a list would."""
 
     def __str__(self) -> str:
-        """Return the dotted name of what was to be called."""
+        """Return the dotted name of the function that the file wants to call."""
         return self.target
 
 
@@ -222,7 +222,7 @@ class _Unpickler(pickle._Unpickler):
 
     def load_additems(self) -> None:
         values = self.pop_mark()
-        set.update(self.stack[-1], self._make_set(values))  # TypeError for what is no set
+        set.update(self.stack[-1], self._make_set(values))  # TypeError for another type
 
     def load_frozenset(self) -> None:
         values = self.pop_mark()

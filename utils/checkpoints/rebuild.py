@@ -1,6 +1,6 @@
-"""Build tensors and arrays from what a pickle says of them: functions of ours that trust no size.
+"""Build tensors and arrays from the values in a pickle; every size is checked.
 
-Each one checks its arguments before it builds anything. It raises `ForeignFileError`, or
+Each function checks its arguments before it builds anything. It raises `ForeignFileError`, or
 `TypeError` or `ValueError` for arguments that no honest file has.
 """
 

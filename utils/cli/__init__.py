@@ -113,7 +113,7 @@ def _mixed_precision() -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-# What is told the reason of an error that ends the program: a run that has not begun to train.
+# Functions that note the reason of an error that ends the program, for a run before training.
 at_failure: list[Callable[[str], None]] = []
 
 
@@ -154,7 +154,7 @@ _MEMORY_REMEDY = "lower --batch-size and raise --accumulation-steps, or add --us
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:
-    """Return exit code and line of an error that a person can mend, None of a fault of ours."""
+    """Return exit code and line of an error that a person can mend, None for a bug of this code."""
     # Types of other modules go by their names: nothing heavy is imported here.
     name, text = type(error).__name__, str(error)
     number = error_number(error)

@@ -46,7 +46,7 @@ class _List(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses what it does not know, with the nearest flag or the spelling of ours."""
+    """Refuses unknown flags, and names the nearest one or our spelling of it."""
 
     section = ""  # of the program in the configuration, for messages: `LINEAR.`
 

@@ -14,7 +14,7 @@ def _option(key: str, value: str = "{}") -> str:
     return f"--opts MODEL.METHOD.{key} {value}, METHOD being MOCO_V2, SYNCO, MOCOV3, ..."
 
 
-# {} is the value that was given; SCHEDULE and OPTIM stand in the section of the program.
+# {} is the value that was given; SCHEDULE and OPTIM are those of the program.
 _VALUED = {
     "-a": "--backbone {}",
     "--arch": "--backbone {}",

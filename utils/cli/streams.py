@@ -39,7 +39,7 @@ def _output(stream: io.TextIOWrapper, kind: type[io.TextIOWrapper]) -> io.TextIO
 
 
 class _Pipe(io.FileIO):
-    """Drop what nobody reads any more (`| head -1`): the program goes on with its work."""
+    """Drop output once its reader has gone (`| head -1`); the program continues."""
 
     def write(self, data: Any, /) -> int:
         try:

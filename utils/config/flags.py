@@ -48,5 +48,5 @@ FLAGS: dict[str, Flag] = {
     "--precision": Flag(MACHINE, "TRAIN.PRECISION", "auto, fp32, bf16 or fp16"),
     "--use-checkpoint": Flag(MACHINE, "TRAIN.USE_CHECKPOINT", "save memory", constant=True),
 }
-# Programs that train a head have keys of their own for these.
+# Programs that train a head have other keys for these.
 OF_PRETRAINING = ("--lr", "--weight-decay")

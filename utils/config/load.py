@@ -206,7 +206,7 @@ def _named(key: str) -> str:
 
 def _flag_of(key: str) -> str:
     section, _, name = key.partition(".")
-    # the probes give these two flags keys of their own
+    # the probes have other keys for these two flags
     key = f"TRAIN.{name}" if section in ("LINEAR", "FINETUNE") else key
     flags = {flag.key: name for name, flag in FLAGS.items() if flag.constant in (None, True)}
     return flags.get(key, "")

@@ -72,7 +72,7 @@ def _classes() -> dict[str, tuple[str, str]]:
 
 
 def _options(file: str, name: str) -> Iterator[tuple[str, Key]]:
-    """Yield the keyword-only parameters of a class. `**rest` stands for those of its base."""
+    """Yield the keyword-only parameters of a class. `**rest`: those of its base too."""
     found = next(
         node for node in _module(file).body if isinstance(node, ast.ClassDef) and node.name == name
     )

@@ -1,7 +1,7 @@
 """Translate the yaml files of MoBY and SynCo-v2 into keys of this repository.
 
-Both have the tree of Swin's published code. A translated file stands on our recipe of the same
-method, so what that code does without a key (scaled rates, no decay of biases) holds here too.
+Both have the tree of Swin's published code. A translated file has our recipe of the same
+method as its base: there are what that code does without a key (scaled rates, no decay of biases).
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from utils.config.key import Value
 
 _RECIPES = Path(__file__).resolve().parents[2] / "configs" / "_base_"
-# Their method -> our method, and the recipe that a translated file stands on.
+# Their method -> our method, and the recipe that is the base of a translated file.
 _METHODS = {
     "moby": ("moby", "moby_recipe.yaml"),
     "byol": ("byol", "byol_recipe.yaml"),
@@ -25,7 +25,7 @@ _DEFAULTS: dict[str, Value] = {
     "TRAIN.WARMUP_EPOCHS": 20,
     "TRAIN.WEIGHT_DECAY": 0.05,
 }
-# {} stands for the section of the method.
+# {} is the section of the method.
 _RENAMED = {
     "DATA.BATCH_SIZE": "TRAIN.BATCH_SIZE",
     "DATA.DATA_PATH": "DATA.PATH",

@@ -39,7 +39,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
-            # Aliases of aliases can stand for more than fits into memory.
+            # A few aliases of aliases can expand to more than fits into memory.
             raise yaml.YAMLError("aliases (*name) are not allowed")
         if getattr(self.peek_event(), "tag", None):
             raise yaml.YAMLError("tags (!name) are not allowed")

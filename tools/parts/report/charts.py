@@ -97,7 +97,7 @@ def _axes(ticks: list[float], epochs: list[float], last: float, place: object) -
 
 
 def _event(foot: Point, name: str, y: float) -> str:
-    late = foot[0] > _WIDTH * 0.6  # its name stands left of the line
+    late = foot[0] > _WIDTH * 0.6  # the name goes to the left of the line
     x, anchor = (foot[0] - 4, "end") if late else (foot[0] + 4, "start")
     line = f'<path class="event" d="M{foot[0]:.1f} {y - 8:.1f}V{foot[1]:.1f}"/>'
     return line + _text(x, y, name, anchor, "note")

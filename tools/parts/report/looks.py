@@ -26,7 +26,7 @@ _MAPPED = 600  # points of a map
 
 
 class Tile(NamedTuple):
-    """A picture as a data URI, what stands below it, and the kind of its frame."""
+    """A picture as a data URI, the text below it, and the kind of its frame."""
 
     uri: str
     caption: str
