@@ -128,12 +128,7 @@ def main() -> int:
         return 0
     evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, args.eval, probe)
     if args.eval:
-        if not resumed:
-            raise ValueError(
-                f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
-            )
-        progress = plan.progress(state.step)
-        run.meter.record(progress, evaluate(progress), state)
+        evaluate_once(run, state, plan, evaluate, resumed)
         return 0
 
     # The one place where model and data meet; the engine knows neither.
@@ -156,6 +151,18 @@ def main() -> int:
     if outcome is Outcome.DONE:  # a run that is asked to stop has no time for pictures
         show_restored(run, framework, source, recipe, state.step)
     return outcome.value
+
+
+def evaluate_once(
+    run: Run, state: TrainState, plan: Plan, evaluate: Evaluations, resumed: bool
+) -> None:
+    """Evaluate the checkpoint that was resumed from, and log the result."""
+    if not resumed:
+        raise ValueError(
+            f"--eval: {run.folder} holds no checkpoint; train first, or give --resume FILE"
+        )
+    progress = plan.progress(state.step)
+    run.meter.record(progress, evaluate(progress), state)
 
 
 def probe_beside(
