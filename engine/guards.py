@@ -18,6 +18,7 @@ logger = logging.getLogger("synco")
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # a launcher forwards what the terminal or the scheduler has sent to its workers too
 _ECHO_SECONDS = 3.0
+_NAMED = 16  # samples in a message
 _MAX_OVERFLOWS = 20  # steps in a row that a gradient scaler may skip
 
 
@@ -121,9 +122,9 @@ class FiniteGuard:
             raise error
 
 
-def sample_names(batches: Sequence[Batch], most: int = 16) -> str:
+def sample_names(batches: Sequence[Batch]) -> str:
     """Return the first indices of a step's samples, and how many there are."""
     indices = [int(index) for batch in batches for index in batch.indices]
-    return ", ".join(map(str, indices[:most])) + (
-        f", ... ({len(indices)} in all)" if len(indices) > most else ""
+    return ", ".join(map(str, indices[:_NAMED])) + (
+        f", ... ({len(indices)} in all)" if len(indices) > _NAMED else ""
     )

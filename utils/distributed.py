@@ -122,25 +122,24 @@ def broadcast_object(value: T, src: int = 0) -> T:
     return box[0]
 
 
-def broadcast(tensor: Tensor, src: int = 0) -> Tensor:
-    """Overwrite `tensor` with rank `src`'s values and return it."""
+def broadcast(tensor: Tensor) -> Tensor:
+    """Overwrite `tensor` with rank 0's values and return it."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=src)
+        dist.broadcast(tensor, src=0)
     return tensor
 
 
-def broadcast_host(tensor: Tensor, src: int = 0) -> Tensor:
-    """Overwrite a `tensor` on the host with rank `src`'s values and return it."""
+def broadcast_host(tensor: Tensor) -> Tensor:
+    """Overwrite a `tensor` on the host with rank 0's values and return it."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=src, group=_host_group)
+        dist.broadcast(tensor, src=0, group=_host_group)
     return tensor
 
 
-def broadcast_module(module: nn.Module, src: int = 0) -> None:
-    """Give every rank the parameters and buffers of rank `src`."""
-    if world_size() > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(tensor.detach(), src=src)
+def broadcast_module(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        broadcast(tensor.detach())
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

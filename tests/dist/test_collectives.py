@@ -42,7 +42,7 @@ def sums() -> tuple[Tensor, Tensor, list[bool]]:
     returned = distributed.all_reduce_sum(own)
     assert returned is own
     flags = [distributed.any_rank(rank == who) for who in (0, 1, 2)]
-    return own, distributed.broadcast(torch.full((2,), float(rank)), src=0), flags
+    return own, distributed.broadcast(torch.full((2,), float(rank))), flags
 
 
 def test_sums_flags_and_tensors(ranks: Pool) -> None:

@@ -64,20 +64,17 @@ def best_text(folder: Path, best: Mapping[str, float], keep_best: str) -> str:
     return f"{name} {best[name]:.2f}{when}"
 
 
-def command(
-    program: str, args: argparse.Namespace, flags: Mapping[str, Value], carried: Sequence[str] = ()
-) -> str:
+def command(program: str, args: argparse.Namespace, flags: Mapping[str, Value]) -> str:
     """Return the command line of `program` on the run, data and backbone of this command line."""
-    prefixes = (*_CARRIED, *carried)
     words = ["python", program]
     if args.cfg:
         words += ["--cfg", args.cfg]
-    left = {key: value for key, value in flags.items() if key.startswith(prefixes)}
+    left = {key: value for key, value in flags.items() if key.startswith(_CARRIED)}
     for name, flag in FLAGS.items():
         if flag.key in left and flag.constant in (None, left[flag.key]):
             value = left.pop(flag.key)
             words += [name] if flag.constant is not None else [name, str(value)]
-    opts = [(key, text) for key, text in opts_pairs(args.opts) if key.startswith(prefixes)]
+    opts = [(key, text) for key, text in opts_pairs(args.opts) if key.startswith(_CARRIED)]
     if opts:
         words += ["--opts", *(f"{key}={text}" for key, text in opts)]
     return shlex.join(words)

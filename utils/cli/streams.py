@@ -8,10 +8,10 @@ from typing import Any
 from utils.names import visible
 
 
-def guard_streams(escape: bool = True) -> None:
+def guard_streams() -> None:
     """Let this process write, also if its standard output or error was closed at the start.
 
-    Control characters in what is printed are shown as escapes, if `escape`.
+    Control characters in printed text are shown as escapes.
     """
     # Else the next file that is opened, a checkpoint even, gets the number 2, and libraries write
     # their messages into it.
@@ -22,7 +22,7 @@ def guard_streams(escape: bool = True) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     # not one of a test
     elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
-        sys.stdout = _output(sys.stdout, _Visible if escape else io.TextIOWrapper)
+        sys.stdout = _output(sys.stdout)
 
 
 def _fill_gaps() -> None:
@@ -31,11 +31,13 @@ def _fill_gaps() -> None:
     os.close(number)
 
 
-def _output(stream: io.TextIOWrapper, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
+def _output(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     stream.flush()
     raw = _Pipe(stream.fileno(), "wb", closefd=False)
     lines = stream.line_buffering or stream.write_through  # the latter: python -u
-    return kind(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=lines)
+    return _Visible(
+        io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=lines
+    )
 
 
 class _Pipe(io.FileIO):
