@@ -67,13 +67,19 @@ class Evaluations:
         every = cfg.KNN.EVERY_EPOCHS
         self.knn_by_default = every < 0
         self.knn_every = _KNN_EVERY if self.knn_by_default else every
-        if every > 0 or probe or (at_once and not self.held_out):
-            self.knn = labelled_splits(cfg.DATA, source)
-        elif self.knn_by_default and not at_once:
-            # Nobody asked for it, so a data set without labels or test images goes without.
+        wanted = every > 0 or probe is not None or (at_once and not self.held_out)
+        if wanted or (self.knn_by_default and not at_once):
             try:
                 self.knn = on_all(lambda: labelled_splits(cfg.DATA, source))
             except (ValueError, OSError) as error:
+                if probe:
+                    raise ValueError(
+                        f"PROBE.ONLINE: the probe is tested on labelled images of a split val; "
+                        f"{error}; or set PROBE.ONLINE to False"
+                    ) from error
+                if wanted:
+                    raise
+                # Nobody asked for it, so a data set without labels or test images goes without.
                 logger.info("no k-NN while this run trains: %s", str(error).partition(";")[0])
         if not cfg.CHECKPOINT.KEEP_BEST.startswith("held_out_" if self.held_out else "-"):
             names = [f"knn{k}_{top}" for k in cfg.KNN.K for top in ("top1", "top5")]

@@ -54,9 +54,12 @@ def evaluate(
     """
     mine = distributed.on_all(lambda: list(detections(model, data, cfg, device)))
     everything = _gather(mine, device)
-    if cfg.DATA.DATASET == "voc":
-        return distributed.on_main(lambda: _voc(everything, data))
-    return distributed.on_main(lambda: _coco(everything, data, cfg.MODEL.RCNN.MASKS))
+    match cfg.DATA.DATASET:
+        case "coco":
+            return distributed.on_main(lambda: _coco(everything, data, cfg.MODEL.RCNN.MASKS))
+        case "voc":
+            return distributed.on_main(lambda: _voc(everything, data))
+    raise ValueError(f"DATA.DATASET: {cfg.DATA.DATASET!r} has no metric; use coco or voc")
 
 
 def detections(

@@ -131,7 +131,8 @@ class Measured(NamedTuple):
         if not self.scores:
             return {}
         others = {name: self.splits[name] for name in (PIXELS, RANDOM)}
-        return knn_levels(others, self.images.bank.num_classes, int(self.curve[3:]))
+        classes, temperature = self.images.bank.num_classes, self.run.cfg.KNN.TEMPERATURE
+        return knn_levels(others, classes, int(self.curve[3:]), temperature)
 
 
 def main() -> int:
@@ -188,7 +189,8 @@ def measure(run: Run) -> Measured:
     scores = {}
     for name, split in splits.items() if images.labelled else ():
         logger.info("probing %s", name)
-        scores[name] = evaluate(split, images.bank.num_classes, run.seed)
+        classes, temperature = images.bank.num_classes, run.cfg.KNN.TEMPERATURE
+        scores[name] = evaluate(split, classes, run.seed, temperature)
     title = f"{run.cfg.NAME}/{run.cfg.TAG}, step {found.step}, {images.words}"
     return Measured(run, open_run_files(run.folder), found, images, splits, scores, title)
 

@@ -33,7 +33,7 @@ def pets(path: str, split: str, download: bool = False) -> FileSource:
     if download:
         parent = Path(path).parent if Path(path).name == _PETS else Path(path)
         on_main(lambda: _download_pets(parent))
-    root = _inside(path, _PETS, "pets", ", or add --download")
+    root = _inside(path, _PETS, "annotations", "pets", ", or add --download")
     listing = root / "annotations" / {"train": "trainval.txt", "val": "test.txt"}[split]
     rows = [line.split() for line in _read(listing, "pets") if not line.startswith("#")]
     wrong = [row for row in rows if len(row) < 2 or row[1] not in _PET_IDS]
@@ -60,7 +60,7 @@ def tinyimagenet(path: str, split: str, index_cache: str = "off") -> FileSource:
     `path` is the folder tiny-imagenet-200 or the one that holds it. Classes are named by the first
     word of words.txt.
     """
-    root = _inside(path, _TINY, "tinyimagenet")
+    root = _inside(path, _TINY, "wnids.txt", "tinyimagenet")
     wnids = sorted(_read(root / "wnids.txt", "tinyimagenet"))
     lines = _read(root / "words.txt", "tinyimagenet")
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
@@ -117,11 +117,10 @@ def folder_split(path: str, split: str) -> FileSource:
     return FileSource(Path(path), chosen, [-1] * len(chosen), [])
 
 
-def _inside(path: str, name: str, dataset: str, remedy: str = "") -> Path:
-    """Return the folder `name` in `path`, or `path` where it is that folder itself."""
+def _inside(path: str, name: str, marker: str, dataset: str, remedy: str = "") -> Path:
+    """Return the folder `name` in `path`, or `path` itself; `marker` must lie in it."""
     inside = Path(path) / name
     root = inside if is_folder(inside) else Path(path)
-    marker = {"pets": "annotations", "tinyimagenet": "wnids.txt"}[dataset]
     if not (root / marker).exists():
         raise ValueError(
             f"DATA.PATH (--data-path) {path!r}: DATA.DATASET {dataset!r} needs {name}/ there, with "

@@ -15,11 +15,14 @@ def read_split(
         raise AnnotationError(
             f"DATA.PATH (--data-path): {root!r} is no folder; give the data set's root"
         )
-    if dataset == "coco":
-        if classes:
-            raise AnnotationError(
-                f"DETECTION.CLASSES: {classes!r}; COCO's file names its classes, leave it empty"
-            )
-        return read_coco(Path(root), split, masks)
-    names = [name.strip() for name in classes.split(",") if name.strip()]
-    return read_voc(Path(root), split, names)
+    match dataset:
+        case "coco":
+            if classes:
+                raise AnnotationError(
+                    f"DETECTION.CLASSES: {classes!r}; COCO's file names its classes, leave it empty"
+                )
+            return read_coco(Path(root), split, masks)
+        case "voc":
+            names = [name.strip() for name in classes.split(",") if name.strip()]
+            return read_voc(Path(root), split, names)
+    raise AnnotationError(f"DATA.DATASET: {dataset!r} has no reader; use coco or voc")

@@ -279,6 +279,15 @@ def _width_at(backbone: nn.Module, timm_name: str, size: int, channels: int) -> 
     # Noise without a generator, whose state would change the run.
     pixels = torch.arange(channels * size * size, dtype=torch.float32).mul(12.9898).sin()
     images = pixels.view(1, channels, size, size).requires_grad_()
+    # Norms and scales that start at 0 shut a residual branch, and through the shortcuts alone
+    # a network sees few pixels. They count as they will when they have learned.
+    shut = [
+        parameter
+        for name, parameter in backbone.named_parameters()
+        if parameter.ndim <= 1 and not name.endswith("bias") and not parameter.any()
+    ]
+    for parameter in shut:
+        parameter.data.fill_(1.0)
     try:
         features = backbone(images)
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
@@ -290,6 +299,8 @@ def _width_at(backbone: nn.Module, timm_name: str, size: int, channels: int) -> 
     width = int(features.shape[1])
     # unequal weights: the plain sum of layer-normed features is constant and has no gradient
     (gradient,) = torch.autograd.grad((features * torch.linspace(1.0, 2.0, width)).sum(), images)
+    for parameter in shut:
+        parameter.data.zero_()
     seen = gradient.abs().amax((0, 1, 3)).nonzero()
     stages = getattr(backbone, "feature_info", None) or [{"reduction": 32}]
     if len(seen) and int(seen.max()) < size - 1:

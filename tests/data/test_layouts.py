@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import datasets as tv_datasets
 
 from data.sources import build_source, is_labelled, open_split
-from data.sources.named_sets import PET_BREEDS
+from data.sources.named_sets import PET_BREEDS, _inside
 from utils.config.schema import declare
 
 
@@ -198,3 +198,12 @@ def test_incomplete_copies_are_refused(few_pets: Path, tiny: Path, tmp_path: Pat
     save(tmp_path / "flat" / "only.jpg", 1)
     with pytest.raises(ValueError, match="needs at least 2 of them, not 1"):
         build_source("folder_split", str(tmp_path / "flat"), "train")
+
+
+def test_a_set_without_its_marker_is_told_whatever_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'birds' needs cub/ there, with images.txt in it"):
+        _inside(str(tmp_path), "cub", "images.txt", "birds")
+    (tmp_path / "cub").mkdir()
+    (tmp_path / "cub" / "images.txt").touch()
+    for place in (tmp_path, tmp_path / "cub"):
+        assert _inside(str(place), "cub", "images.txt", "birds") == tmp_path / "cub"

@@ -5,17 +5,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import shapes
 import torch
+from torch import nn
+from yacs.config import CfgNode
 
 from detection import augment
 from detection import loader as loading
-from detection.defaults import load_detection_config
-from detection.sources.annotations import AnnotationError, Objects
+from detection.defaults import DATASETS, load_detection_config
+from detection.evaluation import evaluate
+from detection.sources.annotations import AnnotationError, DetectionData, Objects
 from detection.sources.coco import read_coco
 from detection.sources.datasets import read_split
 from detection.sources.voc import VOC_CLASSES, read_voc
@@ -171,6 +175,31 @@ def test_the_packs_hold_what_their_readme_says(packs: Path) -> None:
     cells = read_voc(packs, "2007_trainval+2007_test", ("RBC", "WBC", "Platelets"))
     counts = np.bincount(np.concatenate([o.labels for o in cells.objects]))
     assert (len(cells), counts.tolist()) == (120, [0, 1479, 124, 141])
+
+
+def test_each_set_has_a_reader_and_a_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name without one is told, and is taken neither for COCO nor for VOC."""
+    with pytest.raises(AnnotationError, match=r"DATA\.DATASET: 'third' has no reader; use coco or"):
+        read_split("third", str(tmp_path), "train")
+    monkeypatch.setattr("detection.evaluation.detections", lambda *args: iter(()))
+    data = DetectionData((), (), (), (), ())
+
+    def measured(dataset: str) -> str:
+        cfg = SimpleNamespace(DATA=SimpleNamespace(DATASET=dataset))
+        try:
+            evaluate(nn.Identity(), data, cast(CfgNode, cfg), CPU)
+        except (ValueError, AttributeError, AssertionError) as error:
+            return str(error)
+        return ""
+
+    assert measured("third") == "DATA.DATASET: 'third' has no metric; use coco or voc"
+    for dataset in DATASETS:
+        assert "has no metric" not in measured(dataset)
+        with pytest.raises(AnnotationError) as raised:
+            read_split(dataset, str(tmp_path), "train")
+        assert "has no reader" not in str(raised.value)
 
 
 # ---- the loader ----------------------------------------------------------------------------------

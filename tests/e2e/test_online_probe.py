@@ -1,6 +1,9 @@
 """A linear probe that learns beside a run: it learns, it is resumed, and the run does not notice it."""
 
 import json
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import runs
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 WITH = {"PROBE__ONLINE": True, "KNN__EVERY_EPOCHS": 1, "KNN__K": [5], "PROBE__LR": 0.01}
 
 
@@ -98,3 +102,27 @@ def test_images_without_labels_are_refused_by_name(tmp_path: Path) -> None:
     (job,) = forked.start("main_pretrain", argv, tmp_path / "log")
     assert job.wait() == 2
     assert "PROBE.ONLINE: DATA.DATASET 'folder' has training images without labels" in job.text()
+
+
+@pytest.mark.parametrize("layout", ["zip", "packed"])
+def test_a_set_without_test_images_is_refused_by_name(layout: str, tmp_path: Path) -> None:
+    """Of a zip and of a packed set only the programs that open it know what splits it has."""
+    data = runs.image_folder(tmp_path / "data", train=8, val=8)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    if layout == "zip":
+        shutil.make_archive(str(packed / "train"), "zip", data / "train")
+        names = sorted((data / "train").glob("*/*"))
+        folders = sorted({name.parent for name in names})
+        rows = [f"{name.parent.name}/{name.name}\t{folders.index(name.parent)}" for name in names]
+        (packed / "train_map.txt").write_text("\n".join(rows))
+    else:
+        pack = [sys.executable, str(ROOT / "tools" / "pack.py"), "--data-path", str(data)]
+        pack += ["--output", str(packed / "train.pack"), "--workers", "0"]
+        subprocess.run(pack, check=True, capture_output=True)
+    keys = {"DATA__PATH": str(packed), "DATA__DATASET": layout, "TRAIN__BATCH_SIZE": 8}
+    argv = runs.arguments("byol", tmp_path, "t", **{**WITH, **keys})
+    (job,) = forked.start("main_pretrain", argv, tmp_path / "log")
+    assert job.wait() == 2
+    assert "PROBE.ONLINE: the probe is tested on labelled images of a split val; " in job.text()
+    assert "; or set PROBE.ONLINE to False" in job.text()

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -465,6 +466,22 @@ def test_pixels_that_no_patch_covers_are_reported(
             assert torch.equal(backbone(images), backbone(other))
         other[..., size - cut - 1, :] += 1.0
         assert not torch.equal(backbone(images), backbone(other))
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "resnext50_32x4d", "resnet18"])
+def test_branches_that_start_shut_do_not_count_as_cut_off(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At 32 pixels the shortcuts alone reach the first pixels only; all opens with the training."""
+    _warn_of_cut.cache_clear()
+    torch.manual_seed(0)
+    backbone = build_backbone(f"timm/{name}", img_size=32)
+    assert "IMG_SIZE" not in caplog.text
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=0).state_dict()
+    assert any(key.endswith("weight") and not value.any() for key, value in plain.items())
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, plain[key]), key
 
 
 def test_the_eps_of_norms_reaches_all_but_those_before_the_mlps() -> None:

@@ -331,16 +331,22 @@ def test_images_without_labels_or_test_split_get_a_report(
 
 
 def test_the_curve_and_its_baselines_are_of_one_k(trained: Path, tmp_path: Path) -> None:
-    """A run that never measured k = 20 has baselines for the k that it did."""
+    """A run that never measured k = 20 has baselines for the k that it did, at its temperature."""
     shutil.copytree(open_run(trained).folder, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("knn20_", "knn5_"))
-    (run,) = report.open_runs([tmp_path / "run"], None, [], {"DEVICE": "cpu"})
+    opts = ["KNN.TEMPERATURE", "3.0"]
+    (run,) = report.open_runs([tmp_path / "run"], None, opts, {"DEVICE": "cpu"})
     measured = report.measure(run)
     assert measured.curve == "knn5"
+    usual = {}
     for name in ("raw pixels", "random backbone"):
-        found = measure.knn_accuracy(*measured.splits[name], 10, (5, 20))
+        found = measure.knn_accuracy(*measured.splits[name], 10, (5, 20), temperature=3.0)
         assert measured.levels[name] == found["knn5_top1"] != found["knn20_top1"]
+        assert measured.scores[name]["knn"] == (found["knn20_top1"], None)
+        usual[name] = measure.knn_accuracy(*measured.splits[name], 10, (5, 20))
+    assert any(usual[name]["knn5_top1"] != measured.levels[name] for name in usual)
+    assert any((usual[n]["knn20_top1"], None) != measured.scores[n]["knn"] for n in usual)
     panel = page.charts([report.run_page(measured, 2)])[1]
     assert "k = 5" in panel.title
     assert "random backbone" in panel.svg
@@ -378,14 +384,14 @@ def test_separable_features_score_full_marks() -> None:
     labels = torch.arange(60) % 3
     features = torch.eye(3)[labels] + 0.01 * torch.randn(60, 3)
     split = measure.Split(features[:45], labels[:45], features[45:], labels[45:])
-    scores = measure.evaluate(split, 3, seed=0)
+    scores = measure.evaluate(split, 3, seed=0, temperature=0.07)
     assert {column: cell[0] for column, cell in scores.items()} == dict.fromkeys(COLUMNS, 100.0)
 
 
 def test_too_few_images_for_a_column_leave_it_empty() -> None:
     labels = torch.arange(12) % 3
     split = measure.Split(torch.randn(12, 4), labels, torch.randn(12, 4), labels)
-    scores = {"raw pixels": measure.evaluate(split, 3, seed=0)}
+    scores = {"raw pixels": measure.evaluate(split, 3, seed=0, temperature=0.07)}
     assert scores["raw pixels"]["labels10"] is None
     assert scores["raw pixels"]["labels1"] is not None
     assert " -" in report.terminal_table(scores)

@@ -108,12 +108,12 @@ def extract(
     return Split(*parts)
 
 
-def evaluate(split: Split, num_classes: int, seed: int) -> Scores:
+def evaluate(split: Split, num_classes: int, seed: int, temperature: float) -> Scores:
     """Return the columns of a row; None where a class has too few images to draw from."""
     bank, labels, queries, answers = split
     logits = logistic_probe(bank, labels, queries, num_classes)
     scores: Scores = {
-        "knn": (knn_accuracy(*split, num_classes, (KNN_K,))[f"knn{KNN_K}_top1"], None),
+        "knn": (_knn(split, num_classes, KNN_K, temperature), None),
         "linear": (100.0 * int(topk_correct(logits, answers, (1,))) / len(answers), None),
     }
     fewest = int(labels.bincount(minlength=num_classes).min())
@@ -125,7 +125,12 @@ def evaluate(split: Split, num_classes: int, seed: int) -> Scores:
     return scores
 
 
-def knn_levels(splits: Mapping[str, Split], num_classes: int, k: int) -> dict[str, float]:
+def knn_levels(
+    splits: Mapping[str, Split], num_classes: int, k: int, temperature: float
+) -> dict[str, float]:
     """Return the k-NN accuracy of each split, in percent."""
-    found = {name: knn_accuracy(*split, num_classes, (k,)) for name, split in splits.items()}
-    return {name: accuracies[f"knn{k}_top1"] for name, accuracies in found.items()}
+    return {name: _knn(split, num_classes, k, temperature) for name, split in splits.items()}
+
+
+def _knn(split: Split, num_classes: int, k: int, temperature: float) -> float:
+    return knn_accuracy(*split, num_classes, (k,), temperature)[f"knn{k}_top1"]
