@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from models.parts.mocov3_vit import MOCOV3_VITS, mocov3_vit
+from models.parts.norm import set_norm_eps
 
 logger = logging.getLogger("synco")
 
@@ -107,7 +108,7 @@ def build_backbone(
     if freeze_patch_embed:
         _freeze_patch_embed(backbone, name)
     if norm_eps:
-        _set_norm_eps(backbone, name, norm_eps)
+        set_norm_eps(backbone, name, norm_eps)
     if use_checkpoint:
         _checkpoint_activations(backbone, name)
     return cast(Backbone, backbone)
@@ -345,20 +346,6 @@ def _warn_of_cut(img_size: int, num_cut: int, multiple: int) -> None:
 def _nearest(img_size: int, multiple: int) -> str:
     below = img_size // multiple * multiple
     return f"{below} or {below + multiple}" if below else str(multiple)
-
-
-def _set_norm_eps(backbone: nn.Module, name: str, eps: float) -> None:
-    """Set the eps of all layer norms but those before the MLPs, as in SynCo-v2's Swin."""
-    norms = [
-        (path, part) for path, part in backbone.named_modules() if isinstance(part, nn.LayerNorm)
-    ]
-    if not norms:
-        raise ValueError(
-            f"MODEL.BACKBONE.NORM_EPS: {eps} does not apply to {name}, which has no layer norm"
-        )
-    for path, norm in norms:
-        if not path.endswith("norm2"):
-            norm.eps = eps
 
 
 def _freeze_patch_embed(backbone: nn.Module, name: str) -> None:

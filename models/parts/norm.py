@@ -1,4 +1,4 @@
-"""Batch norms with the statistics of all processes, or of parts of one batch."""
+"""Batch norms with the statistics of all processes, or of parts of one batch; layer norms' eps."""
 
 from collections.abc import Callable
 
@@ -176,3 +176,17 @@ def _replace(module: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.M
     for name, child in module.named_children():
         setattr(module, name, _replace(child, make))
     return module
+
+
+def set_norm_eps(backbone: nn.Module, name: str, eps: float) -> None:
+    """Set the eps of all layer norms but those before the MLPs, as in SynCo-v2's Swin."""
+    norms = [
+        (path, part) for path, part in backbone.named_modules() if isinstance(part, nn.LayerNorm)
+    ]
+    if not norms:
+        raise ValueError(
+            f"MODEL.BACKBONE.NORM_EPS: {eps} does not apply to {name}, which has no layer norm"
+        )
+    for path, norm in norms:
+        if not path.endswith("norm2"):
+            norm.eps = eps
