@@ -5,12 +5,15 @@ Nothing of the run's folder is read or written. Pictures go to OUTPUT/dry_run/NA
 
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
@@ -24,8 +27,11 @@ from engine.loop import StepFunction, train_step
 from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
+from models.parts.momentum import KeyQueue, MomentumFramework
+from needs import Queue, Shared, cores, describe
 from utils.batch import Batch
 from utils.config.load import leaves
+from utils.distributed import count_shared
 from utils.schedules import momentum_at
 
 _SHOWN = 8  # images of the contact sheet
@@ -40,7 +46,7 @@ def dry_run(
     source: Source,
     recipe: Recipe,
     loader: GlobalLoader,
-    framework: nn.Module,
+    framework: MomentumFramework,
     state: TrainState,
     plan: Plan,
     step: StepFunction[Batch],
@@ -61,8 +67,10 @@ def dry_run(
 
     # the first step is counted: it also compiles and allocates, so it is not timed
     guard = FiniteGuard(scaler=state.scaler is not None)
-    with FlopCounterMode(display=False) as counter:
+    counting = count_traffic(framework)
+    with FlopCounterMode(display=False) as counter, counting as traffic:
         train_step(state, plan, guard, step, next(batches)[1], run.seed)
+    queues = queues_of(framework)
     lines.append(f"a step on this process: {counter.get_total_flops() / 1e9:.1f} GFLOP")
     seconds = []
     for _, micro_batches in batches:
@@ -82,9 +90,17 @@ def dry_run(
     one_core = _views_a_second(cfg, source, recipe)
     lines.append(
         f"one core makes the views of {one_core:.0f} images/s: the device needs "
-        f"{speed / one_core:.1f} cores, there are {os.cpu_count()}"
+        f"{cores(speed, one_core):.1f} cores, there are {os.cpu_count()}"
     )
-    lines.append(_disk(source))
+    lines.append(_disk(source, speed))
+    lines += describe(
+        plan.global_batch,
+        cfg.OPTIM.BASE_LR,
+        cfg.OPTIM.LR_BATCH,
+        min(seconds),
+        shared_numbers(framework, traffic),
+        queues,
+    )
     _draw_curves(folder / "schedule.png", plan, framework)
     save_preview(folder / "views.png", source, recipe, cfg.SEED, _SHOWN)
     lines.append(f"pictures: {folder / 'schedule.png'}, {folder / 'views.png'}")
@@ -114,16 +130,64 @@ def _without_workers(cfg: CfgNode) -> CfgNode:
     return alone
 
 
-def _disk(source: Source) -> str:
+def _disk(source: Source, images_per_second: float) -> str:
     """Say how fast the files of images are read; some may be in the memory of the system."""
     started = time.perf_counter()
     stride = max(1, len(source) // _READ)
     # far from the first images, which the steps have just read
     read = [source.encoded(index) for index in range(stride - 1, len(source), stride)][:_READ]
-    size = sum(len(data) for data in read if data is not None)
+    size = sum(len(data) for data in read if data is not None) / 2**20
     if not size:
         return "images are held in memory"
-    return f"disk: {size / 2**20 / (time.perf_counter() - started):.0f} MiB/s in {len(read)} images"
+    found = size / (time.perf_counter() - started)
+    needed = size / len(read) * images_per_second
+    return f"disk: {found:.0f} MiB/s in {len(read)} images; the device needs {needed:.1f} MiB/s"
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+@contextmanager
+def count_traffic(framework: MomentumFramework) -> Iterator[Counter[str]]:
+    """Count what a step shares with other processes, also where there is only one."""
+
+    def statistics(norm: nn.Module, _inputs: object, output: Tensor) -> None:
+        assert isinstance(norm, _BatchNorm)
+        # mean, deviation and count one way; two sums a channel back, where gradients flow
+        counted["norms_forward"] += 2 * norm.num_features + 1
+        if output.requires_grad:
+            counted["norms_backward"] += 2 * norm.num_features
+
+    hooks = []
+    for module in framework.modules():
+        if framework.sync_batch_norm and isinstance(module, _BatchNorm):
+            hooks.append(module.register_forward_hook(statistics))
+    with count_shared() as counted:
+        yield counted
+    for hook in hooks:
+        hook.remove()
+
+
+def shared_numbers(framework: nn.Module, counted: Mapping[str, int]) -> Shared:
+    """Return what a process shares in a step, from what one step counted."""
+    return Shared(
+        gradients=sum(p.numel() for p in framework.parameters() if p.requires_grad),
+        keys=counted["gathered"],
+        images=counted["shuffled"],
+        norms_forward=counted["norms_forward"],
+        norms_backward=counted["norms_backward"],
+    )
+
+
+def queues_of(framework: nn.Module) -> list[Queue]:
+    """Return the queues after the first step, whose place tells how many keys it added."""
+    queues = [module for module in framework.modules() if isinstance(module, KeyQueue)]
+    found = []
+    for queue in queues:
+        size, dim = queue.keys.shape
+        # after a whole round the place is 0 again
+        found.append(Queue(size, dim, queue.position or size))
+    return found
 
 
 def _draw_curves(path: Path, plan: Plan, framework: nn.Module) -> None:

@@ -12,7 +12,14 @@ from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import convert_split_batch_norm
 from utils.config.key import Count, Fraction, Limits, Temperature
-from utils.distributed import broadcast_host, exchange_rows, gather_rows, rank, world_size
+from utils.distributed import (
+    broadcast_host,
+    exchange_rows,
+    gather_rows,
+    note_shared,
+    rank,
+    world_size,
+)
 from utils.schedules import Progress
 
 
@@ -100,7 +107,11 @@ class MoCoV2(MomentumFramework):
         # Drawn on one process too: the draws of SynCo that follow are then the published ones.
         order = broadcast_host(torch.randperm(num * world_size()))
         if world_size() == 1 and self.bn_groups <= 1:
-            return unit(self.target(images))
+            keys = unit(self.target(images))
+            # what several processes would exchange: a dry run counts it
+            note_shared("shuffled", images)
+            note_shared("gathered", keys)
+            return keys
         keys = unit(self.target(exchange_rows(images, order)))
         # the inverse permutation, of this process's rows
         back = order.argsort()[rank() * num : (rank() + 1) * num].to(keys.device)

@@ -4,7 +4,9 @@ Without a process group every helper returns its argument, so no caller needs a 
 """
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 _host_group: dist.ProcessGroup | None = None  # a gloo group beside nccl
+_counted: Counter[str] | None = None  # by `count_shared`
 _START = 1800.0  # seconds that a rank may be behind while all load, list and compile
 # A host that waits names who is missing, a device that waits is only killed: the host gives up
 # so many seconds earlier.
@@ -214,9 +217,27 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
+@contextmanager
+def count_shared() -> Iterator[Counter[str]]:
+    """Count the numbers that this process shares with the others, or would if there were any."""
+    global _counted
+    _counted = Counter()
+    try:
+        yield _counted
+    finally:
+        _counted = None
+
+
+def note_shared(how: str, tensor: Tensor) -> None:
+    """Count a tensor that is `gathered` or `shuffled`."""
+    if _counted is not None:
+        _counted[how] += tensor.numel()
+
+
 @torch.no_grad()
 def gather_rows(tensor: Tensor) -> Tensor:
     """Concatenate (N, ...) of every rank to (N*W, ...), without gradient; N must be equal."""
+    note_shared("gathered", tensor)
     if world_size() == 1:
         return tensor.detach()
     tensor = tensor.detach().contiguous()
@@ -246,6 +267,7 @@ def exchange_rows(tensor: Tensor, order: Tensor) -> Tensor:
     everywhere, numbers the rows in rank order. Rank r gets rows `order[r * N : (r + 1) * N]`, in
     that order and in the memory format of `tensor`.
     """
+    note_shared("shuffled", tensor)
     channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     # indexing would give up the format
     rows = tensor.permute(0, 2, 3, 1) if channels_last else tensor

@@ -22,7 +22,10 @@ def test_a_dry_run_answers_on_one_screen_and_leaves_no_run(tmp_path: Path) -> No
         "GFLOP",
         "images/s",
         "the device needs",
-        "MiB/s in 32 images",
+        "MiB/s in 32 images; the device needs",
+        "more processes with 8 images each a step",
+        "MB that each sends",
+        "with which the network takes 10% of a step",
     ):
         assert part in text, text
     assert len(text.splitlines()) < 50
