@@ -62,10 +62,9 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from data import build_loader
+from data import build_loader, build_views
 from data.augment.base import Recipe
 from data.augment.preview import first_batch, save_grid, save_preview
-from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
 from data.sources.base import Source
@@ -107,7 +106,7 @@ def main() -> int:
     # data
     source = open_split(cfg.DATA, "train")
     run.fingerprint = source.fingerprint()  # resume refuses other data by it
-    recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
+    recipe = build_views(cfg)
     loader = open_loader(cfg, run, source, recipe)
 
     # model, plan, optimiser

@@ -6,9 +6,17 @@ import torch
 from yacs.config import CfgNode
 
 from data.augment.base import Recipe
+from data.augment.recipes import add_local_views, build_recipe
 from data.loader import GlobalLoader, evaluation_batches
 from data.sources.base import Source
 from utils.batch import Batch
+
+
+def build_views(cfg: CfgNode) -> Recipe:
+    """Return the views of pretraining: two global ones, then the local ones of `LOCAL_CROPS`."""
+    recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
+    local = cfg.AUG.LOCAL_CROPS
+    return add_local_views(recipe, local.NUMBER, local.SIZE, tuple(local.SCALE))
 
 
 def build_loader(

@@ -57,6 +57,7 @@ def build_framework(cfg: CfgNode) -> MomentumFramework:
         channels=cfg.DATA.CHANNELS,
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
         stack_views=cfg.MODEL.STACK_VIEWS,
+        local_size=cfg.AUG.LOCAL_CROPS.SIZE if cfg.AUG.LOCAL_CROPS.NUMBER else 0,
     )
 
 
@@ -70,12 +71,14 @@ def assemble_framework(
     channels: int = 3,
     use_checkpoint: bool = False,
     stack_views: bool = False,
+    local_size: int = 0,
 ) -> MomentumFramework:
     """Build the method `name` with its `options` over two of `build_backbone(**backbone)`.
 
     `backbone` may also hold `target_drop_path`, the target's own drop-path rate (default 0);
-    `batchformer` holds `enabled` and the options of `BatchFormer`. On several processes batch norms
-    are synchronised where the method asks for it. Raises `ValueError` for a name that is not in
+    `batchformer` holds `enabled` and the options of `BatchFormer`. `local_size` is that of local
+    views, 0 without any. On several processes batch norms are synchronised where the method asks
+    for it. Raises `ValueError` for a name that is not in
     `FRAMEWORKS`.
     """
     if name not in FRAMEWORKS:
@@ -97,6 +100,8 @@ def assemble_framework(
         framework.attach_batchformer(BatchFormer(online.num_features, **module))
     if stack_views:
         framework.stack_views()
+    if local_size:
+        framework.take_local_views(img_size, local_size, channels)
     # Last, so that the batch norms of the heads are converted too.
     if world_size() > 1 and framework.sync_batch_norm:
         convert_sync_batch_norm(framework)

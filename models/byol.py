@@ -5,8 +5,8 @@ from torch import Tensor
 
 from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
-from models.parts.losses import cosine_regression, unit
-from models.parts.momentum import MomentumFramework
+from models.parts.losses import cosine_regression, sum_over_views, unit
+from models.parts.momentum import MomentumFramework, view_pairs
 from utils.config.key import Count, Fraction, Rise
 from utils.schedules import Progress, momentum_at
 
@@ -15,7 +15,7 @@ class BYOL(MomentumFramework):
     """Predict the target's embedding of the other view. The loss is half the paper's."""
 
     sync_batch_norm = True
-    can_stack_views = True
+    can_take_local_views = can_stack_views = True
 
     def __init__(
         self,
@@ -36,16 +36,18 @@ class BYOL(MomentumFramework):
         self.momentum_schedule = momentum_schedule
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Regress each view's prediction on the other view's target."""
+        """Regress each view's prediction on the other view's target, local ones on both."""
         predictions = [self.predictor(rows) for rows in self.online.each(views)]
         # the paper's stop-gradient: only the online network learns
         with torch.no_grad():
-            targets = [unit(rows) for rows in self.target.each(views)]
+            targets = [unit(rows) for rows in self.target.each(views[:2])]
         num = len(views[0])
-        first = cosine_regression(*self.paired_rows(predictions[0], targets[1], num))
-        second = cosine_regression(*self.paired_rows(predictions[1], targets[0], num))
-        # both ways, so that each view is predicted once
-        return {"loss": first + second, "embedding": targets[0][:num]}
+        # both ways, so that each global view is predicted once
+        losses = [
+            cosine_regression(*self.paired_rows(*pair, num))
+            for pair in view_pairs(predictions, targets)
+        ]
+        return {"loss": sum_over_views(losses, len(views) - 2), "embedding": targets[0][:num]}
 
     def after_step(self, progress: Progress) -> None:
         """Average the target with the next step's momentum, which rises to 1."""

@@ -1,12 +1,14 @@
 """MoBY: MoCo v2 and BYOL joined for transformers (Xie et al. 2021, arXiv:2105.04553)."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
-from models.parts.losses import contrast_metrics, queue_contrast, unit
-from models.parts.momentum import KeyQueue, MomentumFramework
+from models.parts.losses import contrast_metrics, queue_contrast, sum_over_views, unit
+from models.parts.momentum import KeyQueue, MomentumFramework, view_pairs
 from models.parts.negatives import SyntheticConfig
 from utils.config.key import Count, Fraction, Rise, Temperature
 from utils.schedules import Progress, momentum_at
@@ -16,7 +18,7 @@ class MoBY(MomentumFramework):
     """Contrast in both directions against two queues, with a predictor and a rising momentum."""
 
     sync_batch_norm = True
-    can_stack_views = True
+    can_take_local_views = can_stack_views = True
 
     def __init__(
         self,
@@ -43,27 +45,29 @@ class MoBY(MomentumFramework):
         self.momentum_schedule = momentum_schedule
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Contrast each view's queries with the other view's keys. The two losses are summed."""
+        """Contrast each view's queries with the other view's keys. The two losses are summed.
+
+        Queries of local views meet the keys of both.
+        """
         queries = [unit(self.predictor(rows)) for rows in self.online.each(views)]
         with torch.no_grad():
-            keys = [unit(rows) for rows in self.target.each(views)]
+            keys = [unit(rows) for rows in self.target.each(views[:2])]
         synthetics = self.synthetics(progress)
         num = len(views[0])
-        pairs = [
-            self.paired_rows(queries[0], keys[1], num),
-            self.paired_rows(queries[1], keys[0], num),
-        ]
-        # queries of view 1 meet old keys of view 2, and the other way round
-        first = queue_contrast(*pairs[0], self.queue2.keys, self.temperature, synthetics)
-        second = queue_contrast(*pairs[1], self.queue1.keys, self.temperature, synthetics)
+        contrasts = []
+        # queries that meet keys of view 2 meet old keys of view 2; so for view 1
+        queues = itertools.cycle((self.queue2.keys, self.queue1.keys))
+        for pair, queue in zip(view_pairs(queries, keys), queues, strict=False):
+            rows = self.paired_rows(*pair, num)
+            contrasts.append(queue_contrast(*rows, queue, self.temperature, synthetics))
         # after the contrasts: a query must not meet its own key among the negatives
         self.queue1.hold(keys[0])
         self.queue2.hold(keys[1])
         return {
-            "loss": first.loss + second.loss,
+            "loss": sum_over_views([contrast.loss for contrast in contrasts], len(views) - 2),
             "embedding": keys[0][:num],
-            **contrast_metrics(first, second),
-            **self.health(first, second, queue_age=self.queue1.age(progress)),
+            **contrast_metrics(*contrasts[:2]),  # of global views
+            **self.health(*contrasts[:2], queue_age=self.queue1.age(progress)),
         }
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
-from models.parts.losses import contrast_metrics, queue_contrast, unit
+from models.parts.losses import Contrast, contrast_metrics, queue_contrast, sum_over_views, unit
 from models.parts.momentum import KeyQueue, MomentumFramework
 from models.parts.negatives import SyntheticConfig
 from models.parts.norm import convert_split_batch_norm
@@ -30,6 +30,8 @@ class MoCoV2(MomentumFramework):
     "local". On one process shuffling changes no statistics: `bn_groups` > 1 then normalises as that
     many processes would.
     """
+
+    can_take_local_views = True
 
     def __init__(
         self,
@@ -63,28 +65,38 @@ class MoCoV2(MomentumFramework):
             convert_split_batch_norm(self, bn_groups)
 
     def forward(self, views: list[Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Contrast queries of view 1 with keys of view 2; `symmetric`: the mean of both ways."""
+        """Contrast queries of view 1 with keys of view 2; `symmetric`: the mean of both ways.
+
+        Queries of local views meet all keys of the step: those of view 2, `symmetric` of both.
+        """
         pairs = (
             [(views[0], views[1]), (views[1], views[0])]
             if self.symmetric
             else [(views[0], views[1])]
         )
-        contrasts = []
+        num, local = len(views[0]), views[2:]
+        local_queries = unit(self.online.stacked(local)) if local else None
+        contrasts, local_losses = [], []
         for query_view, key_view in pairs:
             queries = unit(self.online(query_view))
             keys = self._keys(key_view)
-            rows = self.paired_rows(queries, keys, len(query_view))
-            synthetics = self.synthetics(progress)
-            contrasts.append(queue_contrast(*rows, self.queue.keys, self.temperature, synthetics))
+            contrasts.append(self._contrast(queries, keys, num, progress))
+            if local_queries is not None:
+                local_losses.append(self._contrast(local_queries, keys, num, progress).loss)
             # after the contrast: a query must not meet its own key among the negatives
             self.queue.hold(keys)
-        loss = torch.stack([contrast.loss for contrast in contrasts]).mean()
+        losses = [contrast.loss for contrast in contrasts] + local_losses
+        loss = sum_over_views(losses, len(local)) / len(pairs)
         return {
             "loss": loss,
             "embedding": keys[: len(views[0])],
             **contrast_metrics(*contrasts),
             **self.health(*contrasts, queue_age=self.queue.age(progress)),
         }
+
+    def _contrast(self, queries: Tensor, keys: Tensor, num: int, progress: Progress) -> Contrast:
+        rows = self.paired_rows(queries, keys, num)
+        return queue_contrast(*rows, self.queue.keys, self.temperature, self.synthetics(progress))
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
         """Return what to synthesise at this step: nothing in MoCo. SynCo overrides it."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.parts.backbones import Backbone
 from models.parts.heads import Encoder, mlp
-from models.parts.losses import batch_contrast, contrast_metrics
+from models.parts.losses import batch_contrast, contrast_metrics, sum_over_views
 from models.parts.momentum import MomentumFramework
 from utils.config.key import Count, Fraction, Rise, Temperature
 from utils.schedules import Progress, momentum_at
@@ -20,7 +20,7 @@ class MoCoV3(MomentumFramework):
     """
 
     sync_batch_norm = True
-    can_stack_views = True
+    can_take_local_views = can_stack_views = True
     sums_batchformer_pairs = True
 
     def __init__(
@@ -65,14 +65,17 @@ class MoCoV3(MomentumFramework):
         queries = [self.predictor(rows) for rows in self.online.each(views)]
         # not of unit length yet: `batch_contrast` does that
         with torch.no_grad():
-            keys = self.target.each(views)
+            keys = self.target.each(views[:2])
         num = len(views[0])
         pairs = self.crossed_pairs(queries, keys, num)
         contrasts = [batch_contrast(*pair, self.temperature) for pair in pairs]
-        loss = torch.stack([contrast.loss for contrast in contrasts]).sum()
+        num_local = len(views) - 2
+        loss = sum_over_views([contrast.loss for contrast in contrasts], num_local)
+        # those of the global views; those of local ones are the second half
+        contrasts = contrasts[: len(contrasts) // 2] if num_local else contrasts
         if self.online.batchformer is not None and self.online.batchformer.loss == "mean":
             # four pairs of streams a direction weigh as much as one
-            loss = loss * (2.0 / len(pairs))
+            loss = loss * (2.0 / len(contrasts))
         return {
             "loss": loss,
             "embedding": keys[0][:num],

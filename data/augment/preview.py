@@ -1,6 +1,7 @@
 """Pictures of what the network sees: grids of views or of any normalised images."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,13 +32,22 @@ def save_preview(
     originals = next(
         evaluation_batches(shown, size, batch_size=count, device=host, rank=0, world=1)
     )
-    names = ["query", "key"] if len(batch.views) == 2 else _numbered(len(batch.views))
-    rows = torch.stack([originals.views[0], *batch.views], 1)
-    save_grid(path, rows, ["original", *names], source.pixels)
+    columns = [originals.views[0], *(_centred(view, size) for view in batch.views)]
+    save_grid(path, torch.stack(columns, 1), ["original", *view_names(recipe)], source.pixels)
 
 
-def _numbered(count: int) -> list[str]:
-    return [f"view {number}" for number in range(1, count + 1)]
+def view_names(recipe: Recipe) -> list[str]:
+    """Return how pictures call the views of a recipe: two global ones, then local ones."""
+    local = [f"local {number}" for number in range(1, len(recipe) - 1)]
+    return ["query", "key", *local][: len(recipe)]
+
+
+def _centred(view: Tensor, size: int) -> Tensor:
+    """Return a view (N,3,s,s) inside a white border, (N,3,size,size)."""
+    before = (size - view.shape[-1]) // 2
+    after = size - view.shape[-1] - before
+    # above all levels: `save_grid` clamps it to white
+    return torch.nn.functional.pad(view, (before, after, before, after), value=math.inf)
 
 
 def warn_of_identical_views(views: Sequence[Tensor]) -> None:

@@ -8,7 +8,17 @@ import difflib
 import logging
 from dataclasses import replace
 
-from data.augment.base import BatchOp, HostOp, Recipe, View, host_ops, needs_pil, spatial_ops
+from data.augment.base import (
+    BatchOp,
+    HostOp,
+    PhotometricOp,
+    Recipe,
+    SpatialOp,
+    View,
+    host_ops,
+    needs_pil,
+    spatial_ops,
+)
 from data.augment.crops import CenterCrop, RandomCropPad, RandomResizedCrop, Resize
 from data.augment.ops import ColorJitter, GaussianBlur, Grayscale, HorizontalFlip, Solarize
 from data.pixels import Pixels
@@ -185,6 +195,34 @@ def for_pixels(recipe: Recipe, pixels: Pixels) -> Recipe:
     if tuple(kept) != recipe:
         logger.info("DATA.CHANNELS %d: no colour jitter, no random grey", pixels.channels)
     return tuple(kept)
+
+
+def add_local_views(recipe: Recipe, number: int, size: int, scale: tuple[float, float]) -> Recipe:
+    """Append `number` views of `size` pixels, crops of the share `scale` of an image's area.
+
+    Multi-crop: Caron et al. 2020 (SwAV, arXiv:2006.09882), section 3.2. Else a local view is made
+    as the first view of the recipe.
+    """
+    if not number:
+        return recipe
+    first, *rest = recipe[0]
+    if not isinstance(first, RandomResizedCrop):
+        raise ValueError(
+            f"AUG.LOCAL_CROPS.NUMBER {number}: the views of AUG.RECIPE start with no random "
+            "resized crop that a local view could copy; set it to 0"
+        )
+    if not 1 <= size <= first.size:
+        raise ValueError(
+            f"AUG.LOCAL_CROPS.SIZE {size} must be between 1 and DATA.IMG_SIZE, {first.size}"
+        )
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"AUG.LOCAL_CROPS.SCALE {[low, high]} must rise and lie in (0, 1]")
+    local: list[SpatialOp | PhotometricOp] = [replace(first, size=size, scale=(low, high))]
+    for op in rest:
+        # BYOL's first view is always blurred. DINO (arXiv:2104.14294) blurs half of the local ones.
+        local.append(replace(op, p=min(op.p, 0.5)) if isinstance(op, GaussianBlur) else op)
+    return (*recipe, *[tuple(local)] * number)
 
 
 def _with_crop_min(recipe: Recipe, name: str, crop_min: float) -> Recipe:

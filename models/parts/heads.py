@@ -64,12 +64,22 @@ class Encoder(nn.Module):
         return self._project(self._kept(self.backbone(images)))
 
     def each(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Project every view by itself; under `stack_views` only the heads do so."""
-        if not self.stack_views:
-            return [self(view) for view in views]
-        features = self._kept(self.backbone(torch.cat(list(views))))
-        # The heads see one view at a time, so their batch norms have its statistics alone.
-        return [self._project(part) for part in features.chunk(len(views))]
+        """Project two views, each by itself; under `stack_views` only the heads do so.
+
+        Local views follow as one tensor, see `stacked`.
+        """
+        views, local = views[:2], views[2:]
+        if self.stack_views:
+            features = self._kept(self.backbone(torch.cat(list(views))))
+            # The heads see one view at a time, so their batch norms have its statistics alone.
+            projected = [self._project(part) for part in features.chunk(len(views))]
+        else:
+            projected = [self(view) for view in views]
+        return [*projected, self.stacked(local)] if local else projected
+
+    def stacked(self, views: Sequence[Tensor]) -> Tensor:
+        """Project n views (N, 3, H, W) in one pass; the rows of a view follow those before it."""
+        return self._project(self.backbone(torch.cat(list(views))), len(views))
 
     def take_features(self) -> Tensor:
         """Return the detached features of the first pass since the last call, first view first."""
@@ -83,7 +93,8 @@ class Encoder(nn.Module):
             self._features = features.detach()
         return features
 
-    def _project(self, features: Tensor) -> Tensor:
+    def _project(self, features: Tensor, num_views: int = 1) -> Tensor:
         if self.batchformer is not None:
-            features = self.batchformer(features)
+            # each view by itself: its samples attend to other images only
+            features = torch.cat([self.batchformer(view) for view in features.chunk(num_views)])
         return self.projector(features)

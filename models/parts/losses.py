@@ -1,5 +1,6 @@
 """Losses, in float32 under any autocast. The tests compare each fast form with a plain one."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,20 +38,37 @@ def batch_contrast(queries: Tensor, keys: Tensor, temperature: float) -> "Contra
     """Return InfoNCE of queries (N, D) and keys (N, D) against the keys of all processes, times 2T.
 
     Chen et al. 2021 (MoCo v3, arXiv:2104.02057), algorithm 1. The factor 2T keeps the size of the
-    gradient independent of the temperature T.
+    gradient independent of the temperature T. Queries of n views, (n N, D), share the keys.
     """
+    num, views = len(keys), len(queries) // len(keys)
     queries, keys = unit(queries), distributed.gather_rows(unit(keys.detach()))
     # near a logit of 10, bfloat16 has steps of 0.06
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries @ keys.T / temperature  # (N, N * processes)
     # the positive of row n is row n of this process's block of the gathered keys
-    labels = torch.arange(len(queries), device=queries.device) + len(queries) * distributed.rank()
+    labels = torch.arange(num, device=queries.device).repeat(views) + num * distributed.rank()
     with torch.no_grad():
         positive = logits.gather(1, labels[:, None])
         positive_rank = (logits > positive).sum(1)
         negatives = (logits.sum(1) - positive[:, 0]) / max(logits.shape[1] - 1, 1)
         health = torch.stack([positive.mean(), negatives.mean()])
     return Contrast(2.0 * temperature * F.cross_entropy(logits, labels), positive_rank, health)
+
+
+def sum_over_views(losses: Sequence[Tensor], num_local: int) -> Tensor:
+    """Return the sum of a method's losses, or with local views what keeps its size.
+
+    Without local views `losses` are those of the pairs of a global query and a global key. With n
+    of them as many follow, each the mean over the n local queries with one key. All pairs of a
+    query and a key then weigh the same: (sum of the global ones + n * sum of the others) / (1 + n),
+    the mean over pairs of equation 3 of arXiv:2104.14294 (DINO; SwAV, arXiv:2006.09882, section
+    3.2) times the number of global pairs.
+    """
+    if not num_local:
+        return torch.stack(list(losses)).sum()
+    half = len(losses) // 2
+    first, others = torch.stack(list(losses[:half])).sum(), torch.stack(list(losses[half:])).sum()
+    return (first + num_local * others) / (1 + num_local)
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:

@@ -107,10 +107,12 @@ class ConvStem(nn.Module):
             ]
             in_chans = width
         self.stem = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias))
+        self.flatten = True  # False: a map, as timm's patch embedding names it
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return patches (N, h*w, F) of images (N, 3, H, W)."""
-        return self.stem(images).flatten(2).transpose(1, 2)
+        """Return patches (N, h*w, F), or their map (N, h, w, F), of images (N, 3, H, W)."""
+        patches = self.stem(images).permute(0, 2, 3, 1)
+        return patches.flatten(1, 2) if self.flatten else patches
 
 
 def sincos_positions(rows: int, cols: int, width: int, num_tokens: int = 1) -> Tensor:

@@ -3,13 +3,16 @@
 import copy
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from models.parts.backbones import Backbone
 from models.parts.batchformer import BatchFormer
 from models.parts.heads import Encoder
 from models.parts.losses import Contrast, contrast_health
+from models.parts.resolution import take_local_size
 from utils.distributed import gather_rows, world_size
 from utils.schedules import Progress
 
@@ -34,6 +37,7 @@ class MomentumFramework(nn.Module):
         # so the optimiser does not see it: it follows by averaging only
         self.target.requires_grad_(False)
 
+    can_take_local_views = False  # True: views after the second are local ones, queries only
     can_stack_views = False  # True: a backbone may take both views in one pass
     needs_batchformer = False  # True: BatchFormer is a part of the method
     sums_batchformer_pairs = False  # True: the method has MODEL.BATCHFORMER.LOSS sum
@@ -92,31 +96,49 @@ class MomentumFramework(nn.Module):
             )
         self.online.stack_views = self.target.stack_views = True
 
+    def take_local_views(self, img_size: int, local_size: int, channels: int = 3) -> None:
+        """Let the online backbone take local views; ValueError where method or backbone cannot."""
+        if not self.can_take_local_views:
+            raise ValueError(
+                f"AUG.LOCAL_CROPS.NUMBER: {type(self).__name__} has no local views; set it to 0"
+            )
+        # The target sees no local view. It changes too, so that both stay one network.
+        for encoder in (self.online, self.target):
+            take_local_size(cast(Backbone, encoder.backbone), img_size, local_size, channels)
+
     def stream_pairs(self, queries: Tensor, keys: Tensor, num: int) -> list[tuple[Tensor, Tensor]]:
         """Return the (query, key) rows that a loss compares: one pair, or four under BatchFormer.
 
         `num` is N: under BatchFormer queries and keys are (2N, D), a plain stream and an attended
-        one.
+        one. Queries of n local views have n times as many rows, view after view.
         """
         batchformer = self.online.batchformer
-        joint = batchformer is None or batchformer.loss == "joint"
-        return (
-            [(queries, keys)]
-            if joint
-            else list(itertools.product(queries.split(num), keys.split(num)))
-        )
+        if batchformer is None or batchformer.loss == "joint":
+            return [(queries, keys)]
+        streams = keys.split(num)
+        parts = queries.split(num)
+        # each view has its plain rows, then its attended ones
+        asked = [torch.cat(parts[number :: len(streams)]) for number in range(len(streams))]
+        return list(itertools.product(asked, streams))
 
     def crossed_pairs(
         self, queries: Sequence[Tensor], keys: Sequence[Tensor], num: int
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the `stream_pairs` of each view's queries with the other view's keys."""
-        first = self.stream_pairs(queries[0], keys[1], num)
-        return first + self.stream_pairs(queries[1], keys[0], num)
+        """Return the `stream_pairs` of each view's queries with the other view's keys.
+
+        Those of local queries follow, with the keys of view 2, then of view 1.
+        """
+        pairs = []
+        for query, key in view_pairs(queries, keys):
+            pairs += self.stream_pairs(query, key, num)
+        return pairs
 
     def paired_rows(self, queries: Tensor, keys: Tensor, num: int) -> tuple[Tensor, Tensor]:
         """Return `stream_pairs` stacked in rows, for a mean over independent rows."""
         pairs = self.stream_pairs(queries, keys, num)
-        return torch.cat([query for query, _ in pairs]), torch.cat([key for _, key in pairs])
+        # the views of a batch share its keys
+        matched = [key.repeat(len(query) // len(key), 1) for query, key in pairs]
+        return torch.cat([query for query, _ in pairs]), torch.cat(matched)
 
     @torch.no_grad()
     def update_target(self, momentum: float, buffers: bool = False) -> None:
@@ -138,6 +160,12 @@ class MomentumFramework(nn.Module):
                     own.lerp_(other, 1.0 - momentum)
                 else:
                     own.copy_(other)
+
+
+def view_pairs(queries: Sequence[Tensor], keys: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the queries and keys that meet: both directions, then local queries with each key."""
+    pairs = [(queries[0], keys[1]), (queries[1], keys[0])]
+    return pairs + [(local, keys[view]) for local in queries[2:] for view in (1, 0)]
 
 
 class KeyQueue(nn.Module):

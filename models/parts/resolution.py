@@ -6,8 +6,10 @@ from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import Format, PatchEmbed
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, feature_map
@@ -38,6 +40,42 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     resized = _twin(backbone)
     cast(_Resizable, resized).set_input_size(img_size=tuple(size), **_window_options(backbone))
     return resized
+
+
+def take_local_size(backbone: Backbone, img_size: int, local_size: int, channels: int = 3) -> None:
+    """Let a backbone train on images of `local_size` beside those of `img_size`, in place.
+
+    Its state dict stays. A ViT interpolates its positions in each forward, so that they learn from
+    both sizes. A Swin pads maps to whole windows. What a backbone gives for `img_size` changes only
+    where a Swin's maps at that size are not whole windows. Raises ValueError for one that cannot.
+    """
+    if isinstance(backbone, SwinTransformer):
+        dense_swin(backbone, always_shift=False)
+    elif isinstance(backbone, (VisionTransformer, Eva)):
+        backbone.dynamic_img_size = True  # type: ignore[misc]  # timm means TorchScript by "final"
+        patches = cast(PatchEmbed, backbone.patch_embed)
+        # timm reads the grid of the patches off a map
+        patches.flatten, patches.output_fmt = False, Format.NHWC
+        patches.strict_img_size = False
+    for key, size in (("AUG.LOCAL_CROPS.SIZE", local_size), ("DATA.IMG_SIZE", img_size)):
+        _try(backbone, key, (channels, size, size))
+
+
+@torch.no_grad()
+def _try(backbone: Backbone, key: str, shape: tuple[int, int, int]) -> None:
+    training = backbone.training
+    images = next(backbone.parameters()).new_zeros(1, *shape)
+    try:
+        # eval: the zeros must not enter the statistics of batch norms
+        found = tuple(backbone.eval()(images).shape)
+    except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
+        raise ValueError(
+            f"{key}: with AUG.LOCAL_CROPS this {type(backbone).__name__} cannot take images of "
+            f"{shape[1]} pixels ({str(error).rstrip('.')}); use another size or backbone"
+        ) from error
+    finally:
+        backbone.train(training)
+    assert found == (1, backbone.num_features)
 
 
 def _twin(module: M) -> M:
@@ -79,12 +117,12 @@ def dense_features(backbone: Backbone, images: Tensor) -> Tensor:
     return backbone.forward_features(images)[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))
 
 
-def dense_swin(body: SwinTransformer) -> SwinTransformer:
+def dense_swin(body: SwinTransformer, always_shift: bool = True) -> SwinTransformer:
     """Make a timm Swin take any image size, in place; its state dict and windows stay.
 
     The result is what the published detectors and segmenters use (the Swin forks of mmdetection and
     mmsegmentation, and Hugging Face's). Odd blocks always shift, also where one window holds the
-    whole map.
+    whole map. Without `always_shift` they shift as they did at the size that `body` was built for.
     """
     # timm's block shifts a map and then pads it to whole windows; the published one pads first.
     # Both are one network where a map's sides are multiples of the window. Elsewhere timm's last
@@ -98,7 +136,7 @@ def dense_swin(body: SwinTransformer) -> SwinTransformer:
             # the class only: a wrapper would change the names of the tensors
             block.__class__ = _DenseBlock
             dense = cast(_DenseBlock, block)
-            if any(dense.target_shift_size):
+            if always_shift and any(dense.target_shift_size):
                 dense.shift_size = (dense.window_size[0] // 2, dense.window_size[1] // 2)
             dense.register_buffer("attn_mask", None, persistent=False)  # was that of the built size
     return body

@@ -269,6 +269,21 @@ _TRAIN: Tree = {
 _AUG: Tree = {
     "RECIPE": Key("moco_v2", "the views", programs=PRETRAIN),
     "CROP_MIN": Key(0.0, "smallest crop area; 0: the recipe's", most=1.0, programs=PRETRAIN),
+    "LOCAL_CROPS": _for(
+        PRETRAIN,
+        {
+            "NUMBER": Key(0, "small views beside the two; only the online network sees them"),
+            "SIZE": Key(96, "their pixels", least=1),
+            "SCALE": Key(
+                [0.05, 0.25],
+                "share of the image's area; DINO sets CROP_MIN 0.25, SwAV has [0.05, 0.14] and "
+                "CROP_MIN 0.14",
+                least=1e-6,
+                most=1.0,
+                entries=(2, 2),
+            ),
+        },
+    ),
     "BACKEND": Key("auto", "fused: numba or Triton", choices=BACKENDS, role="tunable"),
 }
 

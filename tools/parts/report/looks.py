@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from data import build_views
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
-from data.augment.recipes import build_recipe
+from data.augment.preview import view_names
 from data.loader import GlobalLoader
 from data.sources.base import Source
 from tools.parts.report.charts import Chart, cloud
@@ -66,7 +67,7 @@ def _levels(view: Tensor) -> Tensor:
 
 def view_strips(cfg: CfgNode, source: Source, num: int) -> list[Strip]:
     """Return the original, the query and the key of a run's first images."""
-    recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
+    recipe = build_views(cfg)
     loader = GlobalLoader(
         source,
         recipe,
@@ -77,11 +78,12 @@ def view_strips(cfg: CfgNode, source: Source, num: int) -> list[Strip]:
         world=1,
     )
     _, (batch,) = next(iter(loader.from_step(0, 1)))
-    names = ["query", "key"] if len(batch.views) == 2 else [f"view {i}" for i in range(1, 99)]
     strips = []
     for row, index in enumerate(batch.indices.tolist()):
         tiles = [tile(source.load(index), "original", "query")]
-        tiles += [tile(_levels(v[row]), n) for v, n in zip(batch.views, names, strict=False)]
+        tiles += [
+            tile(_levels(v[row]), n) for v, n in zip(batch.views, view_names(recipe), strict=True)
+        ]
         strips.append(Strip("", tiles))
     return strips
 
