@@ -13,7 +13,7 @@ from training import SMALL, LayerNormBackbone
 from models import FRAMEWORKS, assemble_framework
 from models.parts.backbones import build_backbone
 from models.parts.batchformer import BatchFormer
-from models.parts.losses import queue_contrast_plain, sum_over_views
+from models.parts.losses import queue_contrast, sum_over_views
 from models.parts.momentum import MomentumFramework
 from models.parts.resolution import take_local_size
 from utils.schedules import Progress
@@ -66,7 +66,7 @@ def pair_loss(method: MomentumFramework) -> Callable[[Tensor, Tensor, int], Tens
             return info_nce(query, key, method.temperature)
         queue = getattr(method, "queue", None) or getattr(method, f"queue{number + 1}")
         rows = F.normalize(query), F.normalize(key), queue.keys
-        return queue_contrast_plain(*rows, method.temperature, method.synthetics(START)).loss
+        return queue_contrast(*rows, method.temperature, method.synthetics(START)).loss
 
     return loss
 
