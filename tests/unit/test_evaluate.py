@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from rankings import weighted_knn
 from torch import Tensor
 
 from engine.collapse import effective_rank, embedding_std
@@ -17,8 +18,7 @@ from evaluation.accuracy import (
     logistic_probe,
     topk_correct,
 )
-from evaluation.features import WholeFeatures, block_rows
-from evaluation.knn import KNN_KS, knn_accuracy, ranking
+from evaluation.knn import knn_accuracy
 from utils.batch import Batch
 
 
@@ -149,24 +149,6 @@ def test_uneven_shards_give_the_single_process_numbers(tmp_path: Path) -> None:
         assert torch.equal(result["labels"], labels)
         assert result["accuracy"] == accuracy
     assert 0 < accuracy["knn5_top1"] < 100
-
-
-def weighted_knn(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    num_classes: int,
-    ks: tuple[int, ...] = KNN_KS,
-    temperature: float = 0.07,
-    chunk: int | None = None,
-) -> dict[int, Tensor]:
-    """Return for each k the top min(5, C) classes (Q, 5) of queries (Q, D), best first.
-
-    k > M means M. `chunk` rows of either side are compared at a time, as many as fit if None.
-    """
-    size, whole = chunk or block_rows(bank.shape[1]), WholeFeatures.of(bank, bank_labels)
-    found = ranking(list(queries.split(size)), whole, num_classes, ks, temperature, chunk)
-    return {k: torch.cat([part[k] for part in found]) for k in ks}
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from rankings import weighted_knn
 from torch import Tensor
 
 import evaluation.features
 from benchmarks.common import peak_memory
 from evaluation.features import WholeFeatures
-from evaluation.knn import features_knn, knn_accuracy, nearest, weighted_knn
+from evaluation.knn import features_knn, knn_accuracy, nearest
 
 
 def plain(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
