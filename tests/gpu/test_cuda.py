@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_loss import queue_contrast_plain
 
 from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
@@ -12,7 +13,7 @@ from data.sources import ArraySource
 from data.sources.folder import imagefolder
 from models import FRAMEWORKS, assemble_framework
 from models.parts.corruption import corrupt, corrupt_plain, draw_corruption
-from models.parts.losses import queue_contrast, queue_contrast_plain
+from models.parts.losses import queue_contrast
 from models.parts.negatives import SyntheticConfig
 from utils.schedules import Progress
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from plain_loss import queue_contrast_plain
 from torch import Tensor
 
-from models.parts.losses import queue_contrast, queue_contrast_plain
+from models.parts.losses import queue_contrast
 from models.parts.negatives import (
     ClosedForm,
     SyntheticConfig,

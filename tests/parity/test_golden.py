@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hashed import Trunk, checksum, det, fill, grad_norm
+from plain_loss import queue_contrast_plain
 from torch import Tensor, nn
 
 from models.byol import BYOL
 from models.moby import MoBY
 from models.moco import MoCoV2
-from models.parts.losses import Contrast, unit
+from models.parts.losses import unit
 from models.parts.momentum import MomentumFramework
-from models.parts.negatives import SyntheticConfig, draw_synthetics, hardest, materialise
+from models.parts.negatives import SyntheticConfig
 from models.synco import SynCo
 from models.synco_v2 import SynCoV2
 from utils.schedules import LearningRate, Progress
@@ -25,30 +25,6 @@ GOLDEN = Path(__file__).parent / "golden"
 SINGLE_TYPES = [tuple(5 if i == kind else 0 for i in range(6)) for kind in range(6)]
 # Losses of the types 5, 6 and all six in the code before October 2024, by that code.
 LEGACY = {(0, 0, 0, 0, 5, 0): 0.99428189, (0, 0, 0, 0, 0, 5): 0.99428177, (5,) * 6: 1.83517289}
-
-
-def queue_contrast_plain(
-    queries: Tensor,
-    keys: Tensor,
-    queue: Tensor,
-    temperature: float,
-    synthetics: SyntheticConfig | None = None,
-) -> Contrast:
-    """Compute `queue_contrast` as the papers do: concatenated logits, cross entropy, autograd."""
-    keys, queue = keys.detach(), queue.detach()
-    negatives = queries @ queue.T
-    logits = [(queries * keys).sum(1, keepdim=True), negatives]
-    if synthetics is not None:
-        fixed = queries.detach()
-        draws = draw_synthetics(synthetics, hardest(negatives.detach(), synthetics.num_hard), fixed)
-        logits.append(torch.einsum("bd,bnd->bn", queries, materialise(draws, fixed, queue)))
-    all_logits = torch.cat(logits, dim=1) / temperature
-    labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-    rank = (all_logits[:, 1:] > all_logits[:, :1]).sum(1)
-    means = [all_logits[:, 0].mean(), all_logits[:, 1 : 1 + len(queue)].mean()]
-    if synthetics is not None:
-        means.append(all_logits.softmax(1)[:, 1 + len(queue) :].sum(1).mean())
-    return Contrast(F.cross_entropy(all_logits, labels), rank, torch.stack(means).detach())
 
 
 # ---- npz files: MoCo v2 and SynCo, float32 -------------------------------------------------------
