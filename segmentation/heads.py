@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.distributed import all_reduce_sum, world_size
+
 IGNORE = 255  # the label of a pixel that counts nowhere
 
 
@@ -170,12 +172,14 @@ def pixel_loss(logits: Tensor, labels: Tensor, over: str = "all") -> Tensor:
     """Return the mean cross-entropy of logits (N,C,h,w) resized to labels (N,H,W).
 
     An ignored pixel has loss 0. The mean is over `all` pixels, as mmsegmentation's published runs
-    have it, or over the `labelled` ones of this process's batch.
+    have it, or over the `labelled` ones of all processes' batches, so all must call this together.
     """
     # in half precision the sum over a million pixels would lose its digits
     logits = resize(logits.float(), labels.shape[1:])
     total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
     if over == "all":
         return total / labels.numel()
-    # a batch without one labelled pixel has loss 0, not 0 / 0
-    return total / (labels != IGNORE).sum().clamp_min(1)
+    labelled = all_reduce_sum((labels != IGNORE).sum())
+    # The mean of the processes' gradients is then that of one process with all their images. A
+    # batch without one labelled pixel has loss 0, not 0 / 0.
+    return total * world_size() / labelled.clamp_min(1)

@@ -220,3 +220,17 @@ def test_logits_are_float32_under_autocast() -> None:
         assert pixel_loss(logits, torch.zeros(2, 10, 12)).dtype == torch.float32
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_the_loss_of_labelled_pixels_is_that_of_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two processes, of which one has far fewer labels, have the mean loss of one with both."""
+    logits, labels = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    labels[0, 1:] = 255
+    alone = pixel_loss(logits, labels, "labelled")
+    total = (labels != 255).sum()
+    monkeypatch.setattr("segmentation.heads.world_size", lambda: 2)
+    monkeypatch.setattr("segmentation.heads.all_reduce_sum", lambda count: total)
+    apart = [pixel_loss(logits[n : n + 1], labels[n : n + 1], "labelled") for n in (0, 1)]
+    torch.testing.assert_close(sum(apart) / 2, alone)

@@ -98,15 +98,18 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     assert killed == json.loads((whole / "result.json").read_text())
 
 
-def test_two_processes_train_like_one(pairs_root: Path, output: Path) -> None:
+@pytest.mark.parametrize("over", ["all", "labelled"])
+def test_two_processes_train_like_one(pairs_root: Path, output: Path, over: str) -> None:
     """Draws of dropout are each process's own, so there is none."""
     keys = {"MODEL__SEGMENTER__NORM": "sync", "MODEL__SEGMENTER__DROPOUT": 0.0}
-    keys |= {"SEGMENTATION__MAX_ITER": 3}
-    run(arguments(pairs_root, output, "one", **keys), output / "one.log")
-    argv = arguments(pairs_root, output, "two", batch=2, **keys)
+    keys |= {"SEGMENTATION__MAX_ITER": 3, "MODEL__SEGMENTER__LOSS_OVER": over}
+    # only the things have a class: many more pixels in one image than in another
+    keys |= {"SEGMENTATION__LABEL_MAP": "0:255,1:1,2:2"}
+    run(arguments(pairs_root, output, f"one_{over}", **keys), output / "one.log")
+    argv = arguments(pairs_root, output, f"two_{over}", batch=2, **keys)
     jobs = forked.start(MAIN, argv, output / "two.log", ranks=2)
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].text()
-    one, two = (runs.final_state(output / "segmenter" / tag) for tag in ("one", "two"))
+    one, two = (runs.final_state(output / "segmenter" / f"{n}_{over}") for n in ("one", "two"))
     for name, tensor in one["framework"].items():
         torch.testing.assert_close(two["framework"][name], tensor, rtol=1e-3, atol=1e-4)
 
