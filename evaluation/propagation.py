@@ -167,9 +167,10 @@ class Quality(NamedTuple):
     contour: Measure
 
 
-def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
+def video_quality(masks: Tensor, truth: Tensor, void: str = "skip") -> dict[int, Quality]:
     """Return the quality of every object of index masks (T, H, W); 255 in `truth` is void.
 
+    `void` is `skip`, or `background`: an object found there is then wrong, as DAVIS 2017 counts it.
     The first frame is given and the last not counted, as in the benchmark, where there are more
     than two.
     """
@@ -178,7 +179,7 @@ def video_quality(masks: Tensor, truth: Tensor) -> dict[int, Quality]:
     quality = {}
     for label in objects:
         pairs = [
-            ((mask == label) & (real != 255), real == label)
+            ((mask == label) & ((real != 255) | (void == "background")), real == label)
             for mask, real in zip(masks[counted], truth[counted], strict=True)
         ]
         regions = Measure.of([region_similarity(*pair) for pair in pairs])

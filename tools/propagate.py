@@ -36,6 +36,12 @@ def _parser() -> Parser:
         default="smooth",
         help="smooth: antialiased, as training | dino: as DINO's code, for its exact figures",
     )
+    parser.add_argument(
+        "--void",
+        choices=("skip", "background"),
+        default="skip",
+        help="unlabelled pixels: do not count | are background, as in DAVIS's own evaluation",
+    )
     return parser
 
 
@@ -97,9 +103,11 @@ def main() -> int:
             root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations")
         )
         masks = carry(frozen, frames, truth, folder / name, args.short_side, read)
-        quality.update({f"{name}/{label}": scores for label, scores in judge(masks, truth).items()})
+        found = judge(masks, truth, args.void)
+        quality.update({f"{name}/{label}": scores for label, scores in found.items()})
     summary = summarise(quality)
-    write_text(folder / "quality.json", json.dumps({**summary, "objects": quality}, indent=1))
+    content = {**summary, "void": args.void, "objects": quality}
+    write_text(folder / "quality.json", json.dumps(content, indent=1))
     lines = [f"{key:12}{value:7.2f}" for key, value in summary.items()]
     print("\n".join(lines or ["no quality: only first frames are annotated"]))
     print(folder)
@@ -213,7 +221,7 @@ def write_mask(path: Path, mask: Tensor, palette: list[int] | None) -> None:
     image.save(path)
 
 
-def judge(masks: list[Path], truth: Path) -> dict[str, dict[str, float]]:
+def judge(masks: list[Path], truth: Path, void: str = "skip") -> dict[str, dict[str, float]]:
     """Return mean, recall and decay of every object's J and F, in percent.
 
     Nothing if later frames have no annotation.
@@ -222,7 +230,8 @@ def judge(masks: list[Path], truth: Path) -> dict[str, dict[str, float]]:
     if len(masks) < 2 or not all(path.is_file() for path in real):
         return {}
     both = [torch.stack([read_mask(path)[0] for path in paths]) for paths in (masks, real)]
-    return {str(label): _percent(scores) for label, scores in video_quality(*both).items()}
+    found = video_quality(*both, void)
+    return {str(label): _percent(scores) for label, scores in found.items()}
 
 
 def _percent(scores: Quality) -> dict[str, float]:

@@ -190,6 +190,9 @@ def test_quality_leaves_out_first_and_last_frames_and_void() -> None:
     assert video_quality(masks, truth)[5].region == Measure(0.5, 0.5, -1.0)
     truth[1, 0, :], masks[1, 0, :] = 255, 1
     assert video_quality(masks, truth)[1].region == perfect
+    # DAVIS's own evaluation: 36 right pixels and 20 that are no object's
+    as_davis = video_quality(masks, truth, void="background")[1].region
+    assert as_davis.mean == pytest.approx((36 / 56 + 1) / 2)
 
 
 @pytest.mark.parametrize("frames", range(1, 40))
