@@ -229,8 +229,10 @@ def judge(masks: list[Path], truth: Path, void: str = "skip") -> dict[str, dict[
     real = [truth / path.name for path in masks]
     if len(masks) < 2 or not all(path.is_file() for path in real):
         return {}
-    both = [torch.stack([read_mask(path)[0] for path in paths]) for paths in (masks, real)]
-    found = video_quality(*both, void)
+    found_masks, true_masks = (
+        torch.stack([read_mask(path)[0] for path in paths]) for paths in (masks, real)
+    )
+    found = video_quality(found_masks, true_masks, void)
     return {str(label): _percent(scores) for label, scores in found.items()}
 
 
