@@ -128,6 +128,14 @@ def _timm_optimizer(node: CfgNode, groups: list[Group]) -> torch.optim.Optimizer
     )
 
 
+def clips_together(node: CfgNode) -> bool:
+    """Tell whether an optimiser clips the gradients of all its parameters by one norm."""
+    if not node.NAME.startswith(_TIMM):
+        return False
+    probed = _timm_optimizer(node, [{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    return bool(probed.defaults.get("max_grad_norm"))
+
+
 def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     """Split the trainable parameters into those that decay and those that do not.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from engine.guards import NonFiniteError
+from engine.optim import check_optimizer, clips_together
 from engine.run import Run
 from evaluation.accuracy import topk_correct
 from utils.checkpoints import file as checkpoint
@@ -103,6 +104,13 @@ def check_linear(linear: CfgNode) -> None:
         raise ValueError(
             f"LINEAR.DROP_PATH (--drop-path-rate): {linear.DROP_PATH:g} cannot act in "
             "--cached-features, computed once in eval mode; add --drop-path-rate 0"
+        )
+    check_optimizer(linear.OPTIM, "LINEAR.")
+    # each head of a grid must be the head of a run alone
+    if len(grid_points(linear)) > 1 and clips_together(linear.OPTIM):
+        raise ValueError(
+            f"LINEAR.OPTIM.NAME: {linear.OPTIM.NAME!r} clips the gradients of all heads of a grid "
+            "together; give one --lr and one --weight-decay, or use e.g. timm/adamw"
         )
 
 

@@ -104,6 +104,19 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     assert killed == json.loads((whole / "result.json").read_text())
 
 
+def test_an_optimiser_of_timm_trains_is_killed_and_goes_on(voc_root: Path, output: Path) -> None:
+    keys = {"OPTIM__NAME": "timm/lamb", "DETECTION__EVAL_PERIOD": 0}
+    argv = arguments(voc_root, output, "lamb", **keys)
+    (job,) = forked.start(MAIN, argv, output / "lamb.log")
+    assert job.wait() == 0, job.text()
+    argv = arguments(voc_root, output, "lambs", **keys)
+    (job,) = forked.start(MAIN, argv, output / "lambs.log", prepare=partial(runs.kill_at, step=5))
+    assert job.wait() == -signal.SIGKILL
+    (job,) = forked.start(MAIN, argv, output / "lambs.log")
+    assert job.wait() == 0, job.text()
+    assert runs.digest(output / "rcnn" / "lambs") == runs.digest(output / "rcnn" / "lamb")
+
+
 def test_two_processes_train_and_one_finds_the_same_metrics(voc_root: Path, output: Path) -> None:
     """Five test images, so that the shares differ; synchronised norms."""
     changes = {"MODEL__RCNN__NORM": "sync", "DETECTION__TEST_SPLIT": "2007_test+2007_trainval"}

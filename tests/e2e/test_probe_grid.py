@@ -74,6 +74,17 @@ def test_each_head_of_each_subset_is_the_head_of_a_run_alone(prober: Prober, suf
     assert result["images"] == {"5": 72, "100": 1438}[labels]
 
 
+def test_heads_of_a_grid_are_those_of_a_run_alone_with_an_optimiser_of_timm(
+    prober: Prober,
+) -> None:
+    keys = {"LINEAR__OPTIM__NAME": "timm/muon"}
+    prober.run("both", "--lr", "0.003", "0.03", "--cached-features", **keys)
+    prober.run("one", "--lr", "0.03", "--cached-features", **keys)
+    assert torch.equal(prober.heads("both")["weights.1"], prober.heads("one")["weights.0"])
+    top1, _ = prober.result("one")["final_by_lr"]["0.03"]
+    assert top1 > 40  # percent, of ten classes
+
+
 DIVERGING = ("--lr", "0.1", "1e18", "--weight-decay", "0", "0.01", "--cached-features")
 
 

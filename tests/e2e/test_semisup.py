@@ -155,6 +155,18 @@ def test_a_killed_run_goes_on_bit_identically(runner: Runner, world: int) -> Non
     )
 
 
+def test_an_optimiser_of_timm_with_layer_decay_is_killed_and_goes_on(runner: Runner) -> None:
+    keys: dict[str, Any] = {"FINETUNE__OPTIM__NAME": "timm/lamb", "FINETUNE__LAYER_DECAY": 0.7}
+    flags = ("--weights", "finetune", "--lr-backbone", "0.01", "--lr-classifier", "0.01")
+    runner.run("--run-name", "lamb", *flags, **keys)
+    (job,) = runner.start(
+        "--run-name", "lambs", *flags, prepare=partial(runs.kill_at, step=7), **keys
+    )
+    assert job.wait() < 0
+    assert runs.resumed_at(runner.run("--run-name", "lambs", *flags, **keys)) == 6
+    assert runs.digest(runner.folder("lambs")) == runs.digest(runner.folder("lamb"))
+
+
 def test_asked_to_stop_it_saves_and_goes_on(runner: Runner) -> None:
     stop = partial(runs.signal_at, step=4, number=signal.SIGTERM)
     runner.run("--run-name", "stopped", *FINETUNE, prepare=stop, code=75)

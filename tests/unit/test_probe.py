@@ -94,6 +94,18 @@ def test_features_and_labels_that_do_not_fit_are_refused(
     check_linear(section(CACHED_FEATURES=True, LABEL_PERCENTS=[1.0, 100.0]))
 
 
+def test_heads_that_an_optimiser_would_clip_together_are_refused() -> None:
+    """The norm of one head's gradient would scale the steps of the others."""
+    grid = {"LRS": [0.1, 1.0], "OPTIM__NAME": "timm/lamb"}
+    with pytest.raises(ValueError, match=r"LINEAR\.OPTIM\.NAME: 'timm/lamb' clips .* of a grid"):
+        check_linear(section(**grid))
+    check_linear(section(**{**grid, "LRS": [0.1]}))
+    with pytest.raises(ValueError, match=r"LINEAR\.OPTIM\.NAME: 'timm/lambs' is not in timm"):
+        check_linear(section(**{**grid, "OPTIM__NAME": "timm/lambs"}))
+    for name in ("timm/adamw", "timm/lion", "sgd", "lars"):
+        check_linear(section(**{**grid, "OPTIM__NAME": name}))
+
+
 @pytest.mark.parametrize("percents", [[], [0.0], [101.0]])
 def test_percentages_have_a_range(percents: list[float]) -> None:
     with pytest.raises(ValueError, match=r"LINEAR\.LABEL_PERCENTS"):
