@@ -120,7 +120,8 @@ def test_a_tiff_of_any_channels_and_type(dtype: str, channels: int, layout: str)
         tifffile.imwrite(file, levels[..., 0], photometric="minisblack")
     else:
         stored = levels if layout == "contig" else planes
-        tifffile.imwrite(file, stored, photometric="minisblack", planarconfig=layout)
+        photometric = "rgb" if channels == 3 else "minisblack"
+        tifffile.imwrite(file, stored, photometric=photometric, planarconfig=layout)
     image = decode(file.getvalue(), Pixels(channels, "type"))
     wide = (planes.astype(np.float64) - low) / (float(high) - low)
     np.testing.assert_allclose(image.numpy(), wide, atol=1e-6)
@@ -140,6 +141,13 @@ def test_a_tiff_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     )
     with pytest.raises(ValueError, match=r"more than DATA.MAX_PIXELS"):
         decode(five.getvalue(), Pixels(5, "type"), max_pixels=5000)
+    two = io.BytesIO()
+    tifffile.imwrite(
+        two, np.zeros((8, 8, 2), np.uint8), photometric="minisblack", planarconfig="contig"
+    )
+    for pixels in (grey("type"), Pixels(range="type")):  # PIL would read the first of the two
+        with pytest.raises(ValueError, match=r"has 2 channels, DATA\.CHANNELS is"):
+            decode(two.getvalue(), pixels)
     with pytest.raises(ValueError, match=r"has 5 channels, DATA.CHANNELS is 2"):
         decode(five.getvalue(), Pixels(2, "type"))
     monkeypatch.setitem(sys.modules, "tifffile", None)
