@@ -59,6 +59,7 @@ def resized_target(
     scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, dtype=np.float32)
     boxes = objects.boxes * scale
     if flipped:
+        # mirrored, a right border is a left one
         boxes = np.stack(
             [new[1] - boxes[:, 2], boxes[:, 1], new[1] - boxes[:, 0], boxes[:, 3]], axis=1
         )
@@ -88,10 +89,12 @@ def rasterise(
         right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, shape[::-1])
         if right <= left or bottom <= top:
             continue
+        # only the polygon's own rectangle: most objects are small beside their image
         canvas = Image.new("1", (int(right - left) * _FINER, int(bottom - top) * _FINER))
         # a pixel spans [i, i + 1), PIL's is centred at i
         finer = (corners - (left, top)) * _FINER - 0.5
         ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in finer], fill=1)
+        # several polygons are one object, of which something else hides a part
         mask[top:bottom, left:right] |= np.array(canvas, dtype=np.uint8)[1::_FINER, 1::_FINER]
     return mask
 
@@ -142,6 +145,7 @@ def cropped(objects: Objects, top: int, left: int, height: int, width: int) -> O
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
     sides = boxes[:, 2:] - boxes[:, :2]
     polygons = []
+    # Corners outside the crop stay: what they span is cut off when it is filled.
     for parts in objects.polygons:
         moved = [np.array(part).reshape(-1, 2) - (left, top) for part in parts]
         polygons.append(tuple(tuple(corners.flatten().tolist()) for corners in moved))
@@ -159,6 +163,7 @@ class Augmentation:
 
     def __call__(self, image: Tensor, objects: Objects, key: np.ndarray) -> tuple[Tensor, Target]:
         """Return the image, uint8, and its target."""
+        # first of all, so that only the crop's pixels are resized
         if uniform(key, _CROP)[0] < self.cropping.probability:
             box = self.cropping.draw(key, image.shape[1], image.shape[2])
             top, left, height, width = box

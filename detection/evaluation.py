@@ -109,6 +109,7 @@ def to_original(boxes: Tensor, resized: tuple[int, ...], original: tuple[int, in
 
 def _gather(mine: list[Detection], device: torch.device) -> list[Detection]:
     """Return every rank's detections, by image."""
+    # As text in a tensor: objects would be pickled, and a pickle may run code.
     text = "".join(json.dumps(item) + "\n" for item in mine).encode()
     rows = torch.frombuffer(bytearray(text or b"\n"), dtype=torch.uint8).to(device)
     lines = bytes(distributed.gather_uneven(rows).cpu().numpy()).splitlines()
@@ -130,6 +131,7 @@ def _voc(found: list[Detection], data: DetectionData) -> dict[str, float]:
         )
         for row in rows
     ]
+    # VOC 2007 averages precision over eleven recalls, later years over every one
     eleven_points = bool(data.years) and set(data.years) == {"2007"}
     return voc_metrics(by_image, data.objects, len(data.classes), eleven_points)
 
@@ -138,6 +140,7 @@ def coco_results(found: list[Detection], data: DetectionData) -> list[Detection]
     """Return detections as entries of COCO's results file."""
     entries = []
     for item in found:
+        # COCO's boxes are a corner and two sides
         x1, y1, x2, y2 = item["box"]
         entry = {
             "image_id": data.ids[item["index"]],
@@ -155,6 +158,7 @@ def _coco(found: list[Detection], data: DetectionData, masks: bool) -> dict[str,
     COCO, COCOeval, _ = coco_api()
     kinds = {"bbox": "", "segm": "mask/"} if masks else {"bbox": ""}
     names = ("AP", "AP50", "AP75", "AP/small", "AP/medium", "AP/large")
+    # the evaluators fail on an empty list
     if not found:
         return {prefix + name: 0.0 for prefix in kinds.values() for name in names[:3]}
     values = {}

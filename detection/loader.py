@@ -103,6 +103,7 @@ def batches_of_test(
         group.append((index, size, image))
         if len(group) == cfg.TRAIN.BATCH_SIZE:
             yield _on_device(waiting.pop(padded), device)
+    # groups that never became full
     for group in waiting.values():
         yield _on_device(group, device)
 

@@ -47,6 +47,7 @@ class StageBoxes(nn.Module):
         """Predict from (R,F), in float32."""
         logits, deltas = self.cls_score(x).float(), self.bbox_pred(x).float()
         if self.agnostic:
+            # one box whatever the class: it is written once for each of them
             return logits, deltas.repeat(1, self.classes + 1)
         # torchvision's layout begins with a box of the background, which nobody reads
         return logits, F.pad(deltas, (4, 0))
@@ -107,6 +108,7 @@ class CascadeHeads(nn.Module):
         # the mean of logits, not of probabilities, as mmdetection takes it
         results = stages[-1].results((total / len(stages), deltas), boxes, shapes)
         if stages[-1].has_mask():
+            # every stage's mask head sees the boxes of the last one
             found = [result["boxes"] for result in results]
             masks = [stage.predict_masks(features, found, shapes).sigmoid() for stage in stages]
             add_masks(results, torch.stack(masks).mean(dim=0))
@@ -116,6 +118,7 @@ class CascadeHeads(nn.Module):
         return [cast(RegionHeads, stage) for stage in self.stages]
 
 
+# Regions are input of the next stage: no loss of it reaches back through their corners.
 @torch.no_grad()
 def refined(
     stage: RegionHeads, predictions: Predictions, regions: Regions, shapes: Shapes
@@ -157,6 +160,8 @@ def moved(
 
 def build_cascade_heads(rcnn: CfgNode, strides: list[int], classes: int) -> CascadeHeads:
     """Build the stages of a `MODEL.RCNN` section on maps of these strides."""
+    # Later regions are closer to their objects and move less. Divided by the deviation that is
+    # expected, the deltas of all stages are about 1.
     stages = []
     for iou, xy, wh in zip(rcnn.CASCADE, rcnn.CASCADE_XY, rcnn.CASCADE_WH, strict=True):
         stages.append(_stage(rcnn, strides, classes, iou, (1 / xy, 1 / xy, 1 / wh, 1 / wh)))
@@ -170,6 +175,7 @@ def _stage(
     iou: float,
     coder: tuple[float, float, float, float],
 ) -> RegionHeads:
+    # 0 samples: as many as a cell has places of the map, so that large regions lose nothing
     width, samples = rcnn.PYRAMID_WIDTH, 0 if rcnn.ALIGNED else 2
     masks: dict[str, nn.Module] = {}
     if rcnn.MASKS:

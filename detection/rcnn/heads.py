@@ -180,6 +180,7 @@ class RegionHeads(roi_heads.RoIHeads):
         labels = torch.cat(regions.labels)
         shown = (labels > 0).nonzero().flatten()
         boxes, truth = torch.cat(regions.boxes)[shown], torch.cat(regions.truth)[shown]
+        # each class has a box of its own, of which only the true class's learns
         deltas = deltas.view(-1, deltas.shape[1] // 4, 4)[shown, labels[shown]]
         if self.box_loss == "giou":
             found = self.box_coder.decode_single(deltas, boxes)  # not clipped to the image
@@ -188,6 +189,7 @@ class RegionHeads(roi_heads.RoIHeads):
             box_loss = distance(self.box_loss, deltas, self.box_coder.encode_single(truth, boxes))
         return {
             "loss_classifier": F.cross_entropy(logits, labels),
+            # by all regions: an image with few on objects then counts little (Fast R-CNN)
             "loss_box_reg": box_loss / labels.numel(),
         }
 
@@ -200,6 +202,7 @@ class RegionHeads(roi_heads.RoIHeads):
         for mask, boxes, rows in zip(masks, shown.boxes, shown.matched, strict=True):
             where = torch.cat([rows[:, None].to(boxes), boxes], dim=1)
             cut = roi_align(mask[:, None].to(boxes), where, logits.shape[-1], aligned=True)
+            # whole cells, as Detectron2 and mmdetection; torchvision's own loss has fractions
             truth.append((cut[:, 0] >= 0.5).float())
         chosen = torch.cat(shown.labels)
         own = logits[torch.arange(len(chosen), device=chosen.device), chosen]
@@ -257,6 +260,7 @@ class C4Heads(RegionHeads):
             shown = regions.foreground()
             logits = self.mask_predictor(maps[torch.cat(regions.labels) > 0])
             some = any(map(len, shown.boxes))
+            # a sum over no region is 0, and still has a gradient for every parameter
             losses["loss_mask"] = self.mask_loss(logits, shown, targets) if some else logits.sum()
         return losses
 
@@ -279,6 +283,7 @@ def head_options(
         "fg_iou_thresh": iou,
         "bg_iou_thresh": iou,
         "batch_size_per_image": rcnn.ROI_BATCH,
+        # at most: background fills up what is missing
         "positive_fraction": 0.25,
         "bbox_reg_weights": coder,
         "score_thresh": rcnn.SCORE_THRESH,

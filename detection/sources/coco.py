@@ -99,6 +99,7 @@ def read_coco(root: Path, split: str, masks: bool = False) -> DetectionData:
     found: dict[int, list[Annotation]] = {ident: [] for ident in content.pictures}
     for annotation in content.annotations:
         found[annotation.image].append(annotation)
+    # ids have gaps, labels have none, and label 0 is the background
     labels = {ident: label for label, (ident, _) in enumerate(content.categories, start=1)}
     return DetectionData(
         tuple(names),

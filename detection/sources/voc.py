@@ -115,6 +115,7 @@ def _voc_objects(tree: ElementTree.Element, file: Path, classes: Sequence[str]) 
             )
         boxes.append(_corners(entry, where))
         labels.append(classes.index(name) + 1)
+        # a difficult object counts neither as found nor as missed
         difficult.append((entry.findtext("difficult") or "0").strip() == "1")
     return make_objects(boxes, labels, difficult)
 
@@ -130,6 +131,7 @@ def _corners(entry: ElementTree.Element, where: str) -> np.ndarray:
         raise AnnotationError(
             f"{where}: bndbox {texts} is not four numbers ({', '.join(_SIDES)}); correct it"
         )
+    # pixel 1 begins at 0; some tools write 0 for the first pixel too
     corners = np.array([max(box[0] - 1, 0), max(box[1] - 1, 0), box[2], box[3]], dtype=np.float32)
     if (corners[2:] <= corners[:2]).any():
         raise AnnotationError(f"{where} has an empty bndbox {box}; correct or remove the object")
