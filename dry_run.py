@@ -55,12 +55,7 @@ def dry_run(
     folder = Path(cfg.OUTPUT) / "dry_run" / cfg.NAME
     folder.mkdir(parents=True, exist_ok=True)
     batches = loader.from_step(0, 3)
-    values = dict(leaves(cfg))
-    lines = [
-        f"{key} {values[key]} ({origin})"
-        for key, origin in origins.items()
-        if origin != "default" and not key.startswith(("LINEAR.", "FINETUNE."))
-    ]
+    lines = _given(cfg, origins)
     trained = sum(p.numel() for p in framework.parameters() if p.requires_grad)
     lines.append(f"images: {len(source)}; {plan.describe()}")
     lines.append(f"trained parameters: {trained / 1e6:.2f} M in {run.precision} on {run.device}")
@@ -75,8 +70,8 @@ def dry_run(
     seconds = []
     for _, micro_batches in batches:
         started = time.perf_counter()
-        out = train_step(state, plan, guard, step, micro_batches, run.seed)
-        loss = float(out["loss"])  # also waits for the device
+        loss = float(train_step(state, plan, guard, step, micro_batches, run.seed)["loss"])
+        # after the loss was read, which waits for the device
         seconds.append(time.perf_counter() - started)
     hours = min(seconds) * plan.total_steps / 3600
     speed = plan.global_batch / min(seconds)
@@ -87,12 +82,7 @@ def dry_run(
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.device) / 2**30
         lines.append(f"memory of the GPU: {peak:.1f} GiB")
-    one_core = _views_a_second(cfg, source, recipe)
-    lines.append(
-        f"one core makes the views of {one_core:.0f} images/s: the device needs "
-        f"{cores(speed, one_core):.1f} cores, there are {os.cpu_count()}"
-    )
-    lines.append(_disk(source, speed))
+    lines += [_loading(cfg, source, recipe, speed), _disk(source, speed)]
     lines += describe(
         plan.global_batch,
         cfg.OPTIM.BASE_LR,
@@ -105,6 +95,25 @@ def dry_run(
     save_preview(folder / "views.png", source, recipe, cfg.SEED, _SHOWN)
     lines.append(f"pictures: {folder / 'schedule.png'}, {folder / 'views.png'}")
     return "\n".join(lines) + "\n"
+
+
+def _given(cfg: CfgNode, origins: Mapping[str, str]) -> list[str]:
+    """Return a line for each key that is not at its default, with the file or flag it is from."""
+    values = dict(leaves(cfg))
+    return [
+        f"{key} {values[key]} ({origin})"
+        for key, origin in origins.items()
+        if origin != "default" and not key.startswith(("LINEAR.", "FINETUNE."))
+    ]
+
+
+def _loading(cfg: CfgNode, source: Source, recipe: Recipe, speed: float) -> str:
+    """Say how many cores make the views for a device of `speed` images/s."""
+    one_core = _views_a_second(cfg, source, recipe)
+    return (
+        f"one core makes the views of {one_core:.0f} images/s: the device needs "
+        f"{cores(speed, one_core):.1f} cores, there are {os.cpu_count()}"
+    )
 
 
 def _views_a_second(cfg: CfgNode, source: Source, recipe: Recipe) -> float:

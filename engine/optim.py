@@ -101,6 +101,10 @@ def check_optimizer(node: CfgNode, section: str = "") -> None:
             f"{key} corrects its weight decay by one peak rate, and parameter groups here have "
             f"rates of their own; use one without the correction, e.g. {_TIMM}adamw"
         )
+    _check_installed(name, key)
+
+
+def _check_installed(name: str, key: str) -> None:
     try:
         timm.optim.get_optimizer_class(name, bind_defaults=False)
     except (AssertionError, ImportError) as error:  # of bitsandbytes and APEX

@@ -69,11 +69,8 @@ class MoCoV2(MomentumFramework):
 
         Queries of local views meet all keys of the step: those of view 2, `symmetric` of both.
         """
-        pairs = (
-            [(views[0], views[1]), (views[1], views[0])]
-            if self.symmetric
-            else [(views[0], views[1])]
-        )
+        ways = [(views[0], views[1]), (views[1], views[0])]
+        pairs = ways if self.symmetric else ways[:1]
         num, local = len(views[0]), views[2:]
         local_queries = unit(self.online.stacked(local)) if local else None
         contrasts, local_losses = [], []

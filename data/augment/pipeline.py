@@ -82,12 +82,10 @@ def choose_backend(backend: str, device: torch.device, pixels: Pixels = PLAIN) -
     interpreted and compiled, but not yet run on one. A ValueError where "fused" is asked for and
     cannot run.
     """
-    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
-        return "torch"
     # The kernels are compiled for uint8, three colours and ImageNet's mean and deviation.
+    if backend == "torch" or (backend == "auto" and (device.type != "cpu" or pixels != PLAIN)):
+        return "torch"
     if pixels != PLAIN:
-        if backend == "auto":
-            return "torch"
         raise ValueError(
             "AUG.BACKEND 'fused' is for 8-bit RGB with ImageNet's mean and deviation: with "
             "DATA.CHANNELS, RANGE, MEAN or STD use 'auto' or 'torch'"

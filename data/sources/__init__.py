@@ -110,10 +110,15 @@ def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
             "remove the keys, or use a data set of files"
         )
     source.max_pixels, source.pixels = node.MAX_PIXELS, pixels
-    if labelled and not is_labelled(source):
+    if labelled:
+        _check_labels(source, node.DATASET)
+    return source
+
+
+def _check_labels(source: Source, dataset: str) -> None:
+    if not is_labelled(source):
         raise ValueError(
-            f"DATA.DATASET {node.DATASET!r}: an evaluation needs labels; use a folder with class "
+            f"DATA.DATASET {dataset!r}: an evaluation needs labels; use a folder with class "
             "folders, or pretrain with --opts KNN.EVERY_EPOCHS 0; --held-out gives the method's "
             "own losses"
         )
-    return source

@@ -59,15 +59,13 @@ def imagefolder(
     extensions: tuple[str, ...] = IMG_EXTENSIONS,
 ) -> FileSource:
     """Read <path>/<split>/<class>/**; class numbers are the ranks of the folders in train/."""
-    folder = Path(path) / split
-    passed = PassedOver()
+    folder, passed = Path(path) / split, PassedOver()
     found = _class_names(folder, passed)
     train = Path(path) / "train"
     has_train = split != "train" and is_folder(train)
     # The numbers of train for both splits, also where val lacks a class.
     classes = _class_names(train, PassedOver()) if has_train else found
-    unknown = sorted(set(found) - set(classes))
-    if unknown:
+    if unknown := sorted(set(found) - set(classes)):
         wrong = f"{folder} has classes that {train} lacks: {unknown[:5]}"
         raise ValueError(f"DATA.PATH (--data-path): {wrong}")
     number = {name: label for label, name in enumerate(classes)}

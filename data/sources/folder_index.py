@@ -203,6 +203,22 @@ def _changes(root: Path, header: Header, extensions: tuple[str, ...]) -> Iterato
 
 def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
     """Write an index in one step; where that fails, the next run scans again."""
+    head, text, body = _parts(asked, tree, listing)
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # two runs may write at once
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with removed_on_error(temporary):
+            write_synced(temporary, lambda out: [out.write(part) for part in (head, text, body)])
+            # a reader finds a whole index or none
+            os.replace(temporary, file)
+        _prune(file.parent)
+    except OSError as error:
+        hint = "DATA.INDEX_CACHE chooses another folder"
+        logger.warning("no index of images is kept: %s (%s)", error, hint)
+
+
+def _parts(asked: str, tree: Tree, listing: Listing) -> tuple[bytes, bytes, bytes]:
+    """Return head, JSON and arrays of an index."""
     paths = listing.paths
     body = b"".join(part.tobytes() for part in (listing.labels, paths.offsets, paths.blob))
     header = {
@@ -218,18 +234,7 @@ def _store(file: Path, asked: str, tree: Tree, listing: Listing) -> None:
     }
     text = json.dumps(header).encode()
     text += b" " * (-(_HEAD.size + len(text)) % 64)  # the arrays start where numpy likes them to
-    head = _HEAD.pack(_MAGIC, _VERSION, checksum(text), len(text))
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # two runs may write at once
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with removed_on_error(temporary):
-            write_synced(temporary, lambda out: [out.write(part) for part in (head, text, body)])
-            # a reader finds a whole index or none
-            os.replace(temporary, file)
-        _prune(file.parent)
-    except OSError as error:
-        hint = "DATA.INDEX_CACHE chooses another folder"
-        logger.warning("no index of images is kept: %s (%s)", error, hint)
+    return _HEAD.pack(_MAGIC, _VERSION, checksum(text), len(text)), text, body
 
 
 def _prune(place: Path) -> None:
