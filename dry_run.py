@@ -133,6 +133,7 @@ def _views_a_second(cfg: CfgNode, source: Source, recipe: Recipe) -> float:
 
 
 def _without_workers(cfg: CfgNode) -> CfgNode:
+    # The configuration itself is frozen.
     alone = cfg.clone()
     alone.defrost()
     alone.DATA.NUM_WORKERS = 0
@@ -146,6 +147,7 @@ def _disk(source: Source, images_per_second: float) -> str:
     # far from the first images, which the steps have just read
     read = [source.encoded(index) for index in range(stride - 1, len(source), stride)][:_READ]
     size = sum(len(data) for data in read if data is not None) / 2**20
+    # An array in memory has no encoded images.
     if not size:
         return "images are held in memory"
     found = size / (time.perf_counter() - started)

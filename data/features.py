@@ -54,6 +54,7 @@ class FeatureLoader:
             )
 
     def _batch(self, numbers: np.ndarray) -> Batch:
+        # The same numbers pick features, labels and indices, so they stay together.
         chosen = torch.from_numpy(numbers)
         features = self.at(chosen)
         return Batch([features], self.labels[chosen].to(features.device), self.indices[chosen])

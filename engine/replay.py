@@ -175,6 +175,7 @@ def replay(run: Run, framework: torch.nn.Module, kept: State, path: Path) -> lis
         logger.info(
             "rank %d: %d images, its loss was %.4g; %s", part["rank"], count, part["loss"], inputs
         )
+        # In both precisions: a number that is finite in fp32 only is an overflow.
         found = []
         # once where the run was in fp32 already
         for precision in dict.fromkeys((kept["precision"], "fp32")):

@@ -131,6 +131,7 @@ def class_balanced_draws(
     for draw in range(draws):
         # A generator for each draw: the number of draws changes none of them.
         generator = torch.Generator().manual_seed(keyed_seed(seed, per_class, draw))
+        # One order of all images; the first of each class are drawn.
         order = torch.randperm(len(labels), generator=generator)
         rows.append(torch.cat([order[labels[order] == c][:per_class] for c in range(num_classes)]))
     return torch.stack(rows)

@@ -89,6 +89,7 @@ def grid_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     log_p = logits.transpose(0, 1).float().log_softmax(dim=-1)  # (N, G, C), as the heads left it
     nll = -log_p.gather(-1, labels[:, None, None].expand(-1, len(logits), 1)).squeeze(-1)
     if smoothing:
+        # Smoothing mixes the label with the uniform distribution.
         nll = (1.0 - smoothing) * nll - smoothing * log_p.mean(dim=-1)
     # Not a mean over heads: the sum of these gives every head the gradient it would have alone.
     return nll.mean(dim=0)

@@ -77,6 +77,7 @@ def main() -> int:
     rows = [described(run, args.silent_after) for run in find_runs(args.root)]
     if args.command == "best":
         rows.sort(key=lambda row: _number(row[args.by]), reverse=True)
+    # As a table for people; export writes CSV below.
     if args.command != "export":
         print(aligned([list(COLUMNS), *([str(row[c]) for c in COLUMNS] for row in rows)]))
         return 0

@@ -89,6 +89,7 @@ def _class_names(folder: Path, passed: PassedOver) -> list[str]:
         )
     entries = read_folder(folder, passed)
     for name in entries.images:
+        # An image beside the class folders has no class.
         passed.add(OUTSIDE, str(folder / name))
     names = sorted(entries.folders + entries.linked)
     if not names:

@@ -50,6 +50,7 @@ def _load_rest(
     misfits: list[str] = []
     for key, tensor in own.items():
         first, _, rest = key.partition(".")
+        # Backbones are loaded already, queues after the heads.
         if rest.startswith("backbone.") or key.startswith(tuple(f"{name}." for name in queues)):
             continue
         theirs = found.get(f"{side}.{rest}" if side and first in ("online", "target") else key)
