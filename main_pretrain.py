@@ -63,7 +63,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from data import build_loader, build_views
-from data.augment.base import Recipe
+from data.augment.base import Recipe, view_size
 from data.augment.preview import first_batch, save_grid, save_preview
 from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
@@ -122,8 +122,9 @@ def main() -> int:
     run.describe(framework, plan, len(source))
     if args.throughput:
         with run.evaluating(framework.online.backbone) as backbone:
-            size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
-            measure_throughput(backbone, size, cfg.TRAIN.BATCH_SIZE, run.device, channels)
+            for size in dict.fromkeys(view_size(view) for view in recipe):
+                batch, channels = cfg.TRAIN.BATCH_SIZE, cfg.DATA.CHANNELS
+                measure_throughput(backbone, size, batch, run.device, channels)
         return 0
     evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, args.eval, probe)
     if args.eval:

@@ -69,21 +69,25 @@ def build(method: str, options: dict[str, Any], batch_norm: bool) -> Any:
     return framework.double()
 
 
-def joint_views(step: int) -> list[Tensor]:
-    """Draw the two views (BATCH, 3, 8, 8) of a step's global batch."""
+def joint_views(step: int, num_local: int = 0) -> list[Tensor]:
+    """Draw the two views (BATCH, 3, 8, 8) of a step's global batch, and local ones (BATCH, 3, 4, 4)."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return [
+    views = [
         images + 0.3 * torch.randn(images.shape, generator=generator).double() for _ in range(2)
     ]
+    corners = [images[:, :, 4 * n % 8 :, :4][:, :, :4] for n in range(num_local)]
+    return views + corners
 
 
-def micro_batches(step: int, accumulation: int) -> list[Batch]:
+def micro_batches(step: int, accumulation: int, num_local: int = 0) -> list[Batch]:
     """Cut this process's rows out of the global batch: contiguous, since queues keep rank order."""
     share = BATCH // distributed.world_size()
     mine = torch.arange(share) + distributed.rank() * share
     return [
-        Batch([view[rows] for view in joint_views(step)], torch.full_like(rows, -1), rows)
+        Batch(
+            [view[rows] for view in joint_views(step, num_local)], torch.full_like(rows, -1), rows
+        )
         for rows in mine.chunk(accumulation)
     ]
 
@@ -101,9 +105,9 @@ def prepare(
     return TrainState(framework, optimizer, run.wrap(framework)), plan
 
 
-def train_step(state: TrainState, plan: Plan) -> dict[str, Tensor]:
+def train_step(state: TrainState, plan: Plan, num_local: int = 0) -> dict[str, Tensor]:
     """Do one step of ``fit``."""
-    batches = micro_batches(state.step, plan.accumulation)
+    batches = micro_batches(state.step, plan.accumulation, num_local)
     out = engine.train_step(
         state, plan, FiniteGuard(), lambda b, p: state.model(b.views, p), batches, 0
     )
@@ -111,9 +115,14 @@ def train_step(state: TrainState, plan: Plan) -> dict[str, Tensor]:
 
 
 def train(
-    method: str, options: dict[str, Any], batch_norm: bool, accumulation: int = 1, steps: int = 3
+    method: str,
+    options: dict[str, Any],
+    batch_norm: bool,
+    accumulation: int = 1,
+    steps: int = 3,
+    num_local: int = 0,
 ) -> dict[str, Any]:
     """Train a few steps; return every step's outputs and the last state."""
     state, plan = prepare(method, options, batch_norm, accumulation)
-    outputs = [train_step(state, plan) for _ in range(steps)]
+    outputs = [train_step(state, plan, num_local) for _ in range(steps)]
     return {"outputs": outputs, "state": state.module.state_dict()}

@@ -25,6 +25,7 @@ from data.augment.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PhotometricOp,
+    Recipe,
     SpatialOp,
     View,
     sample_keys,
@@ -46,7 +47,7 @@ from data.augment.pipeline import (
     view_interpolation,
 )
 from data.augment.randaugment import RandAugment, rand_augmenter
-from data.augment.recipes import build_recipe
+from data.augment.recipes import add_local_views, build_recipe
 from data.decode import FORMATS, decode_rgb
 from data.sampler import Request
 from data.sources.base import Source
@@ -54,7 +55,9 @@ from data.worker import Fetcher
 
 # torchvision and timm have no common type: of a PIL image, of its tensor after ToTensor
 Transform = Callable[..., object]
+Step = Callable[[int, slice, list[bytes]], None]
 _SEED = 0
+_LOCAL = 96  # pixels of a local view
 _HAND_OVER = 32  # images of a batch that is handed over
 
 
@@ -63,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument("--recipe", default="moco_v2")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--local-crops", type=int, default=6, help="of multi-crop, 96 pixels each")
     parser.add_argument("--backend", default="auto", help="of the CPU path: auto, torch or fused")
 
 
@@ -83,8 +87,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     photos = load_photos(args.data, args.images)
     recipe = build_recipe(args.recipe, args.size)
     references = [reference_transform(view) for view in recipe]
-    fetcher = Fetcher(_Memory(photos.files), recipe, _SEED)
+    more = add_local_views(recipe, args.local_crops, min(_LOCAL, args.size), (0.05, 0.25))
     backend = choose_backend(args.backend, torch.device("cpu"))
+    for_device, on_cpu = _ours(photos.files, recipe, backend)
+    more_for_device, more_on_cpu = _ours(photos.files, more, backend)
 
     def reference(_pass: int, _place: slice, files: list[bytes]) -> None:
         for file in files:
@@ -92,8 +98,39 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             for transform in references:
                 transform(image)
 
+    def decode_only(_pass: int, _place: slice, files: list[bytes]) -> None:
+        for file in files:
+            decode_rgb(file)
+
+    names = ("reference", "ours, for a device", f"ours, all on a CPU ({backend})", "decoding alone")
+    with_local = [f"{name}, + {args.local_crops} local" for name in names[1:3]]
+    sides = (reference, for_device, on_cpu, decode_only, more_for_device, more_on_cpu)
+    named = list(zip((*names, *with_local), sides, strict=True))
+    times = interleaved(named, photos.files, args.rounds)
+    views = f"{len(recipe)} views of {args.size}, recipe {args.recipe}"
+    print(f"{photos.describe()}; {views}, one core")
+    print_rates(times, photos, "reference")
+    return {
+        "views_speedup": ratio(times, names[0], names[1]),
+        "views_cpu_speedup": ratio(times, names[0], names[2]),
+        "multi_crop_cost": ratio(times, with_local[0], names[1]),
+        "multi_crop_cpu_cost": ratio(times, with_local[1], names[2]),
+        "decode_fraction": ratio(times, names[3], names[1]),
+        "views_per_s": rate(times[names[1]], photos),
+        "views_cpu_per_s": rate(times[names[2]], photos),
+        "views_reference_per_s": rate(times[names[0]], photos),
+        "megapixels": photos.megapixels(),
+        "real_images": float(not photos.origin.startswith("made up")),
+        **_hand_over(len(recipe), args.size),
+    }
+
+
+def _ours(files: list[bytes], recipe: Recipe, backend: str) -> tuple[Step, Step]:
+    """Return what makes the crops of a chunk of files, and what also augments them."""
+    fetcher = Fetcher(_Memory(files), recipe, _SEED)
+
     def crops(number: int, place: slice) -> tuple[Request, list[Tensor]]:
-        request = Request(number, number, np.arange(len(photos.files))[place])
+        request = Request(number, number, np.arange(len(files))[place])
         fetched = fetcher[request]
         assert not fetched["failures"]
         return request, fetched["views"]
@@ -107,30 +144,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             keys = sample_keys(_SEED, number, request.indices, index)
             photometric(images, view, draw_photometric(view, keys), backend)
 
-    def decode_only(_pass: int, _place: slice, files: list[bytes]) -> None:
-        for file in files:
-            decode_rgb(file)
-
-    names = ("reference", "ours, for a device", f"ours, all on a CPU ({backend})", "decoding alone")
-    times = interleaved(
-        list(zip(names, (reference, for_device, on_cpu, decode_only), strict=True)),
-        photos.files,
-        args.rounds,
-    )
-    views = f"{len(recipe)} views of {args.size}, recipe {args.recipe}"
-    print(f"{photos.describe()}; {views}, one core")
-    print_rates(times, photos, "reference")
-    return {
-        "views_speedup": ratio(times, names[0], names[1]),
-        "views_cpu_speedup": ratio(times, names[0], names[2]),
-        "decode_fraction": ratio(times, names[3], names[1]),
-        "views_per_s": rate(times[names[1]], photos),
-        "views_cpu_per_s": rate(times[names[2]], photos),
-        "views_reference_per_s": rate(times[names[0]], photos),
-        "megapixels": photos.megapixels(),
-        "real_images": float(not photos.origin.startswith("made up")),
-        **_hand_over(len(recipe), args.size),
-    }
+    return for_device, on_cpu
 
 
 class _Ready(Dataset[list[Tensor]]):

@@ -89,6 +89,17 @@ def test_without_batch_norm_processes_and_micro_batches_are_one_batch(
     assert_same_training(ranks.run(training.train, method, options, False, 2), expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("moby", {}), ("mocov3", {}), ("moco_v2", {"batch_norm": "sync"})],
+)
+def test_two_processes_equal_one_with_local_views_too(
+    ranks: Pool, method: str, options: dict
+) -> None:
+    local = (method, options, True, 1, 3, 2)
+    assert_same_training(ranks.run(training.train, *local), training.train(*local))
+
+
 def count_updates(accumulation: int) -> dict[str, Any]:
     """Count what a step of MoBY does once, whatever the number of micro-batches."""
     state, plan = training.prepare("moby", NO_NORM_HEADS, False, accumulation)

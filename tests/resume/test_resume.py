@@ -66,6 +66,18 @@ def test_killed_at_random_and_resumed(method: str, output: Path) -> None:
     assert runs.digest(folder) == whole
 
 
+@pytest.mark.parametrize("method", ["moby", "moco_v2"])
+def test_local_views_are_drawn_again_after_a_kill(method: str, output: Path) -> None:
+    keys = {"NAME": f"local_{method}", "AUG__LOCAL_CROPS__NUMBER": 2, "AUG__LOCAL_CROPS__SIZE": 6}
+    run = partial(runs.arguments, method, output, **keys)
+    for tag, fault in (("whole", None), ("killed", partial(runs.kill_at, step=5))):
+        (job,) = forked.start("main_pretrain", run(tag), output / "log", prepare=fault)
+        assert job.wait() == (-signal.SIGKILL if fault else 0), job.text()
+    folder = output / f"local_{method}"
+    assert finish(run("killed"), folder / "killed", output / "log") == 3
+    assert runs.digest(folder / "killed") == runs.digest(folder / "whole")
+
+
 @pytest.mark.parametrize("killed", [(0, 1), (0,), (1,)], ids=["both", "rank0", "rank1"])
 def test_two_ranks_killed_and_resumed(killed: tuple[int, ...], output: Path) -> None:
     """Two epochs with an evaluation each, whose results are state too; batch norm is local to the ranks."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
+from data import build_views
 from data.augment.recipes import build_recipe
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, make_plan
@@ -29,7 +30,7 @@ CIFAR_RECIPES = sorted(CONFIGS.glob("cifar10/*.yaml"))
 RECIPE_FILES = [
     path
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if not path.stem.startswith(("demo", "own_images", "continue"))
+    if not path.stem.startswith(("demo", "own_images", "continue", "multi_crop"))
 ]
 OTHERS = [path for path in CONFIGS.glob("*.yaml") if path not in RECIPE_FILES]
 
@@ -463,3 +464,14 @@ def test_a_small_recipe_fits_cifar10(path: Path) -> None:
     )
     options = section_options(cfg.MODEL[method_section(cfg.MODEL.NAME)])
     assert cfg.TRAIN.BATCH_SIZE % options.get("bn_groups", 1) == 0
+
+
+def test_multi_crop_has_the_crops_of_dino() -> None:
+    """Arguments of DINO's ViTs: global_crops_scale 0.25 1, local_crops_scale 0.05 0.25."""
+    local_views = build_views(recipe("multi_crop_vit_small"))
+    assert [view[0].size for view in local_views] == [224] * 2 + [96] * 6
+    assert [view[0].scale for view in local_views] == [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 6
+    base = recipe("mocov3_vit_small")
+    values = dict(leaves(base))
+    changed = {key for key, v in leaves(recipe("multi_crop_vit_small")) if v != values[key]}
+    assert changed == {*("NAME", "TRAIN.EPOCHS", "AUG.CROP_MIN", "AUG.LOCAL_CROPS.NUMBER")}
