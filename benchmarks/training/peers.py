@@ -1,14 +1,18 @@
 """Other libraries' MoCo v2 beside ours: the same backbone, batch, views, optimiser and precision.
 
 Peers: lightly (pip install lightly). Each uses what it ships: its head, loss with memory bank,
-momentum update and, end to end, its transform and DataLoader.
+momentum update and, end to end, its transform and DataLoader. Images are pixels in memory, or with
+`--jpegs` real JPEG files in a folder, which each side lists, reads and decodes itself.
 """
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -18,10 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import Side, autocast, measure, ratio, repeated, show
+from benchmarks.input.decode import load_photos
 from benchmarks.training.step import method_step
 from data.augment.recipes import build_recipe
 from data.loader import GlobalLoader
-from data.sources.base import ArraySource
+from data.sources import build_source
+from data.sources.base import ArraySource, Source
 from engine.precision import resolve_precision
 from models import assemble_framework
 from models.parts.backbones import build_backbone
@@ -31,7 +37,8 @@ DIFFERENCES = """what differs:
 - head and loss: lightly normalises and concatenates logits; both keep 4096 keys here
 - target: lightly averages each parameter before the forward, ours all at once after the step
 - memory format: lightly's examples keep NCHW; both sides run it channels last here
-- data, end to end: lightly's transform on PIL images through a DataLoader; ours on uint8 tensors"""
+- data: lightly's dataset and transform of PIL images through a DataLoader; ours crops uint8, and
+  augments a batch at once"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,48 +50,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4, help="a round")
+    parser.add_argument("--jpegs", type=int, default=0, help="JPEG files; 0: pixels in memory")
+    parser.add_argument(
+        "--data", default="", help="folder of JPEGs; else a pack in SHARED_DATA; else made up"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Time the step alone on fixed views, then steps with data."""
+    """Time the step alone on fixed views, the data alone, then steps with data."""
+    if importlib.util.find_spec("lightly") is None:
+        print("lightly is not installed (pip install lightly): ours alone")
+    if not args.jpegs:
+        return _compare(args, None)
+    photos = load_photos(args.data, args.jpegs)
+    print(photos.describe())
+    with tempfile.TemporaryDirectory(prefix="synco-peers-") as made:
+        folder = Path(made) / "train" / "all"
+        folder.mkdir(parents=True)
+        for number, file in enumerate(photos.files):
+            (folder / f"{number:05d}.jpg").write_bytes(file)
+        return _compare(args, Path(made))
+
+
+def _compare(args: argparse.Namespace, folder: Path | None) -> dict[str, float]:
     device = torch.device(args.device)
     torch.manual_seed(0)
     precision = resolve_precision("auto", device)
-    theirs = _Lightly(args, device, precision)
-    options = {"queue_size": _KEYS}
-    framework = assemble_framework("moco_v2", options, _backbone(args), img_size=args.size)
-    ours = method_step(framework, device, precision)
     views = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(2)]
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-    pixels = np.random.default_rng(0).integers(
-        0, 256, (2048, args.size, args.size, 3), dtype=np.uint8
-    )
-    our_data, their_data = _our_views(args, pixels, device), _their_views(args, pixels, device)
-
-    def repeat(
-        name: str, step: Callable[[list[Tensor]], None], supply: Iterator[list[Tensor]]
-    ) -> Side:
-        return repeated(name, lambda: step(next(supply)), args.steps)
-
-    names = ("lightly, step", "ours, step", "lightly, with its data", "ours, with our data")
-    sides = [
-        repeat(names[0], theirs, itertools.repeat(views)),
-        repeat(names[1], ours, itertools.repeat(views)),
-        repeat(names[2], theirs, their_data),
-        repeat(names[3], ours, our_data),
-    ]
+    # none where there are files
+    shape = (0 if folder else 2048, args.size, args.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    options = {"queue_size": _KEYS}
+    framework = assemble_framework("moco_v2", options, _backbone(args), img_size=args.size)
+    steps = {"ours": method_step(framework, device, precision)}
+    data = {"ours": _our_views(args, _our_source(pixels, folder), device)}
+    if importlib.util.find_spec("lightly") is not None:
+        steps["lightly"] = _Lightly(args, device, precision)
+        data["lightly"] = _their_views(args, _their_dataset(args, pixels, folder), device)
+    sides = []
+    for who, step in steps.items():
+        sides += _sides(who, step, views, data[who], args.steps)
     times = measure(sides, args.rounds, device, wall=args.workers > 0 or device.type == "cuda")
     show(times)
     print(
         f"{args.backbone}, {args.size} px, batch {args.batch}, {precision}, {args.workers} workers"
     )
     print(DIFFERENCES)
-    rate = 1e3 * args.steps * args.batch / statistics.median(times[names[3]])
-    return {
-        "lightly_step_speedup": ratio(times, *names[:2]),
-        "lightly_end_to_end_speedup": ratio(times, *names[2:]),
-        "images_per_s": rate,
+    images = 1e3 * args.steps * args.batch
+    result = {
+        "images_per_s": images / statistics.median(times["ours, with data"]),
+        "data_images_per_s": images / statistics.median(times["ours, data"]),
     }
+    if "lightly" in steps:
+        for name, part in (("step", "step"), ("data", "data"), ("end_to_end", "with data")):
+            result[f"lightly_{name}_speedup"] = ratio(times, f"lightly, {part}", f"ours, {part}")
+    return result
+
+
+def _sides(
+    who: str,
+    step: Callable[[list[Tensor]], None],
+    views: list[Tensor],
+    data: Iterator[list[Tensor]],
+    times: int,
+) -> list[Side]:
+    """Return one library's step on fixed views, its data, and both."""
+    return [
+        repeated(f"{who}, step", lambda: step(views), times),
+        repeated(f"{who}, data", lambda: next(data), times),
+        repeated(f"{who}, with data", lambda: step(next(data)), times),
+    ]
 
 
 def _backbone(args: argparse.Namespace) -> dict[str, str]:
@@ -95,14 +131,10 @@ class _Lightly:
     """A step of the MoCo in lightly's examples, in the same precision, memory format, optimiser."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, precision: str) -> None:
-        try:
-            from lightly.loss import NTXentLoss
-            from lightly.models.modules import MoCoProjectionHead
-            from lightly.models.utils import update_momentum
-        except ImportError as error:
-            raise SystemExit(
-                f"error: peers needs lightly ({error}): pip install lightly"
-            ) from error
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import MoCoProjectionHead
+        from lightly.models.utils import update_momentum
+
         self.device, self.precision = device, precision
         self.update_momentum = update_momentum
         backbone = build_backbone(**_backbone(args), img_size=args.size)  # type: ignore[arg-type]
@@ -129,13 +161,25 @@ class _Lightly:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def _our_views(
-    args: argparse.Namespace, pixels: np.ndarray, device: torch.device
-) -> Iterator[list[Tensor]]:
+def _our_source(pixels: np.ndarray, folder: Path | None) -> Source:
+    if folder is not None:
+        return build_source("imagefolder", str(folder), "train")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    source = ArraySource("random", images, torch.zeros(len(images), dtype=torch.int64), ["0"])
+    return ArraySource("random", images, torch.zeros(len(images), dtype=torch.int64), ["0"])
+
+
+def _our_views(
+    args: argparse.Namespace, source: Source, device: torch.device
+) -> Iterator[list[Tensor]]:
     recipe = build_recipe("moco_v2", args.size)
-    loader = GlobalLoader(source, recipe, global_batch=args.batch, seed=0, device=device)
+    loader = GlobalLoader(
+        source,
+        recipe,
+        global_batch=args.batch,
+        seed=0,
+        device=device,
+        num_workers=args.workers,
+    )
     for _, batches in loader.from_step(0, 1 << 40):
         yield [view.contiguous(memory_format=torch.channels_last) for view in batches[0].views]
 
@@ -143,10 +187,8 @@ def _our_views(
 class _Transformed(Dataset[list[Tensor]]):
     """Pixels through lightly's own transform of PIL images."""
 
-    def __init__(self, pixels: np.ndarray, size: int) -> None:
-        from lightly.transforms import MoCoV2Transform
-
-        self.pixels, self.transform = pixels, MoCoV2Transform(input_size=size)
+    def __init__(self, pixels: np.ndarray, transform: Callable[[Image.Image], object]) -> None:
+        self.pixels, self.transform = pixels, transform
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -156,11 +198,37 @@ class _Transformed(Dataset[list[Tensor]]):
         return cast("list[Tensor]", self.transform(Image.fromarray(self.pixels[index])))
 
 
+class _Views(Dataset[list[Tensor]]):
+    """The views alone of lightly's (views, label, file name)."""
+
+    def __init__(self, dataset: Dataset[tuple[list[Tensor], int, str]], length: int) -> None:
+        self.dataset, self.length = dataset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.dataset[index][0]
+
+
+def _their_dataset(
+    args: argparse.Namespace, pixels: np.ndarray, folder: Path | None
+) -> Dataset[list[Tensor]]:
+    from lightly.data import LightlyDataset
+    from lightly.transforms import MoCoV2Transform
+
+    transform = MoCoV2Transform(input_size=args.size)
+    if folder is None:
+        return _Transformed(pixels, transform)
+    dataset = LightlyDataset(str(folder / "train"), transform=transform)
+    return _Views(dataset, len(dataset))
+
+
 def _their_views(
-    args: argparse.Namespace, pixels: np.ndarray, device: torch.device
+    args: argparse.Namespace, dataset: Dataset[list[Tensor]], device: torch.device
 ) -> Iterator[list[Tensor]]:
     loader = DataLoader(
-        _Transformed(pixels, args.size),
+        dataset,
         batch_size=args.batch,
         shuffle=True,
         drop_last=True,

@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks.__main__ as program
-from benchmarks.training import start
+from benchmarks.training import peers, start
 from models import FRAMEWORKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +98,32 @@ def test_our_start_comes_to_its_first_step() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["ours_start_cpu_s"] > 0
+
+
+# ---- peers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jpegs", ["0", "6"])
+def test_peers_measures_ours_alone_where_lightly_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jpegs: str
+) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    for number in range(6):
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(tmp_path / f"{number}.jpg")
+    argv = ("--steps", "1", "--jpegs", jpegs, "--data", str(tmp_path))
+    with mock.patch.object(sys, "argv", ["benchmarks", "--rounds", "1", "peers", *SMALL, *argv]):
+        assert program.main() == 0
+    out = capsys.readouterr().out
+    assert "lightly is not installed" in out
+    found = json.loads(out.splitlines()[-1])
+    assert found["images_per_s"] > 0
+    assert found["data_images_per_s"] > 0
+    assert "lightly_step_speedup" not in found
+
+
+@pytest.mark.slow
+def test_peers_compares_steps_and_data_with_lightly(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightly")
+    found = figures(capsys, "peers", *SMALL, "--steps", "1", "--jpegs", "8")
+    for part in ("step", "data", "end_to_end"):
+        assert found[f"lightly_{part}_speedup"] > 0
