@@ -27,7 +27,7 @@ from benchmarks.training.first_steps.arguments import DONE
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SCRIPTS = {"lightly": "lightly_moco", "stable_pretraining": "stable_pretraining_simclr"}
-_PATIENCE = 900  # seconds for one start
+_PATIENCE = 3600  # seconds for one start, on a loaded machine
 DIFFERENCES = """what differs:
 - ours checks configuration and data, looks for a checkpoint and opens the run's folder and its log;
   a peer's script does less
