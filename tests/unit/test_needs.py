@@ -1,5 +1,6 @@
 """What a run needs, by hand; and what a step shares, counted on pretended processes."""
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -144,3 +145,17 @@ def test_norms_are_counted_by_passes() -> None:
     assert counted["norms_forward"] == sum(2 * (2 * m.num_features + 1) for m in norms)
     trained = sum(2 * 2 * m.num_features for m in norms if id(m) in online)
     assert counted["norms_backward"] == trained
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_of_scaling_says_what_the_formulas_give() -> None:
+    page = (Path(__file__).parents[2] / "docs/scaling.md").read_text()
+    table = page.split("| P = 8 | P = 64 | P = 512 |\n")[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+    assert len(rows) == 4
+    for row in rows:
+        shared = Shared(*[int(cell.replace(",", "")) for cell in row[1:6]])
+        sent = [sum(shared.sent(world).values()) / 1e6 for world in needs.WORLDS]
+        assert row[6:] == [f"{value:.0f}" for value in sent], row[0]
