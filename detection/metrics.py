@@ -35,14 +35,11 @@ def voc_metrics(
             # a class without objects has no recall
             continue
         boxes, images = _of_class(found, label)
-        row = []
-        for threshold in THRESHOLDS:
-            hits, misses, total = match(boxes, images, truth, ignored, threshold)
-            recall, precision = curve(hits, misses, total)
-            row.append(average_precision(recall, precision, eleven_points))
-            if threshold == THRESHOLDS[0]:
-                other.append(average_precision(recall, precision, not eleven_points))
-        table.append(row)
+        curves = [
+            curve(*match(boxes, images, truth, ignored, threshold)) for threshold in THRESHOLDS
+        ]
+        table.append([average_precision(*points, eleven_points) for points in curves])
+        other.append(average_precision(*curves[0], not eleven_points))
     if not table:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
     means = 100.0 * np.mean(table, axis=0)

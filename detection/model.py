@@ -82,30 +82,34 @@ def build_detector(
             f"MODEL.RCNN.NECK: {rcnn.NECK!r} does not apply to {cfg.MODEL.BACKBONE.NAME}; "
             f"use {' or '.join(_NECKS_OF[kind])}"
         )
-    # The necks of transformers have no batch norm, as their backbones have none.
-    norm = nn.BatchNorm2d if kind == "resnet" else None
-    if rcnn.NECK == "c4":
-        trunk: Any = C4Trunk(cast(ResNet, body))
-        stage5 = Stage5(cast(ResNet, body), norm if rcnn.EXTRA_NORM else None)
-        heads: nn.Module = build_c4_heads(
-            rcnn, stage5, stage5.out_channels, trunk.strides[-1], num_classes
-        )
-    else:
-        if kind == "vit":
-            _fit_canvas(body, cfg.MODEL.BACKBONE.NAME, canvas)
-            trunk = SimplePyramid(body, rcnn.PYRAMID_WIDTH)
-        else:
-            # A fresh norm cannot be frozen: it has no statistics yet.
-            fpn_norm = norm if rcnn.NORM != "frozen" else None
-            trunk = Pyramid(build_trunk(body), rcnn.PYRAMID_WIDTH, fpn_norm)
-        build_heads = build_cascade_heads if rcnn.CASCADE else build_pyramid_heads
-        heads = build_heads(rcnn, trunk.strides, num_classes)
+    trunk, heads = _parts(cfg, body, kind, num_classes)
     detector = Detector(trunk, build_proposals(rcnn, trunk.out_channels), heads, Canvas(canvas))
     if rcnn.NORM == "frozen":
         freeze_batch_norms(detector)
     elif rcnn.NORM == "sync":
         convert_sync_batch_norm(detector)
     return detector
+
+
+def _parts(cfg: CfgNode, body: Backbone, kind: str, num_classes: int) -> tuple[Any, nn.Module]:
+    """Return the trunk with its neck and the RoI heads; `kind` is the backbone's family."""
+    rcnn = cfg.MODEL.RCNN
+    # The necks of transformers have no batch norm, as their backbones have none.
+    norm = nn.BatchNorm2d if kind == "resnet" else None
+    if rcnn.NECK == "c4":
+        trunk: Any = C4Trunk(cast(ResNet, body))
+        stage5 = Stage5(cast(ResNet, body), norm if rcnn.EXTRA_NORM else None)
+        stride = trunk.strides[-1]
+        return trunk, build_c4_heads(rcnn, stage5, stage5.out_channels, stride, num_classes)
+    if kind == "vit":
+        _fit_canvas(body, cfg.MODEL.BACKBONE.NAME, cfg.DETECTION.CANVAS)
+        trunk = SimplePyramid(body, rcnn.PYRAMID_WIDTH)
+    else:
+        # A fresh norm cannot be frozen: it has no statistics yet.
+        fpn_norm = norm if rcnn.NORM != "frozen" else None
+        trunk = Pyramid(build_trunk(body), rcnn.PYRAMID_WIDTH, fpn_norm)
+    build_heads = build_cascade_heads if rcnn.CASCADE else build_pyramid_heads
+    return trunk, build_heads(rcnn, trunk.strides, num_classes)
 
 
 def _fit_canvas(body: Backbone, name: str, canvas: int) -> None:

@@ -181,7 +181,7 @@ def _check_numbers(node: CfgNode) -> None:
 
 
 def _check_backbone(cfg: CfgNode, kind: str) -> None:
-    segmenter, node, name = cfg.MODEL.SEGMENTER, cfg.SEGMENTATION, cfg.MODEL.BACKBONE.NAME
+    segmenter, name = cfg.MODEL.SEGMENTER, cfg.MODEL.BACKBONE.NAME
     stride = segmenter.OUTPUT_STRIDE
     if stride not in (8, 16, 32):
         raise ConfigError(f"MODEL.SEGMENTER.OUTPUT_STRIDE: {stride} is not one of 8, 16, 32")
@@ -190,13 +190,16 @@ def _check_backbone(cfg: CfgNode, kind: str) -> None:
             f"MODEL.SEGMENTER.OUTPUT_STRIDE: {stride} is for ResNets, and {name} is none; set it "
             "to 32"
         )
-    if kind != "vit":
-        if segmenter.TAPS:
-            raise ConfigError(
-                f"MODEL.SEGMENTER.TAPS: {segmenter.TAPS} is for ViTs, and {name} is none; set it "
-                "to []"
-            )
-        return
+    if kind == "vit":
+        _check_vit(cfg)
+    elif segmenter.TAPS:
+        raise ConfigError(
+            f"MODEL.SEGMENTER.TAPS: {segmenter.TAPS} is for ViTs, and {name} is none; set it to []"
+        )
+
+
+def _check_vit(cfg: CfgNode) -> None:
+    node, name = cfg.SEGMENTATION, cfg.MODEL.BACKBONE.NAME
     # A ViT's positions are interpolated once, to the crop: it sees no other size.
     if node.TEST == "whole":
         raise ConfigError(

@@ -107,9 +107,13 @@ def build_segmenter(
     )
     if whole and weights is not None:
         load_segmenter(segmenter, weights)
-    if node.NORM == "frozen":
+    return _with_norms(segmenter, node.NORM)
+
+
+def _with_norms(segmenter: Segmenter, norm: str) -> Segmenter:
+    if norm == "frozen":
         freeze_batch_norms(segmenter.backbone)
-    if node.NORM != "batch":  # a head's norms are fresh: they must learn
+    if norm != "batch":  # a head's norms are fresh: they must learn
         convert_sync_batch_norm(segmenter)
     return segmenter
 

@@ -218,10 +218,8 @@ def import_file(args: argparse.Namespace) -> None:
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
     source = _checkpoint_of(args.source)
-    if args.to == "mmseg":  # the file itself tells the network, heads included
-        state = to_mmseg(segmenter_state(_read(source), str(source)))
-        _save({"state_dict": state, "meta": {}}, args.output)
-        print(f"wrote {args.output}; load it with {HINTS['mmseg']}")
+    if args.to == "mmseg":
+        _export_segmenter(source, args.output)
         return
     cfg = _config(args)
     checkpoint = _read(source)
@@ -243,6 +241,13 @@ def export_file(args: argparse.Namespace) -> None:
     print(f"wrote {args.output}; load it with {_hint(args.to, cfg)}")
     if cfg.MODEL.BACKBONE.NORM_EPS:
         print(f"then {norm_eps_note(cfg.MODEL.BACKBONE.NORM_EPS)}")
+
+
+def _export_segmenter(source: Path, output: Path) -> None:
+    # no configuration is asked for: the file itself tells the network, heads included
+    state = to_mmseg(segmenter_state(_read(source), str(source)))
+    _save({"state_dict": state, "meta": {}}, output)
+    print(f"wrote {output}; load it with {HINTS['mmseg']}")
 
 
 def _converted(

@@ -86,16 +86,7 @@ def read_coco(root: Path, split: str, masks: bool = False) -> DetectionData:
     # one process looks into the images: their heads may be on a slow disk
     sizes = [(picture.width, picture.height) for picture in content.pictures.values()]
     distributed.on_main(lambda: check_sizes(names, sizes, file))
-    if content.dropped:
-        first = content.dropped[0]
-        logger.warning(
-            "%s: %d of %d boxes have no size inside their image and are left out, e.g. %s, bbox %s",
-            file,
-            len(content.dropped),
-            len(content.dropped) + len(content.annotations),
-            first.place,
-            list(first.box),
-        )
+    _say_dropped(content, file)
     found: dict[int, list[Annotation]] = {ident: [] for ident in content.pictures}
     for annotation in content.annotations:
         found[annotation.image].append(annotation)
@@ -112,6 +103,19 @@ def read_coco(root: Path, split: str, masks: bool = False) -> DetectionData:
         tuple(ident for ident, _ in content.categories),
         annotation_file=file,
     )
+
+
+def _say_dropped(content: CocoFile, file: Path) -> None:
+    if content.dropped:
+        first = content.dropped[0]
+        logger.warning(
+            "%s: %d of %d boxes have no size inside their image and are left out, e.g. %s, bbox %s",
+            file,
+            len(content.dropped),
+            len(content.dropped) + len(content.annotations),
+            first.place,
+            list(first.box),
+        )
 
 
 def parse_coco(file: Path, masks: bool) -> CocoFile:
