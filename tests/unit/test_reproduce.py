@@ -79,7 +79,7 @@ def test_an_unknown_study_is_answered_with_the_known_ones() -> None:
 def row(entry: str, seed: int, knn: float) -> dict[str, object]:
     return {
         "recipe": entry, "seed": seed, "knn20": knn, "knn200": knn - 1, "linear": knn + 1, "epochs": 3,
-        "cpu_seconds": 60.0, "images_per_second": 1000.0, "peak_mib": 512.0, "commit": "abc", "machine": "M",
+        "cpu_seconds": 60.0, "wall_seconds": 90.0, "images_per_second": 1000.0, "peak_mib": 512.0, "commit": "abc", "machine": "M",
     }  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
     page = markdown(study, results, "python tools/reproduce.py small", "small.svg")
-    assert "| a | 2 | 3 | 1.0 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
-    assert "| never |  |  |  |  |  |  |  |  |" in page
+    assert "| a | 2 | 3 | 1.0 | 1.5 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
+    assert "| never |  |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
     assert "* differs in rate" in page

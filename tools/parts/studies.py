@@ -178,7 +178,7 @@ def markdown(study: Study, results: Results, command: str, picture: str) -> str:
         key: f"linear, {key[7:].replace('pct', ' %')}"
         for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
     }
-    head = ["", "seeds", "epochs", "CPU min", "images/s", "memory", *measures.values()]
+    head = ["", "seeds", "epochs", "CPU min", "wall min", "images/s", "memory", *measures.values()]
     lines = [f"# {study.title}", "", f"![{study.title}]({picture})", "", f"`{command}`", ""]
     lines += [*_conditions(study, rows), ""]
     lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
@@ -204,7 +204,8 @@ def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
     return [
         f"{study.dataset}; {study.minutes:g} CPU minutes of training unless a line says otherwise; "
         "evaluation is not counted. Mean over the seeds, and standard deviation where there are "
-        "several. Empty: not run.",
+        "several. Images/s is of the wall clock, which other jobs on the machine slow down. "
+        "Empty: not run.",
         "",
         *said,
     ]
@@ -212,8 +213,13 @@ def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
 
 def _cells(found: Sequence[Row], measures: Sequence[str]) -> list[str]:
     if not found:
-        return ["", "", "", "", "", *("" for _ in measures)]
-    plain = (("epochs", "g", 1), ("cpu_seconds", ".1f", 60), ("images_per_second", ",.0f", 1))
+        return ["", "", "", "", "", "", *("" for _ in measures)]
+    plain = (
+        ("epochs", "g", 1),
+        ("cpu_seconds", ".1f", 60),
+        ("wall_seconds", ".1f", 60),
+        ("images_per_second", ",.0f", 1),
+    )
     cells = [str(len(found))]
     for key, form, divisor in plain:
         values = [number(row, key) / divisor for row in found]
