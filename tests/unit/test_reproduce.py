@@ -113,7 +113,9 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
     page = markdown(study, results, "python tools/reproduce.py small", "small.svg")
-    assert "| a | 2 | 3 | 1.0 | 1.5 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
+    assert (
+        "| a | 2 | 3 | 1.0 | 1.5 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
+    )
     assert "| never |  |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
