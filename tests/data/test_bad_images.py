@@ -284,7 +284,10 @@ def test_deep_images_are_named_and_replaced(
     source = build_source("imagefolder", str(image_folder), "train")
     number = [source.name(index) for index in range(len(source))].index(str(deep))
     assert all(number not in batch.indices for batch in epoch(source))
-    reason = "16-bit image (mode I;16) is not supported; convert to 8 bit"
+    reason = (
+        "16-bit image (mode I;16) is not supported; convert to 8 bit or, where the program has "
+        "the key, set DATA.RANGE"
+    )
     assert f"unreadable image replaced: {deep} (ValueError: {reason})" in caplog.messages
     with pytest.raises(BadImagesError, match=r"deep\.png: ValueError: 16-bit image"):
         list(evaluation_batches(source, 16, batch_size=2, device=CPU))
