@@ -26,7 +26,7 @@ class OnlineProbe:
     def __init__(
         self, width: int, num_classes: int, lr: float, seed: int, device: torch.device
     ) -> None:
-        # A generator of its own: the run draws the same numbers with and without a probe.
+        # The probe has a separate generator, so the run draws the same numbers with and without it.
         generator = torch.Generator().manual_seed(keyed_seed("online probe", seed))
         weight = torch.empty(num_classes, width)
         nn.init.normal_(weight, std=0.01, generator=generator)

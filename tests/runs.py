@@ -32,13 +32,20 @@ SMALL = {
 }
 
 
-def small_keys(method: str) -> dict[str, Any]:
-    """Return the keys that make a method small; a new method needs no entry."""
-    section = method_section(method)
-    keys = {name: SMALL[name] for name in method_options()[section.lower()] if name in SMALL}
+def small_options(method: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a method that `sizes` has; a new method needs no entry."""
+    known = method_options()[method_section(method).lower()]
+    options = {name: size for name, size in sizes.items() if name in known}
     if method == "sit":
-        keys["base_momentum"] = 0.9  # the published rate moves nothing in so few steps
-    return {f"MODEL.{section}.{name.upper()}": value for name, value in keys.items()}
+        options["base_momentum"] = 0.9  # the published rate moves nothing in so few steps
+    return options
+
+
+def small_keys(method: str) -> dict[str, Any]:
+    """Return the keys that make a method small."""
+    section = method_section(method)
+    options = small_options(method, SMALL)
+    return {f"MODEL.{section}.{name.upper()}": value for name, value in options.items()}
 
 
 def arguments(

@@ -180,7 +180,7 @@ class RegionHeads(roi_heads.RoIHeads):
         labels = torch.cat(regions.labels)
         shown = (labels > 0).nonzero().flatten()
         boxes, truth = torch.cat(regions.boxes)[shown], torch.cat(regions.truth)[shown]
-        # each class has a box of its own, of which only the true class's learns
+        # one box for each class; only the box of the true class gets a gradient
         deltas = deltas.view(-1, deltas.shape[1] // 4, 4)[shown, labels[shown]]
         if self.box_loss == "giou":
             found = self.box_coder.decode_single(deltas, boxes)  # not clipped to the image

@@ -1,7 +1,7 @@
 """Whole segmenters in mmsegmentation's names: heads too, so that files go both ways.
 
 Heads have the same names on both sides. Backbones differ: mmsegmentation >= 1.0 keeps the four
-output norms of a Swin in the backbone itself, and the pyramid of a ViT in a neck of its own.
+output norms of a Swin in the backbone itself, and the pyramid of a ViT in a separate neck.
 """
 
 import logging

@@ -80,7 +80,7 @@ def test_what_cannot_be_made_is_refused(
 def test_global_views_do_not_change_by_a_bit(resident: bool) -> None:
     with_local, without = (batch(recipe, resident=resident) for recipe in (RECIPE, GLOBAL))
     assert all(map(torch.equal, with_local, without))
-    # each local view has draws of its own
+    # no two local views share their draws
     assert not torch.equal(with_local[2], with_local[3])
 
 

@@ -1,9 +1,9 @@
 """Every method over every family: two steps, the right things move, the wrong ones do not."""
 
 import copy
-from typing import Any
 
 import pytest
+import runs
 import timm
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from models.parts.backbones import _warn_of_cut, build_backbone, feature_map
 from models.parts.heads import mlp
 from models.parts.mocov3_vit import sincos_positions
 from models.parts.momentum import KeyQueue, MomentumFramework
-from utils.config.sections import method_section
 from utils.schedules import Progress, momentum_at
 
 # smallest settings that keep each family's parts: stages, heads, windows
@@ -31,15 +30,7 @@ _SIZES = {
     "num_synthetic": [4] * 6,
     "warmup_epochs": 0,
 }
-_OPTIONS = framework_options()
-SMALL: dict[str, dict[str, Any]] = {
-    method: {
-        name: _SIZES[name] for name in _OPTIONS[method_section(method).lower()] if name in _SIZES
-    }
-    for method in FRAMEWORKS
-}
-# the published rate moves nothing in so few steps
-SMALL["sit"]["base_momentum"] = 0.9
+SMALL = {method: runs.small_options(method, _SIZES) for method in FRAMEWORKS}
 
 
 def views(seed: int) -> list[Tensor]:
