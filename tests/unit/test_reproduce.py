@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -221,6 +223,34 @@ def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
     second = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
     assert second.cpu_seconds > first.cpu_seconds + 0.05
     assert second.peak_mib >= first.peak_mib > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
+def test_a_killed_driver_leaves_no_run_behind(tmp_path: Path) -> None:
+    """A run that measures the speed would train on for 100,000 epochs."""
+    child = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(120)"
+    script = "import sys; from pathlib import Path; from tools.parts import study_runs; "
+    script += "study_runs._run([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]), None)"
+    log = str(tmp_path / "log")
+    driver = subprocess.Popen([sys.executable, "-c", script, child, log], cwd=ROOT)
+    pid = tmp_path / "pid"
+    until(lambda: pid.exists() and bool(pid.read_text()))
+    driver.kill()
+    driver.wait()
+    until(lambda: not alive(pid))
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid: Path) -> bool:
+    stat = Path("/proc", pid.read_text(), "stat")
+    # a zombie waits only for its new parent to look
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.slow

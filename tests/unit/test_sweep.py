@@ -332,8 +332,8 @@ def test_a_run_that_finished_while_it_was_waited_for_is_not_run_again(place: Pat
 
 
 def test_a_run_whose_sweep_died_before_it_began_does_not_begin() -> None:
-    script = "import os, sys; sys.path.insert(0, sys.argv[1]); from tools.parts import sweep_runs; "
-    script += "sweep_runs.end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"
+    script = "import os, sys; sys.path.insert(0, sys.argv[1]); from tools.parts import children; "
+    script += "children.end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"
     root = str(Path(sweep.__file__).parents[1])
     for other, begins in ((0, True), (1, False)):
         child = subprocess.run(

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
+from tools.parts.children import ending_with_this_process
 from tools.parts.run_files import read_json
 from tools.parts.studies import UNTRAINED, Entry, Row, Study, number, rows_of
 from utils.checkpoints.atomic import write_text
@@ -135,7 +137,7 @@ class Trainer:
         self._say(tag, "measuring the speed")
         command = self._training(entry, tag, 0, _MANY_EPOCHS)
         with (self.work / f"{tag}.log").open("wb") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            child = _start(command, log)
         try:
             points = list(self._watched(child, tag, max(_SPEED_LEAST, budget * _SPEED_SHARE)))
         finally:
@@ -223,6 +225,13 @@ class Trainer:
         print(f"{clock} {self.study.name} {tag}: {text}", file=sys.stderr, flush=True)
 
 
+def _start(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start a child that does not outlive this program."""
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=ending_with_this_process()
+    )
+
+
 def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
     """Run a command to its end; return what it used, with the starts before a stop."""
     begin, told = time.monotonic(), 0.0
@@ -230,7 +239,7 @@ def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
     if costs and costs.exists():
         earlier = Cost(**json.loads(costs.read_bytes()))
     with log.open("ab") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT)
+        child = _start(command, file)
     ended = 0
     while not ended:
         # Ctrl-C reaches the child too, which saves and ends: its cost must not be lost

@@ -1,12 +1,9 @@
 """Run the points of a sweep: one process a point, one point a device at a time."""
 
-import ctypes
-import functools
 import json
 import logging
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.parts.children import ending_with_this_process
 from tools.parts.run_files import seconds_as_text
 from tools.parts.sweep_points import Point, Result
 from utils.checkpoints.locks import try_lock
@@ -27,9 +25,6 @@ _PROMPT = "$ "  # of the command in the log of a run
 _GRACE = 120.0  # seconds that stopped runs get to save
 _POLL = 0.2  # seconds
 _DIVERGED = 3  # exit code of a run whose gradient was not finite
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Loaded here: between fork and exec of a process with threads, loading may wait for a lock forever.
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class _Job(NamedTuple):
@@ -130,7 +125,7 @@ class Runner:
                 env=environment,
                 # Ctrl-C does not reach a session of its own: the sweep passes it on, once.
                 start_new_session=True,
-                preexec_fn=functools.partial(end_with_parent, os.getpid()),
+                preexec_fn=ending_with_this_process(),
             )
         self._running[name] = _Job(point, process, device, time.monotonic())
 
@@ -210,13 +205,3 @@ def score(result: Result) -> str:
         if name in result:
             return f"{split} top-1 {result[name]:.2f}"
     return "no accuracy"
-
-
-def end_with_parent(parent: int) -> None:
-    """Ask the kernel, in a new run, to send SIGTERM when the sweep dies: the run saves and ends."""
-    # the sweep's own handler would lose the signal before exec
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # the sweep died before the kernel was asked
-        os._exit(1)
