@@ -12,7 +12,9 @@ beginning after a stop.
 import argparse
 import contextlib
 import copy
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +39,7 @@ def _parser() -> Parser:
     add("--data-path", default="", metavar="DIR", help="folder of the data set")
     add("--output", required=True, metavar="DIR", help="folder of all runs")
     add("--tag", required=True, metavar="NAME", help="name of this run")
-    add("--epochs", type=int, required=True, metavar="N", help="length of the run")
+    add("--epochs", type=float, required=True, metavar="N", help="length of the run, also 4.5")
     add("--seed", type=int, default=0, metavar="N", help="of weights and order")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda [cpu]")
     add("--opts", nargs="+", default=[], metavar="K=V", help="as of main_linear.py")
@@ -70,8 +72,9 @@ with contextlib.suppress(ImportError):
     from lightly.models.utils import update_momentum
     from lightly.transforms import SimCLRTransform
 
-# lightly's benchmark of CIFAR-10: 512 images a step at rate 0.06; the rate scales with the batch.
-_BATCH, _RATE, _WEIGHT_DECAY = 128, 0.06 * 128 / 512, 5e-4
+# All values are of cifar10_benchmark.py in lightly's documentation (commit 0351a522). Its batch is
+# 128 at rate 0.06 for all three methods.
+_BATCH, _RATE, _WEIGHT_DECAY = 128, 0.06, 5e-4
 _KEYS = 4096
 
 
@@ -96,7 +99,11 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Contrast(nn.Module):
-    """MoCo as in lightly's benchmark: symmetric, memory bank, temperature 0.1."""
+    """MoCo as in lightly's benchmark: symmetric, memory bank, temperature 0.1.
+
+    Without its batch norm in 8 parts, so that all entries of a study share one backbone. Batch norm
+    over the whole batch makes shuffling the keys pointless.
+    """
 
     def __init__(self, backbone: nn.Module, width: int) -> None:
         super().__init__()
@@ -111,9 +118,7 @@ class Contrast(nn.Module):
 
     def _half(self, query: Tensor, key: Tensor) -> Tensor:
         with torch.no_grad():
-            # shuffled, so that batch norm tells nothing about the partner
-            order = torch.randperm(len(key))
-            keys = self.target(key[order])[order.argsort()]
+            keys = self.target(key)
         return self.loss(self.online(query), keys)
 
 
@@ -126,7 +131,9 @@ class Predict(nn.Module):
             projector = modules.BYOLProjectionHead(width, 1024, 256)
             self.predictor = modules.BYOLPredictionHead(256, 1024, 256)
         else:
-            projector = modules.SimSiamProjectionHead(width, 2048, 2048)
+            # two layers for CIFAR-10; modules.SimSiamProjectionHead has three
+            first = (width, 2048, nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
+            projector = modules.ProjectionHead([first, (2048, 2048, nn.BatchNorm1d(2048), None)])
             self.predictor = modules.SimSiamPredictionHead(2048, 512, 2048)
         self.online = nn.Sequential(backbone, projector)
         self.target = copy.deepcopy(self.online).requires_grad_(False) if with_target else None
@@ -186,23 +193,23 @@ def train(args: argparse.Namespace, backbone: Backbone, source: Source, folder: 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, _RATE, momentum=0.9, weight_decay=_WEIGHT_DECAY)
     loader = DataLoader(Views(source), _BATCH, shuffle=True, drop_last=True)
-    total = args.epochs * len(loader)
+    total = round(args.epochs * len(loader))
+    # the benchmark lowers the rate after each of 200 epochs; few epochs need it after each step
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    step, begin = 0, time.monotonic()
-    for _ in range(args.epochs):
-        for one, other in loader:
-            loss = model(one.to(device), other.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % 10 == 0 or step == total:
-                rate = step * _BATCH / (time.monotonic() - begin)
-                note(folder, step, total, args.epochs, float(loss), rate)
+    epochs = (batch for _ in range(math.ceil(args.epochs)) for batch in loader)
+    begin = time.monotonic()
+    for step, (one, other) in enumerate(itertools.islice(epochs, total), 1):
+        loss = model(one.to(device), other.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0 or step == total:
+            rate = step * _BATCH / (time.monotonic() - begin)
+            note(folder, step, total, args.epochs, float(loss), rate)
 
 
-def note(folder: Path, step: int, total: int, epochs: int, loss: float, rate: float) -> None:
+def note(folder: Path, step: int, total: int, epochs: float, loss: float, rate: float) -> None:
     """Write the status and a line of metrics, in the form of our own runs."""
     state = "done" if step == total else "running"
     status = {"state": state, "step": step, "total": total, "epochs": epochs}

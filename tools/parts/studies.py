@@ -1,5 +1,6 @@
 """What a study compares, the rows that were measured for it, and the tables made of them."""
 
+import ast
 import hashlib
 import json
 import math
@@ -18,6 +19,9 @@ Row = dict[str, object]
 Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Raise it when rows are judged in another way: older rows no longer count and are judged again.
+EVALUATION = 2
+PEERS = ROOT / "benchmarks" / "studies" / "peer_runs.py"
 UNTRAINED = ("random", "pixels")  # peers that need no training
 MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
 
@@ -55,9 +59,11 @@ class Study:
         return next(entry for entry in self.entries if entry.name == name)
 
     def recipe(self, entry: Entry, tier: str) -> str:
-        """Return a digest of all that makes a result: a row of another recipe is not its row.
+        """Return a digest of what is trained: a row of another recipe is not its row.
 
-        Two studies with the same recipe share its rows, whatever they call it.
+        Two studies with the same recipe share its rows, whatever they call it. Of other libraries
+        the recipe is code, which counts without its comments. Of ours it is the values of the
+        configuration; rows name the commit.
         """
         minutes: object = float(entry.minutes or self.minutes)
         if entry.peer in UNTRAINED:
@@ -66,6 +72,8 @@ class Study:
             minutes = self.recipe(self.entry(entry.epochs_of), tier)
         values = sorted(written_values(ROOT / entry.cfg).items())
         parts = [tier, self.dataset, minutes, entry.peer, values, entry.opts]
+        if entry.peer:
+            parts.append(ast.unparse(ast.parse(PEERS.read_text(encoding="utf-8"))))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -138,8 +146,9 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def rows_of(rows: Sequence[Row], recipe: str) -> dict[int, Row]:
-    """Return the newest row of each seed of a recipe."""
-    return {int(str(row["seed"])): row for row in rows if row["recipe"] == recipe}
+    """Return the newest row of each seed of a recipe, of those judged as today."""
+    today = [row for row in rows if row.get("evaluation") == EVALUATION]
+    return {int(str(row["seed"])): row for row in today if row["recipe"] == recipe}
 
 
 def results_of(study: Study, rows: Sequence[Row], tier: str) -> Results:
@@ -178,7 +187,16 @@ def markdown(study: Study, results: Results, command: str, picture: str) -> str:
         key: f"linear, {key[7:].replace('pct', ' %')}"
         for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
     }
-    head = ["", "seeds", "epochs", "CPU min", "wall min", "images/s", "memory", *measures.values()]
+    head = [
+        "",
+        "seeds",
+        "epochs",
+        "CPU min",
+        "wall min",
+        "CPU s/epoch",
+        "memory",
+        *measures.values(),
+    ]
     lines = [f"# {study.title}", "", f"![{study.title}]({picture})", "", f"`{command}`", ""]
     lines += [*_conditions(study, rows), ""]
     lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
@@ -202,10 +220,10 @@ def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
     places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
     said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
     return [
-        f"{study.dataset}; {study.minutes:g} CPU minutes of training unless a line says otherwise; "
-        "evaluation is not counted. Mean over the seeds, and standard deviation where there are "
-        "several. Images/s is of the wall clock, which other jobs on the machine slow down. "
-        "Empty: not run.",
+        f"{study.dataset}; {study.minutes:g} CPU minutes of training on one thread, unless a line "
+        "says otherwise; evaluation is not counted. Mean over the seeds, and standard deviation "
+        "where there are several. The rate of a linear probe is chosen on a tenth of the training "
+        "images. Empty: not run.",
         "",
         *said,
     ]
@@ -215,16 +233,17 @@ def _cells(found: Sequence[Row], measures: Sequence[str]) -> list[str]:
     if not found:
         return ["", "", "", "", "", "", *("" for _ in measures)]
     plain = (
-        ("epochs", "g", 1),
+        ("epochs", ".4g", 1),
         ("cpu_seconds", ".1f", 60),
         ("wall_seconds", ".1f", 60),
-        ("images_per_second", ",.0f", 1),
     )
     cells = [str(len(found))]
     for key, form, divisor in plain:
-        values = [number(row, key) / divisor for row in found]
-        known = values[0] and all(map(math.isfinite, values))
-        cells.append(format(statistics.mean(values), form) if known else "")
+        mean = statistics.mean(number(row, key) / divisor for row in found)
+        cells.append(format(mean, form) if mean else "")
+    epochs = sum(number(row, "epochs") for row in found)
+    cost = sum(number(row, "cpu_seconds") for row in found)
+    cells.append(f"{cost / epochs:.0f}" if epochs else "")
     cells.append(f"{max(number(row, 'peak_mib') for row in found) / 1024:.1f} GiB")
     return cells + [_mean([number(row, measure) for row in found]) for measure in measures]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -16,14 +17,15 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tools.parts.children import ending_with_this_process
 from tools.parts.run_files import read_json
-from tools.parts.studies import UNTRAINED, Entry, Row, Study, number, rows_of
+from tools.parts.studies import EVALUATION, UNTRAINED, Entry, Row, Study, number, rows_of
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.locks import try_lock
 from utils.cli.version import commit
+from utils.config.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
 _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget
@@ -69,27 +71,29 @@ class Trainer:
 
     def measure(self, entry: Entry, seed: int, rows: Sequence[Row]) -> Row:
         """Train and judge an entry; return its row."""
-        epochs = self._epochs(entry, rows)
+        epochs = self._epochs(entry, seed, rows)
         # the epochs too: a run of another length must not be taken for this one
-        tag = f"{self._tag(entry)}-{seed}-{epochs}ep"
-        self._say(tag, f"{epochs} epochs" if epochs else "nothing to train")
+        tag = f"{self._tag(entry)}-{seed}-{epochs:g}ep"
+        self._say(tag, f"{epochs:g} epochs" if epochs else "nothing to train")
         command = self._training(entry, tag, seed, epochs)
         costs = self.work / f"{tag}.cost.json"
-        if entry.peer:  # begins anew after a stop
-            costs.unlink(missing_ok=True)
-        if self._status(tag).get("state") == "done" and costs.exists():
-            cost = Cost(**json.loads(costs.read_bytes()))  # only its probe failed
+        if costs.exists() and self._weights(tag):
+            cost = Cost(**json.loads(costs.read_bytes()))  # only its probe is missing
         else:
+            if entry.peer:  # begins anew after a stop
+                costs.unlink(missing_ok=True)
+                shutil.rmtree(self._folder(tag), ignore_errors=True)
             cost = _run(command, self.work / f"{tag}.log", costs)
         row: Row = {
             "study": self.study.name,
             "entry": entry.name,
             "recipe": self.recipe(entry),
+            "evaluation": EVALUATION,
             "seed": seed,
             "epochs": epochs,
             **vars(cost),
             **self._training_figures(tag),
-            **self._judge(entry, tag),
+            **self._judge(entry, tag, seed),
             **_here(self.tier),
             "command": self._shown(command),
         }
@@ -98,26 +102,28 @@ class Trainer:
 
     # ---- the length of the run -------------------------------------------------------------------
 
-    def _epochs(self, entry: Entry, rows: Sequence[Row]) -> int:
+    def _epochs(self, entry: Entry, seed: int, rows: Sequence[Row]) -> float:
         if entry.peer in UNTRAINED:
             return 0
         if entry.epochs_of:
-            model = self.study.entry(entry.epochs_of)
-            found = [number(row, "epochs") for row in rows_of(rows, self.recipe(model)).values()]
-            if not found:
+            found = rows_of(rows, self.recipe(self.study.entry(entry.epochs_of)))
+            if seed not in found:
                 raise ValueError(
-                    f"entry {entry.name}: epochs_of needs a row of {entry.epochs_of}; run it first"
+                    f"entry {entry.name}: epochs_of needs a row of {entry.epochs_of} with seed "
+                    f"{seed}; run it first"
                 )
-            return round(statistics.median(found))
+            return number(found[seed], "epochs")
         budget = 60.0 * (entry.minutes or self.study.minutes)
         speed = self._speed(entry, budget)
-        epochs = int((budget - speed["start"]) / speed["epoch"])
+        epochs = (budget - speed["start"]) / speed["epoch"]
+        if entry.peer:  # slow ones would lose much of the budget to whole epochs
+            return math.floor(epochs * 100) / 100
         if epochs < 1:
             raise ValueError(
                 f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} CPU seconds, the start "
                 f"{speed['start']:.0f}; give more minutes than {budget / 60:g}"
             )
-        return epochs
+        return math.floor(epochs)
 
     def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
         """Return the CPU seconds of the start and of an epoch, the same for all seeds."""
@@ -169,10 +175,10 @@ class Trainer:
 
     # ---- training and judging --------------------------------------------------------------------
 
-    def _training(self, entry: Entry, tag: str, seed: int, epochs: int) -> list[str]:
+    def _training(self, entry: Entry, tag: str, seed: int, epochs: float) -> list[str]:
         flags = ["--cfg", entry.cfg, "--data-path", self.data_path, "--dataset", self.study.dataset]
         flags += ["--output", str(self.work), "--tag", tag, "--seed", str(seed)]
-        flags += ["--epochs", str(epochs), "--device", "cuda" if self.tier == "gpu" else "cpu"]
+        flags += ["--epochs", f"{epochs:g}", "--device", "cuda" if self.tier == "gpu" else "cpu"]
         if entry.peer:
             opts = ["--opts", *entry.opts] if entry.opts else []
             return [sys.executable, "-m", "benchmarks.studies.peer_runs", entry.peer, *flags, *opts]
@@ -184,7 +190,7 @@ class Trainer:
         """Return a command as it can be given elsewhere: places by their letters."""
         places = {self.data_path: "D", str(self.work): "O", sys.executable: "python"}
         words = (places.get(word, word) for word in command)
-        return shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
+        return "OMP_NUM_THREADS=1 " + shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
 
     def _folder(self, tag: str) -> Path:
         return next(self.work.glob(f"*/{tag}"), self.work / tag)
@@ -200,25 +206,46 @@ class Trainer:
             rates += [row["images_per_second"]] if "images_per_second" in row else []
         return {"images_per_second": statistics.median(rates)} if rates else {}
 
-    def _judge(self, entry: Entry, tag: str) -> Row:
+    def _weights(self, tag: str) -> Path | None:
+        """Return the file of weights of a run that is done."""
+        folder = self._folder(tag)
+        if self._status(tag).get("state") == "done" or (folder / "backbone.pt").exists():
+            return max([*folder.glob("ckpt_*.pt"), *folder.glob("backbone.pt")], default=None)
+        return None
+
+    def _judge(self, entry: Entry, tag: str, seed: int) -> Row:
+        """Return the accuracies; a probe's rate is the best one on held-out training images."""
+        dataset = self.study.dataset
+        tests = self._probes(entry, tag, seed, dataset)
+        choices = tests
+        if f"{dataset}_held_out" in DATASETS:
+            choices = self._probes(entry, tag, seed, f"{dataset}_held_out")
+        found: Row = {}
+        for labels, result in tests.items():
+            accuracies, offered = result["final_by_lr"], choices[labels]["final_by_lr"]
+            rate = max(accuracies.keys() & offered.keys(), key=lambda rate: offered[rate][0])
+            found["linear" if labels == "100pct" else f"linear_{labels}"] = accuracies[rate][0]
+        for k in (20, 200):
+            # those of few labels have a bank of few images
+            found[f"knn{k}"] = tests["100pct"][f"knn{k}_top1"]
+        return found
+
+    def _probes(self, entry: Entry, tag: str, seed: int, dataset: str) -> dict[str, Any]:
+        """Train the linear probes on a data set; return the results by the share of labels."""
         program = [str(ROOT / "main_linear.py")]
         if entry.peer == "pixels":
             program = ["-m", "benchmarks.studies.raw_pixels"]
+        probe = f"{tag}-probe{EVALUATION}-{dataset}"
         command = [sys.executable, *program, "--cfg", entry.cfg]
-        command += ["--data-path", self.data_path, "--dataset", self.study.dataset]
-        command += ["--output", str(self.work), "--tag", tag]
+        command += ["--data-path", self.data_path, "--dataset", dataset]
+        command += ["--output", str(self.work), "--tag", probe, "--seed", str(seed)]
+        command += ["--pretrained", str(self._weights(tag))]
         command += ["--cached-features", "--labels", "1", "10", "100"]
-        if entry.peer:
-            command += ["--pretrained", str(self._folder(tag) / "backbone.pt")]
-        command += ["--opts", "KNN.K=[20,200]", *entry.opts]
-        _run(command, self.work / f"{tag}.linear.log", None)
-        found: Row = {}
-        for path in self._folder(tag).glob("linear/*/result.json"):
-            result = read_json(path)
-            labels = str(result.get("labels", "100pct"))
-            found["linear" if labels == "100pct" else f"linear_{labels}"] = result["final_top1"]
-            found |= {f"knn{k}": result[f"knn{k}_top1"] for k in (20, 200)}
-        return found
+        # last: the same numbers for all, whatever they were trained in
+        command += ["--opts", *entry.opts, "KNN.K=[20,200]", "TRAIN.PRECISION=fp32"]
+        _run(command, self.work / f"{probe}.log", None)
+        results = [read_json(file) for file in self._folder(probe).glob("linear/*/result.json")]
+        return {str(result["labels"]): result for result in results}
 
     def _say(self, tag: str, text: str) -> None:
         clock = datetime.now().strftime("%H:%M:%S")
@@ -226,9 +253,14 @@ class Trainer:
 
 
 def _start(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
-    """Start a child that does not outlive this program."""
+    """Start a child on one thread that does not outlive this program."""
     return subprocess.Popen(
-        command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=ending_with_this_process()
+        command,
+        stdout=log,
+        stderr=log,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=ending_with_this_process(),
     )
 
 
