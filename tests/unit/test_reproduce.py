@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tools.parts import study_runs
+from tools.parts import studies, study_runs
 from tools.parts.studies import (
+    EVALUATION,
     Entry,
     Row,
     Study,
@@ -81,7 +83,7 @@ def test_an_unknown_study_is_answered_with_the_known_ones() -> None:
 def row(entry: str, seed: int, knn: float) -> dict[str, object]:
     return {
         "recipe": entry, "seed": seed, "knn20": knn, "knn200": knn - 1, "linear": knn + 1, "epochs": 3,
-        "cpu_seconds": 60.0, "wall_seconds": 90.0, "images_per_second": 1000.0, "peak_mib": 512.0, "commit": "abc", "machine": "M",
+        "cpu_seconds": 60.0, "wall_seconds": 90.0, "peak_mib": 512.0, "evaluation": EVALUATION, "commit": "abc", "machine": "M",
     }  # fmt: skip
 
 
@@ -115,9 +117,7 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
     page = markdown(study, results, "python tools/reproduce.py small", "small.svg")
-    assert (
-        "| a | 2 | 3 | 1.0 | 1.5 | 1,000 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
-    )
+    assert "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
     assert "| never |  |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
@@ -159,7 +159,9 @@ def test_a_recorded_command_names_no_place_of_this_machine(tmp_path: Path) -> No
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     trainer = Trainer(study, tmp_path / "work", "/data/somewhere", "cpu")
     shown = trainer._shown(trainer._training(Entry("a", "configs/demo.yaml"), "a-0-3ep", 0, 3))
-    assert shown.startswith("python main_pretrain.py --cfg configs/demo.yaml --data-path D")
+    assert shown.startswith(
+        "OMP_NUM_THREADS=1 python main_pretrain.py --cfg configs/demo.yaml --data-path D"
+    )
     assert "--output O" in shown
     assert "/" not in shown.replace("configs/demo.yaml", "")
 
@@ -173,6 +175,7 @@ def test_a_run_that_is_done_is_not_trained_again(
     folder = tmp_path / "work" / "demo" / tag
     folder.mkdir(parents=True)
     (folder / "status.json").write_text('{"state": "done"}')
+    (folder / "ckpt_00000007.pt").touch()
     cost = {"cpu_seconds": 5.0, "wall_seconds": 6.0, "peak_mib": 7.0}
     (tmp_path / "work" / f"{tag}.cost.json").write_text(json.dumps(cost))
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0})
@@ -183,7 +186,62 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert row["cpu_seconds"] == 5.0
     # the speed is measured once for all seeds
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: pytest.fail("measured again"))
-    assert trainer._epochs(study.entries[0], []) == 7
+    assert trainer._epochs(study.entries[0], 1, []) == 7
+
+
+def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(
+        tmp_path,
+        HEAD + "entries: {a: {cfg: configs/demo.yaml}, as: {cfg: configs/demo.yaml, epochs_of: a}, "
+        "slow: {cfg: configs/demo.yaml, peer: lightly_moco}}",
+    )
+    trainer = Trainer(study, tmp_path, "", "cpu")
+    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 30.0})
+    ours, same, slow = study.entries
+    assert trainer._epochs(ours, 0, []) == 1  # (60 - 4) / 30: whole epochs
+    assert trainer._epochs(slow, 0, []) == 1.86  # half of it would be lost
+    recipe = trainer.recipe(ours)
+    rows: list[Row] = [row(recipe, 0, 50.0), row(recipe, 1, 50.0) | {"epochs": 5}]
+    assert [trainer._epochs(same, seed, rows) for seed in (0, 1)] == [3, 5]  # those of its seed
+    with pytest.raises(ValueError, match=r"entry as: epochs_of needs a row of a with seed 2"):
+        trainer._epochs(same, 2, rows)
+
+
+def test_a_run_is_judged_by_all_labels_and_a_rate_chosen_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published k-NN once had the bank of 1 % of the labels, by the order of the folders."""
+
+    def probes(_: Trainer, entry: Entry, tag: str, seed: int, dataset: str) -> dict[str, object]:
+        held_out = dataset.endswith("held_out")
+        few = {"knn20_top1": 30.0, "knn200_top1": 31.0}
+        many = {"knn20_top1": 50.0, "knn200_top1": 51.0}
+        # the best rate on the test images is another one than the best on the held-out ones
+        rates = (
+            {"0.1": [40.0, 0], "1": [20.0, 0]} if held_out else {"0.1": [41.0, 0], "1": [60.0, 0]}
+        )
+        found = {"100pct": many | {"final_by_lr": rates}, "1pct": few | {"final_by_lr": rates}}
+        return dict(reversed(found.items())) if seed else found
+
+    monkeypatch.setattr(Trainer, "_probes", probes)
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
+    trainer = Trainer(replace(study, dataset="cifar10"), tmp_path, "", "cpu")
+    expected = {"knn20": 50.0, "knn200": 51.0, "linear": 41.0, "linear_1pct": 41.0}
+    assert trainer._judge(study.entries[0], "a", 0) == expected
+    assert trainer._judge(study.entries[0], "a", 1) == expected
+
+
+def test_a_changed_peer_is_another_recipe_and_a_comment_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml, peer: lightly_moco}}")
+    code = tmp_path / "peer_runs.py"
+    monkeypatch.setattr(studies, "PEERS", code)
+    digests = []
+    for text in ("RATE = 0.06", "RATE = 0.06  # of its page", "RATE = 0.015"):
+        code.write_text(text)
+        digests.append(study.recipe(study.entries[0], "cpu"))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_studies_share_rows_of_one_recipe_and_no_others(tmp_path: Path) -> None:
@@ -201,7 +259,9 @@ def test_studies_share_rows_of_one_recipe_and_no_others(tmp_path: Path) -> None:
     other = study_of(tmp_path, HEAD.replace("T", "U") + f"entries: {{ours: {{cfg: {recipe}}}}}")
     assert other.recipe(other.entries[0], "cpu") == digests["one"]
     assert other.recipe(other.entries[0], "gpu") != digests["one"]
-    rows: list[Row] = [{"recipe": digests["one"], "seed": 0}]
+    rows: list[Row] = [{"recipe": digests["one"], "seed": 0, "evaluation": EVALUATION}]
+    # judged in another way: it does not count
+    rows += [{"recipe": digests["slow"], "seed": 0, "evaluation": EVALUATION - 1}]
     assert results_of(study, rows, "cpu")["one"] == {0: rows[0]}
     assert results_of(study, rows, "cpu")["slow"] == {}
     # what makes a recipe may stand in its base
@@ -215,10 +275,11 @@ def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
     monkeypatch.setattr(study_runs, "_TELL", 0.0)
     costs, seen = tmp_path / "cost.json", []
     keep = study_runs._keep
-    monkeypatch.setattr(study_runs, "_keep", lambda *given: seen.append(given[2]) or keep(*given))
+    monkeypatch.setattr(study_runs, "_keep", lambda *given: seen.append(given) or keep(*given))
     work = "import time, sys; sum(i * i for i in range(3_000_000)); time.sleep(1.5)"
     first = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
     assert len(seen) > 1  # not only at the end: a driver that is killed loses little
+    assert all(mib > 1 for *_, mib in seen)
     assert first.cpu_seconds > 0.05
     second = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
     assert second.cpu_seconds > first.cpu_seconds + 0.05

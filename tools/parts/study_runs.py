@@ -282,7 +282,7 @@ def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
             if costs and not ended and time.monotonic() > told + _TELL:
                 # kept while the child runs, for the case that this program is killed
                 told, used = time.monotonic(), tree_cpu_seconds(child.pid)
-                _keep(costs, earlier, used, told - begin, 0.0)
+                _keep(costs, earlier, used, told - begin, _peak_mib(child.pid))
     child.returncode = os.waitstatus_to_exitcode(status)
     used = usage.ru_utime + usage.ru_stime
     cost = _keep(costs, earlier, used, time.monotonic() - begin, usage.ru_maxrss / 1024)
@@ -298,6 +298,14 @@ def _keep(costs: Path | None, earlier: Cost, cpu: float, wall: float, mib: float
     if costs:
         write_text(costs, json.dumps(vars(cost)))
     return cost
+
+
+def _peak_mib(pid: int) -> float:
+    """Return the most memory that a process has had, 0 if it has ended."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc", str(pid), "status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return 0.0
 
 
 def tree_cpu_seconds(pid: int) -> float:
