@@ -14,7 +14,8 @@ from utils.batch import Batch
 
 def build_views(cfg: CfgNode) -> Recipe:
     """Return the views of pretraining: two global ones, then the local ones of `LOCAL_CROPS`."""
-    recipe = build_recipe(cfg.AUG.RECIPE, cfg.DATA.IMG_SIZE, cfg.AUG.CROP_MIN or None)
+    size = cfg.AUG.VIEW_SIZE or cfg.DATA.IMG_SIZE
+    recipe = build_recipe(cfg.AUG.RECIPE, size, cfg.AUG.CROP_MIN or None)
     local = cfg.AUG.LOCAL_CROPS
     return add_local_views(recipe, local.NUMBER, local.SIZE, tuple(local.SCALE))
 

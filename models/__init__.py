@@ -57,6 +57,7 @@ def build_framework(cfg: CfgNode) -> MomentumFramework:
         channels=cfg.DATA.CHANNELS,
         use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
         stack_views=cfg.MODEL.STACK_VIEWS,
+        view_size=cfg.AUG.VIEW_SIZE,
         local_size=cfg.AUG.LOCAL_CROPS.SIZE if cfg.AUG.LOCAL_CROPS.NUMBER else 0,
     )
 
@@ -71,15 +72,16 @@ def assemble_framework(
     channels: int = 3,
     use_checkpoint: bool = False,
     stack_views: bool = False,
+    view_size: int = 0,
     local_size: int = 0,
 ) -> MomentumFramework:
     """Build the method `name` with its `options` over two of `build_backbone(**backbone)`.
 
     `backbone` may also hold `target_drop_path`, the target's own drop-path rate (default 0);
-    `batchformer` holds `enabled` and the options of `BatchFormer`. `local_size` is that of local
-    views, 0 without any. On several processes batch norms are synchronised where the method asks
-    for it. Raises `ValueError` for a name that is not in
-    `FRAMEWORKS`.
+    `batchformer` holds `enabled` and the options of `BatchFormer`. `view_size` is that of the
+    views, 0 for `img_size`; `local_size` that of local views, 0 without any. On several processes
+    batch norms are synchronised where the method asks for it. Raises `ValueError` for a name that
+    is not in `FRAMEWORKS`.
     """
     if name not in FRAMEWORKS:
         raise ValueError(f"MODEL.NAME: {name!r} is not one of {', '.join(FRAMEWORKS)}")
@@ -100,8 +102,8 @@ def assemble_framework(
         framework.attach_batchformer(BatchFormer(online.num_features, **module))
     if stack_views:
         framework.stack_views()
-    if local_size:
-        framework.take_local_views(img_size, local_size, channels)
+    if view_size or local_size:
+        framework.take_view_sizes(img_size, view_size, local_size, channels)
     # Last, so that the batch norms of the heads are converted too.
     if world_size() > 1 and framework.sync_batch_norm:
         convert_sync_batch_norm(framework)

@@ -213,7 +213,7 @@ def add_local_views(recipe: Recipe, number: int, size: int, scale: tuple[float, 
         )
     if not 1 <= size <= first.size:
         raise ValueError(
-            f"AUG.LOCAL_CROPS.SIZE {size} must be between 1 and DATA.IMG_SIZE, {first.size}"
+            f"AUG.LOCAL_CROPS.SIZE {size} must be between 1 and the other views' size, {first.size}"
         )
     low, high = scale
     if not 0 < low <= high <= 1:

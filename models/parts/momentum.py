@@ -12,7 +12,7 @@ from models.parts.backbones import Backbone
 from models.parts.batchformer import BatchFormer
 from models.parts.heads import Encoder
 from models.parts.losses import Contrast, contrast_health
-from models.parts.resolution import take_local_size
+from models.parts.resolution import take_sizes
 from utils.distributed import gather_rows, world_size
 from utils.schedules import Progress
 
@@ -96,15 +96,27 @@ class MomentumFramework(nn.Module):
             )
         self.online.stack_views = self.target.stack_views = True
 
-    def take_local_views(self, img_size: int, local_size: int, channels: int = 3) -> None:
-        """Let the online backbone take local views; ValueError where method or backbone cannot."""
-        if not self.can_take_local_views:
+    def take_view_sizes(
+        self, img_size: int, view_size: int = 0, local_size: int = 0, channels: int = 3
+    ) -> None:
+        """Let the backbones take views of other sizes than the one they were built for; 0: none.
+
+        Raises ValueError where method or backbone cannot.
+        """
+        if local_size and not self.can_take_local_views:
             raise ValueError(
                 f"AUG.LOCAL_CROPS.NUMBER: {type(self).__name__} has no local views; set it to 0"
             )
+        if view_size and self.restores_images:
+            raise ValueError(
+                f"AUG.VIEW_SIZE: {type(self).__name__} restores images of DATA.IMG_SIZE; "
+                "set it to 0"
+            )
+        sizes = {"AUG.VIEW_SIZE": view_size, "AUG.LOCAL_CROPS.SIZE": local_size}
+        sizes = {key: size for key, size in sizes.items() if size} | {"DATA.IMG_SIZE": img_size}
         # The target sees no local view. It changes too, so that both stay one network.
         for encoder in (self.online, self.target):
-            take_local_size(cast(Backbone, encoder.backbone), img_size, local_size, channels)
+            take_sizes(cast(Backbone, encoder.backbone), sizes, channels)
 
     def stream_pairs(self, queries: Tensor, keys: Tensor, num: int) -> list[tuple[Tensor, Tensor]]:
         """Return the (query, key) rows that a loss compares: one pair, or four under BatchFormer.

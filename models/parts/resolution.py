@@ -1,6 +1,7 @@
 """Use a backbone at other image sizes than the one it was built for."""
 
 import copy
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Protocol, TypeVar, cast
 
@@ -42,12 +43,13 @@ def at_size(backbone: Backbone, size: tuple[int, int]) -> Backbone:
     return resized
 
 
-def take_local_size(backbone: Backbone, img_size: int, local_size: int, channels: int = 3) -> None:
-    """Let a backbone train on images of `local_size` beside those of `img_size`, in place.
+def take_sizes(backbone: Backbone, sizes: Mapping[str, int], channels: int = 3) -> None:
+    """Let a backbone train on images of several sizes, named by their keys, in place.
 
     Its state dict stays. A ViT interpolates its positions in each forward, so that they learn from
-    both sizes. A Swin pads maps to whole windows. What a backbone gives for `img_size` changes only
-    where a Swin's maps at that size are not whole windows. Raises ValueError for one that cannot.
+    all sizes. A Swin pads maps to whole windows. What a backbone gives for the size that it was
+    built for changes only where a Swin's maps are not whole windows. Raises ValueError for one that
+    cannot.
     """
     if isinstance(backbone, SwinTransformer):
         dense_swin(backbone, always_shift=False)
@@ -57,7 +59,7 @@ def take_local_size(backbone: Backbone, img_size: int, local_size: int, channels
         # timm reads the grid of the patches off a map
         patches.flatten, patches.output_fmt = False, Format.NHWC
         patches.strict_img_size = False
-    for key, size in (("AUG.LOCAL_CROPS.SIZE", local_size), ("DATA.IMG_SIZE", img_size)):
+    for key, size in sizes.items():
         _try(backbone, key, (channels, size, size))
 
 
@@ -70,7 +72,7 @@ def _try(backbone: Backbone, key: str, shape: tuple[int, int, int]) -> None:
         found = tuple(backbone.eval()(images).shape)
     except (RuntimeError, AssertionError, ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"{key}: with AUG.LOCAL_CROPS this {type(backbone).__name__} cannot take images of "
+            f"{key}: with views of several sizes {type(backbone).__name__} cannot take images of "
             f"{shape[1]} pixels ({str(error).rstrip('.')}); use another size or backbone"
         ) from error
     finally:

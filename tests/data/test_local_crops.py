@@ -65,7 +65,12 @@ def test_the_configuration_gives_them() -> None:
     ("recipe", "size", "scale", "message"),
     [
         ("eval", 16, (0.05, 0.25), "LOCAL_CROPS.NUMBER 2: .*set it to 0"),
-        ("byol", 48, (0.05, 0.25), "LOCAL_CROPS.SIZE 48 must be between 1 and DATA.IMG_SIZE, 32"),
+        (
+            "byol",
+            48,
+            (0.05, 0.25),
+            "LOCAL_CROPS.SIZE 48 must be between 1 and the other views' size, 32",
+        ),
         ("byol", 16, (0.4, 0.05), r"LOCAL_CROPS.SCALE \[0.4, 0.05\] must rise"),
     ],
 )

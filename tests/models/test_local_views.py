@@ -15,7 +15,7 @@ from models.parts.backbones import build_backbone
 from models.parts.batchformer import BatchFormer
 from models.parts.losses import queue_contrast, sum_over_views
 from models.parts.momentum import MomentumFramework
-from models.parts.resolution import take_local_size
+from models.parts.resolution import take_sizes
 from utils.schedules import Progress
 
 NUM = 4
@@ -180,7 +180,7 @@ def test_gradients_reach_all_parameters(name: str, family: str) -> None:
 
 def test_positions_learn_from_local_views() -> None:
     vit = small_vit()
-    take_local_size(vit, 32, 16)
+    take_sizes(vit, {"AUG.LOCAL_CROPS.SIZE": 16, "DATA.IMG_SIZE": 32})
     (vit(torch.randn(2, 3, 16, 16)) ** 2).sum().backward()
     assert (vit.pos_embed.grad.abs().sum(2) > 0).all()  # a small grid is made of all positions
 
@@ -197,7 +197,7 @@ def test_images_of_the_own_size_give_what_they_gave(
     torch.manual_seed(0)
     backbone = build().train(training)
     other = copy.deepcopy(backbone)
-    take_local_size(other, own, local)
+    take_sizes(other, {"AUG.LOCAL_CROPS.SIZE": local, "DATA.IMG_SIZE": own})
     assert other.training == training
     images = torch.randn(3, 3, own, own)
     outputs = []
@@ -218,7 +218,7 @@ def test_a_vit_on_local_views_is_timms_at_that_size() -> None:
     images = torch.randn(2, 3, 16, 16)
     resized = copy.deepcopy(vit)
     resized.set_input_size(img_size=(16, 16))
-    take_local_size(vit, 32, 16)
+    take_sizes(vit, {"AUG.LOCAL_CROPS.SIZE": 16, "DATA.IMG_SIZE": 32})
     torch.testing.assert_close(vit(images), resized(images))
 
 
@@ -246,4 +246,4 @@ class FixedSize(LayerNormBackbone):
 
 def test_a_backbone_of_one_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"SIZE: .* FixedSize cannot take .* 16 .*32 pixels only"):
-        take_local_size(FixedSize(), 32, 16)
+        take_sizes(FixedSize(), {"AUG.LOCAL_CROPS.SIZE": 16})

@@ -269,6 +269,9 @@ _TRAIN: Tree = {
 _AUG: Tree = {
     "RECIPE": Key("moco_v2", "the views", programs=PRETRAIN),
     "CROP_MIN": Key(0.0, "smallest crop area; 0: the recipe's", most=1.0, programs=PRETRAIN),
+    "VIEW_SIZE": Key(
+        0, "pixels of the views; 0: DATA.IMG_SIZE, at which evaluation looks", programs=PRETRAIN
+    ),
     "LOCAL_CROPS": _for(
         PRETRAIN,
         {
