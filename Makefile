@@ -1,4 +1,5 @@
 # make demo         pretrain and probe a small backbone on real images of a package, no download
+# make demo-cifar10 the same on CIFAR-10: DATA=folder that holds it, or it is downloaded
 # make test         the tests, JOBS=2 at a time; make test-slow: the long ones too
 # make check        format, lint, types; make format: repair what can be repaired
 # make docs         docs/configuration.md from the declared keys
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.synco-ready
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-slow docs reliability check format clean
+.PHONY: help demo demo-cifar10 test test-slow docs reliability check format clean
 
 help:
 	@sed -n '/^VENV/q; s/^# //p' Makefile
@@ -29,8 +30,11 @@ else
 endif
 	touch $(READY)
 
+demo-cifar10: CIFAR = --cfg configs/demo_cifar10.yaml $(if $(DATA),--data-path "$(DATA)",--data-path output/cifar10 --download)
+demo-cifar10: demo
+
 demo: $(READY)
-	@$(BIN)/python tools/demo.py; code=$$?; \
+	@$(BIN)/python tools/demo.py $(CIFAR); code=$$?; \
 	if [ $$code = 75 ]; then echo "(make calls it an error; nothing is lost)"; fi; exit $$code
 
 test: $(READY)
