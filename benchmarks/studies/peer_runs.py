@@ -1,33 +1,28 @@
 """Pretrain a backbone as another library's own CIFAR-10 benchmark does, for tools/reproduce.py.
 
 Example: python -m benchmarks.studies.peer_runs lightly_moco --data-path D --output O --tag T
-             --epochs 10 --cfg benchmarks/studies/recipes/moco_v2_resnet8.yaml
+             --epochs 10 --cfg benchmarks/studies/recipes/backbone_resnet8.yaml
 
 The backbone is the one that --cfg names, so the same probe judges it; recipe, views, losses and
-data path are lightly's (pip install lightly). `random` writes random weights, `pixels` needs the
-backbone timm/raw_pixels. Writes backbone.pt and, while it trains, status.json. Starts from the
+data path are the library's, in peer_<library>.py. `random` writes random weights, `pixels` needs
+the backbone timm/raw_pixels. Writes backbone.pt and, while it trains, status.json. Starts from the
 beginning after a stop.
 """
 
-import argparse
-import contextlib
-import copy
-import itertools
-import json
-import math
 import sys
-import time
-from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import Parser, answer_at_once, run_main
 
-METHODS = ("random", "pixels", "lightly_moco", "lightly_byol", "lightly_simsiam")
+METHODS = (
+    *("random", "pixels", "lightly_moco", "lightly_byol", "lightly_simsiam"),
+    *("stable_pretraining_simclr", "stable_pretraining_byol"),
+)
 
 
 def _parser() -> Parser:
@@ -51,129 +46,21 @@ if __name__ == "__main__":
     answer_at_once(_parser())
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.studies import raw_pixels  # noqa: F401  (puts its model into timm's registry)
 from data.sources import open_split
-from data.sources.base import Source
 from models import framework_options, online_backbone
-from models.parts.backbones import Backbone
-from utils.checkpoints.atomic import write_file, write_text
+from utils.checkpoints.atomic import write_file
 from utils.config.load import load_config
 from utils.config.schema import declare
-
-# `random` and `pixels` need nothing of lightly; for the others `main` asks whether it is there.
-with contextlib.suppress(ImportError):
-    from lightly.loss import NTXentLoss
-    from lightly.models import modules
-    from lightly.models.utils import update_momentum
-    from lightly.transforms import SimCLRTransform
-
-# All values are of cifar10_benchmark.py in lightly's documentation (commit 0351a522). Its batch is
-# 128 at rate 0.06 for all three methods.
-_BATCH, _RATE, _WEIGHT_DECAY = 128, 0.06, 5e-4
-_KEYS = 4096
-
-
-class Views(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of each image by lightly's transform for small images."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        # as in its benchmark: no blur of images of 32 pixels
-        self.transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return two views (3, 32, 32) of an image."""
-        pixels = self.source.load(index).permute(1, 2, 0).numpy()
-        first, second = self.transform(Image.fromarray(pixels))
-        # lightly declares images or tensors; its transform ends with a tensor
-        return cast("Tensor", first), cast("Tensor", second)
-
-
-class Contrast(nn.Module):
-    """MoCo as in lightly's benchmark: symmetric, memory bank, temperature 0.1.
-
-    Without its batch norm in 8 parts, so that all entries of a study share one backbone. Batch norm
-    over the whole batch makes shuffling the keys pointless.
-    """
-
-    def __init__(self, backbone: nn.Module, width: int) -> None:
-        super().__init__()
-        self.online = nn.Sequential(backbone, modules.MoCoProjectionHead(width, width, 128))
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.loss = NTXentLoss(temperature=0.1, memory_bank_size=(_KEYS, 128))
-
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        """Return the loss of two views (N, 3, H, W)."""
-        update_target(self.online, self.target)
-        return (self._half(one, other) + self._half(other, one)) / 2
-
-    def _half(self, query: Tensor, key: Tensor) -> Tensor:
-        with torch.no_grad():
-            keys = self.target(key)
-        return self.loss(self.online(query), keys)
-
-
-class Predict(nn.Module):
-    """BYOL (with a target) or SimSiam (without) as in lightly's benchmark."""
-
-    def __init__(self, backbone: nn.Module, width: int, with_target: bool) -> None:
-        super().__init__()
-        if with_target:
-            projector = modules.BYOLProjectionHead(width, 1024, 256)
-            self.predictor = modules.BYOLPredictionHead(256, 1024, 256)
-        else:
-            # two layers for CIFAR-10; modules.SimSiamProjectionHead has three
-            first = (width, 2048, nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
-            projector = modules.ProjectionHead([first, (2048, 2048, nn.BatchNorm1d(2048), None)])
-            self.predictor = modules.SimSiamPredictionHead(2048, 512, 2048)
-        self.online = nn.Sequential(backbone, projector)
-        self.target = copy.deepcopy(self.online).requires_grad_(False) if with_target else None
-
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        """Return the loss of two views (N, 3, H, W)."""
-        if self.target is not None:
-            update_target(self.online, self.target)
-        projected = self.online(one), self.online(other)
-        with torch.no_grad():
-            keys = projected if self.target is None else (self.target(one), self.target(other))
-        first = _cosine(self.predictor(projected[0]), keys[1].detach())
-        return (first + _cosine(self.predictor(projected[1]), keys[0].detach())) / 2
-
-
-def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    return -F.cosine_similarity(one, other, dim=1).mean()
-
-
-@torch.no_grad()
-def update_target(online: nn.Module, target: nn.Module) -> None:
-    """Average the weights with momentum 0.99 by lightly's own function."""
-    update_momentum(online, target, 0.99)
-
-
-def _model(method: str, backbone: Backbone) -> nn.Module:
-    width = backbone.num_features
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "lightly_moco": lambda: Contrast(backbone, width),
-        "lightly_byol": lambda: Predict(backbone, width, with_target=True),
-        "lightly_simsiam": lambda: Predict(backbone, width, with_target=False),
-    }
-    return builders[method]()
 
 
 def main() -> int:
     """Train, write the backbone, return the exit code."""
     args = _parser().parse_strictly(None)
-    if args.method.startswith("lightly") and find_spec("lightly") is None:
-        raise ImportError(f"{args.method} needs lightly: pip install lightly")
+    library = args.method.rpartition("_")[0]
+    if library and find_spec(library) is None:
+        raise ImportError(f"{args.method} needs it: pip install {library.replace('_', '-')}")
     flags = {"DATA.DATASET": args.dataset, "DATA.PATH": args.data_path}
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     torch.manual_seed(args.seed)
@@ -181,42 +68,12 @@ def main() -> int:
     folder = Path(args.output) / Path(args.cfg).stem / args.tag
     folder.mkdir(parents=True, exist_ok=True)
     if args.epochs:
-        train(args, backbone, open_split(cfg.DATA, "train"), folder)
+        # only here: one library's file must not ask for the other
+        peer = import_module(f"benchmarks.studies.peer_{library}")
+        source, device = open_split(cfg.DATA, "train"), torch.device(args.device)
+        peer.train(args.method, backbone, source, args.epochs, device, folder)
     write_file(folder / "backbone.pt", lambda file: torch.save(backbone.state_dict(), file))
     return 0
-
-
-def train(args: argparse.Namespace, backbone: Backbone, source: Source, folder: Path) -> None:
-    """Train with SGD and a cosine, as in lightly's benchmark."""
-    device = torch.device(args.device)
-    model = _model(args.method, backbone).to(device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, _RATE, momentum=0.9, weight_decay=_WEIGHT_DECAY)
-    loader = DataLoader(Views(source), _BATCH, shuffle=True, drop_last=True)
-    total = round(args.epochs * len(loader))
-    # the benchmark lowers the rate after each of 200 epochs; few epochs need it after each step
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    epochs = (batch for _ in range(math.ceil(args.epochs)) for batch in loader)
-    begin = time.monotonic()
-    for step, (one, other) in enumerate(itertools.islice(epochs, total), 1):
-        loss = model(one.to(device), other.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 10 == 0 or step == total:
-            rate = step * _BATCH / (time.monotonic() - begin)
-            note(folder, step, total, args.epochs, float(loss), rate)
-
-
-def note(folder: Path, step: int, total: int, epochs: float, loss: float, rate: float) -> None:
-    """Write the status and a line of metrics, in the form of our own runs."""
-    state = "done" if step == total else "running"
-    status = {"state": state, "step": step, "total": total, "epochs": epochs}
-    write_text(folder / "status.json", json.dumps(status))
-    with (folder / "metrics.jsonl").open("a") as file:
-        line = {"step": step, "loss": loss, "images_per_second": rate}
-        file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -235,8 +235,8 @@ def test_a_changed_peer_is_another_recipe_and_a_comment_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml, peer: lightly_moco}}")
-    code = tmp_path / "peer_runs.py"
-    monkeypatch.setattr(studies, "PEERS", code)
+    code = tmp_path / "peer_lightly.py"
+    monkeypatch.setattr(studies, "PEERS", tmp_path)
     digests = []
     for text in ("RATE = 0.06", "RATE = 0.06  # of its page", "RATE = 0.015"):
         code.write_text(text)

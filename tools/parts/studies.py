@@ -21,7 +21,7 @@ Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Raise it when rows are judged in another way: older rows no longer count and are judged again.
 EVALUATION = 2
-PEERS = ROOT / "benchmarks" / "studies" / "peer_runs.py"
+PEERS = ROOT / "benchmarks" / "studies"
 UNTRAINED = ("random", "pixels")  # peers that need no training
 MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
 
@@ -72,8 +72,9 @@ class Study:
             minutes = self.recipe(self.entry(entry.epochs_of), tier)
         values = sorted(written_values(ROOT / entry.cfg).items())
         parts = [tier, self.dataset, minutes, entry.peer, values, entry.opts]
-        if entry.peer:
-            parts.append(ast.unparse(ast.parse(PEERS.read_text(encoding="utf-8"))))
+        if entry.peer and entry.peer not in UNTRAINED:
+            code = PEERS / f"peer_{entry.peer.rpartition('_')[0]}.py"
+            parts.append(ast.unparse(ast.parse(code.read_text(encoding="utf-8"))))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
