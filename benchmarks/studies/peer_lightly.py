@@ -1,4 +1,4 @@
-"""lightly's own CIFAR-10 benchmark: its recipe, views, losses and data path (pip install lightly)."""
+"""The CIFAR-10 benchmark of lightly (pip install lightly): recipe, views, losses and data path."""
 
 import copy
 import itertools
@@ -83,7 +83,9 @@ class Predict(nn.Module):
         else:
             # two layers for CIFAR-10; modules.SimSiamProjectionHead has three
             first = (width, 2048, nn.BatchNorm1d(2048), nn.ReLU(inplace=True))
-            projector = modules.ProjectionHead([first, (2048, 2048, nn.BatchNorm1d(2048), None)])
+            projector = modules.heads.ProjectionHead(
+                [first, (2048, 2048, nn.BatchNorm1d(2048), None)]
+            )
             self.predictor = modules.SimSiamPredictionHead(2048, 512, 2048)
         self.online = nn.Sequential(backbone, projector)
         self.target = copy.deepcopy(self.online).requires_grad_(False) if with_target else None
@@ -145,4 +147,4 @@ def train(
         schedule.step()
         if step % 10 == 0 or step == total:
             rate = step * _BATCH / (time.monotonic() - begin)
-            note(folder, step, total, epochs, float(loss), rate)
+            note(folder, step, total, epochs, loss.item(), rate)

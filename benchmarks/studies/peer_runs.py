@@ -60,7 +60,8 @@ def main() -> int:
     args = _parser().parse_strictly(None)
     library = args.method.rpartition("_")[0]
     if library and find_spec(library) is None:
-        raise ImportError(f"{args.method} needs it: pip install {library.replace('_', '-')}")
+        package = library.replace("_", "-")
+        raise ImportError(f"{args.method} needs {package}: pip install {package}")
     flags = {"DATA.DATASET": args.dataset, "DATA.PATH": args.data_path}
     cfg = load_config(declare(framework_options()), [args.cfg], args.opts, flags)
     torch.manual_seed(args.seed)
