@@ -130,14 +130,18 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
 def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
     text = (
         "entries: {a5: {cfg: c, line: us, minutes: 5}, b: {cfg: c, line: them}, "
-        "a20: {cfg: c, line: us, minutes: 20}, later: {cfg: c, line: us, minutes: 97}}"
+        "a20: {cfg: c, line: us, minutes: 20}, later: {cfg: c, line: us, minutes: 97}, "
+        "chance: {cfg: c, line: chance, peer: random}}"
     )
     study = study_of(tmp_path, HEAD + text)
     rows = [row("a5", 0, 50.0), row("a20", 0, 60.0), row("a20", 1, 62.0), row("b", 0, 40.0)]
+    rows += [row("chance", 0, 30.0)]
     drawn = picture(study, {entry.name: rows_of(rows, entry.name) for entry in study.entries})
     assert ">us 61.0<" in drawn  # the mean, at the end of the line
     assert ">them 40.0<" in drawn
     assert [part.count(",") for part in re.findall(r'points="([^"]*)"', drawn)] == [2, 1]
+    assert ">chance 30.0<" in drawn
+    assert drawn.count("stroke-dasharray") == 1  # a level: it takes no time
     assert ">97<" not in drawn  # nothing was run at 97 minutes
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from tools.parts.studies import MEASURES, Results, Row, Study, interval, number
+from tools.parts.studies import MEASURES, UNTRAINED, Results, Row, Study, interval, number
 
 _WIDTH, _ROW, _LEFT, _RIGHT = 720, 26, 190, 60
 _HEIGHT, _TOP, _BOTTOM = 380, 40, 50  # of the picture over time
@@ -57,13 +57,16 @@ def dots(study: Study, results: Results, measure: str) -> str:
 def over_time(study: Study, results: Results, measure: str) -> str:
     """Draw lines of accuracy over CPU minutes, a point an entry with its 95 % interval."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
+    untrained: dict[str, list[tuple[float, float, float]]] = {}  # they need no time: levels
     for entry in study.entries:
         point = _mean_and_interval(results[entry.name].values(), measure)
         if point:
             minutes = entry.minutes or study.minutes
-            lines.setdefault(entry.line or entry.name, []).append((minutes, *point))
+            kind = untrained if entry.peer in UNTRAINED else lines
+            kind.setdefault(entry.line or entry.name, []).append((minutes, *point))
     points = [point for line in lines.values() for point in line]
-    low, high = _range([(mean, half) for _, mean, half in points])
+    shown = [*points, *(line[0] for line in untrained.values())]
+    low, high = _range([(mean, half) for _, mean, half in shown])
     times = sorted({minutes for minutes, _, _ in points}) or [1.0]
     # half of the shortest to twice the longest time, each doubling as wide as the others
     first, last = math.log2(times[0]) - 1, math.log2(times[-1]) + 1
@@ -82,6 +85,9 @@ def over_time(study: Study, results: Results, measure: str) -> str:
     for minutes in times:
         parts += [_text(x(minutes), _HEIGHT - _BOTTOM + 20, f"{minutes:g}", "middle")]
     parts += [_text(x(times[len(times) // 2]), _HEIGHT - 10, "CPU minutes of training", "middle")]
+    for name, [(_, mean, _), *_] in untrained.items():
+        parts += [_line(60, y(mean), _WIDTH - 180, y(mean), "#777", dashes=True)]
+        parts += [_text(_WIDTH - 172, y(mean) + 4, f"{name} {mean:.1f}")]
     for place, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[place % len(_COLOURS)]
         line.sort()
@@ -115,6 +121,9 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: int = 1) -> str:
+def _line(
+    x1: float, y1: float, x2: float, y2: float, colour: str, width: int = 1, dashes: bool = False
+) -> str:
     ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{colour}" stroke-width="{width}"/>'
+    dashed = ' stroke-dasharray="5 4"' if dashes else ""
+    return f'<line {ends} stroke="{colour}" stroke-width="{width}"{dashed}/>'
