@@ -122,6 +122,10 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
     assert "* differs in rate" in page
+    assert "chosen on the test images" in page  # its data set has no held-out images
+    assert "on a tenth of the training images" in markdown(
+        replace(study, dataset="cifar10"), results, "c", "p"
+    )
     drawn = picture(study, results)
     assert "never" not in drawn
     assert drawn.index(">a<") < drawn.index(">b<")  # the best on top
@@ -204,6 +208,10 @@ def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ours, same, slow = study.entries
     assert trainer._epochs(ours, 0, []) == 1  # (60 - 4) / 30: whole epochs
     assert trainer._epochs(slow, 0, []) == 1.86  # half of it would be lost
+    # a time that holds only the start: an untrained network must not pass for the library's
+    for entry in (ours, slow):
+        with pytest.raises(ValueError, match=r"give more minutes than 0\.05"):
+            trainer._epochs(replace(entry, minutes=0.05, opts=("SEED=1",)), 0, [])
     recipe = trainer.recipe(ours)
     rows: list[Row] = [row(recipe, 0, 50.0), row(recipe, 1, 50.0) | {"epochs": 5}]
     assert [trainer._epochs(same, seed, rows) for seed in (0, 1)] == [3, 5]  # those of its seed
@@ -280,7 +288,10 @@ def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
     costs, seen = tmp_path / "cost.json", []
     keep = study_runs._keep
     monkeypatch.setattr(study_runs, "_keep", lambda *given: seen.append(given) or keep(*given))
-    work = "import time, sys; sum(i * i for i in range(3_000_000)); time.sleep(1.5)"
+    # every run has one thread, whatever the shell says
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    work = "import os; assert os.environ['OMP_NUM_THREADS'] == '1'; "
+    work += "import time, sys; sum(i * i for i in range(3_000_000)); time.sleep(1.5)"
     first = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
     assert len(seen) > 1  # not only at the end: a driver that is killed loses little
     assert all(mib > 1 for *_, mib in seen)

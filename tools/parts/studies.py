@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import strict_yaml
+from utils.config.datasets import DATASETS
 from utils.config.load import written_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,13 +219,15 @@ def markdown(study: Study, results: Results, command: str, picture: str) -> str:
 def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
     """Say where and when the rows were measured: a line a machine and version."""
     keys = ("commit", "machine", "torch", "date")
+    held_out = f"{study.dataset}_held_out" in DATASETS
+    choice = "a tenth of the training images" if held_out else "the test images"
     places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
     said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
     return [
         f"{study.dataset}; {study.minutes:g} CPU minutes of training on one thread, unless a line "
         "says otherwise; evaluation is not counted. Mean over the seeds, and standard deviation "
-        "where there are several. The rate of a linear probe is chosen on a tenth of the training "
-        "images. Empty: not run.",
+        f"where there are several. The rate of a linear probe is chosen on {choice}. "
+        "Empty: not run.",
         "",
         *said,
     ]

@@ -115,15 +115,15 @@ class Trainer:
             return number(found[seed], "epochs")
         budget = 60.0 * (entry.minutes or self.study.minutes)
         speed = self._speed(entry, budget)
-        epochs = (budget - speed["start"]) / speed["epoch"]
-        if entry.peer:  # slow ones would lose much of the budget to whole epochs
-            return math.floor(epochs * 100) / 100
-        if epochs < 1:
+        # slow libraries would lose much of the budget to whole epochs
+        parts = 100 if entry.peer else 1
+        epochs = math.floor((budget - speed["start"]) / speed["epoch"] * parts) / parts
+        if epochs <= 0:
             raise ValueError(
                 f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} CPU seconds, the start "
                 f"{speed['start']:.0f}; give more minutes than {budget / 60:g}"
             )
-        return math.floor(epochs)
+        return epochs
 
     def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
         """Return the CPU seconds of the start and of an epoch, the same for all seeds."""
