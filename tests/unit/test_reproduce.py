@@ -108,6 +108,15 @@ def test_differences_are_of_equal_seeds(tmp_path: Path) -> None:
     assert gains(results, "a", "b", "knn20") == [2.0]
 
 
+def test_a_difference_is_bold_where_its_interval_leaves_out_zero(tmp_path: Path) -> None:
+    study = study_of(tmp_path, HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}}")
+    rows = [row("a", seed, 60.0 + seed) for seed in range(3)]
+    rows += [row("b", seed, 58.0 + 1.1 * seed) for seed in range(3)]
+    results = {name: rows_of(rows, name) for name in ("a", "b")}
+    page = markdown(study, results, "c", "p")
+    assert "| a - b | 3 | **+1.90 ± 0.25** |" in page
+
+
 def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     text = (
         HEAD

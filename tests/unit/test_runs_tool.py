@@ -12,7 +12,7 @@ import torch
 
 from tools import runs
 from tools.parts.run_files import find_runs, open_run_files, seconds_as_text
-from utils.cli import provenance
+from utils.cli import provenance, version
 from utils.cli.version import commit
 
 
@@ -113,6 +113,29 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert starts[0]["command"] == ["main_pretrain.py", "--tag", "t"]
     assert starts[0]["torch"] == torch.__version__
     assert starts[0]["host"]
+
+
+def test_a_commit_is_marked_where_code_differs_but_not_where_pages_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    rows, code = tmp_path / "docs" / "rows.jsonl", tmp_path / "utils" / "cli" / "version.py"
+    for file in (rows, code):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "m")
+    head = git("rev-parse", "--short=12", "HEAD")
+    monkeypatch.setattr(version, "__file__", str(code))
+    rows.write_text("2")
+    assert commit() == head
+    code.write_text("2")
+    assert commit() == head + "+"
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

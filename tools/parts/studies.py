@@ -207,7 +207,8 @@ def markdown(study: Study, results: Results, command: str, picture: str) -> str:
         found = list(results[entry.name].values())
         lines.append(_line([entry.name, *_cells(found, list(measures))]))
     if study.differences:
-        lines += ["", "Difference of the two at equal seeds, with its 95 % interval:", ""]
+        heading = "Difference of the two at equal seeds, with its 95 % interval"
+        lines += ["", f"{heading}; bold where 0 lies outside the interval:", ""]
         lines += [_line(["", "seeds", *measures.values()]), _line(["---"] * (2 + len(measures)))]
         for first, second in study.differences:
             counts = str(len(gains(results, first, second, "knn20")))
@@ -263,8 +264,11 @@ def _mean(values: Sequence[float]) -> str:
 def _gain(values: Sequence[float]) -> str:
     if not values or not all(map(math.isfinite, values)):
         return ""
-    half = interval(values)
-    return f"{statistics.mean(values):+.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+    mean, half = statistics.mean(values), interval(values)
+    if not math.isfinite(half):
+        return f"{mean:+.2f}"
+    cell = f"{mean:+.2f} ± {half:.2f}"
+    return f"**{cell}**" if abs(mean) > half else cell
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -13,16 +13,18 @@ def version_line() -> str:
 
 
 def commit() -> str:
-    """Return the commit of this code, with a + if files differ from it; empty if unknown."""
-    root = Path(__file__).resolve().parents[2]
-    # Untracked files are not looked for: that takes seconds on a slow disk.
-    describe = ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    command = ["git", "-C", str(root), *describe]
+    """Return the commit of this code, with a + if its files differ from it; empty if unknown."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    head = [*git, "rev-parse", "--short=12", "HEAD"]
+    # Untracked files are not looked for: that takes seconds on a slow disk. Pages are no code, and
+    # a study writes its rows among them while it runs.
+    differs = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!docs"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        found = subprocess.run(head, capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(differs, capture_output=True, timeout=10).returncode
     except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip()
+    return found.stdout.strip() + ("+" if changed else "")
 
 
 def _version_of(package: str) -> str:
