@@ -28,6 +28,7 @@ TRAINING = {
     "loss": "MoCo's and SynCo's losses, forward and backward: published, ours",
     "step": "target average and optimiser; a training step of a small CNN",
     "epoch": "images a second of real epochs over those of the bare step",
+    "throughput": "images a second, waiting for data and memory of each method and backbone",
     "probe": "a grid of learning rates over a single one; k-NN",
     "peers": "other libraries beside ours: the same backbone, batch, views and precision",
     "start": "from the command to the first step: ours, other libraries' scripts",

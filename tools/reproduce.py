@@ -90,13 +90,10 @@ def run_entry(trainer: Trainer, entry: Entry, seed: int, file: Path) -> None:
 def render(study: Study, tier: str, file: Path) -> None:
     """Write the page and the picture of a study from its rows."""
     results = results_of(study, read_rows(file), tier)
-    command = f"python tools/reproduce.py {study.name} --data-path D"
-    name = study.name
-    if tier == "gpu":
-        command, name = f"{command} --tier gpu", f"{name}_gpu"
-    write_text(file.with_name(f"{name}.svg"), picture(study, results))
+    name = f"{study.name}_gpu" if tier == "gpu" else study.name
+    write_text(file.with_name(f"{name}.svg"), picture(study, results, tier))
     page = file.with_name(f"{name}.md")
-    write_text(page, markdown(study, results, command, f"{name}.svg"))
+    write_text(page, markdown(study, results, tier, f"{name}.svg"))
     print(page)
 
 

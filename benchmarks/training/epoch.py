@@ -8,9 +8,8 @@ against the published pipeline as well: PIL transforms in workers, float32, NCHW
 import argparse
 import itertools
 import statistics
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,12 +19,11 @@ from benchmarks.common import Side, autocast, measure, ratio, repeated, show
 from benchmarks.input.views import reference_transform
 from benchmarks.training.loss import published_loss
 from benchmarks.training.step import average_in_a_loop
+from benchmarks.training.supply import batches, images_of, views_of
 from data.augment.base import Recipe
 from data.augment.recipes import build_recipe
 from data.decode import FORMATS
-from data.loader import GlobalLoader
-from data.sources import build_source
-from data.sources.base import ArraySource, Source
+from data.sources.base import Source
 from engine.loop import forward_and_backward
 from engine.precision import resolve_precision
 from engine.state import TrainState
@@ -68,11 +66,12 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     device = torch.device(args.device)
     size = args.size or (224 if args.data else 32)
     recipe = build_recipe("moco_v2" if args.data else "cifar", size)
-    source = _source(args)
+    source = images_of(args.data, args.cifar, 5000, size)
     stem = "cifar" if size <= 64 else "imagenet"
     backbone = {"name": args.backbone or ("resnet50" if args.data else "resnet18"), "stem": stem}
     ours = _Ours(args, backbone, device)
-    supply = _batches(args, source, recipe, device)
+    kinds = {"workers": args.workers, "decode": args.decode, "backend": args.backend}
+    supply = batches(source, recipe, device, args.batch, **kinds)
     ready = next(supply)  # one batch, used again and again
     sides = [
         repeated("bare step", lambda: ours.step(ready), args.steps),
@@ -95,34 +94,6 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     else:
         result["cifar_minutes_200_epochs"] = _EPOCHS * 50_000 / rate / 60.0
     return result
-
-
-def _batches(
-    args: argparse.Namespace, source: Source, recipe: Recipe, device: torch.device
-) -> Generator[Batch, None, None]:
-    loader = GlobalLoader(
-        source,
-        recipe,
-        global_batch=args.batch,
-        seed=0,
-        device=device,
-        num_workers=args.workers,
-        decode=args.decode,
-        backend=args.backend,
-    )
-    return (batches[0] for _, batches in loader.from_step(0, 1 << 40))
-
-
-def _source(args: argparse.Namespace) -> Source:
-    if args.data:
-        return build_source("imagefolder", args.data, "train")
-    if args.cifar:
-        return build_source("cifar10", args.cifar, "train")
-    print("no --cifar: random images in their place")
-    images = torch.from_numpy(
-        np.random.default_rng(0).integers(0, 256, (5000, 3, 32, 32), dtype=np.uint8)
-    )
-    return ArraySource("random", images, torch.zeros(5000, dtype=torch.int64), ["0"])
 
 
 class _Ours:
@@ -149,8 +120,7 @@ class _Ours:
 
     def _forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         with autocast(self.device, self.precision):
-            views = [view.contiguous(memory_format=torch.channels_last) for view in batch.views]
-            return self.module(views, progress)
+            return self.module(views_of(batch), progress)
 
 
 # ---- the published side --------------------------------------------------------------------------

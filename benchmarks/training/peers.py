@@ -23,15 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import Side, autocast, measure, ratio, repeated, show
 from benchmarks.input.decode import load_photos
-from benchmarks.training.step import method_step
+from benchmarks.training.step import framework_of, method_step
+from benchmarks.training.supply import batches, random_images, views_of
 from data.augment.recipes import build_recipe
-from data.loader import GlobalLoader
 from data.sources import build_source
-from data.sources.base import ArraySource, Source
 from engine.precision import resolve_precision
-from models import assemble_framework
 from models.parts.backbones import build_backbone
 
+_IMAGES = 2048  # in memory
 _KEYS = 4096  # of the queue, and of lightly's memory bank
 DIFFERENCES = """what differs:
 - head and loss: lightly normalises and concatenates logits; both keep 4096 keys here
@@ -78,16 +77,12 @@ def _compare(args: argparse.Namespace, folder: Path | None) -> dict[str, float]:
     precision = resolve_precision("auto", device)
     views = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(2)]
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-    # none where there are files
-    shape = (0 if folder else 2048, args.size, args.size, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    options = {"queue_size": _KEYS}
-    framework = assemble_framework("moco_v2", options, _backbone(args), img_size=args.size)
+    framework = framework_of("moco_v2", args.backbone, args.size, {"queue_size": _KEYS})
     steps = {"ours": method_step(framework, device, precision)}
-    data = {"ours": _our_views(args, _our_source(pixels, folder), device)}
+    data = {"ours": _our_views(args, folder, device)}
     if importlib.util.find_spec("lightly") is not None:
         steps["lightly"] = _Lightly(args, device, precision)
-        data["lightly"] = _their_views(args, _their_dataset(args, pixels, folder), device)
+        data["lightly"] = _their_views(args, _their_dataset(args, folder), device)
     sides = []
     for who, step in steps.items():
         sides += _sides(who, step, views, data[who], args.steps)
@@ -123,10 +118,6 @@ def _sides(
     ]
 
 
-def _backbone(args: argparse.Namespace) -> dict[str, str]:
-    return {"name": args.backbone, "stem": "cifar" if args.size <= 64 else "imagenet"}
-
-
 class _Lightly:
     """A step of the MoCo in lightly's examples, in the same precision, memory format, optimiser."""
 
@@ -137,7 +128,8 @@ class _Lightly:
 
         self.device, self.precision = device, precision
         self.update_momentum = update_momentum
-        backbone = build_backbone(**_backbone(args), img_size=args.size)  # type: ignore[arg-type]
+        stem = "cifar" if args.size <= 64 else "imagenet"
+        backbone = build_backbone(args.backbone, stem=stem, img_size=args.size)
         width = backbone.num_features
         online = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
         self.online = online.to(device).to(memory_format=torch.channels_last)
@@ -161,27 +153,15 @@ class _Lightly:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def _our_source(pixels: np.ndarray, folder: Path | None) -> Source:
-    if folder is not None:
-        return build_source("imagefolder", str(folder), "train")
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return ArraySource("random", images, torch.zeros(len(images), dtype=torch.int64), ["0"])
-
-
 def _our_views(
-    args: argparse.Namespace, source: Source, device: torch.device
+    args: argparse.Namespace, folder: Path | None, device: torch.device
 ) -> Iterator[list[Tensor]]:
+    if folder is not None:
+        source = build_source("imagefolder", str(folder), "train")
+    else:
+        source = random_images(_IMAGES, args.size)
     recipe = build_recipe("moco_v2", args.size)
-    loader = GlobalLoader(
-        source,
-        recipe,
-        global_batch=args.batch,
-        seed=0,
-        device=device,
-        num_workers=args.workers,
-    )
-    for _, batches in loader.from_step(0, 1 << 40):
-        yield [view.contiguous(memory_format=torch.channels_last) for view in batches[0].views]
+    return map(views_of, batches(source, recipe, device, args.batch, workers=args.workers))
 
 
 class _Transformed(Dataset[list[Tensor]]):
@@ -211,15 +191,15 @@ class _Views(Dataset[list[Tensor]]):
         return self.dataset[index][0]
 
 
-def _their_dataset(
-    args: argparse.Namespace, pixels: np.ndarray, folder: Path | None
-) -> Dataset[list[Tensor]]:
+def _their_dataset(args: argparse.Namespace, folder: Path | None) -> Dataset[list[Tensor]]:
     from lightly.data import LightlyDataset
     from lightly.transforms import MoCoV2Transform
 
     transform = MoCoV2Transform(input_size=args.size)
     if folder is None:
-        return _Transformed(pixels, transform)
+        images = random_images(_IMAGES, args.size).images
+        assert images is not None
+        return _Transformed(images.permute(0, 2, 3, 1).numpy(), transform)
     dataset = LightlyDataset(str(folder / "train"), transform=transform)
     return _Views(dataset, len(dataset))
 

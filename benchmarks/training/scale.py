@@ -20,18 +20,17 @@ from torch import Tensor
 
 from benchmarks.common import Side, autocast, measure, ratio, show
 from benchmarks.input.index import write_pack
-from benchmarks.training.step import method_step
+from benchmarks.training.step import framework_of, method_step
+from benchmarks.training.supply import batches, random_images, views_of
 from data.augment.recipes import build_recipe
-from data.loader import GlobalLoader
 from data.sampler import BatchPlan, epoch_order, global_batch, rank_batches
-from data.sources.base import ArraySource, PackedStrings
+from data.sources.base import PackedStrings
 from data.sources.packed import PackedSource
 from engine.precision import Precision, resolve_precision
-from models import FRAMEWORKS, assemble_framework
+from models import FRAMEWORKS
 from models.parts.momentum import MomentumFramework
 from utils.schedules import Progress
 
-_WARMUP = {"warmup_epochs": 0}  # SynCo makes no synthetic negatives while it warms up
 _NAME = b"n00000000/n00000000_00000000.JPEG"
 _LIMIT = 3600  # seconds that a group of processes may take for a round, on a loaded machine
 
@@ -61,15 +60,6 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 # ---- methods and queues --------------------------------------------------------------------------
 
 
-def _framework(args: argparse.Namespace, name: str, queue: int = 0) -> MomentumFramework:
-    options: dict[str, object] = dict(_WARMUP) if name.startswith("synco") else {}
-    if queue:
-        options["queue_size"] = queue
-    stem = "cifar" if args.size <= 64 else "imagenet"
-    backbone = {"name": args.backbone, "stem": stem}
-    return assemble_framework(name, options, backbone, img_size=args.size)
-
-
 def _step_side(args: argparse.Namespace, title: str, framework: MomentumFramework) -> Side:
     device = torch.device(args.device)
     step = method_step(framework, device, resolve_precision("auto", device))
@@ -84,7 +74,9 @@ def _views(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
 
 def methods(args: argparse.Namespace) -> dict[str, float]:
     """Time a step of each method on the same views and backbone."""
-    sides = [_step_side(args, name, _framework(args, name)) for name in FRAMEWORKS]
+    sides = [
+        _step_side(args, name, framework_of(name, args.backbone, args.size)) for name in FRAMEWORKS
+    ]
     times = measure(sides, args.rounds, torch.device(args.device))
     show(times)
     return _against_first("step", times)
@@ -94,8 +86,10 @@ def queues(args: argparse.Namespace) -> dict[str, float]:
     """Time MoCo's and SynCo's step at every length of the queue."""
     result: dict[str, float] = {}
     for method in ("moco_v2", "synco"):
-        built = {str(size): _framework(args, method, size) for size in args.queues}
-        sides = [_step_side(args, f"{size}", framework) for size, framework in built.items()]
+        sides = []
+        for size in args.queues:
+            framework = framework_of(method, args.backbone, args.size, {"queue_size": size})
+            sides.append(_step_side(args, str(size), framework))
         times = measure(sides, args.rounds, torch.device(args.device))
         print(f"{method}: by the length of the queue")
         show(times)
@@ -216,7 +210,8 @@ def _serve(args: argparse.Namespace, place: tuple[int, int, str], pipe: Connecti
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     precision = Precision("auto", torch.device("cpu"), channels_last=True)
-    framework = precision.prepare(_framework(args, "moco_v2", 1024 * world))
+    options: dict[str, object] = {"queue_size": 1024 * world}
+    framework = precision.prepare(framework_of("moco_v2", args.backbone, args.size, options))
     model = precision.wrap(framework)
     trained = [p for p in framework.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
@@ -240,18 +235,9 @@ def _serve(args: argparse.Namespace, place: tuple[int, int, str], pipe: Connecti
 
 def _supply(args: argparse.Namespace, world: int) -> Iterator[list[Tensor]]:
     """Yield this process's views from images in memory."""
-    number = 4 * args.batch * world
-    pixels = torch.randint(0, 256, (number, 3, args.size, args.size), dtype=torch.uint8)
-    source = ArraySource("random", pixels, torch.zeros(number, dtype=torch.int64), ["0"])
-    loader = GlobalLoader(
-        source,
-        build_recipe("moco_v2", args.size),
-        global_batch=args.batch * world,
-        seed=0,
-        device=torch.device("cpu"),
-    )
-    for _, batches in loader.from_step(0, 1 << 40):
-        yield [view.contiguous(memory_format=torch.channels_last) for view in batches[0].views]
+    source = random_images(4 * args.batch * world, args.size)
+    recipe = build_recipe("moco_v2", args.size)
+    return map(views_of, batches(source, recipe, torch.device("cpu"), args.batch * world))
 
 
 _PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {

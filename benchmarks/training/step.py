@@ -142,6 +142,17 @@ def cnn_step(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
     return result | {"cnn_step_auto_speedup": ratio(times, plain, sides[-1].name)}
 
 
+def framework_of(
+    method: str, backbone: str, size: int, options: dict[str, object] | None = None
+) -> MomentumFramework:
+    """Return a method with its default options over a backbone, for views of `size` pixels."""
+    given = dict(options or {})
+    if method.startswith("synco"):
+        given["warmup_epochs"] = 0  # it makes no synthetic negatives while it warms up
+    stem = "cifar" if size <= 64 else "imagenet"
+    return assemble_framework(method, given, {"name": backbone, "stem": stem}, img_size=size)
+
+
 def method_step(
     framework: MomentumFramework, device: torch.device, precision: str
 ) -> Callable[[list[Tensor]], None]:
@@ -168,9 +179,7 @@ def whole_steps(device: torch.device, batch: int, rounds: int) -> dict[str, floa
     views = [view.contiguous(memory_format=torch.channels_last) for view in images]
 
     def side(name: str, method: str, compiled: bool = False) -> Side:
-        # SynCo makes no synthetic negatives while it warms up
-        options = {"warmup_epochs": 0} if method == "synco" else {}
-        framework = assemble_framework(method, options, {"name": "resnet50"})
+        framework = framework_of(method, "resnet50", 224)
         if compiled:
             framework.compile_backbones()
         step = method_step(framework, device, "bf16")

@@ -42,6 +42,21 @@ def test_scale_has_every_method_queue_and_index(capsys: pytest.CaptureFixture[st
         assert found[f"index_{what}_3000_ms"] > 0
 
 
+def test_throughput_has_a_line_for_each_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.new("RGB", (24, 24), (30 * number, 0, 0)).save(folder / f"{number}.png")
+    small = (*SMALL, "--backbones", "resnet8", "--steps", "1", "--data", str(tmp_path))
+    found = figures(capsys, "throughput", *small)
+    for method in FRAMEWORKS:
+        assert found[f"resnet8_{method}_images_per_s"] > 0
+        assert 0 <= found[f"resnet8_{method}_wait_share"] < 1
+        assert found[f"resnet8_{method}_peak_gib"] > 0
+
+
 @pytest.mark.slow
 def test_scale_lets_processes_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, "scale", *SMALL, "--parts", "processes", "--processes", "1", "2")

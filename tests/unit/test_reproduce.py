@@ -62,6 +62,11 @@ def test_the_studies_can_be_read_and_name_recipes_that_exist(path: Path) -> None
         (HEAD + "entries: {a: {cfg: 3}}", "entries.a.cfg is 3, expected text"),
         (HEAD + "seed: 3\nentries: {a: {cfg: c.yaml}}", "study.seed is unknown"),
         (HEAD + "entries: {a: {cfg: c, epochs_of: b}}", "there is no entry 'b'; entries: a"),
+        (
+            HEAD + "entries: {a: {cfg: c, epochs: 3, minutes: 2}}",
+            "entries.a has minutes and epochs; give minutes, epochs or epochs_of",
+        ),
+        (HEAD.replace("s: 1", "s: 0") + "entries: {a: {cfg: c}}", "entries.a has no length"),
         (HEAD + "differences: [[a, z]]\nentries: {a: {cfg: c}}", "there is no entry 'z'"),
     ],
 )
@@ -113,7 +118,7 @@ def test_a_difference_is_bold_where_its_interval_leaves_out_zero(tmp_path: Path)
     rows = [row("a", seed, 60.0 + seed) for seed in range(3)]
     rows += [row("b", seed, 58.0 + 1.1 * seed) for seed in range(3)]
     results = {name: rows_of(rows, name) for name in ("a", "b")}
-    page = markdown(study, results, "c", "p")
+    page = markdown(study, results, "cpu", "p")
     assert "| a - b | 3 | **+1.90 ± 0.25** |" in page
 
 
@@ -125,7 +130,7 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     study = study_of(tmp_path, text)
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
-    page = markdown(study, results, "python tools/reproduce.py small", "small.svg")
+    page = markdown(study, results, "cpu", "small.svg")
     assert "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
     assert "| never |  |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
@@ -133,9 +138,17 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     assert "* differs in rate" in page
     assert "chosen on the test images" in page  # its data set has no held-out images
     assert "on a tenth of the training images" in markdown(
-        replace(study, dataset="cifar10"), results, "c", "p"
+        replace(study, dataset="cifar10"), results, "cpu", "p"
     )
-    drawn = picture(study, results)
+    assert "`python tools/reproduce.py small --data-path D`" in page
+    assert "1 CPU minutes of training, unless a line says otherwise, on one thread" in page
+    for found in results.values():
+        found.update({seed: line | {"gpu_memory_gib": 5.25} for seed, line in found.items()})
+    page = markdown(replace(study, minutes=0), results, "gpu", "small.svg")
+    assert "| a | 2 | 3 | 1.0 | 1.5 | 30.0 | 5.2 GiB |" in page  # seconds of the clock
+    assert "`python tools/reproduce.py small --data-path D --tier gpu`" in page
+    assert "training on one GPU" in page
+    drawn = picture(study, results, "cpu")
     assert "never" not in drawn
     assert drawn.index(">a<") < drawn.index(">b<")  # the best on top
 
@@ -149,13 +162,16 @@ def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
     study = study_of(tmp_path, HEAD + text)
     rows = [row("a5", 0, 50.0), row("a20", 0, 60.0), row("a20", 1, 62.0), row("b", 0, 40.0)]
     rows += [row("chance", 0, 30.0)]
-    drawn = picture(study, {entry.name: rows_of(rows, entry.name) for entry in study.entries})
+    results = {entry.name: rows_of(rows, entry.name) for entry in study.entries}
+    drawn = picture(study, results, "cpu")
     assert ">us 61.0<" in drawn  # the mean, at the end of the line
     assert ">them 40.0<" in drawn
     assert [part.count(",") for part in re.findall(r'points="([^"]*)"', drawn)] == [2, 1]
     assert ">chance 30.0<" in drawn
     assert drawn.count("stroke-dasharray") == 1  # a level: it takes no time
     assert ">97<" not in drawn  # nothing was run at 97 minutes
+    assert ">CPU minutes of training<" in drawn
+    assert ">minutes of training<" in picture(study, results, "gpu")
 
 
 def test_cpu_seconds_hold_those_of_children() -> None:
@@ -226,6 +242,25 @@ def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [trainer._epochs(same, seed, rows) for seed in (0, 1)] == [3, 5]  # those of its seed
     with pytest.raises(ValueError, match=r"entry as: epochs_of needs a row of a with seed 2"):
         trainer._epochs(same, 2, rows)
+    fixed = replace(ours, epochs=200.0)
+    assert trainer._epochs(fixed, 0, []) == 200
+    assert trainer.recipe(fixed) != recipe
+
+
+def test_a_gpu_is_measured_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits for its GPU uses no CPU: its epochs would look free."""
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
+    steps = iter(range(1, 100))
+    monkeypatch.setattr(Trainer, "_status", lambda *_: {"step": next(steps)})
+    monkeypatch.setattr(study_runs, "tree_cpu_seconds", lambda _: 0.25 * next(steps))
+    monkeypatch.setattr(study_runs, "_POLL", 0.05)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        by_cpu = list(Trainer(study, tmp_path, "", "cpu")._watched(child, "a", 1.0))
+        by_clock = list(Trainer(study, tmp_path, "", "gpu")._watched(child, "a", 0.2))
+        child.communicate()
+    # the CPU's seconds are those of the stand-in: half a second from one look to the next
+    assert by_cpu == [(1, 0.5), (3, 1.0), (5, 1.5)]
+    assert 0.2 <= by_clock[-1][1] - by_clock[0][1] < 60
 
 
 def test_a_run_is_judged_by_all_labels_and_a_rate_chosen_elsewhere(

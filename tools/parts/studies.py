@@ -37,14 +37,18 @@ class Entry:
         ""  # `random`, `pixels`, or another library's method, see benchmarks/studies/peer_runs.py
     )
     opts: tuple[str, ...] = ()  # for --opts, KEY=VALUE
-    minutes: float = 0.0  # CPU minutes of training; 0: the study's
+    minutes: float = 0.0  # of training, as in the study; 0: the study's
+    epochs: float = 0.0  # train so many, not for a time
     epochs_of: str = ""  # train as many epochs as this entry did, not for a time
     line: str = ""  # in the picture of accuracy over time: the line that this entry is a point of
 
 
 @dataclass(frozen=True)
 class Study:
-    """Entries that are trained on one data set for one time, each with several seeds."""
+    """Entries that are trained on one data set for one time, each with several seeds.
+
+    Minutes are those of all processes' CPUs, on a GPU those of the clock.
+    """
 
     name: str
     title: str
@@ -69,6 +73,8 @@ class Study:
         minutes: object = float(entry.minutes or self.minutes)
         if entry.peer in UNTRAINED:
             minutes = 0
+        if entry.epochs:
+            minutes = {"epochs": entry.epochs}
         if entry.epochs_of:
             minutes = self.recipe(self.entry(entry.epochs_of), tier)
         values = sorted(written_values(ROOT / entry.cfg).items())
@@ -94,6 +100,14 @@ def read_study(path: Path) -> Study:
     for name, options in tree.pop("entries").items():
         entries.append(Entry(name, **_checked(path, f"entries.{name}", options, Entry)))
     study = Study(path.stem, entries=tuple(entries), **_checked(path, "study", tree, Study))
+    for entry in study.entries:
+        lengths = [key for key in ("minutes", "epochs", "epochs_of") if getattr(entry, key)]
+        timed = study.minutes or entry.peer in UNTRAINED
+        if len(lengths) > 1 or (not lengths and not timed):
+            found = " and ".join(lengths) or "no length"
+            raise ValueError(
+                f"{path}: entries.{entry.name} has {found}; give minutes, epochs or epochs_of"
+            )
     names = {entry.name for entry in entries}
     asked = {entry.epochs_of for entry in entries if entry.epochs_of}
     for name in sorted(asked.union(*study.differences) - names):
@@ -182,30 +196,24 @@ def number(row: Row, key: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def markdown(study: Study, results: Results, command: str, picture: str) -> str:
+def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
     """Return the page of a study: picture, what was run, the table, the differences."""
+    on_gpu = tier == "gpu"
+    command = f"python tools/reproduce.py {study.name} --data-path D" + " --tier gpu" * on_gpu
     rows = [row for found in results.values() for row in found.values()]
     measures = MEASURES | {
         key: f"linear, {key[7:].replace('pct', ' %')}"
         for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
     }
-    head = [
-        "",
-        "seeds",
-        "epochs",
-        "CPU min",
-        "wall min",
-        "CPU s/epoch",
-        "memory",
-        *measures.values(),
-    ]
+    per_epoch, memory = ("s/epoch", "GPU memory") if on_gpu else ("CPU s/epoch", "memory")
+    head = ["", "seeds", "epochs", "CPU min", "wall min", per_epoch, memory, *measures.values()]
     lines = [f"# {study.title}", "", f"![{study.title}]({picture})", "", f"`{command}`", ""]
-    lines += [*_conditions(study, rows), ""]
+    lines += [*_conditions(study, rows, on_gpu), ""]
     lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
     lines += [_line(head), _line(["---"] * len(head))]
     for entry in study.entries:
         found = list(results[entry.name].values())
-        lines.append(_line([entry.name, *_cells(found, list(measures))]))
+        lines.append(_line([entry.name, *_cells(found, list(measures), on_gpu)]))
     if study.differences:
         heading = "Difference of the two at equal seeds, with its 95 % interval"
         lines += ["", f"{heading}; bold where 0 lies outside the interval:", ""]
@@ -217,16 +225,20 @@ def markdown(study: Study, results: Results, command: str, picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
+def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
     """Say where and when the rows were measured: a line a machine and version."""
     keys = ("commit", "machine", "torch", "date")
     held_out = f"{study.dataset}_held_out" in DATASETS
     choice = "a tenth of the training images" if held_out else "the test images"
     places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
     said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
+    length, place = "training", "one GPU" if on_gpu else "one thread"
+    if study.minutes:
+        unit = "minutes" if on_gpu else "CPU minutes"
+        length = f"{study.minutes:g} {unit} of training, unless a line says otherwise,"
     return [
-        f"{study.dataset}; {study.minutes:g} CPU minutes of training on one thread, unless a line "
-        "says otherwise; evaluation is not counted. Mean over the seeds, and standard deviation "
+        f"{study.dataset}; {length} on {place}; evaluation is not counted. "
+        "Mean over the seeds, and standard deviation "
         f"where there are several. The rate of a linear probe is chosen on {choice}. "
         "Empty: not run.",
         "",
@@ -234,7 +246,7 @@ def _conditions(study: Study, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _cells(found: Sequence[Row], measures: Sequence[str]) -> list[str]:
+def _cells(found: Sequence[Row], measures: Sequence[str], on_gpu: bool) -> list[str]:
     if not found:
         return ["", "", "", "", "", "", *("" for _ in measures)]
     plain = (
@@ -247,9 +259,13 @@ def _cells(found: Sequence[Row], measures: Sequence[str]) -> list[str]:
         mean = statistics.mean(number(row, key) / divisor for row in found)
         cells.append(format(mean, form) if mean else "")
     epochs = sum(number(row, "epochs") for row in found)
-    cost = sum(number(row, "cpu_seconds") for row in found)
-    cells.append(f"{cost / epochs:.0f}" if epochs else "")
-    cells.append(f"{max(number(row, 'peak_mib') for row in found) / 1024:.1f} GiB")
+    cost = sum(number(row, "wall_seconds" if on_gpu else "cpu_seconds") for row in found)
+    cells.append(f"{cost / epochs:.{1 if on_gpu else 0}f}" if epochs else "")
+    if on_gpu:
+        gib = max(number(row, "gpu_memory_gib") for row in found)
+    else:
+        gib = max(number(row, "peak_mib") for row in found) / 1024
+    cells.append(f"{gib:.1f} GiB" if math.isfinite(gib) else "")
     return cells + [_mean([number(row, measure) for row in found]) for measure in measures]
 
 

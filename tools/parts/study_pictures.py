@@ -12,10 +12,10 @@ _HEIGHT, _TOP, _BOTTOM = 380, 40, 50  # of the picture over time
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#525252")
 
 
-def picture(study: Study, results: Results, measure: str = "knn20") -> str:
+def picture(study: Study, results: Results, tier: str, measure: str = "knn20") -> str:
     """Draw accuracy over time if the study's entries say which line they belong to, else dots."""
     if any(entry.line for entry in study.entries):
-        return over_time(study, results, measure)
+        return over_time(study, results, tier, measure)
     return dots(study, results, measure)
 
 
@@ -54,8 +54,8 @@ def dots(study: Study, results: Results, measure: str) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def over_time(study: Study, results: Results, measure: str) -> str:
-    """Draw lines of accuracy over CPU minutes, a point an entry with its 95 % interval."""
+def over_time(study: Study, results: Results, tier: str, measure: str) -> str:
+    """Draw lines of accuracy over minutes, a point an entry with its 95 % interval."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     untrained: dict[str, list[tuple[float, float, float]]] = {}  # they need no time: levels
     for entry in study.entries:
@@ -84,7 +84,8 @@ def over_time(study: Study, results: Results, measure: str) -> str:
             parts += [_text(50, y(value) + 4, str(value), "end")]
     for minutes in times:
         parts += [_text(x(minutes), _HEIGHT - _BOTTOM + 20, f"{minutes:g}", "middle")]
-    parts += [_text(x(times[len(times) // 2]), _HEIGHT - 10, "CPU minutes of training", "middle")]
+    axis = "minutes of training" if tier == "gpu" else "CPU minutes of training"
+    parts += [_text(x(times[len(times) // 2]), _HEIGHT - 10, axis, "middle")]
     for name, [(_, mean, _), *_] in untrained.items():
         parts += [_line(60, y(mean), _WIDTH - 180, y(mean), "#777", dashes=True)]
         parts += [_text(_WIDTH - 172, y(mean) + 4, f"{name} {mean:.1f}")]

@@ -1,4 +1,4 @@
-"""Train one entry of a study for its CPU time, judge it, and say what it cost."""
+"""Train one entry of a study for its time, judge it, and say what it cost."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from utils.config.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
 _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget
-_SPEED_LEAST = 10.0  # CPU seconds of that: the first steps compile and are slow
+_SPEED_LEAST = 10.0  # seconds of that: the first steps compile and are slow
 _MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known
 _POLL = 0.5  # seconds
 _TELL = 10.0  # seconds between two notes of a cost
@@ -105,6 +105,8 @@ class Trainer:
     def _epochs(self, entry: Entry, seed: int, rows: Sequence[Row]) -> float:
         if entry.peer in UNTRAINED:
             return 0
+        if entry.epochs:
+            return entry.epochs
         if entry.epochs_of:
             found = rows_of(rows, self.recipe(self.study.entry(entry.epochs_of)))
             if seed not in found:
@@ -120,13 +122,13 @@ class Trainer:
         epochs = math.floor((budget - speed["start"]) / speed["epoch"] * parts) / parts
         if epochs <= 0:
             raise ValueError(
-                f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} CPU seconds, the start "
+                f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} seconds, the start "
                 f"{speed['start']:.0f}; give more minutes than {budget / 60:g}"
             )
         return epochs
 
     def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
-        """Return the CPU seconds of the start and of an epoch, the same for all seeds."""
+        """Return the seconds of the start and of an epoch, the same for all seeds."""
         file = self.work / f"{self._tag(entry)}.speed.json"
         with file.with_suffix(".lock").open("a+") as lock:
             # a second driver waits for the measurement instead of making its own
@@ -149,25 +151,31 @@ class Trainer:
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait()
-        (first, cpu), (last, end), steps_per_epoch = points[0], points[-1], self._steps(tag)
-        step = (end - cpu) / (last - first)
+        (first, begin), (last, end), steps_per_epoch = points[0], points[-1], self._steps(tag)
+        step = (end - begin) / (last - first)
         shutil.rmtree(self._folder(tag), ignore_errors=True)
-        return {"start": max(0.0, cpu - first * step), "epoch": step * steps_per_epoch}
+        return {"start": max(0.0, begin - first * step), "epoch": step * steps_per_epoch}
 
     def _watched(
         self, child: subprocess.Popen[bytes], tag: str, seconds: float
     ) -> Iterator[tuple[int, float]]:
-        """Yield (step, CPU seconds) at each change of the status, until enough are used."""
-        last, begin, used = 0, 0.0, -1.0
+        """Yield (step, seconds) at each change of the status, until enough are used.
+
+        Seconds are those of CPUs, on a GPU those since the start: its time is nobody's CPU time.
+        """
+        last, begin, used, started = 0, 0.0, -1.0, time.monotonic()
         while used < seconds:
             if child.poll() is not None:
                 raise ValueError(f"{tag} ended early; see {self.work / tag}.log")
             time.sleep(_POLL)
-            step, cpu = int(str(self._status(tag).get("step", 0))), tree_cpu_seconds(child.pid)
+            step = int(str(self._status(tag).get("step", 0)))
+            now = time.monotonic() - started
+            if self.tier == "cpu":
+                now = tree_cpu_seconds(child.pid)
             if step > last:
-                begin = cpu if not last else begin
-                last, used = step, cpu - begin
-                yield step, cpu
+                begin = now if not last else begin
+                last, used = step, now - begin
+                yield step, now
 
     def _steps(self, tag: str) -> float:
         status = self._status(tag)
@@ -199,12 +207,16 @@ class Trainer:
         return read_json(self._folder(tag) / "status.json")
 
     def _training_figures(self, tag: str) -> Row:
-        rates = []
+        """Return medians of what the run itself wrote down."""
         metrics = self._folder(tag) / "metrics.jsonl"
-        for line in metrics.read_text().splitlines() if metrics.exists() else ():
-            row = json.loads(line)
-            rates += [row["images_per_second"]] if "images_per_second" in row else []
-        return {"images_per_second": statistics.median(rates)} if rates else {}
+        lines = metrics.read_text().splitlines() if metrics.exists() else ()
+        rows = [json.loads(line) for line in lines]
+        found: Row = {}
+        for name in ("images_per_second", "data_wait_percent", "gpu_memory_gib"):
+            values = [row[name] for row in rows if name in row]
+            if values:
+                found[name] = statistics.median(values)
+        return found
 
     def _weights(self, tag: str) -> Path | None:
         """Return the file of weights of a run that is done."""
