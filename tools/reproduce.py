@@ -40,7 +40,9 @@ if __name__ == "__main__":
 
 from dataclasses import replace
 
-from tools.parts.studies import (
+from tools.parts.study.pictures import picture
+from tools.parts.study.runs import Trainer
+from tools.parts.study.study import (
     Entry,
     Study,
     append_row,
@@ -50,8 +52,6 @@ from tools.parts.studies import (
     results_of,
     rows_of,
 )
-from tools.parts.study_pictures import picture
-from tools.parts.study_runs import Trainer
 from utils.checkpoints.atomic import write_text
 
 

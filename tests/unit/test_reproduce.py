@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.parts import studies, study_runs
-from tools.parts.studies import (
+from tools.parts.study import runs
+from tools.parts.study import study as study_module
+from tools.parts.study.pictures import picture
+from tools.parts.study.runs import Trainer, tree_cpu_seconds
+from tools.parts.study.study import (
     EVALUATION,
     Entry,
     Row,
@@ -27,8 +30,6 @@ from tools.parts.studies import (
     results_of,
     rows_of,
 )
-from tools.parts.study_pictures import picture
-from tools.parts.study_runs import Trainer, tree_cpu_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
@@ -213,7 +214,7 @@ def test_a_run_that_is_done_is_not_trained_again(
     (tmp_path / "work" / f"{tag}.cost.json").write_text(json.dumps(cost))
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0})
     monkeypatch.setattr(Trainer, "_judge", lambda *_: {"knn20": 1.0, "linear": 2.0})
-    monkeypatch.setattr("tools.parts.study_runs._run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("tools.parts.study.runs._run", lambda *_: pytest.fail("trained again"))
     row = trainer.measure(study.entries[0], 0, [])
     assert row["epochs"] == 7  # (60 - 4) / 8
     assert row["cpu_seconds"] == 5.0
@@ -252,8 +253,8 @@ def test_a_gpu_is_measured_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monk
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     steps = iter(range(1, 100))
     monkeypatch.setattr(Trainer, "_status", lambda *_: {"step": next(steps)})
-    monkeypatch.setattr(study_runs, "tree_cpu_seconds", lambda _: 0.25 * next(steps))
-    monkeypatch.setattr(study_runs, "_POLL", 0.05)
+    monkeypatch.setattr(runs, "tree_cpu_seconds", lambda _: 0.25 * next(steps))
+    monkeypatch.setattr(runs, "_POLL", 0.05)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         by_cpu = list(Trainer(study, tmp_path, "", "cpu")._watched(child, "a", 1.0))
         by_clock = list(Trainer(study, tmp_path, "", "gpu")._watched(child, "a", 0.2))
@@ -292,7 +293,7 @@ def test_a_changed_peer_is_another_recipe_and_a_comment_is_not(
 ) -> None:
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml, peer: lightly_moco}}")
     code = tmp_path / "peer_lightly.py"
-    monkeypatch.setattr(studies, "PEERS", tmp_path)
+    monkeypatch.setattr(study_module, "PEERS", tmp_path)
     digests = []
     for text in ("RATE = 0.06", "RATE = 0.06  # of its page", "RATE = 0.015"):
         code.write_text(text)
@@ -328,19 +329,19 @@ def test_studies_share_rows_of_one_recipe_and_no_others(tmp_path: Path) -> None:
 def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_runs, "_TELL", 0.0)
+    monkeypatch.setattr(runs, "_TELL", 0.0)
     costs, seen = tmp_path / "cost.json", []
-    keep = study_runs._keep
-    monkeypatch.setattr(study_runs, "_keep", lambda *given: seen.append(given) or keep(*given))
+    keep = runs._keep
+    monkeypatch.setattr(runs, "_keep", lambda *given: seen.append(given) or keep(*given))
     # every run has one thread, whatever the shell says
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     work = "import os; assert os.environ['OMP_NUM_THREADS'] == '1'; "
     work += "import time, sys; sum(i * i for i in range(3_000_000)); time.sleep(1.5)"
-    first = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
+    first = runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
     assert len(seen) > 1  # not only at the end: a driver that is killed loses little
     assert all(mib > 1 for *_, mib in seen)
     assert first.cpu_seconds > 0.05
-    second = study_runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
+    second = runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
     assert second.cpu_seconds > first.cpu_seconds + 0.05
     assert second.peak_mib >= first.peak_mib > 1
 
@@ -349,8 +350,8 @@ def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
 def test_a_killed_driver_leaves_no_run_behind(tmp_path: Path) -> None:
     """A run that measures the speed would train on for 100,000 epochs."""
     child = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(120)"
-    script = "import sys; from pathlib import Path; from tools.parts import study_runs; "
-    script += "study_runs._run([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]), None)"
+    script = "import sys; from pathlib import Path; from tools.parts.study import runs; "
+    script += "runs._run([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]), None)"
     log = str(tmp_path / "log")
     driver = subprocess.Popen([sys.executable, "-c", script, child, log], cwd=ROOT)
     pid = tmp_path / "pid"

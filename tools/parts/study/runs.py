@@ -21,13 +21,13 @@ from typing import Any, BinaryIO
 
 from tools.parts.children import ending_with_this_process
 from tools.parts.run_files import read_json
-from tools.parts.studies import EVALUATION, UNTRAINED, Entry, Row, Study, number, rows_of
+from tools.parts.study.study import EVALUATION, UNTRAINED, Entry, Row, Study, number, rows_of
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.locks import try_lock
 from utils.cli.version import commit
 from utils.config.datasets import DATASETS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget
 _SPEED_LEAST = 10.0  # seconds of that: the first steps compile and are slow
 _MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known

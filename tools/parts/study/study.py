@@ -15,7 +15,7 @@ from utils.config import strict_yaml
 from utils.config.datasets import DATASETS
 from utils.config.load import written_values
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, object]
 Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from tools.parts.studies import MEASURES, UNTRAINED, Results, Row, Study, interval, number
+from tools.parts.study.study import MEASURES, UNTRAINED, Results, Row, Study, interval, number
 
 _WIDTH, _ROW, _LEFT, _RIGHT = 720, 26, 190, 60
 _HEIGHT, _TOP, _BOTTOM = 380, 40, 50  # of the picture over time
