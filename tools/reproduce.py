@@ -46,12 +46,12 @@ from tools.parts.study.study import (
     Entry,
     Study,
     append_row,
-    markdown,
     read_rows,
     read_study,
     results_of,
     rows_of,
 )
+from tools.parts.study.tables import markdown
 from utils.checkpoints.atomic import write_text
 
 

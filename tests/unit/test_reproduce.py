@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from tools.parts.study import runs
+from tools.parts.study import costs, runs
 from tools.parts.study import study as study_module
+from tools.parts.study.costs import tree_cpu_seconds
 from tools.parts.study.pictures import picture
-from tools.parts.study.runs import Trainer, tree_cpu_seconds
+from tools.parts.study.runs import Trainer
 from tools.parts.study.study import (
     EVALUATION,
     Entry,
     Row,
     Study,
     append_row,
-    gains,
-    interval,
-    markdown,
     read_rows,
     read_study,
     results_of,
     rows_of,
 )
+from tools.parts.study.tables import gains, interval, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))
@@ -163,16 +163,24 @@ def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
     study = study_of(tmp_path, HEAD + text)
     rows = [row("a5", 0, 50.0), row("a20", 0, 60.0), row("a20", 1, 62.0), row("b", 0, 40.0)]
     rows += [row("chance", 0, 30.0)]
+    # a point lies where its run ended, not where it should have
+    rows = [
+        line | {"cpu_seconds": 60.0 * {"a5": 5, "b": 17}.get(str(line["recipe"]), 20)}
+        for line in rows
+    ]
     results = {entry.name: rows_of(rows, entry.name) for entry in study.entries}
     drawn = picture(study, results, "cpu")
     assert ">us 61.0<" in drawn  # the mean, at the end of the line
     assert ">them 40.0<" in drawn
-    assert [part.count(",") for part in re.findall(r'points="([^"]*)"', drawn)] == [2, 1]
+    ours, theirs = re.findall(r'points="([^"]*)"', drawn)
+    assert ours.count(",") == 2
+    assert float(theirs.split(",")[0]) < float(ours.split()[1].split(",")[0])
+    assert drawn.count('fill="#fff" stroke') == 2  # a5 and b: one seed each
     assert ">chance 30.0<" in drawn
     assert drawn.count("stroke-dasharray") == 1  # a level: it takes no time
-    assert ">97<" not in drawn  # nothing was run at 97 minutes
-    assert ">CPU minutes of training<" in drawn
-    assert ">minutes of training<" in picture(study, results, "gpu")
+    assert 'middle">60<' not in drawn  # nothing was run for so long
+    assert ">CPU minutes of training, each point" in drawn
+    assert ">minutes of training, each point" in picture(study, results, "gpu")
 
 
 def test_cpu_seconds_hold_those_of_children() -> None:
@@ -212,11 +220,15 @@ def test_a_run_that_is_done_is_not_trained_again(
     (folder / "ckpt_00000007.pt").touch()
     cost = {"cpu_seconds": 5.0, "wall_seconds": 6.0, "peak_mib": 7.0}
     (tmp_path / "work" / f"{tag}.cost.json").write_text(json.dumps(cost))
+    (tmp_path / "work" / f"{tag}.where.json").write_text('{"commit": "of the training"}')
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0})
     monkeypatch.setattr(Trainer, "_judge", lambda *_: {"knn20": 1.0, "linear": 2.0})
-    monkeypatch.setattr("tools.parts.study.runs._run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("tools.parts.study.runs.run", lambda *_: pytest.fail("trained again"))
     row = trainer.measure(study.entries[0], 0, [])
     assert row["epochs"] == 7  # (60 - 4) / 8
+    assert row["commit"] == "of the training"
+    assert "main_linear.py --cfg configs/demo.yaml" in str(row["probe"])
+    assert f"--pretrained O/demo/{tag}/ckpt_00000007.pt" in str(row["probe"])
     assert row["cpu_seconds"] == 5.0
     # the speed is measured once for all seeds
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: pytest.fail("measured again"))
@@ -248,13 +260,30 @@ def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert trainer.recipe(fixed) != recipe
 
 
+def test_the_speed_is_that_of_steps_with_synthetic_negatives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SynCo once got 6 % more time than MoCo: its first epochs, which are cheap, were measured."""
+    text = "{cfg: benchmarks/studies/recipes/synco_resnet8.yaml}"
+    study = study_of(tmp_path, HEAD + f"entries: {{a: {text}}}")
+    trainer, given = Trainer(study, tmp_path, "", "cpu"), []
+    monkeypatch.setattr(runs, "start", lambda command, _: given.append(command) or mock.Mock())
+    monkeypatch.setattr(Trainer, "_watched", lambda *_: [(1, 2.0), (11, 12.0)])
+    monkeypatch.setattr(Trainer, "_steps", lambda *_: 30.0)
+    assert trainer._speed(study.entries[0], 60.0) == {"start": 1.0, "epoch": 30.0}
+    assert given[0][-1] == "MODEL.SYNCO.WARMUP_EPOCHS=0"
+    assert "--opts" in given[0]
+    # the run itself has its warm-up
+    assert "MODEL.SYNCO.WARMUP_EPOCHS=0" not in trainer._training(study.entries[0], "t", 0, 3)
+
+
 def test_a_gpu_is_measured_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that waits for its GPU uses no CPU: its epochs would look free."""
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     steps = iter(range(1, 100))
     monkeypatch.setattr(Trainer, "_status", lambda *_: {"step": next(steps)})
     monkeypatch.setattr(runs, "tree_cpu_seconds", lambda _: 0.25 * next(steps))
-    monkeypatch.setattr(runs, "_POLL", 0.05)
+    monkeypatch.setattr(runs, "POLL", 0.05)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         by_cpu = list(Trainer(study, tmp_path, "", "cpu")._watched(child, "a", 1.0))
         by_clock = list(Trainer(study, tmp_path, "", "gpu")._watched(child, "a", 0.2))
@@ -283,9 +312,22 @@ def test_a_run_is_judged_by_all_labels_and_a_rate_chosen_elsewhere(
     monkeypatch.setattr(Trainer, "_probes", probes)
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     trainer = Trainer(replace(study, dataset="cifar10"), tmp_path, "", "cpu")
-    expected = {"knn20": 50.0, "knn200": 51.0, "linear": 41.0, "linear_1pct": 41.0}
+    expected: Row = {"knn20": 50.0, "knn200": 51.0, "linear": 41.0, "linear_1pct": 41.0}
+    expected["probe_rates"] = {"100pct": 0.1, "1pct": 0.1}
     assert trainer._judge(study.entries[0], "a", 0) == expected
     assert trainer._judge(study.entries[0], "a", 1) == expected
+
+
+def test_of_two_equal_rates_the_first_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set of rates once gave another accuracy in each process."""
+    rates = {f"{rate}": [50.0, 0] for rate in range(1, 40)}
+    result = {"final_by_lr": rates, "knn20_top1": 50.0, "knn200_top1": 51.0}
+    monkeypatch.setattr(Trainer, "_probes", lambda *_: {"100pct": result})
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
+    judged = Trainer(study, tmp_path, "", "cpu")._judge(study.entries[0], "a", 0)
+    assert judged["probe_rates"] == {"100pct": 1.0}
 
 
 def test_a_changed_peer_is_another_recipe_and_a_comment_is_not(
@@ -329,19 +371,19 @@ def test_studies_share_rows_of_one_recipe_and_no_others(tmp_path: Path) -> None:
 def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_TELL", 0.0)
-    costs, seen = tmp_path / "cost.json", []
-    keep = runs._keep
-    monkeypatch.setattr(runs, "_keep", lambda *given: seen.append(given) or keep(*given))
+    monkeypatch.setattr(costs, "_TELL", 0.0)
+    kept, seen = tmp_path / "cost.json", []
+    keep = costs._keep
+    monkeypatch.setattr(costs, "_keep", lambda *given: seen.append(given) or keep(*given))
     # every run has one thread, whatever the shell says
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     work = "import os; assert os.environ['OMP_NUM_THREADS'] == '1'; "
     work += "import time, sys; sum(i * i for i in range(3_000_000)); time.sleep(1.5)"
-    first = runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
+    first = costs.run([sys.executable, "-c", work], tmp_path / "log", kept)
     assert len(seen) > 1  # not only at the end: a driver that is killed loses little
     assert all(mib > 1 for *_, mib in seen)
     assert first.cpu_seconds > 0.05
-    second = runs._run([sys.executable, "-c", work], tmp_path / "log", costs)
+    second = costs.run([sys.executable, "-c", work], tmp_path / "log", kept)
     assert second.cpu_seconds > first.cpu_seconds + 0.05
     assert second.peak_mib >= first.peak_mib > 1
 
@@ -350,8 +392,8 @@ def test_a_cost_is_kept_while_the_run_lasts_and_added_to(
 def test_a_killed_driver_leaves_no_run_behind(tmp_path: Path) -> None:
     """A run that measures the speed would train on for 100,000 epochs."""
     child = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep(120)"
-    script = "import sys; from pathlib import Path; from tools.parts.study import runs; "
-    script += "runs._run([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]), None)"
+    script = "import sys; from pathlib import Path; from tools.parts.study import costs; "
+    script += "costs.run([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]), None)"
     log = str(tmp_path / "log")
     driver = subprocess.Popen([sys.executable, "-c", script, child, log], cwd=ROOT)
     pid = tmp_path / "pid"

@@ -2,13 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from tools.parts.study.study import MEASURES, UNTRAINED, Results, Row, Study, interval, number
+from tools.parts.study.study import UNTRAINED, Results, Row, Study, number
+from tools.parts.study.tables import MEASURES, interval
 
 _WIDTH, _ROW, _LEFT, _RIGHT = 720, 26, 190, 60
 _HEIGHT, _TOP, _BOTTOM = 380, 40, 50  # of the picture over time
+_SPREAD = "bars: 95 % interval over seeds; hollow: one seed"
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#525252")
 
 
@@ -16,60 +19,75 @@ def picture(study: Study, results: Results, tier: str, measure: str = "knn20") -
     """Draw accuracy over time if the study's entries say which line they belong to, else dots."""
     if any(entry.line for entry in study.entries):
         return over_time(study, results, tier, measure)
-    return dots(study, results, measure)
+    return dots(study, results, tier, measure)
 
 
-def _mean_and_interval(rows: Iterable[Row], measure: str) -> tuple[float, float] | None:
-    """Return mean and half the width of its 95 % interval (0: of one seed), None without rows."""
+class _Point(NamedTuple):
+    """Mean of an entry's seeds, half the width of its 95 % interval (0: of one seed)."""
+
+    minutes: float
+    mean: float
+    half: float
+    alone: bool  # one seed: nothing is known of its spread
+
+
+def _point(rows: Sequence[Row], tier: str, measure: str) -> _Point | None:
     values = [number(row, measure) for row in rows]
     if not values or not all(map(math.isfinite, values)):
         return None
     half = interval(values)
-    return statistics.mean(values), half if math.isfinite(half) else 0.0
+    clock = "wall_seconds" if tier == "gpu" else "cpu_seconds"
+    minutes = statistics.mean(number(row, clock) for row in rows) / 60
+    alone = not math.isfinite(half)
+    return _Point(minutes, statistics.mean(values), 0.0 if alone else half, alone)
 
 
-def dots(study: Study, results: Results, measure: str) -> str:
+def dots(study: Study, results: Results, tier: str, measure: str) -> str:
     """Draw a dot an entry with its 95 % interval, the best on top."""
     found = {}
     for entry in study.entries:
-        point = _mean_and_interval(results[entry.name].values(), measure)
+        point = _point(list(results[entry.name].values()), tier, measure)
         if point:
             found[entry.name] = point
-    best_first = sorted(found, key=lambda name: -found[name][0])
+    best_first = sorted(found, key=lambda name: -found[name].mean)
     low, high = _range(found.values())
+    bottom = 46 + _ROW * len(found)
 
     def x(value: float) -> float:
         return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
-    parts = _head(study, measure, 60 + _ROW * len(found))
+    parts = _head(study, measure, bottom + 40)
+    for value in range(low, high + 1):
+        if value % 5 == 0:
+            parts += [_line(x(value), 34, x(value), bottom - 12, "#eee")]
+            parts += [_text(x(value), bottom + 4, str(value), "middle")]
+    parts.append(_text(12, bottom + 28, _SPREAD))
     for place, name in enumerate(best_first):
-        (mean, half), y = found[name], 46 + _ROW * place
+        point, y = found[name], 46 + _ROW * place
         parts += [
             _text(_LEFT - 12, y + 4, name, "end"),
             _line(_LEFT, y, _WIDTH - _RIGHT, y, "#eee"),
-            _line(x(mean - half), y, x(mean + half), y, _COLOURS[0], 3),
-            f'<circle cx="{x(mean):.1f}" cy="{y}" r="5" fill="{_COLOURS[0]}"/>',
-            _text(_WIDTH - _RIGHT + 12, y + 4, f"{mean:.1f}"),
+            *_mark(point, (x(point.mean - point.half), y), (x(point.mean + point.half), y)),
+            _text(_WIDTH - _RIGHT + 12, y + 4, f"{point.mean:.1f}"),
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def over_time(study: Study, results: Results, tier: str, measure: str) -> str:
-    """Draw lines of accuracy over minutes, a point an entry with its 95 % interval."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    untrained: dict[str, list[tuple[float, float, float]]] = {}  # they need no time: levels
+    """Draw lines of accuracy over the minutes that were used, a point an entry."""
+    lines: dict[str, list[_Point]] = {}
+    untrained: dict[str, _Point] = {}  # they need no time: levels
     for entry in study.entries:
-        point = _mean_and_interval(results[entry.name].values(), measure)
-        if point:
-            minutes = entry.minutes or study.minutes
-            kind = untrained if entry.peer in UNTRAINED else lines
-            kind.setdefault(entry.line or entry.name, []).append((minutes, *point))
+        point = _point(list(results[entry.name].values()), tier, measure)
+        if point and entry.peer in UNTRAINED:
+            untrained[entry.line or entry.name] = point
+        elif point:
+            lines.setdefault(entry.line or entry.name, []).append(point)
     points = [point for line in lines.values() for point in line]
-    shown = [*points, *(line[0] for line in untrained.values())]
-    low, high = _range([(mean, half) for _, mean, half in shown])
-    times = sorted({minutes for minutes, _, _ in points}) or [1.0]
+    low, high = _range([*points, *untrained.values()])
+    times = [point.minutes for point in points] or [1.0]
     # half of the shortest to twice the longest time, each doubling as wide as the others
-    first, last = math.log2(times[0]) - 1, math.log2(times[-1]) + 1
+    first, last = math.log2(min(times)) - 1, math.log2(max(times)) + 1
 
     def x(minutes: float) -> float:
         return 60 + (math.log2(minutes) - first) / (last - first) * (_WIDTH - 240)
@@ -82,29 +100,45 @@ def over_time(study: Study, results: Results, tier: str, measure: str) -> str:
         if value % 5 == 0:
             parts += [_line(60, y(value), _WIDTH - 180, y(value), "#eee")]
             parts += [_text(50, y(value) + 4, str(value), "end")]
-    for minutes in times:
-        parts += [_text(x(minutes), _HEIGHT - _BOTTOM + 20, f"{minutes:g}", "middle")]
+    for minutes in (1, 2, 5, 10, 20, 60):
+        if first < math.log2(minutes) < last:
+            parts += [_text(x(minutes), _HEIGHT - _BOTTOM + 20, str(minutes), "middle")]
     axis = "minutes of training" if tier == "gpu" else "CPU minutes of training"
-    parts += [_text(x(times[len(times) // 2]), _HEIGHT - 10, axis, "middle")]
-    for name, [(_, mean, _), *_] in untrained.items():
-        parts += [_line(60, y(mean), _WIDTH - 180, y(mean), "#777", dashes=True)]
-        parts += [_text(_WIDTH - 172, y(mean) + 4, f"{name} {mean:.1f}")]
+    parts += [_text(12, _HEIGHT - 10, f"{axis}, each point a run of its own; {_SPREAD}")]
+    for name, level in untrained.items():
+        parts += [_line(60, y(level.mean), _WIDTH - 180, y(level.mean), "#777", dashes=True)]
+        parts += [_text(_WIDTH - 172, y(level.mean) + 4, f"{name} {level.mean:.1f}")]
     for place, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[place % len(_COLOURS)]
         line.sort()
-        path = " ".join(f"{x(minutes):.1f},{y(mean):.1f}" for minutes, mean, _ in line)
+        path = " ".join(f"{x(point.minutes):.1f},{y(point.mean):.1f}" for point in line)
         parts += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
-        for minutes, mean, half in line:
-            parts += [_line(x(minutes), y(mean - half), x(minutes), y(mean + half), colour, 3)]
-            parts += [f'<circle cx="{x(minutes):.1f}" cy="{y(mean):.1f}" r="4" fill="{colour}"/>']
-        minutes, mean, _ = line[-1]
-        parts += [_text(x(minutes) + 10, y(mean) + 4, f"{name} {mean:.1f}")]
+        for point in line:
+            place_x = x(point.minutes)
+            ends = (place_x, y(point.mean + point.half)), (place_x, y(point.mean - point.half))
+            parts += _mark(point, *ends, colour)
+        parts += [
+            _text(x(line[-1].minutes) + 10, y(line[-1].mean) + 4, f"{name} {line[-1].mean:.1f}")
+        ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _range(points: Iterable[tuple[float, float]]) -> tuple[int, int]:
+def _mark(
+    point: _Point, one: tuple[float, float], other: tuple[float, float], colour: str = _COLOURS[0]
+) -> list[str]:
+    """Draw an interval from `one` end to the `other` and the mean between them."""
+    middle = (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
+    fill = "#fff" if point.alone else colour
+    return [
+        _line(*one, *other, colour, 3),
+        f'<circle cx="{middle[0]:.1f}" cy="{middle[1]:.1f}" r="5" fill="{fill}" '
+        f'stroke="{colour}" stroke-width="2"/>',
+    ]
+
+
+def _range(points: Iterable[_Point]) -> tuple[int, int]:
     """Return whole numbers below and above all means with their intervals."""
-    ends = [end for mean, half in points for end in (mean - half, mean + half)] or [0.0, 1.0]
+    ends = [end for p in points for end in (p.mean - p.half, p.mean + p.half)] or [0.0, 1.0]
     return math.floor(min(ends) - 1), math.ceil(max(ends) + 1)
 
 

@@ -17,32 +17,21 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from tools.parts.children import ending_with_this_process
 from tools.parts.run_files import read_json
+from tools.parts.study.costs import POLL, Cost, run, start, tree_cpu_seconds
 from tools.parts.study.study import EVALUATION, UNTRAINED, Entry, Row, Study, number, rows_of
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.locks import try_lock
 from utils.cli.version import commit
 from utils.config.datasets import DATASETS
+from utils.config.load import written_values
 
 ROOT = Path(__file__).resolve().parents[3]
 _SPEED_SHARE = 0.05  # of the budget is trained to measure the speed, outside the budget
 _SPEED_LEAST = 10.0  # seconds of that: the first steps compile and are slow
 _MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known
-_POLL = 0.5  # seconds
-_TELL = 10.0  # seconds between two notes of a cost
-_TICKS = os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a process and its children used."""
-
-    cpu_seconds: float
-    wall_seconds: float
-    peak_mib: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,8 @@ class Trainer:
             if entry.peer:  # begins anew after a stop
                 costs.unlink(missing_ok=True)
                 shutil.rmtree(self._folder(tag), ignore_errors=True)
-            cost = _run(command, self.work / f"{tag}.log", costs)
+            write_text(self.work / f"{tag}.where.json", json.dumps(_here(entry, self.tier)))
+            cost = run(command, self.work / f"{tag}.log", costs)
         row: Row = {
             "study": self.study.name,
             "entry": entry.name,
@@ -94,8 +84,10 @@ class Trainer:
             **vars(cost),
             **self._training_figures(tag),
             **self._judge(entry, tag, seed),
-            **_here(self.tier),
+            **read_json(self.work / f"{tag}.where.json"),  # of the training
+            "judged": commit(),
             "command": self._shown(command),
+            "probe": self._shown(self._probe(entry, tag, seed, self.study.dataset)),
         }
         self._say(tag, f"k-NN 20 {row['knn20']:.1f}, linear {row['linear']:.1f}")
         return row
@@ -133,7 +125,7 @@ class Trainer:
         with file.with_suffix(".lock").open("a+") as lock:
             # a second driver waits for the measurement instead of making its own
             while not try_lock(lock, self.work):
-                time.sleep(_POLL)
+                time.sleep(POLL)
             if not file.exists():
                 write_text(file, json.dumps(self._measured_speed(entry, budget)))
         return json.loads(file.read_bytes())
@@ -143,9 +135,9 @@ class Trainer:
         # what an earlier driver left would resume, and its start would cost less
         shutil.rmtree(self._folder(tag), ignore_errors=True)
         self._say(tag, "measuring the speed")
-        command = self._training(entry, tag, 0, _MANY_EPOCHS)
+        command = [*self._training(entry, tag, 0, _MANY_EPOCHS), *_without_warmup(entry)]
         with (self.work / f"{tag}.log").open("wb") as log:
-            child = _start(command, log)
+            child = start(command, log)
         try:
             points = list(self._watched(child, tag, max(_SPEED_LEAST, budget * _SPEED_SHARE)))
         finally:
@@ -167,7 +159,7 @@ class Trainer:
         while used < seconds:
             if child.poll() is not None:
                 raise ValueError(f"{tag} ended early; see {self.work / tag}.log")
-            time.sleep(_POLL)
+            time.sleep(POLL)
             step = int(str(self._status(tag).get("step", 0)))
             now = time.monotonic() - started
             if self.tier == "cpu":
@@ -197,8 +189,9 @@ class Trainer:
     def _shown(self, command: Sequence[str]) -> str:
         """Return a command as it can be given elsewhere: places by their letters."""
         places = {self.data_path: "D", str(self.work): "O", sys.executable: "python"}
-        words = (places.get(word, word) for word in command)
-        return "OMP_NUM_THREADS=1 " + shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
+        words = [places.get(word, word) for word in command]
+        words = [word.replace(f"{self.work}/", "O/").removeprefix(f"{ROOT}/") for word in words]
+        return "OMP_NUM_THREADS=1 " + shlex.join(words)
 
     def _folder(self, tag: str) -> Path:
         return next(self.work.glob(f"*/{tag}"), self.work / tag)
@@ -232,112 +225,57 @@ class Trainer:
         choices = tests
         if f"{dataset}_held_out" in DATASETS:
             choices = self._probes(entry, tag, seed, f"{dataset}_held_out")
-        found: Row = {}
+        found, rates = Row(), {}
         for labels, result in tests.items():
             accuracies, offered = result["final_by_lr"], choices[labels]["final_by_lr"]
-            rate = max(accuracies.keys() & offered.keys(), key=lambda rate: offered[rate][0])
+            # in their order: of two equal rates always the first
+            shared = [rate for rate in accuracies if rate in offered]
+            rate = max(shared, key=lambda rate: offered[rate][0])
             found["linear" if labels == "100pct" else f"linear_{labels}"] = accuracies[rate][0]
+            rates[labels] = float(rate)
         for k in (20, 200):
             # those of few labels have a bank of few images
             found[f"knn{k}"] = tests["100pct"][f"knn{k}_top1"]
-        return found
+        return found | {"probe_rates": rates}
 
     def _probes(self, entry: Entry, tag: str, seed: int, dataset: str) -> dict[str, Any]:
         """Train the linear probes on a data set; return the results by the share of labels."""
+        probe = f"{tag}-probe{EVALUATION}-{dataset}"
+        run(self._probe(entry, tag, seed, dataset), self.work / f"{probe}.log", None)
+        results = [read_json(file) for file in self._folder(probe).glob("linear/*/result.json")]
+        return {str(result["labels"]): result for result in results}
+
+    def _probe(self, entry: Entry, tag: str, seed: int, dataset: str) -> list[str]:
+        """Return the command that trains the linear probes."""
         program = [str(ROOT / "main_linear.py")]
         if entry.peer == "pixels":
             program = ["-m", "benchmarks.studies.raw_pixels"]
-        probe = f"{tag}-probe{EVALUATION}-{dataset}"
         command = [sys.executable, *program, "--cfg", entry.cfg]
         command += ["--data-path", self.data_path, "--dataset", dataset]
-        command += ["--output", str(self.work), "--tag", probe, "--seed", str(seed)]
-        command += ["--pretrained", str(self._weights(tag))]
+        command += ["--output", str(self.work), "--tag", f"{tag}-probe{EVALUATION}-{dataset}"]
+        command += ["--seed", str(seed), "--pretrained", str(self._weights(tag))]
         command += ["--cached-features", "--labels", "1", "10", "100"]
         # last: the same numbers for all, whatever they were trained in
-        command += ["--opts", *entry.opts, "KNN.K=[20,200]", "TRAIN.PRECISION=fp32"]
-        _run(command, self.work / f"{probe}.log", None)
-        results = [read_json(file) for file in self._folder(probe).glob("linear/*/result.json")]
-        return {str(result["labels"]): result for result in results}
+        return [*command, "--opts", *entry.opts, "KNN.K=[20,200]", "TRAIN.PRECISION=fp32"]
 
     def _say(self, tag: str, text: str) -> None:
         clock = datetime.now().strftime("%H:%M:%S")
         print(f"{clock} {self.study.name} {tag}: {text}", file=sys.stderr, flush=True)
 
 
-def _start(command: Sequence[str], log: BinaryIO) -> subprocess.Popen[bytes]:
-    """Start a child on one thread that does not outlive this program."""
-    return subprocess.Popen(
-        command,
-        stdout=log,
-        stderr=log,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=ending_with_this_process(),
-    )
+def _without_warmup(entry: Entry) -> list[str]:
+    """Return options that make a method's first steps as dear as the later ones.
+
+    SynCo makes no synthetic negatives while it warms up; the speed of those steps would buy it more
+    epochs than its time holds.
+    """
+    keys = () if entry.peer else written_values(ROOT / entry.cfg)
+    return [
+        f"{key}=0" for key in keys if key.startswith("MODEL.") and key.endswith(".WARMUP_EPOCHS")
+    ]
 
 
-def _run(command: Sequence[str], log: Path, costs: Path | None) -> Cost:
-    """Run a command to its end; return what it used, with the starts before a stop."""
-    begin, told = time.monotonic(), 0.0
-    earlier = Cost(0.0, 0.0, 0.0)
-    if costs and costs.exists():
-        earlier = Cost(**json.loads(costs.read_bytes()))
-    with log.open("ab") as file:
-        child = _start(command, file)
-    ended = 0
-    while not ended:
-        # Ctrl-C reaches the child too, which saves and ends: its cost must not be lost
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(_POLL)
-            # unlike `wait`: with what the child and its children used
-            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if costs and not ended and time.monotonic() > told + _TELL:
-                # kept while the child runs, for the case that this program is killed
-                told, used = time.monotonic(), tree_cpu_seconds(child.pid)
-                _keep(costs, earlier, used, told - begin, _peak_mib(child.pid))
-    child.returncode = os.waitstatus_to_exitcode(status)
-    used = usage.ru_utime + usage.ru_stime
-    cost = _keep(costs, earlier, used, time.monotonic() - begin, usage.ru_maxrss / 1024)
-    if child.returncode:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"exit code {child.returncode}: {''.join(last)} ({log})")
-    return cost
-
-
-def _keep(costs: Path | None, earlier: Cost, cpu: float, wall: float, mib: float) -> Cost:
-    """Add to an earlier cost what was used since, and write it to the file `costs`."""
-    cost = Cost(earlier.cpu_seconds + cpu, earlier.wall_seconds + wall, max(earlier.peak_mib, mib))
-    if costs:
-        write_text(costs, json.dumps(vars(cost)))
-    return cost
-
-
-def _peak_mib(pid: int) -> float:
-    """Return the most memory that a process has had, 0 if it has ended."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc", str(pid), "status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-    return 0.0
-
-
-def tree_cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds that a process, its children and those that ended have used."""
-    parents: dict[int, int] = {}
-    used: dict[int, float] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # behind the name, which may hold anything: state, parent, ...; 11 to 14 are times
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-            used[int(stat.parent.name)] = sum(map(int, fields[11:15])) / _TICKS
-    family, found = {pid}, 0.0
-    while family:
-        found += sum(used.get(member, 0.0) for member in family)
-        family = {child for child, parent in parents.items() if parent in family}
-    return found
-
-
-def _here(tier: str) -> Row:
+def _here(entry: Entry, tier: str) -> Row:
     """Say where a row was measured: the machine, and what its figures depend on."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
@@ -347,7 +285,9 @@ def _here(tier: str) -> Row:
         import torch  # only here: the driver itself needs no torch
 
         name = torch.cuda.get_device_name()
+    library = entry.peer.rpartition("_")[0].replace("_", "-")
     return {
+        **({"library": f"{library} {version(library)}"} if library else {}),
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{name}, {os.cpu_count()} cores",

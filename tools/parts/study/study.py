@@ -1,30 +1,25 @@
-"""What a study compares, the rows that were measured for it, and the tables made of them."""
+"""What a study compares, and the rows that were measured for it."""
 
 import ast
 import hashlib
 import json
 import math
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from utils.config import strict_yaml
-from utils.config.datasets import DATASETS
 from utils.config.load import written_values
 
 ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, object]
 Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
-# Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Raise it when rows are judged in another way: older rows no longer count and are judged again.
 EVALUATION = 2
 PEERS = ROOT / "benchmarks" / "studies"
 UNTRAINED = ("random", "pixels")  # peers that need no training
-MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
 
 
 @dataclass(frozen=True)
@@ -172,120 +167,7 @@ def results_of(study: Study, rows: Sequence[Row], tier: str) -> Results:
     return {entry.name: rows_of(rows, study.recipe(entry, tier)) for entry in study.entries}
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> float:
-    """Return half the width of the 95 % interval of the mean (Student's t); NaN of one value."""
-    if len(values) < 2:
-        return math.nan
-    t = _T95[min(len(values) - 2, len(_T95) - 1)]
-    return t * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
-    """Return by how much `first` is above `second` with each seed that both have."""
-    one, other = results[first], results[second]
-    seeds = sorted(one.keys() & other.keys())
-    return [number(one[seed], measure) - number(other[seed], measure) for seed in seeds]
-
-
 def number(row: Row, key: str) -> float:
     """Return a number of a row, NaN where it has none."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
-    """Return the page of a study: picture, what was run, the table, the differences."""
-    on_gpu = tier == "gpu"
-    command = f"python tools/reproduce.py {study.name} --data-path D" + " --tier gpu" * on_gpu
-    rows = [row for found in results.values() for row in found.values()]
-    measures = MEASURES | {
-        key: f"linear, {key[7:].replace('pct', ' %')}"
-        for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
-    }
-    per_epoch, memory = ("s/epoch", "GPU memory") if on_gpu else ("CPU s/epoch", "memory")
-    head = ["", "seeds", "epochs", "CPU min", "wall min", per_epoch, memory, *measures.values()]
-    lines = [f"# {study.title}", "", f"![{study.title}]({picture})", "", f"`{command}`", ""]
-    lines += [*_conditions(study, rows, on_gpu), ""]
-    lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
-    lines += [_line(head), _line(["---"] * len(head))]
-    for entry in study.entries:
-        found = list(results[entry.name].values())
-        lines.append(_line([entry.name, *_cells(found, list(measures), on_gpu)]))
-    if study.differences:
-        heading = "Difference of the two at equal seeds, with its 95 % interval"
-        lines += ["", f"{heading}; bold where 0 lies outside the interval:", ""]
-        lines += [_line(["", "seeds", *measures.values()]), _line(["---"] * (2 + len(measures)))]
-        for first, second in study.differences:
-            counts = str(len(gains(results, first, second, "knn20")))
-            cells = [_gain(gains(results, first, second, measure)) for measure in measures]
-            lines.append(_line([f"{first} - {second}", counts, *cells]))
-    return "\n".join(lines) + "\n"
-
-
-def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
-    """Say where and when the rows were measured: a line a machine and version."""
-    keys = ("commit", "machine", "torch", "date")
-    held_out = f"{study.dataset}_held_out" in DATASETS
-    choice = "a tenth of the training images" if held_out else "the test images"
-    places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
-    said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
-    length, place = "training", "one GPU" if on_gpu else "one thread"
-    if study.minutes:
-        unit = "minutes" if on_gpu else "CPU minutes"
-        length = f"{study.minutes:g} {unit} of training, unless a line says otherwise,"
-    return [
-        f"{study.dataset}; {length} on {place}; evaluation is not counted. "
-        "Mean over the seeds, and standard deviation "
-        f"where there are several. The rate of a linear probe is chosen on {choice}. "
-        "Empty: not run.",
-        "",
-        *said,
-    ]
-
-
-def _cells(found: Sequence[Row], measures: Sequence[str], on_gpu: bool) -> list[str]:
-    if not found:
-        return ["", "", "", "", "", "", *("" for _ in measures)]
-    plain = (
-        ("epochs", ".4g", 1),
-        ("cpu_seconds", ".1f", 60),
-        ("wall_seconds", ".1f", 60),
-    )
-    cells = [str(len(found))]
-    for key, form, divisor in plain:
-        mean = statistics.mean(number(row, key) / divisor for row in found)
-        cells.append(format(mean, form) if mean else "")
-    epochs = sum(number(row, "epochs") for row in found)
-    cost = sum(number(row, "wall_seconds" if on_gpu else "cpu_seconds") for row in found)
-    cells.append(f"{cost / epochs:.{1 if on_gpu else 0}f}" if epochs else "")
-    if on_gpu:
-        gib = max(number(row, "gpu_memory_gib") for row in found)
-    else:
-        gib = max(number(row, "peak_mib") for row in found) / 1024
-    cells.append(f"{gib:.1f} GiB" if math.isfinite(gib) else "")
-    return cells + [_mean([number(row, measure) for row in found]) for measure in measures]
-
-
-def _mean(values: Sequence[float]) -> str:
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return ""
-    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{spread}"
-
-
-def _gain(values: Sequence[float]) -> str:
-    if not values or not all(map(math.isfinite, values)):
-        return ""
-    mean, half = statistics.mean(values), interval(values)
-    if not math.isfinite(half):
-        return f"{mean:+.2f}"
-    cell = f"{mean:+.2f} ± {half:.2f}"
-    return f"**{cell}**" if abs(mean) > half else cell
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

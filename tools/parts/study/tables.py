@@ -1,0 +1,158 @@
+"""The page of a study: how to read it, its table, and the differences between entries."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from tools.parts.study.study import Results, Row, Study, number
+from utils.config.datasets import DATASETS
+
+MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
+# Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Return half the width of the 95 % interval of the mean (Student's t); NaN of one value."""
+    if len(values) < 2:
+        return math.nan
+    t = _T95[min(len(values) - 2, len(_T95) - 1)]
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
+    """Return by how much `first` is above `second` with each seed that both have."""
+    one, other = results[first], results[second]
+    seeds = sorted(one.keys() & other.keys())
+    return [number(one[seed], measure) - number(other[seed], measure) for seed in seeds]
+
+
+def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
+    """Return the page of a study: picture, what was run, the table, the differences."""
+    on_gpu = tier == "gpu"
+    rows = [row for found in results.values() for row in found.values()]
+    measures = MEASURES | {
+        key: f"linear, {key[7:].replace('pct', ' %')}"
+        for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
+    }
+    per_epoch, memory = ("s/epoch", "GPU memory") if on_gpu else ("CPU s/epoch", "memory")
+    head = ["", "seeds", "epochs", "CPU min", "wall min", per_epoch, memory, *measures.values()]
+    lines = [f"# {study.title}", "", f"![{study.title}]({picture})", ""]
+    lines += [*_conditions(study, rows, on_gpu), ""]
+    lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for entry in study.entries:
+        found = list(results[entry.name].values())
+        lines.append(_line([entry.name, *_cells(found, list(measures), on_gpu)]))
+    lines += _differences(study, results, measures) if study.differences else []
+    lines += ["", *_reading(study, on_gpu)]
+    return "\n".join(lines) + "\n"
+
+
+def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
+    """Say how long was trained, where and when, and how to do it again."""
+    keys = ("commit", "machine", "torch", "date")
+    places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
+    said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
+    libraries = sorted({str(row["library"]) for row in rows if "library" in row})
+    if libraries:
+        said.append(f"* {', '.join(libraries)}")
+    length, place = "training", "one GPU" if on_gpu else "one thread"
+    if study.minutes:
+        unit = "minutes" if on_gpu else "CPU minutes"
+        length = f"{study.minutes:g} {unit} of training, unless a line says otherwise,"
+    command = f"python tools/reproduce.py {study.name} --data-path D" + " --tier gpu" * on_gpu
+    return [
+        f"{study.dataset}; {length} on {place}; evaluation is not counted. An empty cell was not "
+        "run.",
+        "",
+        f"`{command}` trains what has no row yet; with `--results NEW_FOLDER` it measures all "
+        "again. [How to read the table](#how-to-read-the-table).",
+        "",
+        *said,
+    ]
+
+
+def _reading(study: Study, on_gpu: bool) -> list[str]:
+    """Say what the columns mean and how they were measured."""
+    held_out = f"{study.dataset}_held_out" in DATASETS
+    choice = "a tenth of the training images" if held_out else "the test images"
+    lines = [
+        "**k-NN 20**: accuracy (%) on the test images by the vote of the 20 nearest training "
+        "images, all with labels (cosine, weights exp(similarity / 0.07)).",
+        "**linear**: one linear layer on frozen features of images that are not augmented. Its "
+        f"rate is chosen on {choice}.",
+        "**linear, 1 %**: the same with 1 % of the labels, drawn for each seed. Its rate is chosen "
+        "as that of all labels, so by more labels than it learns from.",
+        "**±**: mean over the seeds and standard deviation. Bars in the picture: 95 % interval of "
+        "the mean; a hollow point is one seed.",
+        "**epochs**: ours end after a whole epoch, so they use up to one epoch less than the time. "
+        "Other libraries end after a hundredth of one.",
+        "**wall min**: other jobs shared the machine.",
+        "**commit**: of the training. A + means that files differed from it; before 1363883 the "
+        "file of rows counted too, which grows with each run.",
+    ]
+    if not on_gpu:
+        lines.append("**CPU s/epoch**: with the start of the program.")
+    return ["## How to read the table", "", *(f"* {line}" for line in lines)]
+
+
+def _differences(study: Study, results: Results, measures: dict[str, str]) -> list[str]:
+    lines = [
+        "",
+        "Difference of the two at equal seeds, with its 95 % interval over seeds. k-NN 20 is the "
+        "measure that decides; it is bold where 0 lies outside the interval.",
+        "",
+        _line(["", "seeds", *measures.values()]),
+        _line(["---"] * (2 + len(measures))),
+    ]
+    for first, second in study.differences:
+        decisive, *others = [gains(results, first, second, measure) for measure in measures]
+        cells = [_gain(decisive, bold=True), *map(_gain, others)]
+        lines.append(_line([f"{first} - {second}", str(len(decisive)), *cells]))
+    return lines
+
+
+def _cells(found: Sequence[Row], measures: Sequence[str], on_gpu: bool) -> list[str]:
+    if not found:
+        return ["", "", "", "", "", "", *("" for _ in measures)]
+    plain = (
+        ("epochs", ".4g", 1),
+        ("cpu_seconds", ".1f", 60),
+        ("wall_seconds", ".1f", 60),
+    )
+    cells = [str(len(found))]
+    for key, form, divisor in plain:
+        mean = statistics.mean(number(row, key) / divisor for row in found)
+        cells.append(format(mean, form) if mean else "")
+    epochs = sum(number(row, "epochs") for row in found)
+    cost = sum(number(row, "wall_seconds" if on_gpu else "cpu_seconds") for row in found)
+    cells.append(f"{cost / epochs:.{1 if on_gpu else 0}f}" if epochs else "")
+    if on_gpu:
+        gib = max(number(row, "gpu_memory_gib") for row in found)
+    else:
+        gib = max(number(row, "peak_mib") for row in found) / 1024
+    cells.append(f"{gib:.1f} GiB" if math.isfinite(gib) else "")
+    return cells + [_mean([number(row, measure) for row in found]) for measure in measures]
+
+
+def _mean(values: Sequence[float]) -> str:
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}"
+
+
+def _gain(values: Sequence[float], bold: bool = False) -> str:
+    if not values or not all(map(math.isfinite, values)):
+        return ""
+    mean, half = statistics.mean(values), interval(values)
+    if not math.isfinite(half):
+        return f"{mean:+.2f}"
+    cell = f"{mean:+.2f} ± {half:.2f}"
+    return f"**{cell}**" if bold and abs(mean) > half else cell
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
