@@ -61,6 +61,7 @@ def test_the_studies_can_be_read_and_name_recipes_that_exist(path: Path) -> None
             "entries.a.lr is unknown; known keys: name, cfg",
         ),
         (HEAD + "entries: {a: {cfg: 3}}", "entries.a.cfg is 3, expected text"),
+        (HEAD + "measure: knn\nentries: {a: {cfg: c}}", "study.measure is 'knn'; known: knn20"),
         (HEAD + "seed: 3\nentries: {a: {cfg: c.yaml}}", "study.seed is unknown"),
         (HEAD + "entries: {a: {cfg: c, epochs_of: b}}", "there is no entry 'b'; entries: a"),
         (
@@ -120,7 +121,12 @@ def test_a_difference_is_bold_where_its_interval_leaves_out_zero(tmp_path: Path)
     rows += [row("b", seed, 58.0 + 1.1 * seed) for seed in range(3)]
     results = {name: rows_of(rows, name) for name in ("a", "b")}
     page = markdown(study, results, "cpu", "p")
-    assert "| a - b | 3 | **+1.90 ± 0.25** |" in page
+    assert "| a - b | 3 | **+1.90 ± 0.25** | +1.90 ± 0.25 |" in page
+    # only what was chosen beforehand: of many measures one is beyond chance by chance
+    page = markdown(replace(study, measure="knn200"), results, "cpu", "p")
+    assert "| a - b | 3 | +1.90 ± 0.25 | **+1.90 ± 0.25** |" in page
+    assert ">61.0<" in picture(study, results, "cpu")
+    assert ">60.0<" in picture(replace(study, measure="knn200"), results, "cpu")
 
 
 def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
@@ -132,8 +138,11 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 52.0), row("b", 0, 49.0), row("b", 1, 50.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b", "never")}
     page = markdown(study, results, "cpu", "small.svg")
-    assert "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |" in page
-    assert "| never |  |  |  |  |  |  |  |  |  |" in page
+    assert (
+        "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 | 50.0 ± 1.4 | 52.0 ± 1.4 |  |  |"
+        in page
+    )
+    assert "| never |  |  |  |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
     assert "commit abc, M" in page
     assert "* differs in rate" in page

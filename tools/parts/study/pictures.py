@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from tools.parts.study.study import UNTRAINED, Results, Row, Study, number
-from tools.parts.study.tables import MEASURES, interval
+from tools.parts.study.study import MEASURES, UNTRAINED, Results, Row, Study, number
+from tools.parts.study.tables import interval
 
 _WIDTH, _ROW, _LEFT, _RIGHT = 720, 26, 190, 60
 _HEIGHT, _TOP, _BOTTOM = 380, 40, 50  # of the picture over time
@@ -15,11 +15,11 @@ _SPREAD = "bars: 95 % interval over seeds; hollow: one seed"
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#525252")
 
 
-def picture(study: Study, results: Results, tier: str, measure: str = "knn20") -> str:
+def picture(study: Study, results: Results, tier: str) -> str:
     """Draw accuracy over time if the study's entries say which line they belong to, else dots."""
     if any(entry.line for entry in study.entries):
-        return over_time(study, results, tier, measure)
-    return dots(study, results, tier, measure)
+        return over_time(study, results, tier)
+    return dots(study, results, tier)
 
 
 class _Point(NamedTuple):
@@ -42,11 +42,11 @@ def _point(rows: Sequence[Row], tier: str, measure: str) -> _Point | None:
     return _Point(minutes, statistics.mean(values), 0.0 if alone else half, alone)
 
 
-def dots(study: Study, results: Results, tier: str, measure: str) -> str:
+def dots(study: Study, results: Results, tier: str) -> str:
     """Draw a dot an entry with its 95 % interval, the best on top."""
     found = {}
     for entry in study.entries:
-        point = _point(list(results[entry.name].values()), tier, measure)
+        point = _point(list(results[entry.name].values()), tier, study.measure)
         if point:
             found[entry.name] = point
     best_first = sorted(found, key=lambda name: -found[name].mean)
@@ -56,7 +56,7 @@ def dots(study: Study, results: Results, tier: str, measure: str) -> str:
     def x(value: float) -> float:
         return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
 
-    parts = _head(study, measure, bottom + 40)
+    parts = _head(study, bottom + 40)
     for value in range(low, high + 1):
         if value % 5 == 0:
             parts += [_line(x(value), 34, x(value), bottom - 12, "#eee")]
@@ -73,12 +73,12 @@ def dots(study: Study, results: Results, tier: str, measure: str) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def over_time(study: Study, results: Results, tier: str, measure: str) -> str:
+def over_time(study: Study, results: Results, tier: str) -> str:
     """Draw lines of accuracy over the minutes that were used, a point an entry."""
     lines: dict[str, list[_Point]] = {}
     untrained: dict[str, _Point] = {}  # they need no time: levels
     for entry in study.entries:
-        point = _point(list(results[entry.name].values()), tier, measure)
+        point = _point(list(results[entry.name].values()), tier, study.measure)
         if point and entry.peer in UNTRAINED:
             untrained[entry.line or entry.name] = point
         elif point:
@@ -95,7 +95,7 @@ def over_time(study: Study, results: Results, tier: str, measure: str) -> str:
     def y(value: float) -> float:
         return _TOP + (high - value) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = _head(study, measure, _HEIGHT)
+    parts = _head(study, _HEIGHT)
     for value in range(low, high + 1):
         if value % 5 == 0:
             parts += [_line(60, y(value), _WIDTH - 180, y(value), "#eee")]
@@ -142,13 +142,13 @@ def _range(points: Iterable[_Point]) -> tuple[int, int]:
     return math.floor(min(ends) - 1), math.ceil(max(ends) + 1)
 
 
-def _head(study: Study, measure: str, height: int) -> list[str]:
+def _head(study: Study, height: int) -> list[str]:
+    title = escape(f"{study.title}: {MEASURES[study.measure]} (%)")
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
         'font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="12" y="20" font-weight="bold">{escape(study.title)}: {MEASURES[measure]} (%)'
-        "</text>",
+        f'<text x="12" y="20" font-weight="bold">{title}</text>',
     ]
 
 

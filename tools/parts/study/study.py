@@ -20,6 +20,13 @@ Results = dict[str, dict[int, Row]]  # entry -> seed -> its row
 EVALUATION = 2
 PEERS = ROOT / "benchmarks" / "studies"
 UNTRAINED = ("random", "pixels")  # peers that need no training
+MEASURES = {
+    "knn20": "k-NN 20",
+    "knn200": "k-NN 200",
+    "linear": "linear",
+    "linear_10pct": "linear, 10 %",
+    "linear_1pct": "linear, 1 %",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Study:
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
     differences: tuple[tuple[str, str], ...] = ()  # (entry, entry): what the first one gains
+    measure: str = "knn20"  # that its picture shows and that decides
     notes: tuple[str, ...] = ()  # what a reader of the table has to know
 
     def entry(self, name: str) -> Entry:
@@ -103,6 +111,9 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f"{path}: entries.{entry.name} has {found}; give minutes, epochs or epochs_of"
             )
+    if study.measure not in MEASURES:
+        known = ", ".join(MEASURES)
+        raise ValueError(f"{path}: study.measure is {study.measure!r}; known: {known}")
     names = {entry.name for entry in entries}
     asked = {entry.epochs_of for entry in entries if entry.epochs_of}
     for name in sorted(asked.union(*study.differences) - names):

@@ -4,10 +4,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from tools.parts.study.study import Results, Row, Study, number
+from tools.parts.study.study import MEASURES, Results, Row, Study, number
 from utils.config.datasets import DATASETS
 
-MEASURES = {"knn20": "k-NN 20", "knn200": "k-NN 200", "linear": "linear"}
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -31,20 +30,16 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
     """Return the page of a study: picture, what was run, the table, the differences."""
     on_gpu = tier == "gpu"
     rows = [row for found in results.values() for row in found.values()]
-    measures = MEASURES | {
-        key: f"linear, {key[7:].replace('pct', ' %')}"
-        for key in sorted({key for row in rows for key in row if key.startswith("linear_")})
-    }
     per_epoch, memory = ("s/epoch", "GPU memory") if on_gpu else ("CPU s/epoch", "memory")
-    head = ["", "seeds", "epochs", "CPU min", "wall min", per_epoch, memory, *measures.values()]
+    head = ["", "seeds", "epochs", "CPU min", "wall min", per_epoch, memory, *MEASURES.values()]
     lines = [f"# {study.title}", "", f"![{study.title}]({picture})", ""]
     lines += [*_conditions(study, rows, on_gpu), ""]
     lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
     lines += [_line(head), _line(["---"] * len(head))]
     for entry in study.entries:
         found = list(results[entry.name].values())
-        lines.append(_line([entry.name, *_cells(found, list(measures), on_gpu)]))
-    lines += _differences(study, results, measures) if study.differences else []
+        lines.append(_line([entry.name, *_cells(found, on_gpu)]))
+    lines += _differences(study, results) if study.differences else []
     lines += ["", *_reading(study, on_gpu)]
     return "\n".join(lines) + "\n"
 
@@ -97,25 +92,26 @@ def _reading(study: Study, on_gpu: bool) -> list[str]:
     return ["## How to read the table", "", *(f"* {line}" for line in lines)]
 
 
-def _differences(study: Study, results: Results, measures: dict[str, str]) -> list[str]:
+def _differences(study: Study, results: Results) -> list[str]:
     lines = [
         "",
-        "Difference of the two at equal seeds, with its 95 % interval over seeds. k-NN 20 is the "
-        "measure that decides; it is bold where 0 lies outside the interval.",
+        "Difference of the two at equal seeds, with its 95 % interval over seeds. "
+        f"{MEASURES[study.measure]} is the measure that decides; it is bold where 0 lies outside "
+        "the interval.",
         "",
-        _line(["", "seeds", *measures.values()]),
-        _line(["---"] * (2 + len(measures))),
+        _line(["", "seeds", *MEASURES.values()]),
+        _line(["---"] * (2 + len(MEASURES))),
     ]
     for first, second in study.differences:
-        decisive, *others = [gains(results, first, second, measure) for measure in measures]
-        cells = [_gain(decisive, bold=True), *map(_gain, others)]
-        lines.append(_line([f"{first} - {second}", str(len(decisive)), *cells]))
+        found = {measure: gains(results, first, second, measure) for measure in MEASURES}
+        cells = [_gain(values, bold=key == study.measure) for key, values in found.items()]
+        lines.append(_line([f"{first} - {second}", str(len(found[study.measure])), *cells]))
     return lines
 
 
-def _cells(found: Sequence[Row], measures: Sequence[str], on_gpu: bool) -> list[str]:
+def _cells(found: Sequence[Row], on_gpu: bool) -> list[str]:
     if not found:
-        return ["", "", "", "", "", "", *("" for _ in measures)]
+        return ["", "", "", "", "", "", *("" for _ in MEASURES)]
     plain = (
         ("epochs", ".4g", 1),
         ("cpu_seconds", ".1f", 60),
@@ -133,7 +129,7 @@ def _cells(found: Sequence[Row], measures: Sequence[str], on_gpu: bool) -> list[
     else:
         gib = max(number(row, "peak_mib") for row in found) / 1024
     cells.append(f"{gib:.1f} GiB" if math.isfinite(gib) else "")
-    return cells + [_mean([number(row, measure) for row in found]) for measure in measures]
+    return cells + [_mean([number(row, measure) for row in found]) for measure in MEASURES]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -144,7 +140,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.mean(known):.1f}{spread}"
 
 
-def _gain(values: Sequence[float], bold: bool = False) -> str:
+def _gain(values: Sequence[float], bold: bool) -> str:
     if not values or not all(map(math.isfinite, values)):
         return ""
     mean, half = statistics.mean(values), interval(values)
