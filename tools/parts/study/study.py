@@ -112,8 +112,9 @@ def read_study(path: Path) -> Study:
                 f"{path}: entries.{entry.name} has {found}; give minutes, epochs or epochs_of"
             )
     if study.measure not in MEASURES:
-        known = ", ".join(MEASURES)
-        raise ValueError(f"{path}: study.measure is {study.measure!r}; known: {known}")
+        raise ValueError(
+            f"{path}: study.measure is {study.measure!r}; known: {', '.join(MEASURES)}"
+        )
     names = {entry.name for entry in entries}
     asked = {entry.epochs_of for entry in entries if entry.epochs_of}
     for name in sorted(asked.union(*study.differences) - names):
