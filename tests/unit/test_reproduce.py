@@ -239,9 +239,10 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert "main_linear.py --cfg configs/demo.yaml" in str(row["probe"])
     assert f"--pretrained O/demo/{tag}/ckpt_00000007.pt" in str(row["probe"])
     assert row["cpu_seconds"] == 5.0
-    # the speed is measured once for all seeds
-    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: pytest.fail("measured again"))
-    assert trainer._epochs(study.entries[0], 1, []) == 7
+    # the speed is measured once for a seed
+    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 7.0})
+    assert trainer._epochs(study.entries[0], 0, []) == 7
+    assert trainer._epochs(study.entries[0], 1, []) == 8
 
 
 def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,9 +278,11 @@ def test_the_speed_is_that_of_steps_with_synthetic_negatives(
     study = study_of(tmp_path, HEAD + f"entries: {{a: {text}}}")
     trainer, given = Trainer(study, tmp_path, "", "cpu"), []
     monkeypatch.setattr(runs, "start", lambda command, _: given.append(command) or mock.Mock())
-    monkeypatch.setattr(Trainer, "_watched", lambda *_: [(1, 2.0), (11, 12.0)])
+    # one interval of three was slowed by other work
+    points = [(1, 2.0), (11, 12.0), (21, 42.0), (31, 52.0)]
+    monkeypatch.setattr(Trainer, "_watched", lambda *_: points)
     monkeypatch.setattr(Trainer, "_steps", lambda *_: 30.0)
-    assert trainer._speed(study.entries[0], 60.0) == {"start": 1.0, "epoch": 30.0}
+    assert trainer._speed(study.entries[0], 0, 60.0) == {"start": 1.0, "epoch": 30.0}
     assert given[0][-1] == "MODEL.SYNCO.WARMUP_EPOCHS=0"
     assert "--opts" in given[0]
     # the run itself has its warm-up

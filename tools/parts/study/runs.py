@@ -1,6 +1,7 @@
 """Train one entry of a study for its time, judge it, and say what it cost."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -108,7 +109,7 @@ class Trainer:
                 )
             return number(found[seed], "epochs")
         budget = 60.0 * (entry.minutes or self.study.minutes)
-        speed = self._speed(entry, budget)
+        speed = self._speed(entry, seed, budget)
         # slow libraries would lose much of the budget to whole epochs
         parts = 100 if entry.peer else 1
         epochs = math.floor((budget - speed["start"]) / speed["epoch"] * parts) / parts
@@ -119,23 +120,23 @@ class Trainer:
             )
         return epochs
 
-    def _speed(self, entry: Entry, budget: float) -> dict[str, float]:
-        """Return the seconds of the start and of an epoch, the same for all seeds."""
-        file = self.work / f"{self._tag(entry)}.speed.json"
-        with file.with_suffix(".lock").open("a+") as lock:
-            # a second driver waits for the measurement instead of making its own
-            while not try_lock(lock, self.work):
-                time.sleep(POLL)
-            if not file.exists():
-                write_text(file, json.dumps(self._measured_speed(entry, budget)))
+    def _speed(self, entry: Entry, seed: int, budget: float) -> dict[str, float]:
+        """Return the seconds of the start and of an epoch, measured once for a seed.
+
+        Not once for all: on a shared machine a measurement is off by some percent, and the interval
+        over the seeds has to contain that.
+        """
+        file = self.work / f"{self._tag(entry)}-{seed}.speed.json"
+        if not file.exists():
+            write_text(file, json.dumps(self._measured_speed(entry, seed, budget)))
         return json.loads(file.read_bytes())
 
-    def _measured_speed(self, entry: Entry, budget: float) -> dict[str, float]:
-        tag = f"{self._tag(entry)}-speed"
+    def _measured_speed(self, entry: Entry, seed: int, budget: float) -> dict[str, float]:
+        tag = f"{self._tag(entry)}-{seed}-speed"
         # what an earlier driver left would resume, and its start would cost less
         shutil.rmtree(self._folder(tag), ignore_errors=True)
         self._say(tag, "measuring the speed")
-        command = [*self._training(entry, tag, 0, _MANY_EPOCHS), *_without_warmup(entry)]
+        command = [*self._training(entry, tag, seed, _MANY_EPOCHS), *_without_warmup(entry)]
         with (self.work / f"{tag}.log").open("wb") as log:
             child = start(command, log)
         try:
@@ -143,10 +144,13 @@ class Trainer:
         finally:
             child.send_signal(signal.SIGTERM)
             child.wait()
-        (first, begin), (last, end), steps_per_epoch = points[0], points[-1], self._steps(tag)
-        step = (end - begin) / (last - first)
+        epoch_steps = self._steps(tag)
         shutil.rmtree(self._folder(tag), ignore_errors=True)
-        return {"start": max(0.0, begin - first * step), "epoch": step * steps_per_epoch}
+        # the median: a burst of other work on the machine must not count
+        pairs = itertools.pairwise(points)
+        step = statistics.median((end - begin) / (b - a) for (a, begin), (b, end) in pairs)
+        first, begin = points[0]
+        return {"start": max(0.0, begin - first * step), "epoch": step * epoch_steps}
 
     def _watched(
         self, child: subprocess.Popen[bytes], tag: str, seconds: float
