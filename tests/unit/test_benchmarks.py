@@ -1,6 +1,7 @@
 """Miniatures of the benchmarks: each ends with one line of JSON that holds its figures."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,18 @@ def test_peers_compares_steps_and_data_with_lightly(capsys: pytest.CaptureFixtur
     found = figures(capsys, "peers", *SMALL, "--steps", "1", "--jpegs", "8")
     for part in ("step", "data", "end_to_end"):
         assert found[f"lightly_{part}_speedup"] > 0
+
+
+# ---- gpu_check.sh --------------------------------------------------------------------------------
+
+
+def test_the_gpu_check_ends_with_its_time_and_names_what_it_left_out(tmp_path: Path) -> None:
+    places = {"PYTHON": sys.executable, "SHARED_DATA": str(tmp_path), "BUDGET": "0"}
+    command = ["bash", "tools/gpu_check.sh"]
+    env = os.environ | places
+    # a check that does not look at its time would run for minutes
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1  # not all was checked
+    left = done.stdout.count("LEFT OUT: no time")
+    assert left == done.stdout.count("\n## ") >= 8
+    assert "throughput" in done.stdout

@@ -104,7 +104,7 @@ def over_time(study: Study, results: Results, tier: str) -> str:
         if first < math.log2(minutes) < last:
             parts += [_text(x(minutes), _HEIGHT - _BOTTOM + 20, str(minutes), "middle")]
     axis = "minutes of training" if tier == "gpu" else "CPU minutes of training"
-    parts += [_text(12, _HEIGHT - 10, f"{axis}, each point a run of its own; {_SPREAD}")]
+    parts += [_text(12, _HEIGHT - 10, f"{axis}, each point is a separate run; {_SPREAD}")]
     for name, level in untrained.items():
         parts += [_line(60, y(level.mean), _WIDTH - 180, y(level.mean), "#777", dashes=True)]
         parts += [_text(_WIDTH - 172, y(level.mean) + 4, f"{name} {level.mean:.1f}")]

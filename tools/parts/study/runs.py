@@ -268,7 +268,7 @@ class Trainer:
 
 
 def _without_warmup(entry: Entry) -> list[str]:
-    """Return options that make a method's first steps as dear as the later ones.
+    """Return options that make a method's first steps cost as much as the later ones.
 
     SynCo makes no synthetic negatives while it warms up; the speed of those steps would buy it more
     epochs than its time holds.

@@ -61,8 +61,8 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
         f"{study.dataset}; {length} on {place}; evaluation is not counted. An empty cell was not "
         "run.",
         "",
-        f"`{command}` trains what has no row yet; with `--results NEW_FOLDER` it measures all "
-        "again. [How to read the table](#how-to-read-the-table).",
+        f"`{command}` trains what has no row yet; with `--work NEW --results NEW` (a new folder) "
+        "it trains and measures all again. [How to read the table](#how-to-read-the-table).",
         "",
         *said,
     ]
@@ -71,7 +71,12 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
 def _reading(study: Study, on_gpu: bool) -> list[str]:
     """Say what the columns mean and how they were measured."""
     held_out = f"{study.dataset}_held_out" in DATASETS
-    choice = "a tenth of the training images" if held_out else "the test images"
+    choice = "the test images"
+    if held_out:
+        choice = (
+            "a tenth of the training images, by the same probe trained on the others (`--dataset "
+            f"{study.dataset}_held_out`)"
+        )
     lines = [
         "**k-NN 20**: accuracy (%) on the test images by the vote of the 20 nearest training "
         "images, all with labels (cosine, weights exp(similarity / 0.07)).",
@@ -83,7 +88,8 @@ def _reading(study: Study, on_gpu: bool) -> list[str]:
         "the mean; a hollow point is one seed.",
         "**epochs**: what the time holds by a speed that is measured before the run. The machine "
         "is shared, so the time that was used differs by some percent. Ours end after a whole "
-        "epoch, other libraries after a hundredth of one.",
+        "epoch, other libraries after a hundredth of one. In rows of 2026-11-29 all seeds of an "
+        "entry share one measured speed.",
         "**wall min**: other jobs shared the machine.",
         "**commit**: of the training. A + means that files differed from it; before 1363883 the "
         "file of rows counted too, which grows with each run.",
