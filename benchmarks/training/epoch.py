@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.common import Side, autocast, measure, ratio, repeated, show
 from benchmarks.input.views import reference_transform
 from benchmarks.training.loss import published_loss
-from benchmarks.training.step import average_in_a_loop
+from benchmarks.training.step import average_in_a_loop, stem_of
 from benchmarks.training.supply import batches, images_of, views_of
 from data.augment.base import Recipe
 from data.augment.recipes import build_recipe
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     size = args.size or (224 if args.data else 32)
     recipe = build_recipe("moco_v2" if args.data else "cifar", size)
     source = images_of(args.data, args.cifar, 5000, size)
-    stem = "cifar" if size <= 64 else "imagenet"
-    backbone = {"name": args.backbone or ("resnet50" if args.data else "resnet18"), "stem": stem}
+    name = args.backbone or ("resnet50" if args.data else "resnet18")
+    backbone = {"name": name, "stem": stem_of(size)}
     ours = _Ours(args, backbone, device)
     kinds = {"workers": args.workers, "decode": args.decode, "backend": args.backend}
     supply = batches(source, recipe, device, args.batch, **kinds)

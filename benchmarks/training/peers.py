@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.common import Side, autocast, measure, ratio, repeated, show
 from benchmarks.input.decode import load_photos
-from benchmarks.training.step import framework_of, method_step
+from benchmarks.training.step import framework_of, method_step, stem_of
 from benchmarks.training.supply import batches, random_images, views_of
 from data.augment.recipes import build_recipe
 from data.sources import build_source
@@ -128,8 +128,7 @@ class _Lightly:
 
         self.device, self.precision = device, precision
         self.update_momentum = update_momentum
-        stem = "cifar" if args.size <= 64 else "imagenet"
-        backbone = build_backbone(args.backbone, stem=stem, img_size=args.size)
+        backbone = build_backbone(args.backbone, stem=stem_of(args.size), img_size=args.size)
         width = backbone.num_features
         online = torch.nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
         self.online = online.to(device).to(memory_format=torch.channels_last)

@@ -149,8 +149,13 @@ def framework_of(
     given = dict(options or {})
     if method.startswith("synco"):
         given["warmup_epochs"] = 0  # it makes no synthetic negatives while it warms up
-    stem = "cifar" if size <= 64 else "imagenet"
-    return assemble_framework(method, given, {"name": backbone, "stem": stem}, img_size=size)
+    named = {"name": backbone, "stem": stem_of(size)}
+    return assemble_framework(method, given, named, img_size=size)
+
+
+def stem_of(size: int) -> str:
+    """Return the stem that suits views of `size` pixels."""
+    return "cifar" if size <= 64 else "imagenet"
 
 
 def method_step(
