@@ -22,6 +22,11 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """Return `name`, or for `auto` the fastest precision that is native to the device."""
     if name == "fp16" and device.type == "cpu":
         logger.warning("TRAIN.PRECISION (--precision): fp16 is slow on a CPU; fp32 or auto is not")
+    if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        logger.warning(
+            "TRAIN.PRECISION (--precision): this processor emulates bf16; fp32 or auto is two to "
+            "three times faster"
+        )
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -9,6 +9,10 @@ afterwards. Each result is a line of docs/results/studies.jsonl, which all studi
 recipe and seed is trained once. A changed recipe is another one. The same command goes on after a
 stop; started twice, two entries train side by side. --render only writes docs/results/NAME.md and
 NAME.svg again.
+
+A faster machine trains more epochs in the same time, so a table has the rows of one machine.
+--machine AMD adds rows to the table of the machine that is called so: each entry trains as many
+epochs as that machine's time holds, which its earlier rows tell.
 """
 
 import sys
@@ -30,6 +34,7 @@ def _parser() -> Parser:
     add("--entries", nargs="+", metavar="NAME", help="only these entries")
     add("--work", type=Path, default=Path("output/studies"), metavar="DIR", help="where to train")
     add("--results", type=Path, default=ROOT / "docs" / "results", metavar="DIR", help="of rows")
+    add("--machine", default="", metavar="TEXT", help="a part of a machine's name in the rows")
     add("--render", action="store_true", help="only write table and picture again")
     return parser
 
@@ -41,15 +46,16 @@ if __name__ == "__main__":
 from dataclasses import replace
 
 from tools.parts.study.pictures import picture
-from tools.parts.study.runs import Trainer
+from tools.parts.study.runs import Trainer, this_machine
 from tools.parts.study.study import (
     Entry,
     Study,
     append_row,
+    machine_named,
+    machines_of,
     read_rows,
     read_study,
     results_of,
-    rows_of,
 )
 from tools.parts.study.tables import markdown
 from utils.checkpoints.atomic import write_text
@@ -67,14 +73,20 @@ def main() -> int:
         if name not in [entry.name for entry in study.entries]:
             names = ", ".join(entry.name for entry in study.entries)
             raise ValueError(f"--entries: {study.name} has no entry {name!r}; entries: {names}")
-    trainer = Trainer(study, args.work, args.data_path, args.tier)
     file = args.results / "studies.jsonl"
-    # Seed by seed: a study that is not finished compares all entries.
-    for seed in () if args.render else study.seeds:
-        for entry in study.entries:
-            if entry.name in wanted:
-                run_entry(trainer, entry, seed, file)
-    render(study, args.tier, file)
+    rows = read_rows(file)
+    machine = machine_named(args.machine, rows) if args.machine else ""
+    if args.render:
+        machine = machine or next(iter(machines_of(study, rows, args.tier)), "")
+    else:
+        machine = machine or this_machine(args.tier)
+        trainer = Trainer(study, args.work, args.data_path, args.tier, machine)
+        # Seed by seed: a study that is not finished compares all entries.
+        for seed in study.seeds:
+            for entry in study.entries:
+                if entry.name in wanted:
+                    run_entry(trainer, entry, seed, file)
+    render(study, args.tier, file, machine)
     return 0
 
 
@@ -83,13 +95,22 @@ def run_entry(trainer: Trainer, entry: Entry, seed: int, file: Path) -> None:
     with trainer.only_here(entry, seed) as free:
         # read under the lock: another driver may have finished it meanwhile
         rows = read_rows(file)
-        if free and seed not in rows_of(rows, trainer.recipe(entry)):
+        if not free or seed in trainer.rows(entry, rows):
+            return
+        if trainer.knows_length(entry, rows):
             append_row(file, trainer.measure(entry, seed, rows))
+        else:
+            print(f"{entry.name}: left out; {trainer.machine} has no row of it", file=sys.stderr)
 
 
-def render(study: Study, tier: str, file: Path) -> None:
-    """Write the page and the picture of a study from its rows."""
-    results = results_of(study, read_rows(file), tier)
+def render(study: Study, tier: str, file: Path, machine: str) -> None:
+    """Write the page and the picture of a study from its rows of a machine."""
+    rows = read_rows(file)
+    for other, count in machines_of(study, rows, tier).items():
+        if other != machine:
+            rows_there = f"{count} row{'s' if count > 1 else ''} of {other}"
+            print(f"left out: {rows_there}; --machine shows them", file=sys.stderr)
+    results = results_of(study, rows, tier, machine)
     name = f"{study.name}_gpu" if tier == "gpu" else study.name
     write_text(file.with_name(f"{name}.svg"), picture(study, results, tier))
     page = file.with_name(f"{name}.md")

@@ -13,17 +13,19 @@ from unittest import mock
 
 import pytest
 
-from tools.parts.study import costs, runs
+from tools.parts.study import costs, pictures, runs
 from tools.parts.study import study as study_module
 from tools.parts.study.costs import tree_cpu_seconds
 from tools.parts.study.pictures import picture
-from tools.parts.study.runs import Trainer
+from tools.parts.study.runs import Trainer, this_machine
 from tools.parts.study.study import (
     EVALUATION,
     Entry,
     Row,
     Study,
     append_row,
+    machine_named,
+    machines_of,
     read_rows,
     read_study,
     results_of,
@@ -208,7 +210,7 @@ def test_cpu_seconds_hold_those_of_children() -> None:
 
 def test_a_recorded_command_names_no_place_of_this_machine(tmp_path: Path) -> None:
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
-    trainer = Trainer(study, tmp_path / "work", "/data/somewhere", "cpu")
+    trainer = Trainer(study, tmp_path / "work", "/data/somewhere", "cpu", this_machine("cpu"))
     shown = trainer._shown(trainer._training(Entry("a", "configs/demo.yaml"), "a-0-3ep", 0, 3))
     assert shown.startswith(
         "OMP_NUM_THREADS=1 python main_pretrain.py --cfg configs/demo.yaml --data-path D"
@@ -221,7 +223,7 @@ def test_a_run_that_is_done_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
-    trainer = Trainer(study, tmp_path / "work", "", "cpu")
+    trainer = Trainer(study, tmp_path / "work", "", "cpu", this_machine("cpu"))
     tag = f"demo-{trainer.recipe(study.entries[0])}-0-7ep"
     folder = tmp_path / "work" / "demo" / tag
     folder.mkdir(parents=True)
@@ -251,7 +253,7 @@ def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         HEAD + "entries: {a: {cfg: configs/demo.yaml}, as: {cfg: configs/demo.yaml, epochs_of: a}, "
         "slow: {cfg: configs/demo.yaml, peer: lightly_moco}}",
     )
-    trainer = Trainer(study, tmp_path, "", "cpu")
+    trainer = Trainer(study, tmp_path, "", "cpu", this_machine("cpu"))
     monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 30.0})
     ours, same, slow = study.entries
     assert trainer._epochs(ours, 0, []) == 1  # (60 - 4) / 30: whole epochs
@@ -261,7 +263,8 @@ def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ValueError, match=r"give more minutes than 0\.05"):
             trainer._epochs(replace(entry, minutes=0.05, opts=("SEED=1",)), 0, [])
     recipe = trainer.recipe(ours)
-    rows: list[Row] = [row(recipe, 0, 50.0), row(recipe, 1, 50.0) | {"epochs": 5}]
+    here = {"machine": this_machine("cpu")}
+    rows: list[Row] = [row(recipe, 0, 50.0) | here, row(recipe, 1, 50.0) | here | {"epochs": 5}]
     assert [trainer._epochs(same, seed, rows) for seed in (0, 1)] == [3, 5]  # those of its seed
     with pytest.raises(ValueError, match=r"entry as: epochs_of needs a row of a with seed 2"):
         trainer._epochs(same, 2, rows)
@@ -276,7 +279,7 @@ def test_the_speed_is_that_of_steps_with_synthetic_negatives(
     """SynCo once got 6 % more time than MoCo: its first epochs, which are cheap, were measured."""
     text = "{cfg: benchmarks/studies/recipes/synco_resnet8.yaml}"
     study = study_of(tmp_path, HEAD + f"entries: {{a: {text}}}")
-    trainer, given = Trainer(study, tmp_path, "", "cpu"), []
+    trainer, given = Trainer(study, tmp_path, "", "cpu", this_machine("cpu")), []
     monkeypatch.setattr(runs, "start", lambda command, _: given.append(command) or mock.Mock())
     # one interval of three was slowed by other work
     points = [(1, 2.0), (11, 12.0), (21, 42.0), (31, 52.0)]
@@ -297,8 +300,12 @@ def test_a_gpu_is_measured_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(runs, "tree_cpu_seconds", lambda _: 0.25 * next(steps))
     monkeypatch.setattr(runs, "POLL", 0.05)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        by_cpu = list(Trainer(study, tmp_path, "", "cpu")._watched(child, "a", 1.0))
-        by_clock = list(Trainer(study, tmp_path, "", "gpu")._watched(child, "a", 0.2))
+        by_cpu = list(
+            Trainer(study, tmp_path, "", "cpu", this_machine("cpu"))._watched(child, "a", 1.0)
+        )
+        by_clock = list(
+            Trainer(study, tmp_path, "", "gpu", this_machine("cpu"))._watched(child, "a", 0.2)
+        )
         child.communicate()
     # the CPU's seconds are those of the stand-in: half a second from one look to the next
     assert by_cpu == [(1, 0.5), (3, 1.0), (5, 1.5)]
@@ -323,7 +330,7 @@ def test_a_run_is_judged_by_all_labels_and_a_rate_chosen_elsewhere(
 
     monkeypatch.setattr(Trainer, "_probes", probes)
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
-    trainer = Trainer(replace(study, dataset="cifar10"), tmp_path, "", "cpu")
+    trainer = Trainer(replace(study, dataset="cifar10"), tmp_path, "", "cpu", this_machine("cpu"))
     expected: Row = {"knn20": 50.0, "knn200": 51.0, "linear": 41.0, "linear_1pct": 41.0}
     expected["probe_rates"] = {"100pct": 0.1, "1pct": 0.1}
     assert trainer._judge(study.entries[0], "a", 0) == expected
@@ -338,7 +345,9 @@ def test_of_two_equal_rates_the_first_is_taken(
     result = {"final_by_lr": rates, "knn20_top1": 50.0, "knn200_top1": 51.0}
     monkeypatch.setattr(Trainer, "_probes", lambda *_: {"100pct": result})
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
-    judged = Trainer(study, tmp_path, "", "cpu")._judge(study.entries[0], "a", 0)
+    judged = Trainer(study, tmp_path, "", "cpu", this_machine("cpu"))._judge(
+        study.entries[0], "a", 0
+    )
     assert judged["probe_rates"] == {"100pct": 1.0}
 
 
@@ -370,14 +379,97 @@ def test_studies_share_rows_of_one_recipe_and_no_others(tmp_path: Path) -> None:
     other = study_of(tmp_path, HEAD.replace("T", "U") + f"entries: {{ours: {{cfg: {recipe}}}}}")
     assert other.recipe(other.entries[0], "cpu") == digests["one"]
     assert other.recipe(other.entries[0], "gpu") != digests["one"]
-    rows: list[Row] = [{"recipe": digests["one"], "seed": 0, "evaluation": EVALUATION}]
+    rows: list[Row] = [
+        {"recipe": digests["one"], "seed": 0, "evaluation": EVALUATION, "machine": "M"}
+    ]
     # judged in another way: it does not count
-    rows += [{"recipe": digests["slow"], "seed": 0, "evaluation": EVALUATION - 1}]
-    assert results_of(study, rows, "cpu")["one"] == {0: rows[0]}
-    assert results_of(study, rows, "cpu")["slow"] == {}
+    rows += [{"recipe": digests["slow"], "seed": 0, "evaluation": EVALUATION - 1, "machine": "M"}]
+    assert results_of(study, rows, "cpu", "M")["one"] == {0: rows[0]}
+    assert results_of(study, rows, "cpu", "M")["slow"] == {}
     # what makes a recipe may stand in its base
     (tmp_path / "base.yaml").write_text("TRAIN: {EPOCHS: 6}\n")
     assert study.recipe(study.entries[0], "cpu") != digests["one"]
+
+
+def test_rows_of_two_machines_are_not_averaged(tmp_path: Path) -> None:
+    """A faster machine trains more epochs in the same time."""
+    text = "entries: {a: {cfg: configs/demo.yaml}, chance: {cfg: configs/demo.yaml, peer: random}}"
+    study = study_of(tmp_path, HEAD + text)
+    recipe, untrained = (study.recipe(entry, "cpu") for entry in study.entries)
+    rows = [row(recipe, 0, 50.0), row(recipe, 1, 50.0), row(recipe, 0, 70.0) | {"machine": "fast"}]
+    rows += [row(untrained, 0, 30.0) | {"machine": "fast"}]
+    assert machines_of(study, rows, "cpu") == {"M": 2, "fast": 1}
+    results = results_of(study, rows, "cpu", "M")
+    assert [line["knn20"] for line in results["a"].values()] == [50.0, 50.0]
+    # what is not trained is the same on all
+    assert results["chance"][0]["knn20"] == 30.0
+    assert "fast" not in markdown(study, {"a": results["a"], "chance": {}}, "cpu", "p")
+    assert results_of(study, rows, "cpu", "fast")["a"][0]["knn20"] == 70.0
+    assert machine_named("as", rows) == "fast"
+    with pytest.raises(ValueError, match=r"--machine 'slow' is in 0 names .* rows: M; fast"):
+        machine_named("slow", rows)
+
+
+def test_a_page_has_the_machine_with_the_most_rows_or_the_one_that_is_named(tmp_path: Path) -> None:
+    study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
+    recipe = study.recipe(study.entries[0], "cpu")
+    for line in (
+        row(recipe, 0, 70.0) | {"machine": "fast"},
+        row(recipe, 0, 50.0),
+        row(recipe, 1, 50.0),
+    ):
+        append_row(tmp_path / "studies.jsonl", line)
+    command = [sys.executable, "tools/reproduce.py", str(tmp_path / "small.yaml"), "--render"]
+    command += ["--results", str(tmp_path)]
+    for words, shown, left in (
+        ([], "50.0", "1 row of fast"),
+        (["--machine", "fast"], "70.0", "2 rows of M"),
+    ):
+        done = subprocess.run(
+            [*command, *words], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert f"left out: {left}; --machine shows them" in done.stderr
+        assert f"| {shown} |" in (tmp_path / "small.md").read_text().replace(" ± 0.0", "")
+
+
+def test_a_row_is_added_to_the_table_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains what the other machine's time holds; its own time says nothing there."""
+    text = "entries: {a: {cfg: configs/demo.yaml}, new: {cfg: configs/demo.yaml, opts: [SEED=1]}, "
+    text += "as: {cfg: configs/demo.yaml, epochs_of: a}, slow: {cfg: c, peer: lightly_moco}}"
+    study = study_of(tmp_path, HEAD + text.replace("cfg: c,", "cfg: configs/demo.yaml,"))
+    trainer = Trainer(study, tmp_path, "", "cpu", "M")
+    ours, new, same, slow = study.entries
+    rows = [row(trainer.recipe(ours), 0, 50.0)]
+    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: pytest.fail("measured here"))
+    monkeypatch.setattr(Trainer, "_weights", lambda *_: Path("w.pt"))
+    monkeypatch.setattr(Trainer, "_judge", lambda *_: {"knn20": 52.0, "linear": 2.0})
+    cost = costs.Cost(600.0, 600.0, 7.0)
+    given: list[list[str]] = []
+    monkeypatch.setattr(runs, "run", lambda command, *_: given.append(command) or cost)
+    added = trainer.measure(ours, 1, rows)
+    assert (added["epochs"], added["length_of"]) == (3, "M")
+    assert added["machine"] == this_machine("cpu") != "M"
+    # bfloat16 may be slow here; a precision that is the recipe's stays
+    assert given[0][-1] == "TRAIN.PRECISION=auto"
+    fixed = replace(ours, opts=("TRAIN.PRECISION=fp32",))
+    assert trainer._training(fixed, "t", 0, 3)[-1] == "TRAIN.PRECISION=fp32"
+    assert "TRAIN.PRECISION=auto" not in trainer._training(slow, "t", 0, 3)
+    assert trainer.measure(same, 0, rows)["length_of"] == "M"
+    # nobody knows what its time holds on M
+    assert not trainer.knows_length(new, rows)
+    assert trainer.knows_length(ours, rows)
+    found = trainer.rows(ours, [*rows, json.loads(json.dumps(added))])
+    page = markdown(study, {"a": found, "new": {}, "as": {}, "slow": {}}, "cpu", "p")
+    assert "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 |" in page
+    assert "trained for as many epochs as the time holds on M" in page
+    # a point over time lies where M needed it
+    point = pictures._point(list(found.values()), "cpu", "knn20")
+    assert point
+    assert (point.minutes, point.mean) == (1.0, 51.0)
+    only_added = {"a": {1: added}, "new": {}, "as": {}, "slow": {}}
+    assert "| a | 1 | 3 |  |  |  |  | 52.0 |" in markdown(study, only_added, "cpu", "p")
 
 
 def test_a_cost_is_kept_while_the_run_lasts_and_added_to(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from tools.parts.study.study import MEASURES, UNTRAINED, Results, Row, Study, number
+from tools.parts.study.study import MEASURES, UNTRAINED, Results, Row, Study, measured_time, number
 from tools.parts.study.tables import interval
 
 _WIDTH, _ROW, _LEFT, _RIGHT = 720, 26, 190, 60
@@ -25,7 +25,7 @@ def picture(study: Study, results: Results, tier: str) -> str:
 class _Point(NamedTuple):
     """Mean of an entry's seeds, half the width of its 95 % interval (0: of one seed)."""
 
-    minutes: float
+    minutes: float  # NaN: all rows have the time of another machine
     mean: float
     half: float
     alone: bool  # one seed: nothing is known of its spread
@@ -37,9 +37,9 @@ def _point(rows: Sequence[Row], tier: str, measure: str) -> _Point | None:
         return None
     half = interval(values)
     clock = "wall_seconds" if tier == "gpu" else "cpu_seconds"
-    minutes = statistics.mean(number(row, clock) for row in rows) / 60
+    times = [number(row, clock) / 60 for row in measured_time(rows)] or [math.nan]
     alone = not math.isfinite(half)
-    return _Point(minutes, statistics.mean(values), 0.0 if alone else half, alone)
+    return _Point(statistics.mean(times), statistics.mean(values), 0.0 if alone else half, alone)
 
 
 def dots(study: Study, results: Results, tier: str) -> str:
@@ -81,7 +81,7 @@ def over_time(study: Study, results: Results, tier: str) -> str:
         point = _point(list(results[entry.name].values()), tier, study.measure)
         if point and entry.peer in UNTRAINED:
             untrained[entry.line or entry.name] = point
-        elif point:
+        elif point and math.isfinite(point.minutes):
             lines.setdefault(entry.line or entry.name, []).append(point)
     points = [point for line in lines.values() for point in line]
     low, high = _range([*points, *untrained.values()])

@@ -1,6 +1,7 @@
 """Train one entry of a study for its time, judge it, and say what it cost."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any
 
 from tools.parts.run_files import read_json
 from tools.parts.study.costs import POLL, Cost, run, start, tree_cpu_seconds
-from tools.parts.study.study import EVALUATION, UNTRAINED, Entry, Row, Study, number, rows_of
+from tools.parts.study.study import EVALUATION, UNTRAINED, Entry, Row, Study, number
 from utils.checkpoints.atomic import write_text
 from utils.checkpoints.locks import try_lock
 from utils.cli.version import commit
@@ -43,6 +44,12 @@ class Trainer:
     work: Path
     data_path: str
     tier: str
+    # an entry trains as many epochs as this one's time holds; another one's are read from its rows
+    machine: str
+
+    @property
+    def _is_here(self) -> bool:
+        return self.machine == this_machine(self.tier)
 
     @contextlib.contextmanager
     def only_here(self, entry: Entry, seed: int) -> Iterator[bool]:
@@ -54,6 +61,10 @@ class Trainer:
     def recipe(self, entry: Entry) -> str:
         """Return the digest of an entry's recipe on this tier."""
         return self.study.recipe(entry, self.tier)
+
+    def rows(self, entry: Entry, rows: Sequence[Row]) -> dict[int, Row]:
+        """Return the rows of an entry by seed."""
+        return self.study.rows(entry, rows, self.tier, self.machine)
 
     def _tag(self, entry: Entry) -> str:
         """Return a name that studies with this recipe share, and that a changed recipe loses."""
@@ -86,6 +97,7 @@ class Trainer:
             **self._training_figures(tag),
             **self._judge(entry, tag, seed),
             **read_json(self.work / f"{tag}.where.json"),  # of the training
+            **({} if self._is_here or not epochs else {"length_of": self.machine}),
             "judged": commit(),
             "command": self._shown(command),
             "probe": self._shown(self._probe(entry, tag, seed, self.study.dataset)),
@@ -95,19 +107,27 @@ class Trainer:
 
     # ---- the length of the run -------------------------------------------------------------------
 
+    def knows_length(self, entry: Entry, rows: Sequence[Row]) -> bool:
+        """Return whether an entry's epochs are known, or can be found out here."""
+        timed = not (entry.peer in UNTRAINED or entry.epochs or entry.epochs_of)
+        return self._is_here or not timed or bool(self.rows(entry, rows))
+
     def _epochs(self, entry: Entry, seed: int, rows: Sequence[Row]) -> float:
         if entry.peer in UNTRAINED:
             return 0
         if entry.epochs:
             return entry.epochs
         if entry.epochs_of:
-            found = rows_of(rows, self.recipe(self.study.entry(entry.epochs_of)))
+            found = self.rows(self.study.entry(entry.epochs_of), rows)
             if seed not in found:
                 raise ValueError(
                     f"entry {entry.name}: epochs_of needs a row of {entry.epochs_of} with seed "
                     f"{seed}; run it first"
                 )
             return number(found[seed], "epochs")
+        if not self._is_here:
+            known = self.rows(entry, rows).values()
+            return statistics.median(number(row, "epochs") for row in known)
         budget = 60.0 * (entry.minutes or self.study.minutes)
         speed = self._speed(entry, seed, budget)
         # slow libraries would lose much of the budget to whole epochs
@@ -187,7 +207,11 @@ class Trainer:
             opts = ["--opts", *entry.opts] if entry.opts else []
             return [sys.executable, "-m", "benchmarks.studies.peer_runs", entry.peer, *flags, *opts]
         # A look at the k-NN is an evaluation: it would be paid from the budget of training.
-        opts = ["KNN.EVERY_EPOCHS=0", "LOG.TENSORBOARD=False", *entry.opts]
+        opts = ["KNN.EVERY_EPOCHS=0", "LOG.TENSORBOARD=False"]
+        if not self._is_here:
+            # here bfloat16 may be slow, and its speed is in the number of epochs already
+            opts.append("TRAIN.PRECISION=auto")
+        opts += entry.opts
         return [sys.executable, str(ROOT / "main_pretrain.py"), *flags, "--opts", *opts]
 
     def _shown(self, command: Sequence[str]) -> str:
@@ -279,8 +303,9 @@ def _without_warmup(entry: Entry) -> list[str]:
     ]
 
 
-def _here(entry: Entry, tier: str) -> Row:
-    """Say where a row was measured: the machine, and what its figures depend on."""
+@functools.cache
+def this_machine(tier: str) -> str:
+    """Return the name that rows give to this machine."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -289,12 +314,17 @@ def _here(entry: Entry, tier: str) -> Row:
         import torch  # only here: the driver itself needs no torch
 
         name = torch.cuda.get_device_name()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _here(entry: Entry, tier: str) -> Row:
+    """Say where a row was measured: the machine, and what its figures depend on."""
     library = entry.peer.rpartition("_")[0].replace("_", "-")
     return {
         **({"library": f"{library} {version(library)}"} if library else {}),
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{name}, {os.cpu_count()} cores",
+        "machine": this_machine(tier),
         "python": platform.python_version(),
         "torch": version("torch"),
         "timm": version("timm"),

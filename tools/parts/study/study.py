@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,6 +88,15 @@ class Study:
             parts.append(ast.unparse(ast.parse(code.read_text(encoding="utf-8"))))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
+    def rows(self, entry: Entry, rows: Sequence[Row], tier: str, machine: str) -> dict[int, Row]:
+        """Return the rows of an entry on a machine by seed.
+
+        A minute holds more epochs on a faster machine, so the rows of two are never averaged. Only
+        what is not trained is the same on all.
+        """
+        any_machine = entry.peer in UNTRAINED
+        return rows_of(rows, self.recipe(entry, tier), "" if any_machine else machine)
+
 
 def read_study(path: Path) -> Study:
     """Read `benchmarks/studies/NAME.yaml`; raises `ValueError` with the key that is wrong."""
@@ -168,15 +178,50 @@ def append_row(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def rows_of(rows: Sequence[Row], recipe: str) -> dict[int, Row]:
-    """Return the newest row of each seed of a recipe, of those judged as today."""
-    today = [row for row in rows if row.get("evaluation") == EVALUATION]
-    return {int(str(row["seed"])): row for row in today if row["recipe"] == recipe}
+def rows_of(rows: Sequence[Row], recipe: str, machine: str = "") -> dict[int, Row]:
+    """Return the newest row of each seed of a recipe, of those judged as today.
+
+    With `machine`, only the rows whose length of training is what its time holds.
+    """
+    found = [row for row in rows if row.get("evaluation") == EVALUATION]
+    found = [row for row in found if row["recipe"] == recipe]
+    if machine:
+        found = [row for row in found if length_of(row) == machine]
+    return {int(str(row["seed"])): row for row in found}
 
 
-def results_of(study: Study, rows: Sequence[Row], tier: str) -> Results:
-    """Return the rows of a study by entry and seed."""
-    return {entry.name: rows_of(rows, study.recipe(entry, tier)) for entry in study.entries}
+def length_of(row: Row) -> str:
+    """Return the machine by whose speed the epochs of a row were chosen."""
+    return str(row.get("length_of") or row["machine"])
+
+
+def measured_time(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose cost is that of the machine by whose speed their length was chosen."""
+    return [row for row in rows if "length_of" not in row]
+
+
+def results_of(study: Study, rows: Sequence[Row], tier: str, machine: str) -> Results:
+    """Return the rows of a study on a machine, by entry and seed."""
+    return {entry.name: study.rows(entry, rows, tier, machine) for entry in study.entries}
+
+
+def machines_of(study: Study, rows: Sequence[Row], tier: str) -> dict[str, int]:
+    """Return how many rows of a study each machine has, that with the most first."""
+    recipes = {study.recipe(e, tier) for e in study.entries if e.peer not in UNTRAINED}
+    counts = Counter(length_of(row) for row in rows if row["recipe"] in recipes)
+    return dict(counts.most_common())
+
+
+def machine_named(text: str, rows: Sequence[Row]) -> str:
+    """Return the machine whose name in the rows contains `text`; raises `ValueError`."""
+    known = sorted({length_of(row) for row in rows})
+    found = [machine for machine in known if text in machine]
+    if len(found) != 1:
+        raise ValueError(
+            f"--machine {text!r} is in {len(found)} names of machines; known from the rows: "
+            f"{'; '.join(known) or 'none'}"
+        )
+    return found[0]
 
 
 def number(row: Row, key: str) -> float:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from tools.parts.study.study import MEASURES, Results, Row, Study, number
+from tools.parts.study.study import MEASURES, Results, Row, Study, measured_time, number
 from utils.config.datasets import DATASETS
 
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
@@ -49,6 +49,13 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
     keys = ("commit", "machine", "torch", "date")
     places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
     said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
+    moved = {(str(r["machine"]), str(r["length_of"])) for r in rows if "length_of" in r}
+    for here, there in sorted(moved):
+        said.append(
+            f"* The rows of {here} trained for as many epochs as the time holds on {there}, in the "
+            "fastest precision of their own processor. Time and memory in the table are without "
+            "them."
+        )
     libraries = sorted({str(row["library"]) for row in rows if "library" in row})
     if libraries:
         said.append(f"* {', '.join(libraries)}")
@@ -119,24 +126,31 @@ def _differences(study: Study, results: Results) -> list[str]:
 def _cells(found: Sequence[Row], on_gpu: bool) -> list[str]:
     if not found:
         return ["", "", "", "", "", "", *("" for _ in MEASURES)]
-    plain = (
-        ("epochs", ".4g", 1),
-        ("cpu_seconds", ".1f", 60),
-        ("wall_seconds", ".1f", 60),
-    )
-    cells = [str(len(found))]
-    for key, form, divisor in plain:
-        mean = statistics.mean(number(row, key) / divisor for row in found)
-        cells.append(format(mean, form) if mean else "")
-    epochs = sum(number(row, "epochs") for row in found)
-    cost = sum(number(row, "wall_seconds" if on_gpu else "cpu_seconds") for row in found)
-    cells.append(f"{cost / epochs:.{1 if on_gpu else 0}f}" if epochs else "")
-    if on_gpu:
-        gib = max(number(row, "gpu_memory_gib") for row in found)
-    else:
-        gib = max(number(row, "peak_mib") for row in found) / 1024
-    cells.append(f"{gib:.1f} GiB" if math.isfinite(gib) else "")
+    epochs = statistics.mean(number(row, "epochs") for row in found)
+    cells = [str(len(found)), f"{epochs:.4g}" if epochs else "", *_costs(found, on_gpu)]
     return cells + [_mean([number(row, measure) for row in found]) for measure in MEASURES]
+
+
+def _costs(found: Sequence[Row], on_gpu: bool) -> list[str]:
+    """Return the cells of time and memory, from the rows that were measured on the machine."""
+    timed = measured_time(found)
+    if not timed:
+        return ["", "", "", ""]
+    minutes = [
+        statistics.mean(number(row, f"{key}_seconds") / 60 for row in timed)
+        for key in ("cpu", "wall")
+    ]
+    epochs = sum(number(row, "epochs") for row in timed)
+    cost = sum(number(row, "wall_seconds" if on_gpu else "cpu_seconds") for row in timed)
+    if on_gpu:
+        gib = max(number(row, "gpu_memory_gib") for row in timed)
+    else:
+        gib = max(number(row, "peak_mib") for row in timed) / 1024
+    return [
+        *(f"{value:.1f}" for value in minutes),
+        f"{cost / epochs:.{1 if on_gpu else 0}f}" if epochs else "",
+        f"{gib:.1f} GiB" if math.isfinite(gib) else "",
+    ]
 
 
 def _mean(values: Sequence[float]) -> str:
