@@ -146,7 +146,7 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     )
     assert "| never |  |  |  |  |  |  |  |  |  |  |  |" in page
     assert "| a - b | 2 | +1.50 ± 6.35 |" in page
-    assert "commit abc, M" in page
+    assert "* M, torch ?, ?, commits abc\n" in page
     assert "* differs in rate" in page
     assert "chosen on the test images" in page  # its data set has no held-out images
     assert "on a tenth of the training images" in markdown(
@@ -463,7 +463,7 @@ def test_a_row_is_added_to_the_table_of_another_machine(
     found = trainer.rows(ours, [*rows, json.loads(json.dumps(added))])
     page = markdown(study, {"a": found, "new": {}, "as": {}, "slow": {}}, "cpu", "p")
     assert "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 |" in page
-    assert "trained for as many epochs as the time holds on M" in page
+    assert "an entry trained for as many epochs as the time holds on M" in page
     # a point over time lies where M needed it
     point = pictures._point(list(found.values()), "cpu", "knn20")
     assert point

@@ -46,15 +46,18 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
 
 def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
     """Say how long was trained, where and when, and how to do it again."""
-    keys = ("commit", "machine", "torch", "date")
-    places = sorted({tuple(str(row.get(key, "?")) for key in keys) for row in rows})
-    said = [f"* commit {c}, {m}, torch {t}, {d}" for c, m, t, d in places] or ["Nothing was run."]
+    commits: dict[str, set[str]] = {}
+    for row in rows:
+        place = f"{row['machine']}, torch {row.get('torch', '?')}, {row.get('date', '?')}"
+        commits.setdefault(place, set()).add(str(row["commit"]))
+    said = [f"* {place}, commits {', '.join(sorted(commits[place]))}" for place in sorted(commits)]
+    said = said or ["Nothing was run."]
     moved = {(str(r["machine"]), str(r["length_of"])) for r in rows if "length_of" in r}
     for here, there in sorted(moved):
         said.append(
-            f"* The rows of {here} trained for as many epochs as the time holds on {there}, in the "
-            "fastest precision of their own processor. Time and memory in the table are without "
-            "them."
+            f"* On {here} an entry trained for as many epochs as the time holds on {there}, and in "
+            "float32 where the processor has no bfloat16. Time and memory in the table are of "
+            f"{there}."
         )
     libraries = sorted({str(row["library"]) for row in rows if "library" in row})
     if libraries:
