@@ -223,6 +223,7 @@ def _draw_curves(path: Path, plan: Plan, framework: nn.Module) -> None:
         scale = (height - 36) / (most - low)
         line = [(x, top + height - 8 - (v - low) * scale) for x, v in enumerate(values)]
         draw.line(line, fill="navy", width=2)
-        text = f"{title}, {min(values):.4g} to {most:.4g}, over {plan.epochs} epochs"
+        epochs = plan.total_steps / plan.steps_per_epoch
+        text = f"{title}, {min(values):.4g} to {most:.4g}, over {epochs:.4g} epochs"
         draw.text((6, top + 4), text, fill="black")
     page.save(path)

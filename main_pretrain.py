@@ -126,7 +126,7 @@ def main() -> int:
                 batch, channels = cfg.TRAIN.BATCH_SIZE, cfg.DATA.CHANNELS
                 measure_throughput(backbone, size, batch, run.device, channels)
         return 0
-    evaluate = Evaluations(cfg, run, framework, source, recipe, plan.epochs, args.eval, probe)
+    evaluate = Evaluations(cfg, run, framework, source, recipe, args.eval, probe)
     if args.eval:
         evaluate_once(run, state, plan, evaluate, resumed)
         return 0
@@ -217,6 +217,7 @@ def plan_of(cfg: CfgNode, loader: GlobalLoader) -> Plan:
         global_batch=loader.plan.global_batch,
         base_rates=[cfg.OPTIM.BASE_LR],
         accumulation=cfg.TRAIN.ACCUMULATION_STEPS,
+        steps=cfg.TRAIN.STEPS,
     )
 
 

@@ -40,12 +40,11 @@ class Evaluations:
         framework: MomentumFramework,
         source: Source,
         recipe: Recipe,
-        epochs: int,
         at_once: bool,
         probe: OnlineProbe | None = None,
     ) -> None:
         self.cfg, self.run, self.framework, self.probe = cfg, run, framework, probe
-        self.epochs, self.at_once = epochs, at_once
+        self.at_once = at_once
         # opened now, so that a missing split ends the run before its first step
         self.held_out: GlobalLoader | None = None
         self.knn: dict[str, Source] = {}
@@ -96,13 +95,13 @@ class Evaluations:
         return values
 
     def _due(self, every: int, progress: Progress) -> bool:
-        return self.at_once or progress.epoch % every == 0 or progress.epoch == self.epochs
+        return self.at_once or progress.epoch % every == 0 or _is_last(progress)
 
     def _neighbours(self, progress: Progress) -> dict[str, float]:
         knn, classes = self.cfg.KNN, self.knn["train"].num_classes
         try:
             bank, queries = self._features("train"), self._features("val").blocks()
-            if progress.epoch == self.epochs and queries:
+            if _is_last(progress) and queries:
                 features, labels = (part[:_PROJECTED] for part in queries[0])
                 self.run.metrics.embedding(features, labels.tolist(), progress.step)
             accuracy = self.probe.accuracy(queries) if self.probe else {}
@@ -135,3 +134,7 @@ def labelled_splits(node: CfgNode, source: Source) -> dict[str, Source]:
     """Return the labelled images of `train`, `source` if it has labels, and those of `val`."""
     train = source if is_labelled(source) else open_split(node, "train", labelled=True)
     return {"train": train, "val": open_split(node, "val", labelled=True)}
+
+
+def _is_last(progress: Progress) -> bool:
+    return progress.step == progress.total_steps

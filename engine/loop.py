@@ -54,14 +54,14 @@ def fit(
 ) -> Outcome:
     """Train from `state.step` to the end of the plan, or until a stop signal.
 
-    `evaluate` runs at the end of each epoch.
+    `evaluate` runs at the end of each epoch and of the run.
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
     checkpoints = run.checkpoints
     with run.reporting(state, plan), kept_for_replay(run, state, plan), StopFlag() as stop:
         first = state.step
         # A run that was killed between a checkpoint and its evaluation finishes the evaluation now.
-        if evaluate is not None and first and first % plan.steps_per_epoch == 0:
+        if evaluate is not None and first and plan.ends_epoch(first):
             known = checkpoints.known_evaluation or evaluate(plan.progress(first))
             checkpoints.evaluated(state, plan, known)
         steps = run.meter.around(loader.from_step(first, plan.total_steps), first)
@@ -75,7 +75,7 @@ def fit(
                 save(state, plan, run, guard)
             # After the checkpoint: an evaluation that fails costs no epoch.
             is_best = False
-            if evaluate is not None and state.step % plan.steps_per_epoch == 0:
+            if evaluate is not None and plan.ends_epoch(state.step):
                 heartbeat.beat(f"the evaluation after {state.step} steps")
                 is_best = checkpoints.evaluated(state, plan, evaluate(progress.next))
             # All ranks leave at the same step: the others would wait in the next collective.

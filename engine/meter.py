@@ -149,7 +149,7 @@ class Meter:
             for name, value in values.items()
             if "/" not in name
         )
-        logger.info("epoch %d done: %s", progress.epoch, shown)
+        logger.info("epoch %.4g done: %s", progress.epoch_position, shown)
 
     def _mean_of_window(self) -> dict[str, float]:
         names = self._names_of_all()

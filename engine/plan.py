@@ -1,6 +1,7 @@
 """Numbers derived from the configuration once: batches, steps, scaled learning rates."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ logger = logging.getLogger("synco")
 class Plan:
     """What a run will do, in optimiser steps."""
 
-    epochs: int
+    epochs: int  # the last one may end early
     steps_per_epoch: int
     global_batch: int  # images an optimiser step sees, over processes and micro-batches
     accumulation: int
@@ -26,11 +27,16 @@ class Plan:
     clip_per_tensor: bool = False
     weight_decay: float = 0.0
     weight_decay_end: float = 0.0  # 0: constant
+    steps: int = 0  # of the whole run; 0: whole epochs
 
     @property
     def total_steps(self) -> int:
         """Return the number of optimiser steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
+        return self.steps or self.epochs * self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Return whether an epoch, or the run, is over after `step` steps."""
+        return step % self.steps_per_epoch == 0 or step == self.total_steps
 
     def progress(self, step: int) -> Progress:
         """Return how far the run is at optimiser step `step`."""
@@ -45,11 +51,14 @@ class Plan:
     def describe(self) -> str:
         """Say in one line what will be done."""
         rates = ", ".join(f"{rate.base:.4g}" for rate in self.rates)
+        length = f"{self.epochs} epochs x {self.steps_per_epoch} steps = {self.total_steps} steps"
+        if self.steps:
+            epochs = self.steps / self.steps_per_epoch
+            length = f"{self.steps} steps = {epochs:.4g} epochs of {self.steps_per_epoch} steps"
         return (
-            f"{self.epochs} epochs x {self.steps_per_epoch} steps = {self.total_steps} steps, "
-            f"global batch {self.global_batch} = {world_size()} process(es) x {self.accumulation} "
-            f"micro-batch(es) x {self.global_batch // (self.accumulation * world_size())}, peak lr "
-            f"{rates}"
+            f"{length}, global batch {self.global_batch} = {world_size()} process(es) x "
+            f"{self.accumulation} micro-batch(es) x "
+            f"{self.global_batch // (self.accumulation * world_size())}, peak lr {rates}"
         )
 
 
@@ -85,15 +94,20 @@ def make_plan(
     base_rates: Sequence[float],
     accumulation: int = 1,
     section: str = "",
+    steps: int = 0,
 ) -> Plan:
     """Derive the plan from an `OPTIM` and a `SCHEDULE` section; `LR_BATCH` may scale the rates.
 
-    `section` (`LINEAR.`) is the section around both, for messages.
+    `steps`, if not 0, replace `epochs`. `section` (`LINEAR.`) is the section around both, for
+    messages.
     """
+    if steps:
+        epochs = math.ceil(steps / steps_per_epoch)
+    total_steps = steps or epochs * steps_per_epoch
     warmup = schedule.WARMUP_EPOCHS * steps_per_epoch
-    if schedule.WARMUP_EPOCHS and schedule.WARMUP_EPOCHS >= epochs:
+    if warmup >= total_steps and warmup:
         # a trial of an epoch or two (--epochs 1) of a recipe of hundreds
-        warmup = epochs * steps_per_epoch // 10
+        warmup = total_steps // 10
         message = "%sSCHEDULE.WARMUP_EPOCHS: %d leaves nothing of %d epochs; shortened to %d steps"
         logger.warning(message, section, schedule.WARMUP_EPOCHS, epochs, warmup)
     scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
@@ -104,7 +118,7 @@ def make_plan(
             warmup_start=optim.WARMUP_LR * scale,
             minimum=optim.MIN_LR * scale,
             warmup_steps=warmup,
-            total_steps=epochs * steps_per_epoch,
+            total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             milestones=tuple(schedule.MILESTONES),
             gamma=schedule.GAMMA,
@@ -127,6 +141,7 @@ def make_plan(
         optim.CLIP_PER_TENSOR,
         optim.WEIGHT_DECAY,
         optim.WEIGHT_DECAY_END,
+        steps,
     )
 
 

@@ -161,8 +161,11 @@ def facts_of(checkpoint: Mapping[str, object], record: Mapping[str, object]) -> 
     trained = f"step {step:,}"
     # the last batch of an epoch is dropped where it is not full
     if count.isdecimal() and isinstance(batch, int) and 0 < batch <= int(count):
-        epochs = f"{step / (int(count) // batch):.3g} of {value_at(tree, 'TRAIN.EPOCHS')} epochs"
-        trained = f"{epochs}, {trained}, batch {batch}"
+        done, steps = step / (int(count) // batch), value_at(tree, "TRAIN.STEPS")
+        of_all = f"{done:.3g} of {value_at(tree, 'TRAIN.EPOCHS')} epochs"
+        if steps not in ("?", "0"):  # older checkpoints do not have the key
+            of_all = f"{done:.3g} epochs of {steps} steps"
+        trained = f"{of_all}, {trained}, batch {batch}"
     facts = {
         "run": f"{value_at(tree, 'NAME')}/{value_at(tree, 'TAG')}",
         "method": value_at(tree, "MODEL.NAME"),

@@ -166,3 +166,31 @@ def test_a_kill_while_later_checkpoints_are_set_aside_loses_none(
         assert state["w"][0] == step
         assert checkpoint.is_valid(aside / f"ckpt_{step:08d}.pt")
     assert runs.steps_saved(tmp_path) == [1]
+
+
+def test_a_run_that_ends_within_an_epoch_saves_and_evaluates_its_last_step(tmp_path: Path) -> None:
+    """TRAIN.STEPS: 15 steps of 11 an epoch, killed before and after its only whole epoch."""
+    keys = {**KEYS, "TRAIN__STEPS": 15, "KNN__EVERY_EPOCHS": 4, "CHECKPOINT__EVERY_STEPS": 4}
+    argv, whole = runs.arguments("moby", tmp_path, "w", **keys), tmp_path / "moby" / "w"
+    assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
+    assert runs.outcome(whole)[:2] == ("done", 15)
+    assert runs.steps_saved(whole)[-1] == 15
+    text = (whole / "log.txt").read_text()
+    assert "15 steps = 1.364 epochs of 11 steps" in text
+    assert "epoch 1.364 done" in text
+    # the rate has come down: its schedule ends with the run
+    lines = rows(whole)
+    assert [line["step"] for line in lines if "knn5_top1" in line] == [15]
+    assert lines[-2]["lr"] < 0.2 * max(line["lr"] for line in lines if "lr" in line)
+
+    argv, folder = runs.arguments("moby", tmp_path, "k", **keys), tmp_path / "moby" / "k"
+    for step in (6, 13):
+        fault = partial(runs.kill_at, step=step)
+        assert forked.run("main_pretrain", argv, tmp_path / "log", prepare=fault) == [
+            -signal.SIGKILL
+        ]
+    fault = partial(kill_in_evaluation, epoch=1, where="logging")
+    assert forked.run("main_pretrain", argv, tmp_path / "log", prepare=fault) == [-signal.SIGKILL]
+    assert forked.run("main_pretrain", argv, tmp_path / "log") == [0]
+    assert runs.digest(folder) == runs.digest(whole)
+    assert rows(folder) == rows(whole)

@@ -548,6 +548,14 @@ def test_inspect_says_what_a_checkpoint_of_ours_is(
     ]
 
 
+def test_inspect_says_the_length_of_a_run_that_counts_steps() -> None:
+    state = {"step": 70, "global_batch": 100, "dataset": "1050:abc"}
+    counted = state | {"config": "TRAIN: {EPOCHS: 40, STEPS: 75}\n"}
+    assert convert.facts_of(counted, {})["trained"] == "7 epochs of 75 steps, step 70, batch 100"
+    whole = state | {"config": "TRAIN: {EPOCHS: 40, STEPS: 0}\n"}
+    assert convert.facts_of(whole, {})["trained"] == "7 of 40 epochs, step 70, batch 100"
+
+
 def test_inspect_says_what_a_published_file_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

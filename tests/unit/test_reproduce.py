@@ -17,7 +17,7 @@ from tools.parts.study import costs, pictures, runs
 from tools.parts.study import study as study_module
 from tools.parts.study.costs import tree_cpu_seconds
 from tools.parts.study.pictures import picture
-from tools.parts.study.runs import Trainer, this_machine
+from tools.parts.study.runs import Length, Trainer, this_machine
 from tools.parts.study.study import (
     EVALUATION,
     Entry,
@@ -211,7 +211,9 @@ def test_cpu_seconds_hold_those_of_children() -> None:
 def test_a_recorded_command_names_no_place_of_this_machine(tmp_path: Path) -> None:
     study = study_of(tmp_path, HEAD + "entries: {a: {cfg: configs/demo.yaml}}")
     trainer = Trainer(study, tmp_path / "work", "/data/somewhere", "cpu", this_machine("cpu"))
-    shown = trainer._shown(trainer._training(Entry("a", "configs/demo.yaml"), "a-0-3ep", 0, 3))
+    shown = trainer._shown(
+        trainer._training(Entry("a", "configs/demo.yaml"), "a-0-3ep", 0, Length(3))
+    )
     assert shown.startswith(
         "OMP_NUM_THREADS=1 python main_pretrain.py --cfg configs/demo.yaml --data-path D"
     )
@@ -232,7 +234,9 @@ def test_a_run_that_is_done_is_not_trained_again(
     cost = {"cpu_seconds": 5.0, "wall_seconds": 6.0, "peak_mib": 7.0}
     (tmp_path / "work" / f"{tag}.cost.json").write_text(json.dumps(cost))
     (tmp_path / "work" / f"{tag}.where.json").write_text('{"commit": "of the training"}')
-    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0})
+    monkeypatch.setattr(
+        Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 8.0, "epoch_steps": 50}
+    )
     monkeypatch.setattr(Trainer, "_judge", lambda *_: {"knn20": 1.0, "linear": 2.0})
     monkeypatch.setattr("tools.parts.study.runs.run", lambda *_: pytest.fail("trained again"))
     row = trainer.measure(study.entries[0], 0, [])
@@ -242,9 +246,11 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert f"--pretrained O/demo/{tag}/ckpt_00000007.pt" in str(row["probe"])
     assert row["cpu_seconds"] == 5.0
     # the speed is measured once for a seed
-    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 7.0})
-    assert trainer._epochs(study.entries[0], 0, []) == 7
-    assert trainer._epochs(study.entries[0], 1, []) == 8
+    monkeypatch.setattr(
+        Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 7.0, "epoch_steps": 50}
+    )
+    assert trainer._length(study.entries[0], 0, []) == Length(7, 350)
+    assert trainer._length(study.entries[0], 1, []) == Length(8, 400)
 
 
 def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,22 +260,33 @@ def test_the_length_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "slow: {cfg: configs/demo.yaml, peer: lightly_moco}}",
     )
     trainer = Trainer(study, tmp_path, "", "cpu", this_machine("cpu"))
-    monkeypatch.setattr(Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 30.0})
+    monkeypatch.setattr(
+        Trainer, "_measured_speed", lambda *_: {"start": 4.0, "epoch": 30.0, "epoch_steps": 117}
+    )
     ours, same, slow = study.entries
-    assert trainer._epochs(ours, 0, []) == 1  # (60 - 4) / 30: whole epochs
-    assert trainer._epochs(slow, 0, []) == 1.86  # half of it would be lost
+    # (60 - 4) / 30 epochs: whole ones would lose half of the time
+    assert trainer._length(ours, 0, []) == Length(1.86, 218)
+    assert trainer._length(slow, 0, []) == Length(1.86)
+    command = trainer._training(ours, "t", 0, Length(1.86, 218))
+    assert "--epochs" not in command
+    assert "TRAIN.STEPS=218" in command
+    assert "1.86" in trainer._training(slow, "t", 0, Length(1.86))
     # a time that holds only the start: an untrained network must not pass for the library's
     for entry in (ours, slow):
         with pytest.raises(ValueError, match=r"give more minutes than 0\.05"):
-            trainer._epochs(replace(entry, minutes=0.05, opts=("SEED=1",)), 0, [])
+            trainer._length(replace(entry, minutes=0.05, opts=("SEED=1",)), 0, [])
     recipe = trainer.recipe(ours)
     here = {"machine": this_machine("cpu")}
-    rows: list[Row] = [row(recipe, 0, 50.0) | here, row(recipe, 1, 50.0) | here | {"epochs": 5}]
-    assert [trainer._epochs(same, seed, rows) for seed in (0, 1)] == [3, 5]  # those of its seed
+    rows: list[Row] = [
+        row(recipe, 0, 50.0) | here,
+        row(recipe, 1, 50.0) | here | {"epochs": 5.5, "steps": 9},
+    ]
+    # those of its seed
+    assert [trainer._length(same, seed, rows) for seed in (0, 1)] == [Length(3), Length(5.5, 9)]
     with pytest.raises(ValueError, match=r"entry as: epochs_of needs a row of a with seed 2"):
-        trainer._epochs(same, 2, rows)
+        trainer._length(same, 2, rows)
     fixed = replace(ours, epochs=200.0)
-    assert trainer._epochs(fixed, 0, []) == 200
+    assert trainer._length(fixed, 0, []) == Length(200)
     assert trainer.recipe(fixed) != recipe
 
 
@@ -285,11 +302,17 @@ def test_the_speed_is_that_of_steps_with_synthetic_negatives(
     points = [(1, 2.0), (11, 12.0), (21, 42.0), (31, 52.0)]
     monkeypatch.setattr(Trainer, "_watched", lambda *_: points)
     monkeypatch.setattr(Trainer, "_steps", lambda *_: 30.0)
-    assert trainer._speed(study.entries[0], 0, 60.0) == {"start": 1.0, "epoch": 30.0}
+    assert trainer._speed(study.entries[0], 0, 60.0) == {
+        "start": 1.0,
+        "epoch": 30.0,
+        "epoch_steps": 30.0,
+    }
     assert given[0][-1] == "MODEL.SYNCO.WARMUP_EPOCHS=0"
     assert "--opts" in given[0]
     # the run itself has its warm-up
-    assert "MODEL.SYNCO.WARMUP_EPOCHS=0" not in trainer._training(study.entries[0], "t", 0, 3)
+    assert "MODEL.SYNCO.WARMUP_EPOCHS=0" not in trainer._training(
+        study.entries[0], "t", 0, Length(3)
+    )
 
 
 def test_a_gpu_is_measured_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,8 +477,8 @@ def test_a_row_is_added_to_the_table_of_another_machine(
     # bfloat16 may be slow here; a precision that is the recipe's stays
     assert given[0][-1] == "TRAIN.PRECISION=auto"
     fixed = replace(ours, opts=("TRAIN.PRECISION=fp32",))
-    assert trainer._training(fixed, "t", 0, 3)[-1] == "TRAIN.PRECISION=fp32"
-    assert "TRAIN.PRECISION=auto" not in trainer._training(slow, "t", 0, 3)
+    assert trainer._training(fixed, "t", 0, Length(3))[-1] == "TRAIN.PRECISION=fp32"
+    assert "TRAIN.PRECISION=auto" not in trainer._training(slow, "t", 0, Length(3))
     assert trainer.measure(same, 0, rows)["length_of"] == "M"
     # nobody knows what its time holds on M
     assert not trainer.knows_length(new, rows)

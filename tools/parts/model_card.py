@@ -208,6 +208,8 @@ def _training(cfg: CfgNode, checkpoint: Mapping[str, object], which: str) -> dic
         rate = f"{node.LR_BACKBONE:g}, classifier {node.LR_CLASSIFIER:g}"
     else:
         node, epochs = cfg, cfg.TRAIN.EPOCHS
+        if cfg.TRAIN.STEPS:
+            epochs = f"{cfg.TRAIN.STEPS} steps"
         labels, rate = "no labels", f"{cfg.OPTIM.BASE_LR:g}"
     return {
         "method": f"{name}{link}",

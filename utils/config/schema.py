@@ -254,6 +254,7 @@ _BACKBONE: Tree = {
 
 _TRAIN: Tree = {
     "EPOCHS": Key(200, "", least=1, programs=PRETRAIN),
+    "STEPS": Key(0, "length in optimiser steps; 0: EPOCHS", programs=PRETRAIN),
     "BATCH_SIZE": Key(64, "per process and micro-batch", least=1, role="tunable"),
     "ACCUMULATION_STEPS": Key(1, "micro-batches of a step", least=1, role="tunable"),
     "PRECISION": Key("fp32", "auto: the device's fastest", choices=PRECISIONS, role="tunable"),

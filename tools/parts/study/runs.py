@@ -37,6 +37,19 @@ _MANY_EPOCHS = 100_000  # of the run that is stopped when its speed is known
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long an entry trains: epochs, and for ours the steps that end within one (0: whole)."""
+
+    epochs: float
+    steps: int = 0
+
+    @classmethod
+    def of(cls, row: Row) -> "Length":
+        """Return the length of a row."""
+        return cls(number(row, "epochs"), int(str(row.get("steps", 0))))
+
+
+@dataclass(frozen=True)
 class Trainer:
     """Trains and judges entries below the folder `work`."""
 
@@ -72,11 +85,11 @@ class Trainer:
 
     def measure(self, entry: Entry, seed: int, rows: Sequence[Row]) -> Row:
         """Train and judge an entry; return its row."""
-        epochs = self._epochs(entry, seed, rows)
+        length = self._length(entry, seed, rows)
         # the epochs too: a run of another length must not be taken for this one
-        tag = f"{self._tag(entry)}-{seed}-{epochs:g}ep"
-        self._say(tag, f"{epochs:g} epochs" if epochs else "nothing to train")
-        command = self._training(entry, tag, seed, epochs)
+        tag = f"{self._tag(entry)}-{seed}-{length.epochs:g}ep"
+        self._say(tag, f"{length.epochs:g} epochs" if length.epochs else "nothing to train")
+        command = self._training(entry, tag, seed, length)
         costs = self.work / f"{tag}.cost.json"
         if costs.exists() and self._weights(tag):
             cost = Cost(**json.loads(costs.read_bytes()))  # only its probe is missing
@@ -92,12 +105,13 @@ class Trainer:
             "recipe": self.recipe(entry),
             "evaluation": EVALUATION,
             "seed": seed,
-            "epochs": epochs,
+            "epochs": length.epochs,
+            **({"steps": length.steps} if length.steps else {}),
             **vars(cost),
             **self._training_figures(tag),
             **self._judge(entry, tag, seed),
             **read_json(self.work / f"{tag}.where.json"),  # of the training
-            **({} if self._is_here or not epochs else {"length_of": self.machine}),
+            **({} if self._is_here or not length.epochs else {"length_of": self.machine}),
             "judged": commit(),
             "command": self._shown(command),
             "probe": self._shown(self._probe(entry, tag, seed, self.study.dataset)),
@@ -112,11 +126,11 @@ class Trainer:
         timed = not (entry.peer in UNTRAINED or entry.epochs or entry.epochs_of)
         return self._is_here or not timed or bool(self.rows(entry, rows))
 
-    def _epochs(self, entry: Entry, seed: int, rows: Sequence[Row]) -> float:
+    def _length(self, entry: Entry, seed: int, rows: Sequence[Row]) -> Length:
         if entry.peer in UNTRAINED:
-            return 0
+            return Length(0)
         if entry.epochs:
-            return entry.epochs
+            return Length(entry.epochs)
         if entry.epochs_of:
             found = self.rows(self.study.entry(entry.epochs_of), rows)
             if seed not in found:
@@ -124,24 +138,28 @@ class Trainer:
                     f"entry {entry.name}: epochs_of needs a row of {entry.epochs_of} with seed "
                     f"{seed}; run it first"
                 )
-            return number(found[seed], "epochs")
+            return Length.of(found[seed])
         if not self._is_here:
-            known = self.rows(entry, rows).values()
-            return statistics.median(number(row, "epochs") for row in known)
+            known = sorted(self.rows(entry, rows).values(), key=lambda row: number(row, "epochs"))
+            return Length.of(known[len(known) // 2])
         budget = 60.0 * (entry.minutes or self.study.minutes)
         speed = self._speed(entry, seed, budget)
-        # slow libraries would lose much of the budget to whole epochs
-        parts = 100 if entry.peer else 1
-        epochs = math.floor((budget - speed["start"]) / speed["epoch"] * parts) / parts
-        if epochs <= 0:
+        # whole epochs would lose much of the budget where it holds few of them
+        epochs = (budget - speed["start"]) / speed["epoch"]
+        if entry.peer:
+            length = Length(math.floor(epochs * 100) / 100)
+        else:
+            steps = math.floor(epochs * speed["epoch_steps"])
+            length = Length(round(steps / speed["epoch_steps"], 2), steps)
+        if length.epochs <= 0:
             raise ValueError(
                 f"entry {entry.name}: an epoch takes {speed['epoch']:.0f} seconds, the start "
                 f"{speed['start']:.0f}; give more minutes than {budget / 60:g}"
             )
-        return epochs
+        return length
 
     def _speed(self, entry: Entry, seed: int, budget: float) -> dict[str, float]:
-        """Return the seconds of the start and of an epoch, measured once for a seed.
+        """Return the seconds of the start and of an epoch and its steps, measured once for a seed.
 
         Not once for all: on a shared machine a measurement is off by some percent, and the interval
         over the seeds has to contain that.
@@ -156,7 +174,8 @@ class Trainer:
         # what an earlier driver left would resume, and its start would cost less
         shutil.rmtree(self._folder(tag), ignore_errors=True)
         self._say(tag, "measuring the speed")
-        command = [*self._training(entry, tag, seed, _MANY_EPOCHS), *_without_warmup(entry)]
+        command = self._training(entry, tag, seed, Length(_MANY_EPOCHS))
+        command += _without_warmup(entry)
         with (self.work / f"{tag}.log").open("wb") as log:
             child = start(command, log)
         try:
@@ -170,7 +189,11 @@ class Trainer:
         pairs = itertools.pairwise(points)
         step = statistics.median((end - begin) / (b - a) for (a, begin), (b, end) in pairs)
         first, begin = points[0]
-        return {"start": max(0.0, begin - first * step), "epoch": step * epoch_steps}
+        return {
+            "start": max(0.0, begin - first * step),
+            "epoch": step * epoch_steps,
+            "epoch_steps": epoch_steps,
+        }
 
     def _watched(
         self, child: subprocess.Popen[bytes], tag: str, seconds: float
@@ -199,15 +222,17 @@ class Trainer:
 
     # ---- training and judging --------------------------------------------------------------------
 
-    def _training(self, entry: Entry, tag: str, seed: int, epochs: float) -> list[str]:
+    def _training(self, entry: Entry, tag: str, seed: int, length: Length) -> list[str]:
         flags = ["--cfg", entry.cfg, "--data-path", self.data_path, "--dataset", self.study.dataset]
         flags += ["--output", str(self.work), "--tag", tag, "--seed", str(seed)]
-        flags += ["--epochs", f"{epochs:g}", "--device", "cuda" if self.tier == "gpu" else "cpu"]
+        flags += [] if length.steps else ["--epochs", f"{length.epochs:g}"]
+        flags += ["--device", "cuda" if self.tier == "gpu" else "cpu"]
         if entry.peer:
             opts = ["--opts", *entry.opts] if entry.opts else []
             return [sys.executable, "-m", "benchmarks.studies.peer_runs", entry.peer, *flags, *opts]
         # A look at the k-NN is an evaluation: it would be paid from the budget of training.
         opts = ["KNN.EVERY_EPOCHS=0", "LOG.TENSORBOARD=False"]
+        opts += [f"TRAIN.STEPS={length.steps}"] if length.steps else []
         if not self._is_here:
             # here bfloat16 may be slow, and its speed is in the number of epochs already
             opts.append("TRAIN.PRECISION=auto")

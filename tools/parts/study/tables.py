@@ -97,9 +97,9 @@ def _reading(study: Study, on_gpu: bool) -> list[str]:
         "**±**: mean over the seeds and standard deviation. Bars in the picture: 95 % interval of "
         "the mean; a hollow point is one seed.",
         "**epochs**: what the time holds by a speed that is measured before the run. The machine "
-        "is shared, so the time that was used differs by some percent. Ours end after a whole "
-        "epoch, other libraries after a hundredth of one. In rows of 2026-11-29 all seeds of an "
-        "entry share one measured speed.",
+        "is shared, so the time that was used differs by some percent. In rows of "
+        "2026-11-29 all seeds of an entry share one measured speed, and ours end after a whole "
+        "epoch.",
         "**wall min**: other jobs shared the machine.",
         "**commit**: of the training. A + means that files differed from it; before 1363883 the "
         "file of rows counted too, which grows with each run.",
