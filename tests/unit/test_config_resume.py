@@ -40,7 +40,7 @@ IDENTITY = {
     "pretrain": [
         *PIXELS,
         *"SEED DATA.DATASET DATA.IMG_SIZE DATA.REPEATED_AUG MODEL AUG.RECIPE AUG.CROP_MIN AUG.VIEW_SIZE AUG.LOCAL_CROPS OPTIM SCHEDULE "
-        "TRAIN.EPOCHS TRAIN.CHANNELS_LAST".split(),
+        "TRAIN.EPOCHS TRAIN.STEPS TRAIN.CHANNELS_LAST".split(),
     ],
     "linear": [*PIXELS, "SEED", "DATA.DATASET", "DATA.IMG_SIZE", "MODEL.BACKBONE", *LINEAR],
     "semisup": [
@@ -55,7 +55,7 @@ IDENTITY = {
 }
 # Read by the other task only: nothing of this run depends on them.
 PRETRAINING = (
-    "DATA.REPEATED_AUG MODEL.NAME MODEL.STACK_VIEWS AUG OPTIM SCHEDULE TRAIN.EPOCHS".split()
+    "DATA.REPEATED_AUG MODEL.NAME MODEL.STACK_VIEWS AUG OPTIM SCHEDULE TRAIN.EPOCHS TRAIN.STEPS".split()
     + [f"MODEL.{name.upper()}" for name in FRAMEWORKS]
 )
 FOREIGN = {
@@ -68,6 +68,7 @@ FOREIGN = {
         "AUG",
         "SCHEDULE",
         "TRAIN.EPOCHS",
+        "TRAIN.STEPS",
         *LINEAR,
         *FINETUNE,
     ],
@@ -77,6 +78,7 @@ FOREIGN = {
         "AUG",
         "SCHEDULE",
         "TRAIN.EPOCHS",
+        "TRAIN.STEPS",
         *LINEAR,
         *FINETUNE,
     ],

@@ -44,7 +44,7 @@ NOT_PROBING = {key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "F
     *(
         "MODEL.NAME",
         "MODEL.STACK_VIEWS",
-        "TRAIN.EPOCHS",
+        *("TRAIN.EPOCHS", "TRAIN.STEPS"),
         "TRAIN.BATCH_SIZE",
         "TRAIN.USE_CHECKPOINT",
     ),
@@ -57,6 +57,7 @@ NOT_FINETUNING = {
     "MODEL.NAME",
     "MODEL.STACK_VIEWS",
     "TRAIN.EPOCHS",
+    "TRAIN.STEPS",
     "TRAIN.BATCH_SIZE",
     "TRAIN.COMPILE",
     "TRAIN.CUDA_GRAPHS",
