@@ -105,7 +105,7 @@ def make_plan(
         epochs = math.ceil(steps / steps_per_epoch)
     total_steps = steps or epochs * steps_per_epoch
     warmup = schedule.WARMUP_EPOCHS * steps_per_epoch
-    if warmup >= total_steps and warmup:
+    if warmup >= total_steps:
         # a trial of an epoch or two (--epochs 1) of a recipe of hundreds
         warmup = total_steps // 10
         message = "%sSCHEDULE.WARMUP_EPOCHS: %d leaves nothing of %d epochs; shortened to %d steps"

@@ -56,6 +56,10 @@ PROBE = ("PROBE.ONLINE", "True", "KNN.EVERY_EPOCHS")
     ("words", "text"),
     [
         (["--cfg", "absent.yaml"], "absent.yaml: cannot be read"),
+        (
+            ["--cfg", DEMO, "--epochs", "3", "--opts", "TRAIN.STEPS", "90"],
+            "--epochs 3: has no effect, since TRAIN.STEPS is 90",
+        ),
         (["--cfg", CIFAR.replace("cifar10", "cifra10")], "did you mean"),
         (["--cfg", DEMO, "--opts", "OPTIM.BASE_LRR", "1"], "did you mean OPTIM.BASE_LR"),
         (["--cfg", DEMO, "--epochs", "0"], "TRAIN.EPOCHS (--epochs): 0 is out of range"),

@@ -244,9 +244,9 @@ def prefixed(prefix: str, state: State) -> State:
     return {f"{prefix}{key}": tensor for key, tensor in state.items()}
 
 
-def our_run(folder: Path) -> Path:
+def our_run(folder: Path, extra: str = "TRAIN: {EPOCHS: 7}\n") -> Path:
     """Write what a pretraining run leaves: a configuration and a committed checkpoint of MoCo v2."""
-    path = yaml_file(folder, extra="TRAIN: {EPOCHS: 7}\n")
+    path = yaml_file(folder, extra=extra)
     cfg = load_config(declare(convert_options()), [path], [], {})
     run_folder = folder / "run"
     run_folder.mkdir()
@@ -546,6 +546,12 @@ def test_inspect_says_what_a_checkpoint_of_ours_is(
         "networks: --which online (the default), --which target",
         "layout: our names (of timm), at framework.online.backbone",
     ]
+
+
+def test_the_model_card_of_a_run_that_counts_steps_names_them(tmp_path: Path) -> None:
+    folder = our_run(tmp_path, extra="TRAIN: {EPOCHS: 7, STEPS: 50}\n")
+    run("export", folder, "--to", "huggingface", "--output", tmp_path / "hf")
+    assert "| epochs | 50 steps, 42 steps done |" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_inspect_says_the_length_of_a_run_that_counts_steps() -> None:

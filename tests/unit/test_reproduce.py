@@ -421,6 +421,9 @@ def test_rows_of_two_machines_are_not_averaged(tmp_path: Path) -> None:
     recipe, untrained = (study.recipe(entry, "cpu") for entry in study.entries)
     rows = [row(recipe, 0, 50.0), row(recipe, 1, 50.0), row(recipe, 0, 70.0) | {"machine": "fast"}]
     rows += [row(untrained, 0, 30.0) | {"machine": "fast"}]
+    # neither a row that was judged in another way nor one that a newer row replaced
+    rows += [row(recipe, seed, 9.0) | {"machine": "fast", "evaluation": 0} for seed in range(3)]
+    rows += [row(recipe, 0, 70.0) | {"machine": "fast"}] * 3
     assert machines_of(study, rows, "cpu") == {"M": 2, "fast": 1}
     results = results_of(study, rows, "cpu", "M")
     assert [line["knn20"] for line in results["a"].values()] == [50.0, 50.0]
@@ -429,6 +432,8 @@ def test_rows_of_two_machines_are_not_averaged(tmp_path: Path) -> None:
     assert "fast" not in markdown(study, {"a": results["a"], "chance": {}}, "cpu", "p")
     assert results_of(study, rows, "cpu", "fast")["a"][0]["knn20"] == 70.0
     assert machine_named("as", rows) == "fast"
+    longer = row(recipe, 0, 70.0) | {"machine": "fast, 16 cores"}
+    assert machine_named("fast", [*rows, longer]) == "fast"
     with pytest.raises(ValueError, match=r"--machine 'slow' is in 0 names .* rows: M; fast"):
         machine_named("slow", rows)
 

@@ -36,6 +36,11 @@ def answer_from_config(
     cfg, origins = load_with_origins(schema, files, args.opts, flags)
     if args.show_config:
         return show_config(cfg, origins, program)
+    if program == "pretrain" and cfg.TRAIN.STEPS and "TRAIN.EPOCHS" in flags:
+        raise ConfigError(
+            f"--epochs {flags['TRAIN.EPOCHS']}: has no effect, since TRAIN.STEPS is "
+            f"{cfg.TRAIN.STEPS}; leave it out, or set TRAIN.STEPS to 0"
+        )
     check_program(program, args, cfg)
     return ""
 

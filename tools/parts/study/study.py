@@ -183,14 +183,13 @@ def rows_of(rows: Sequence[Row], recipe: str, machine: str = "") -> dict[int, Ro
 
     With `machine`, only the rows whose length of training is what its time holds.
     """
-    found = [row for row in rows if row.get("evaluation") == EVALUATION]
-    found = [row for row in found if row["recipe"] == recipe]
+    found = [row for row in rows if row["recipe"] == recipe and row.get("evaluation") == EVALUATION]
     if machine:
-        found = [row for row in found if length_of(row) == machine]
+        found = [row for row in found if machine_of(row) == machine]
     return {int(str(row["seed"])): row for row in found}
 
 
-def length_of(row: Row) -> str:
+def machine_of(row: Row) -> str:
     """Return the machine by whose speed the epochs of a row were chosen."""
     return str(row.get("length_of") or row["machine"])
 
@@ -207,15 +206,18 @@ def results_of(study: Study, rows: Sequence[Row], tier: str, machine: str) -> Re
 
 def machines_of(study: Study, rows: Sequence[Row], tier: str) -> dict[str, int]:
     """Return how many rows of a study each machine has, that with the most first."""
-    recipes = {study.recipe(e, tier) for e in study.entries if e.peer not in UNTRAINED}
-    counts = Counter(length_of(row) for row in rows if row["recipe"] in recipes)
-    return dict(counts.most_common())
+    trained = [entry for entry in study.entries if entry.peer not in UNTRAINED]
+    counts: Counter[str] = Counter()
+    for machine in sorted({machine_of(row) for row in rows}):
+        counts[machine] = sum(len(study.rows(e, rows, tier, machine)) for e in trained)
+    return {machine: count for machine, count in counts.most_common() if count}
 
 
 def machine_named(text: str, rows: Sequence[Row]) -> str:
     """Return the machine whose name in the rows contains `text`; raises `ValueError`."""
-    known = sorted({length_of(row) for row in rows})
-    found = [machine for machine in known if text in machine]
+    known = sorted({machine_of(row) for row in rows})
+    # a name may be the beginning of another one
+    found = [text] if text in known else [name for name in known if text in name]
     if len(found) != 1:
         raise ValueError(
             f"--machine {text!r} is in {len(found)} names of machines; known from the rows: "

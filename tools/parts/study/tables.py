@@ -71,8 +71,9 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
         f"{study.dataset}; {length} on {place}; evaluation is not counted. An empty cell was not "
         "run.",
         "",
-        f"`{command}` trains what has no row yet; with `--work NEW --results NEW` (a new folder) "
-        "it trains and measures all again. [How to read the table](#how-to-read-the-table).",
+        f"`{command}` trains what has no row of your machine yet; with `--work NEW --results NEW` "
+        "(a new folder) it trains and measures all again, with `--machine` it adds to this table. "
+        "[How to read the table](#how-to-read-the-table).",
         "",
         *said,
     ]
