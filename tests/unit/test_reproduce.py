@@ -111,9 +111,13 @@ def test_the_interval_is_students() -> None:
     assert math.isnan(interval([1.0]))
 
 
-def test_differences_are_of_equal_seeds(tmp_path: Path) -> None:
+def test_differences_are_of_equal_seeds_on_one_machine() -> None:
     rows = [row("a", 0, 50.0), row("a", 1, 60.0), row("b", 1, 58.0), row("b", 2, 10.0)]
     results = {name: rows_of(rows, name) for name in ("a", "b")}
+    assert gains(results, "a", "b", "knn20") == [2.0]
+    results["b"][1]["machine"] = "another"  # its precision may be another too
+    assert gains(results, "a", "b", "knn20") == []
+    results["a"][1]["machine"] = "another"
     assert gains(results, "a", "b", "knn20") == [2.0]
 
 
@@ -490,14 +494,16 @@ def test_a_row_is_added_to_the_table_of_another_machine(
     assert trainer.knows_length(ours, rows)
     found = trainer.rows(ours, [*rows, json.loads(json.dumps(added))])
     page = markdown(study, {"a": found, "new": {}, "as": {}, "slow": {}}, "cpu", "p")
-    assert "| a | 2 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 |" in page
-    assert "an entry trained for as many epochs as the time holds on M" in page
+    assert "| a | 1 + 1 | 3 | 1.0 | 1.5 | 20 | 0.5 GiB | 51.0 ± 1.4 |" in page
+    assert "for as many epochs as M trains in the time" in page
+    assert "That took 10 to 10 CPU minutes" in page
+    assert "The machine is shared: 1.00 to 1.00 of the time was used." in page
     # a point over time lies where M needed it
     point = pictures._point(list(found.values()), "cpu", "knn20")
     assert point
     assert (point.minutes, point.mean) == (1.0, 51.0)
     only_added = {"a": {1: added}, "new": {}, "as": {}, "slow": {}}
-    assert "| a | 1 | 3 |  |  |  |  | 52.0 |" in markdown(study, only_added, "cpu", "p")
+    assert "| a | 0 + 1 | 3 |  |  |  |  | 52.0 |" in markdown(study, only_added, "cpu", "p")
 
 
 def test_a_cost_is_kept_while_the_run_lasts_and_added_to(

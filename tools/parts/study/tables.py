@@ -4,7 +4,15 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from tools.parts.study.study import MEASURES, Results, Row, Study, measured_time, number
+from tools.parts.study.study import (
+    MEASURES,
+    UNTRAINED,
+    Results,
+    Row,
+    Study,
+    measured_time,
+    number,
+)
 from utils.config.datasets import DATASETS
 
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
@@ -20,9 +28,14 @@ def interval(values: Sequence[float]) -> float:
 
 
 def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
-    """Return by how much `first` is above `second` with each seed that both have."""
+    """Return by how much `first` is above `second` with each seed that both have on one machine.
+
+    Two machines may differ in precision, and a pair of them would show that too.
+    """
     one, other = results[first], results[second]
-    seeds = sorted(one.keys() & other.keys())
+    seeds = [
+        s for s in sorted(one.keys() & other.keys()) if one[s]["machine"] == other[s]["machine"]
+    ]
     return [number(one[seed], measure) - number(other[seed], measure) for seed in seeds]
 
 
@@ -40,7 +53,7 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
         found = list(results[entry.name].values())
         lines.append(_line([entry.name, *_cells(found, on_gpu)]))
     lines += _differences(study, results) if study.differences else []
-    lines += ["", *_reading(study, on_gpu)]
+    lines += ["", *_reading(study, results, on_gpu)]
     return "\n".join(lines) + "\n"
 
 
@@ -52,13 +65,7 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
         commits.setdefault(place, set()).add(str(row["commit"]))
     said = [f"* {place}, commits {', '.join(sorted(commits[place]))}" for place in sorted(commits)]
     said = said or ["Nothing was run."]
-    moved = {(str(r["machine"]), str(r["length_of"])) for r in rows if "length_of" in r}
-    for here, there in sorted(moved):
-        said.append(
-            f"* On {here} an entry trained for as many epochs as the time holds on {there}, and in "
-            "float32 where the processor has no bfloat16. Time and memory in the table are of "
-            f"{there}."
-        )
+    said += _moved(rows)
     libraries = sorted({str(row["library"]) for row in rows if "library" in row})
     if libraries:
         said.append(f"* {', '.join(libraries)}")
@@ -71,15 +78,45 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
         f"{study.dataset}; {length} on {place}; evaluation is not counted. An empty cell was not "
         "run.",
         "",
-        f"`{command}` trains what has no row of your machine yet; with `--work NEW --results NEW` "
-        "(a new folder) it trains and measures all again, with `--machine` it adds to this table. "
+        f"`{command}` runs what has no row of your machine yet. `--work NEW --results NEW` (a new "
+        "folder) runs all again, `--machine` adds to this table. "
         "[How to read the table](#how-to-read-the-table).",
         "",
         *said,
     ]
 
 
-def _reading(study: Study, on_gpu: bool) -> list[str]:
+def _moved(rows: Sequence[Row]) -> list[str]:
+    """Say which rows trained on another machine than the one whose time fixed their epochs."""
+    places: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "length_of" in row:
+            place = str(row["machine"]), str(row["length_of"])
+            places.setdefault(place, []).append(number(row, "cpu_seconds") / 60)
+    return [
+        f"* Seeds `2 + 1`: one more seed trained on {here}, for as many epochs as {there} trains "
+        "in the time, in float32 if the processor has no bfloat16. That took "
+        f"{min(minutes):.0f} to {max(minutes):.0f} CPU minutes. Time and memory in the table are "
+        f"of {there}."
+        for (here, there), minutes in sorted(places.items())
+    ]
+
+
+def _used(study: Study, results: Results, on_gpu: bool) -> str:
+    """Say which share of the planned time the runs used."""
+    clock = "wall_seconds" if on_gpu else "cpu_seconds"
+    shares = []
+    for entry in study.entries:
+        planned = 60 * (entry.minutes or study.minutes)
+        fixed = entry.peer in UNTRAINED or entry.epochs or entry.epochs_of or not planned
+        for row in () if fixed else measured_time(list(results[entry.name].values())):
+            shares.append(number(row, clock) / planned)
+    if not shares:
+        return ""
+    return f"The machine is shared: {min(shares):.2f} to {max(shares):.2f} of the time was used. "
+
+
+def _reading(study: Study, results: Results, on_gpu: bool) -> list[str]:
     """Say what the columns mean and how they were measured."""
     held_out = f"{study.dataset}_held_out" in DATASETS
     choice = "the test images"
@@ -93,17 +130,16 @@ def _reading(study: Study, on_gpu: bool) -> list[str]:
         "images, all with labels (cosine, weights exp(similarity / 0.07)).",
         "**linear**: one linear layer on frozen features of images that are not augmented. Its "
         f"rate is chosen on {choice}.",
-        "**linear, 1 %**: the same with 1 % of the labels, drawn for each seed. Its rate is chosen "
-        "as that of all labels, so by more labels than it learns from.",
+        "**linear, 1 %**: the same with 1 % of the labels, drawn for each seed. Its rate is "
+        "chosen on the same images, which are more than it learns from.",
         "**±**: mean over the seeds and standard deviation. Bars in the picture: 95 % interval of "
         "the mean; a hollow point is one seed.",
-        "**epochs**: what the time holds by a speed that is measured before the run. The machine "
-        "is shared, so the time that was used differs by some percent. In rows of "
-        "2026-11-29 all seeds of an entry share one measured speed, and ours end after a whole "
-        "epoch.",
+        "**epochs**: we measure the speed first, and compute from it how many epochs the time "
+        f"holds. {_used(study, results, on_gpu)}Most seeds of an entry share one measured speed, "
+        "so ± and intervals do not contain its error.",
         "**wall min**: other jobs shared the machine.",
-        "**commit**: of the training. A + means that files differed from it; before 1363883 the "
-        "file of rows counted too, which grows with each run.",
+        "**commit**: the code that trained. A + means that some of its files were changed. In rows "
+        "before 1363883 this may be the file of rows only.",
     ]
     if not on_gpu:
         lines.append("**CPU s/epoch**: with the start of the program.")
@@ -113,7 +149,7 @@ def _reading(study: Study, on_gpu: bool) -> list[str]:
 def _differences(study: Study, results: Results) -> list[str]:
     lines = [
         "",
-        "Difference of the two at equal seeds, with its 95 % interval over seeds. "
+        "Difference of two rows of the same seed and machine, with its 95 % interval over seeds. "
         f"{MEASURES[study.measure]} is the measure that decides; it is bold where 0 lies outside "
         "the interval.",
         "",
@@ -131,7 +167,9 @@ def _cells(found: Sequence[Row], on_gpu: bool) -> list[str]:
     if not found:
         return ["", "", "", "", "", "", *("" for _ in MEASURES)]
     epochs = statistics.mean(number(row, "epochs") for row in found)
-    cells = [str(len(found)), f"{epochs:.4g}" if epochs else "", *_costs(found, on_gpu)]
+    moved = len(found) - len(measured_time(found))
+    seeds = f"{len(found) - moved} + {moved}" if moved else str(len(found))
+    cells = [seeds, f"{epochs:.4g}" if epochs else "", *_costs(found, on_gpu)]
     return cells + [_mean([number(row, measure) for row in found]) for measure in MEASURES]
 
 
