@@ -10,9 +10,9 @@ recipe and seed is trained once. A changed recipe is another one. The same comma
 stop; started twice, two entries train side by side. --render only writes docs/results/NAME.md and
 NAME.svg again.
 
-A faster machine trains more epochs in the same time, so a table has the rows of one machine.
---machine AMD adds rows to the table of the machine that is called so: each entry trains as many
-epochs as that machine's time holds, which its earlier rows tell.
+A faster machine trains more epochs in the same time, so the time of one machine fixes the epochs of
+a table. --machine AMD adds rows to the table of the machine that is called so: each entry trains as
+many epochs as that machine's time holds, which its earlier rows tell.
 """
 
 import sys

@@ -117,6 +117,9 @@ def test_differences_are_of_equal_seeds_on_one_machine() -> None:
     assert gains(results, "a", "b", "knn20") == [2.0]
     results["b"][1]["machine"] = "another"  # its precision may be another too
     assert gains(results, "a", "b", "knn20") == []
+    results["b"][1]["epochs"] = 0  # not trained: the same everywhere
+    assert gains(results, "a", "b", "knn20") == [2.0]
+    results["b"][1]["epochs"] = 3
     results["a"][1]["machine"] = "another"
     assert gains(results, "a", "b", "knn20") == [2.0]
 
@@ -194,7 +197,7 @@ def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
     assert ">chance 30.0<" in drawn
     assert drawn.count("stroke-dasharray") == 1  # a level: it takes no time
     assert 'middle">60<' not in drawn  # nothing was run for so long
-    assert ">CPU minutes of training, each point" in drawn
+    assert ">CPU minutes of training; each point" in drawn
     assert ">minutes of training, each point" in picture(study, results, "gpu")
 
 

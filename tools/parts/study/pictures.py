@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 from tools.parts.study.study import MEASURES, UNTRAINED, Results, Row, Study, measured_time, number
 from tools.parts.study.tables import interval
 
-_WIDTH, _ROW, _LEFT, _RIGHT = 720, 26, 190, 60
+_WIDTH, _ROW, _LEFT, _RIGHT = 760, 26, 230, 60
 _HEIGHT, _TOP, _BOTTOM = 380, 40, 50  # of the picture over time
 _SPREAD = "bars: 95 % interval over seeds; hollow: one seed"
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7e22ce", "#525252")
@@ -104,7 +104,7 @@ def over_time(study: Study, results: Results, tier: str) -> str:
         if first < math.log2(minutes) < last:
             parts += [_text(x(minutes), _HEIGHT - _BOTTOM + 20, str(minutes), "middle")]
     axis = "minutes of training" if tier == "gpu" else "CPU minutes of training"
-    parts += [_text(12, _HEIGHT - 10, f"{axis}, each point is a separate run; {_SPREAD}")]
+    parts += [_text(12, _HEIGHT - 10, f"{axis}; each point has its own runs; {_SPREAD}")]
     for name, level in untrained.items():
         parts += [_line(60, y(level.mean), _WIDTH - 180, y(level.mean), "#777", dashes=True)]
         parts += [_text(_WIDTH - 172, y(level.mean) + 4, f"{name} {level.mean:.1f}")]

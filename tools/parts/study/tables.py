@@ -30,13 +30,17 @@ def interval(values: Sequence[float]) -> float:
 def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
     """Return by how much `first` is above `second` with each seed that both have on one machine.
 
-    Two machines may differ in precision, and a pair of them would show that too.
+    Two machines may differ in precision, and a pair of them would show that too. What is not
+    trained is the same on all.
     """
     one, other = results[first], results[second]
-    seeds = [
-        s for s in sorted(one.keys() & other.keys()) if one[s]["machine"] == other[s]["machine"]
-    ]
-    return [number(one[seed], measure) - number(other[seed], measure) for seed in seeds]
+    found = []
+    for seed in sorted(one.keys() & other.keys()):
+        pair = one[seed], other[seed]
+        trained = all(number(row, "epochs") for row in pair)
+        if pair[0]["machine"] == pair[1]["machine"] or not trained:
+            found.append(number(pair[0], measure) - number(pair[1], measure))
+    return found
 
 
 def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
