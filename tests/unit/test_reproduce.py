@@ -198,7 +198,7 @@ def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
     assert drawn.count("stroke-dasharray") == 1  # a level: it takes no time
     assert 'middle">60<' not in drawn  # nothing was run for so long
     assert ">CPU minutes of training; each point" in drawn
-    assert ">minutes of training, each point" in picture(study, results, "gpu")
+    assert ">minutes of training; each point" in picture(study, results, "gpu")
 
 
 def test_cpu_seconds_hold_those_of_children() -> None:
