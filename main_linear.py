@@ -32,14 +32,9 @@ def _parser() -> Parser:
         help="published: moco, mocov3, moby",
     )
     for flag, (key, text) in _GRIDS.items():
+        unset = argparse.SUPPRESS
         parser.add_argument(
-            flag,
-            dest=key,
-            type=float,
-            nargs="+",
-            metavar="X",
-            default=argparse.SUPPRESS,
-            help=text,
+            flag, dest=key, type=float, nargs="+", metavar="X", default=unset, help=text
         )
     parser.add_argument(
         "--cached-features",
@@ -96,9 +91,12 @@ from evaluation.probe import (
     find_weights,
     grid_points,
     head_accuracies,
+    head_groups,
+    images_of,
     open_points,
     probe_folder,
     show_probes,
+    warn_of_other_pixels,
     weights_fingerprint,
     weights_label,
     write_result,
@@ -156,10 +154,12 @@ class ProbeInputs:
     train: Source
     bank: Features | None  # of the training images, where they are needed
     queries: list[tuple[Tensor, Tensor]]  # this process's features and labels of the val split
+    images: dict[str, str]  # digests of both splits
 
 
 def open_inputs(cfg: CfgNode, run: Run, weights: Path | None, which: str) -> ProbeInputs:
     """Return the frozen backbone and the features that do not change while heads train."""
+    warn_of_other_pixels(cfg, weights)
     backbone, network = frozen_backbone(cfg, run, weights, which)
     name = weights_fingerprint(weights, network)
     kept = {
@@ -174,16 +174,16 @@ def open_inputs(cfg: CfgNode, run: Run, weights: Path | None, which: str) -> Pro
         bank = split_features(cfg, run, backbone, train, "train", **kept)
     if cfg.LINEAR.CACHED_FEATURES and bank is not None:
         refuse_missing(train, bank.indices, cfg.DATA.MAX_BAD_FRACTION)
-    return ProbeInputs(backbone, name, train, bank, queries)
+    return ProbeInputs(backbone, name, train, bank, queries, images_of(training=train, test=val))
 
 
 def frozen_backbone(
     cfg: CfgNode, run: Run, weights: Path | None, which: str
 ) -> tuple[Backbone, str]:
     """Build the backbone on `weights` and freeze it; return it and the network that was taken."""
-    drop_path = cfg.LINEAR.DROP_PATH
-    backbone, network = pretrained_backbone(cfg, weights, which, drop_path=drop_path)
-    return freeze(run.prepare(backbone), active_drop_path=drop_path > 0), network
+    drop = cfg.LINEAR.DROP_PATH
+    backbone, network = pretrained_backbone(cfg, weights, which, drop_path=drop)
+    return freeze(run.prepare(backbone), active_drop_path=drop > 0), network
 
 
 def split_features(
@@ -210,7 +210,7 @@ def split_features(
     key: dict[str, object] = {
         "weights": weights,
         "backbone": section_options(cfg.MODEL.BACKBONE),
-        "data": source.fingerprint(),
+        "data": images_of(split=source)["split"],
         "view": repr(build_recipe("eval", cfg.DATA.IMG_SIZE)),
         "precision": run.precision,
     }
@@ -231,6 +231,7 @@ def probe(
     points = grid_points(cfg.LINEAR)
     source, bank = labelled_images(inputs, percent, cfg.SEED)
     run.fingerprint = f"{inputs.name}, data {source.fingerprint()}"
+    run.checkpoints.images = inputs.images
     knn = {}
     if cfg.KNN.K and bank is not None:
         classes = source.num_classes
@@ -324,11 +325,8 @@ def plan_of(cfg: CfgNode, loader: GlobalLoader | FeatureLoader) -> Plan:
 
 
 def open_state(cfg: CfgNode, run: Run, heads: LinearHeads, points: list[GridPoint]) -> TrainState:
-    """Return heads and optimiser: a parameter group for each head, clipped each by itself."""
-    groups = [
-        {"params": list(pair), "rate": point.rate, "weight_decay": point.weight_decay}
-        for pair, point in zip(heads.pairs(), points, strict=True)
-    ]
+    """Return heads and optimiser; each head has its rate and is clipped by itself."""
+    groups = head_groups(cfg.LINEAR.OPTIM, heads.pairs(), points)
     optimizer = build_optimizer(cfg.LINEAR.OPTIM, groups)
     # A grid closes the heads that diverge; a single head stops the run.
     closed_at = torch.full((len(points),), -1, device=run.device) if len(points) > 1 else None

@@ -88,7 +88,14 @@ from evaluation.finetune import (
     run_name,
     summarise,
 )
-from evaluation.probe import find_weights, show_table, weights_fingerprint, weights_label
+from evaluation.probe import (
+    find_weights,
+    images_of,
+    show_table,
+    warn_of_other_pixels,
+    weights_fingerprint,
+    weights_label,
+)
 from models import framework_options, pretrained_backbone
 from models.classifier import Classifier, freeze, layer_ids, soft_loss
 from models.parts.backbones import Backbone
@@ -123,6 +130,7 @@ def main() -> int:
         folder = f"semisup/{name_of(cfg, args, start)}"
         run = start_run(cfg, folder, task="semisup", training=not args.eval)
         backbone, network = starting_backbone(cfg, start, args.which)
+        warn_of_other_pixels(cfg, start)
         fingerprint, label = weights_fingerprint(start, network), weights_label(start, args.which)
         result = finetune(cfg, run, backbone, fingerprint, label)
         if result is None:
@@ -163,6 +171,7 @@ def finetune(
     node = cfg.FINETUNE
     splits = open_splits(cfg)
     run.fingerprint = f"{fingerprint}, labels {splits.train.fingerprint()}"
+    run.checkpoints.images = images_of(training=splits.source, watched=splits.watched)
     mixing = open_mixing(cfg, splits.train.num_classes)
     loader = open_loader(cfg, run, splits.train, in_pairs=mixing.active)
 

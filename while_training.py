@@ -106,7 +106,7 @@ class Evaluations:
                 self.run.metrics.embedding(features, labels.tolist(), progress.step)
             accuracy = self.probe.accuracy(queries) if self.probe else {}
             return features_knn(bank, queries, classes, knn.K, knn.TEMPERATURE) | accuracy
-        except ValueError as error:  # features that are not finite, on all processes
+        except ValueError as error:  # agreed by all processes, see compute_features
             if not self.knn_by_default:
                 raise
             logger.warning("no k-NN after this epoch: %s", error)

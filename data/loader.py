@@ -171,8 +171,8 @@ class GlobalLoader:
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    # only from pinned memory a copy runs beside the host
-    if device.type == "cuda" and not tensor.is_pinned():
+    # only from pinned memory a copy runs beside the host; decoded images are on the device already
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

@@ -58,6 +58,7 @@ def main() -> int:
     detector = run.prepare(build_detector(cfg, len(train.classes), weights, args.which))
     network = network_of(weights, args.which)
     run.fingerprint = start_fingerprint(weights, network, train.fingerprint())
+    run.checkpoints.images = {"test": test.fingerprint()}
     plan = iteration_plan(cfg.OPTIM, detection, global_batch, cfg.TRAIN.ACCUMULATION_STEPS)
     state = open_state(cfg, run, detector)
 

@@ -1,7 +1,7 @@
 """When a run saves, what it saves, and from which checkpoint it goes on."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,6 +45,8 @@ class Checkpoints:
         self._resumed_from: Path | None = None
         # the file of weights that the run began with: name, network, sha256; "" for random ones
         self.start = ""
+        # of a probe or fine-tuning: digests of its images by split, see `images_of`
+        self.images: dict[str, str] = {}
         self._origin: str | None = None  # the --resume file that the checkpoints descend from
         self._saved_step: int | None = None
         self._own: Path | None = None  # this folder's checkpoint that was saved or resumed last
@@ -81,6 +83,7 @@ class Checkpoints:
             "dataset": fingerprint,
             "global_batch": plan.global_batch,
             "start": self.start,
+            "images": self.images,
         }
         problem = distributed.on_main(lambda: self._save(state, plan, payload))
         if not problem:
@@ -176,6 +179,9 @@ class Checkpoints:
             lambda: load_own(path, self.cfg, self.task, fingerprint, plan, self.start)
         )
         self.start = saved.get("start", self.start)  # older checkpoints lack it
+        if self.training:  # an evaluation may look at other test images
+            before = saved.get("images", {})  # older checkpoints lack it
+            distributed.on_all(lambda: refuse_other_images(path, before, self.images))
         for change in changes:
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
@@ -265,6 +271,19 @@ def load_own(
             f"{_product(plan)} = {plan.global_batch}; {sizes_that_work(wanted, plan)}"
         )
     return saved, changes
+
+
+def refuse_other_images(path: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `CheckpointError` if a split has other images than before, names or content.
+
+    Its best values would be of both.
+    """
+    for split in sorted(before.keys() & now.keys()):
+        if before[split] != now[split]:
+            raise checkpoint.CheckpointError(
+                f"{path}: the {split} images are other ones now ({before[split]}, now "
+                f"{now[split]}); restore them, or start anew in another --output, with --pretrained"
+            )
 
 
 def _contents(start: str) -> tuple[str, str]:

@@ -3,10 +3,11 @@
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.guards import FiniteGuard, StopFlag
@@ -113,16 +114,29 @@ def train_step(
     progress = plan.progress(state.step)
     seed_step(seed, state.step)
     set_rates(state.optimizer, plan, state.step)
+    kept = norm_statistics(cast(nn.Module, state.module)) if state.scaler else []
     out = forward_and_backward(state, micro_batches, step, progress)
     shares = gradient_shares(state) if watch else {}
     out["grad_norm"] = update(state, plan, guard, micro_batches, out["loss"])
     out |= {f"grad_norm_{part}": share * out["grad_norm"] for part, share in shares.items()}
+    for statistic, before in kept:
+        statistic.copy_(torch.where(torch.isfinite(out["grad_norm"]), statistic, before))
     if state.probe is not None:
         out |= state.probe.update()
     # Only now: the target averages the updated weights, and the loss has seen the old queue.
     state.module.after_step(progress)
     state.step += 1
     return out
+
+
+def norm_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the running statistics of all batch norms, each with a copy.
+
+    For fp16: a forward that overflows makes them infinite, and later steps only mix into them. The
+    scaler leaves such a step out, so what it did to them has to go too.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -207,14 +221,9 @@ def update(
     """
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
-    trainable = _trainable(state.optimizer)
-    groups = (
-        [[p] for p in trainable if p.grad is not None]
-        if plan.clip_per_tensor
-        else state.clip_groups or [trainable]
-    )
+    groups = state.clip_groups or [_trainable(state.optimizer)]
     # each group by itself: the heads of a grid must not influence each other
-    norms = torch.stack([clip_gradient(parameters, plan.clip_grad) for parameters in groups])
+    norms = torch.stack([_clip(group, plan) for group in groups])
     norm = torch.linalg.vector_norm(norms) if len(norms) > 1 else norms[0]
     if state.closed_at is not None:
         diverged = ~torch.isfinite(norms) | (state.closed_at >= 0)
@@ -232,6 +241,13 @@ def update(
         close_diverged(groups, diverged, state.closed_at, state.optimizer, state.step)
     state.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _clip(group: Sequence[nn.Parameter], plan: Plan) -> Tensor:
+    """Clip the gradients of a group, together or each by itself; return their norm before."""
+    parts = [[p] for p in group if p.grad is not None] if plan.clip_per_tensor else [group]
+    norms = [clip_gradient(part, plan.clip_grad) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from utils.batch import Batch
-from utils.distributed import gather_rows, gather_uneven, rank, world_size
+from utils.distributed import any_rank, gather_rows, gather_uneven, rank, world_size
 from utils.progress import Counter
 
 _CHUNK_BYTES = 1 << 26  # of features on the device at a time
@@ -168,7 +168,7 @@ def compute_features(
     """Return float32 features of all processes' batches; each keeps its own on the host.
 
     Samples that several processes got to fill up their shards count once. The caller sets the eval
-    mode. Raises `ValueError` where a process has no batch.
+    mode. Raises `ValueError` on all processes if one has no batch.
     """
     features, labels, indices = [], [], []
     for batch in batches:
@@ -177,10 +177,11 @@ def compute_features(
         labels.append(batch.labels)
         indices.append(batch.indices)
         device = batch.labels.device
-    if not features:
+    # Agreed: where only some processes raise, the others wait for them for ever.
+    if any_rank(not features):
         raise ValueError(
-            "no evaluation batch on this rank; use at most as many ranks as there are images that "
-            "can be read"
+            "a process has no image to evaluate; use at most as many processes as there are images "
+            "that can be read"
         )
     return _in_order(torch.cat(features), torch.cat(labels), torch.cat(indices), device)
 

@@ -94,7 +94,11 @@ class OnlineProbe:
         with torch.no_grad():
             self.weight.copy_(state["head"]["weight"])
             self.bias.copy_(state["head"]["bias"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        # `PROBE.LR` may change on the way, and the state holds the old one
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def open_probe(cfg: CfgNode, run: Run, backbone: nn.Module, num_classes: int) -> OnlineProbe | None:

@@ -6,18 +6,19 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from engine.guards import NonFiniteError
-from engine.optim import check_optimizer, clips_together
+from engine.optim import Group, check_optimizer, clips_together
 from engine.run import Run
 from evaluation.accuracy import topk_correct
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.atomic import write_text
+from utils.config import strict_yaml
 from utils.distributed import all_reduce_sum, is_main, on_main
 from utils.names import folder_name
 
@@ -40,6 +41,23 @@ def find_weights(cfg: CfgNode, pretrained: str | None) -> Path:
     return found.path
 
 
+def warn_of_other_pixels(cfg: CfgNode, weights: Path | None) -> None:
+    """Warn where the run beside the weights had images of another size or scale."""
+    beside = weights.parent / "config.yaml" if weights else None
+    if beside is None or not beside.is_file():
+        return
+    values = strict_yaml.load(beside.read_text(encoding="utf-8"))
+    data = values.get("DATA") if isinstance(values, dict) else None
+    before = data if isinstance(data, dict) else {}
+    for key in ("IMG_SIZE", "RANGE", "MEAN", "STD"):
+        if key in before and before[key] != cfg.DATA[key]:
+            logger.warning(
+                "DATA.%s: the weights were trained with %s, now it is %s; give the values of that "
+                "run unless this is meant",
+                *(key, before[key], cfg.DATA[key]),
+            )
+
+
 def weights_fingerprint(weights: Path | None, network: str = "online") -> str:
     """Say which weights a run starts from: the file's sha256, and the network if not the online."""
     if weights is None:
@@ -48,6 +66,22 @@ def weights_fingerprint(weights: Path | None, network: str = "online") -> str:
     # Runs from before the choice have no name here: they took the online network or the student.
     named = network in ("target", "teacher", "whole")
     return f"weights {digest}" + (f", {network}" if named else "")
+
+
+class Images(Protocol):
+    """What a source of images tells about itself."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of names and labels, or of all content."""
+
+    def content(self) -> str:
+        """Return a digest of some content, "" where the fingerprint has it all."""
+
+
+def images_of(**splits: Images) -> dict[str, str]:
+    """Return digests of the images of each split: names, labels, and content of some."""
+    found = {name: f"{split.fingerprint()} {split.content()}" for name, split in splits.items()}
+    return {name: text.strip() for name, text in found.items()}
 
 
 def weights_label(weights: Path | None, which: str) -> str:
@@ -168,6 +202,23 @@ def _right_and_total(heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]]) 
 
 
 @torch.no_grad()
+def head_groups(
+    optim: CfgNode,
+    pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
+    points: Sequence[GridPoint],
+) -> list[Group]:
+    """Return the parameter groups of heads, given by weight and bias, at their points."""
+    groups: list[Group] = []
+    for (weight, bias), point in zip(pairs, points, strict=True):
+        group: Group = {"rate": point.rate, "weight_decay": point.weight_decay}
+        if optim.NAME == "lars":  # exempts biases, as in pretraining
+            exempt: Group = {"params": [bias], "weight_decay": 0.0, "exempt": True, "adapt": False}
+            groups += [{**group, "params": [weight]}, {**group, **exempt}]
+        else:
+            groups.append({**group, "params": [weight, bias]})
+    return groups
+
+
 def head_accuracies(
     heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Mapping[int, GridPoint]
 ) -> dict[str, float]:

@@ -79,6 +79,7 @@ def main() -> int:
     segmenter = run.prepare(segmenter)
     network = "whole" if args.whole else network_of(weights, args.which)
     run.fingerprint = start_fingerprint(weights, network, train.fingerprint())
+    run.checkpoints.images = {"test": test.fingerprint()}
     plan = iteration_plan(
         cfg.OPTIM,
         node,

@@ -110,13 +110,14 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 import torch
 from yacs.config import CfgNode
 
-from evaluation.probe import find_weights
+from data.sources import open_split
+from evaluation.probe import find_weights, images_of
 from models import framework_options
 from tools.parts.sweep_points import (
     Group,
@@ -256,13 +257,16 @@ def _place(args: argparse.Namespace, extra: list[str]) -> tuple[Path, list[str],
     seen = {k: v for k, v in vars(parsed).items() if k in ("DATA.PATH", "DATA.DATASET")}
     used = load_config(cfg_keys, [parsed.cfg], parsed.opts, {**data, **seen}).DATA
     check_place(used.DATASET, used.PATH, used.DOWNLOAD)
+    splits = {split: open_split(used, split, labelled=True) for split in ("train", "val")}
     weights = str(find_weights(cfg, args.pretrained)) if "pretrained" in args.start else "none"
     folder = Path(cfg.OUTPUT) / cfg.NAME / cfg.TAG / "semisup"
-    return folder, [*shared, *extra], weights, _content(cfg, args, weights)
+    return folder, [*shared, *extra], weights, _content(cfg, args, weights, images_of(**splits))
 
 
-def _content(cfg: CfgNode, args: argparse.Namespace, weights: str) -> str:
-    """Digest what files say: the yaml's values, the protocol, the weights, the lists of labels.
+def _content(
+    cfg: CfgNode, args: argparse.Namespace, weights: str, images: Mapping[str, str]
+) -> str:
+    """Digest what files say: yaml, protocol, weights, lists of labels, the images of both splits.
 
     A finished run is skipped by its name, so the name has to change with any of them.
     """
@@ -276,7 +280,7 @@ def _content(cfg: CfgNode, args: argparse.Namespace, weights: str) -> str:
             for percent in args.train_percent
             if percent < 100
         ]
-    state = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    state = hashlib.sha256(json.dumps([values, images], sort_keys=True).encode())
     for file in files:
         if file.is_file():  # a missing one is named by the run that needs it
             state.update(hashlib.sha256(file.read_bytes()).digest())

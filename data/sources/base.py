@@ -65,6 +65,10 @@ class Source:
         """Return the count and a digest that changes when the listing or the pixels change."""
         raise NotImplementedError
 
+    def content(self) -> str:
+        """Return a digest of some images, where the fingerprint holds only their names; else ""."""
+        return ""
+
 
 class ArraySource(Source):
     """Images of one size held in memory."""
@@ -113,6 +117,10 @@ class Subset(Source):
     def fingerprint(self) -> str:
         """Digest the full source's fingerprint and the choice."""
         return digest(len(self), self.source.fingerprint().encode(), self.indices)
+
+    def content(self) -> str:
+        """Return the full source's."""
+        return self.source.content()
 
 
 def subset(source: Source, indices: Sequence[int] | np.ndarray | Tensor) -> Source:

@@ -234,5 +234,9 @@ class KeyQueue(nn.Module):
                 "processes x accumulation, twice that under BatchFormer or SYMMETRIC); use e.g. "
                 f"{fitting}"
             )
-        self.keys[self.position : self.position + num] = keys.to(self.keys.dtype)
+        rows = self.keys[self.position : self.position + num]
+        # In fp16 a forward may overflow, and such a step is left out. Its keys must be too: they
+        # would make every loss infinite until they leave the queue.
+        finite = keys.isfinite().all(1, keepdim=True)
+        rows.copy_(torch.where(finite, keys.to(rows.dtype), rows))
         self.position = (self.position + num) % size

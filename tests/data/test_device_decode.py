@@ -12,6 +12,7 @@ from photos import draw_photo
 from PIL import Image
 
 import data.device_decode
+from data import loader
 from data.augment.base import IMAGENET_STD, Recipe
 from data.augment.crops import RandomResizedCrop
 from data.augment.randaugment import RandAugment
@@ -209,3 +210,22 @@ def test_the_device_is_given_no_image_that_the_host_would_refuse() -> None:
     assert is_plain_jpeg(whole, 64 * 48)
     assert not is_plain_jpeg(whole, 64 * 48 - 1)
     assert not is_plain_jpeg(many)
+
+
+def test_what_is_on_the_device_already_is_not_pinned() -> None:
+    """Torch pins memory of the host only; the decoded images lie on the GPU."""
+
+    class OnDevice:
+        device = torch.device("cuda")
+
+        def is_pinned(self) -> bool:
+            return False
+
+        def pin_memory(self) -> None:
+            raise RuntimeError("cannot pin")
+
+        def to(self, device: torch.device, non_blocking: bool) -> "OnDevice":
+            return self
+
+    tensor = OnDevice()
+    assert loader._to(tensor, torch.device("cuda")) is tensor

@@ -39,6 +39,16 @@ def test_two_processes_learn_what_one_learns(ranks: Pool) -> None:
         assert torch.equal(of_rank0, of_rank1)
 
 
+def test_another_rate_holds_from_the_resume_on() -> None:
+    before = made()
+    before.learn(torch.ones(2, 6), torch.tensor([0, 1]))
+    before.update()
+    after = OnlineProbe(6, 3, lr=0.01, seed=4, device=torch.device("cpu"))
+    after.load_state_dict(before.state_dict())
+    assert [group["lr"] for group in after.optimizer.param_groups] == [0.01]
+    assert after.optimizer.state
+
+
 @pytest.mark.parametrize("method", training.SMALL)
 @pytest.mark.parametrize("options", [{}, {"stacked": True}])
 def test_it_sees_the_first_view_through_the_online_backbone(

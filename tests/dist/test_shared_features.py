@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from forked import Pool
 from torch import Tensor
@@ -32,8 +33,20 @@ def share(total: int, seed: int, unreadable: int = -1) -> SharedFeatures:
     values, labels = images(total, seed)
     mine = torch.arange(rank(), total, world_size())
     mine = mine[mine != unreadable]
-    batches = [Batch([values[part]], labels[part], part) for part in mine.split(16)]
+    batches = [Batch([values[part]], labels[part], part) for part in mine.split(16) if len(part)]
     return compute_features(lambda view: view, batches)
+
+
+def refused_share() -> str:
+    with pytest.raises(ValueError, match="a process has no image") as error:
+        share(1, 0)
+    return str(error.value)
+
+
+def test_fewer_images_than_processes_are_an_error_of_all(ranks: Pool) -> None:
+    """Where one process raised and the others went on, they would wait for it for ever."""
+    first, second = ranks.run(refused_share)
+    assert first == second
 
 
 @contextmanager

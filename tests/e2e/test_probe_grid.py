@@ -12,6 +12,7 @@ import forked
 import pytest
 import runs
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -163,6 +164,28 @@ def test_features_are_kept_and_verified(prober: Prober) -> None:
     assert re.search(
         r"train are computed .*none yet", prober.run("again", *GRID, "--precision", "bf16")
     )
+
+
+def test_other_images_of_the_same_names_are_other_images(prober: Prober, tmp_path: Path) -> None:
+    """Neither a finished probe nor kept features may stand for those of another folder."""
+    one = runs.image_folder(tmp_path / "one")
+    other = shutil.copytree(one, tmp_path / "other")
+    for path in (other / "val").rglob("*.png"):
+        Image.new("RGB", (24, 24)).save(path)
+    keys = {"DATA__DATASET": "imagefolder", "LINEAR__BATCH_SIZE": 16, "AUG__RECIPE": "cifar10"}
+    prober.run("images", "--cached-features", DATA__PATH=str(one), **keys)
+    place = prober.folder("images")
+    assert len(list(place.glob("features_val_*.npy"))) == 1
+    (job,) = prober.start("images", "--cached-features", DATA__PATH=str(other), **keys)
+    assert job.wait() == 2
+    assert "the test images are other ones now" in job.text()
+    # an evaluation may look at other test images
+    prober.run("images", "--cached-features", "--eval", DATA__PATH=str(other), **keys)
+    for path in place.glob("ckpt_*"):
+        path.unlink()
+    prober.run("images", "--cached-features", DATA__PATH=str(other), **keys)
+    assert len(list(place.glob("features_val_*.npy"))) == 2
+    assert len(list(place.glob("features_train_*.npy"))) == 1
 
 
 def test_two_processes_probe_the_same_features_alike(prober: Prober) -> None:

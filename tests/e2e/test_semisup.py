@@ -141,6 +141,19 @@ def test_a_finished_run_is_found_complete(runner: Runner) -> None:
     assert (runs.digest(runner.folder("whole")), runner.result("whole")) == (before, result)
 
 
+def test_other_test_images_are_not_mixed_into_a_run(runner: Runner, tmp_path: Path) -> None:
+    data = runs.image_folder(tmp_path / "data")
+    keys = {"DATA__PATH": str(data), "DATA__DATASET": "imagefolder", "AUG__RECIPE": "cifar10"}
+    keys |= {"FINETUNE__BATCH_SIZE": 16, "FINETUNE__TRAIN_PERCENT": 100}
+    flags = ("--run-name", "images", *FINETUNE)
+    runner.run(*flags, **keys)
+    for path in (data / "val" / "red").glob("*.png"):
+        path.rename(path.with_name(f"new{path.name}"))
+    text = runner.run(*flags, code=2, **keys)
+    assert "the watched images are other ones now" in text
+    runner.run("--eval", *flags, **keys)
+
+
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_goes_on_bit_identically(runner: Runner, world: int) -> None:
     mixed = {"FINETUNE__MIXUP": 0.8, "FINETUNE__CUTMIX": 1.0, "FINETUNE__REPEATED_AUG": 3}

@@ -278,6 +278,19 @@ def test_queue_holds_keys_until_the_step_ends_and_wraps() -> None:
     assert restored.position == 2
 
 
+def test_keys_that_are_not_finite_stay_out_of_the_queue() -> None:
+    """They come from an fp16 step that is left out, and would spoil all losses for many steps."""
+    queue = KeyQueue(8, 3)
+    before = queue.keys.clone()
+    keys = torch.ones(4, 3)
+    keys[1, 2] = torch.nan
+    queue.hold(keys)
+    queue.flush()
+    assert torch.equal(queue.keys[1], before[1])
+    assert torch.equal(queue.keys[[0, 2, 3]], torch.ones(3, 3))
+    assert queue.position == 4
+
+
 def test_queue_that_does_not_divide_is_refused() -> None:
     queue = KeyQueue(8, 3)
     queue.hold(torch.zeros(3, 3))

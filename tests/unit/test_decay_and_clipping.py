@@ -74,6 +74,19 @@ def test_clipping_of_each_tensor_by_itself(per_tensor: bool) -> None:
     )
 
 
+def test_each_head_of_a_grid_clips_its_tensors_by_themselves() -> None:
+    module, optimizer, plan = prepare(CLIP_GRAD=3.0, CLIP_PER_TENSOR=True)
+    heads = [tuple(part.parameters()) for part in module.children()]
+    closed = torch.full((2,), -1)
+    state = TrainState(module, optimizer, module, clip_groups=heads, closed_at=closed)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 30.0 / parameter.numel() ** 0.5)
+    heads[1][0].grad.fill_(torch.nan)
+    norm = update(state, plan, FiniteGuard(), [BATCH])
+    assert float(norm) == pytest.approx(2**0.5 * 30)  # of the head that goes on
+    assert closed.tolist() == [-1, 0]
+
+
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "wanted"), [(359, 200, 179), (8, 128, 8), (400, 200, 200)]
 )

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+import training
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from engine.guards import FiniteGuard
+from engine.loop import train_step
 from engine.optim import (
     LARS,
     build_optimizer,
@@ -282,6 +285,26 @@ def test_a_step_that_overflows_under_a_scaler_touches_nothing(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
     assert all(not state for state in optimizer.state.values())
     assert scaler.get_scale() == 1.0
+
+
+@pytest.mark.parametrize("method", ["moco_v2", "byol"])
+def test_a_forward_that_overflows_under_a_scaler_spoils_no_later_step(method: str) -> None:
+    state, plan = training.prepare(method, {}, batch_norm=True)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    training.train_step(state, plan)
+    norms = [norm for norm in state.module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = copy.deepcopy([norm.state_dict() for norm in norms])
+    batches = training.micro_batches(1, 1)
+    batches[0].views[0].fill_(torch.inf)
+    batches[0].views[1].fill_(torch.inf)
+    guard = FiniteGuard(scaler=True)
+    out = train_step(state, plan, guard, lambda b, p: state.model(b.views, p), batches, 0)
+    assert not torch.isfinite(out["loss"])
+    for norm, before in zip(norms, kept, strict=True):
+        for name in ("running_mean", "running_var"):
+            assert torch.equal(norm.state_dict()[name], before[name])
+    assert all(torch.isfinite(value).all() for value in state.module.state_dict().values())
+    assert torch.isfinite(training.train_step(state, plan)["loss"])
 
 
 # ---- optimisers of timm --------------------------------------------------------------------------

@@ -25,13 +25,15 @@ from evaluation.probe import (
     check_linear,
     grid_points,
     head_accuracies,
+    head_groups,
     probe_folder,
     show_probes,
+    warn_of_other_pixels,
     write_result,
 )
 from models import framework_options
 from models.classifier import LinearHeads, grid_loss
-from utils.config.load import load_config
+from utils.config.load import load_config, to_yaml
 from utils.config.schema import declare
 
 SCHEMA = declare(framework_options())
@@ -130,19 +132,11 @@ def train(
     """Train heads on eight batches the way main_linear.py does; return what each has become."""
     torch.manual_seed(1)
     heads = LinearHeads(16, 7, len(points))
-    groups = [
-        {
-            "params": list(pair),
-            "rate": point.rate,
-            "weight_decay": point.weight_decay,
-            "lr": point.lr,
-        }
-        for pair, point in zip(heads.pairs(), points, strict=True)
-    ]
     node = section(OPTIM__NAME=optimizer_name, OPTIM__NESTEROV=True).OPTIM
-    optimizer = build_optimizer(node, groups)
-    for group, point in zip(optimizer.param_groups, points, strict=True):
-        group["lr"] = point.lr
+    optimizer = build_optimizer(node, head_groups(node, heads.pairs(), points))
+    rates = {point.rate: point.lr for point in points}
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["rate"]]
     data = torch.Generator().manual_seed(2)
     for _ in range(8):
         x, y = torch.randn(32, 16, generator=data), torch.randint(7, (32,), generator=data)
@@ -167,6 +161,35 @@ def test_each_head_of_a_grid_trains_as_if_it_were_alone(
         assert torch.equal(head, alone)
     distances = [float((a - b).abs().max()) for i, a in enumerate(together) for b in together[:i]]
     assert min(distances) > 1e-6
+
+
+def test_lars_exempts_the_biases_of_heads() -> None:
+    heads = LinearHeads(16, 7, 2)
+    points = grid_points(section(LRS=[0.01, 0.3], WEIGHT_DECAYS=[0.1]))
+    node = section(OPTIM__NAME="lars").OPTIM
+    found = build_optimizer(node, head_groups(node, heads.pairs(), points)).param_groups
+    weights, biases = found[::2], found[1::2]
+    assert [group["params"] for group in biases] == [[bias] for bias in heads.biases]
+    assert [(group["weight_decay"], group["adapt"]) for group in biases] == [(0.0, False)] * 2
+    assert [(group["weight_decay"], group["adapt"]) for group in weights] == [(0.1, True)] * 2
+    assert [group["rate"] for group in found] == [0, 0, 1, 1]
+
+
+def test_weights_of_images_of_another_size_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = load_config(SCHEMA, flags={"NAME": "n", "DATA.IMG_SIZE": 64, "DATA.MEAN": [0.5] * 3})
+    warn_of_other_pixels(cfg, None)
+    warn_of_other_pixels(cfg, tmp_path / "w.pt")  # of somebody else
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    warn_of_other_pixels(cfg, tmp_path / "w.pt")
+    assert not caplog.messages
+    other = load_config(SCHEMA, flags={"NAME": "n", "DATA.IMG_SIZE": 32})
+    warn_of_other_pixels(other, tmp_path / "w.pt")
+    assert [text.partition(";")[0] for text in caplog.messages] == [
+        "DATA.IMG_SIZE: the weights were trained with 64, now it is 32",
+        "DATA.MEAN: the weights were trained with [0.5, 0.5, 0.5], now it is []",
+    ]
 
 
 # ---- accuracies and results ----------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The sweep: its grid, its choice, and what it does with runs that ended, broke, or hang."""
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tools import sweep
 from tools.parts import sweep_runs
@@ -175,6 +178,28 @@ def test_a_file_that_changed_makes_other_runs(place: Path) -> None:
     (place / "c.yaml").write_text("SEED: 0\nDATA: {DATASET: digits}\nFINETUNE: {EPOCHS: 9}\n")
     run(place, *words)
     assert len(calls(place)) == 9
+
+
+def test_images_that_changed_make_other_runs(place: Path) -> None:
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+        save_image(place / "images" / split / label / "0.png", label)
+    (place / "c.yaml").write_text("SEED: 0\n")
+    words = ("--dataset", "imagefolder", "--data-path", str(place / "images"))
+    run(place, *words)
+    run(place, *words)
+    assert len(calls(place)) == 3
+    save_image(place / "images" / "val" / "a" / "1.png", "one more")
+    run(place, *words)
+    assert len(calls(place)) == 6
+    save_image(place / "images" / "train" / "a" / "0.png", "the same name")
+    run(place, *words)
+    assert len(calls(place)) == 9
+
+
+def save_image(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = tuple(hashlib.sha256(text.encode()).digest()[:3])
+    Image.new("RGB", (8, 8), colour).save(path)
 
 
 def test_no_jobs_are_refused(place: Path) -> None:
