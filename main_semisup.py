@@ -171,7 +171,7 @@ def finetune(
     node = cfg.FINETUNE
     splits = open_splits(cfg)
     run.fingerprint = f"{fingerprint}, labels {splits.train.fingerprint()}"
-    run.checkpoints.images = images_of(training=splits.source, watched=splits.watched)
+    run.checkpoints.images = images_of(training=splits.source, test=splits.watched)
     mixing = open_mixing(cfg, splits.train.num_classes)
     loader = open_loader(cfg, run, splits.train, in_pairs=mixing.active)
 

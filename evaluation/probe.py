@@ -46,7 +46,10 @@ def warn_of_other_pixels(cfg: CfgNode, weights: Path | None) -> None:
     beside = weights.parent / "config.yaml" if weights else None
     if beside is None or not beside.is_file():
         return
-    values = strict_yaml.load(beside.read_text(encoding="utf-8"))
+    try:
+        values = strict_yaml.load(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # another program's file
+        return
     data = values.get("DATA") if isinstance(values, dict) else None
     before = data if isinstance(data, dict) else {}
     for key in ("IMG_SIZE", "RANGE", "MEAN", "STD"):

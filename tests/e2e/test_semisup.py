@@ -150,7 +150,7 @@ def test_other_test_images_are_not_mixed_into_a_run(runner: Runner, tmp_path: Pa
     for path in (data / "val" / "red").glob("*.png"):
         path.rename(path.with_name(f"new{path.name}"))
     text = runner.run(*flags, code=2, **keys)
-    assert "the watched images are other ones now" in text
+    assert "the test images are other ones now" in text
     runner.run("--eval", *flags, **keys)
 
 

@@ -181,6 +181,8 @@ def test_weights_of_images_of_another_size_are_said(
     cfg = load_config(SCHEMA, flags={"NAME": "n", "DATA.IMG_SIZE": 64, "DATA.MEAN": [0.5] * 3})
     warn_of_other_pixels(cfg, None)
     warn_of_other_pixels(cfg, tmp_path / "w.pt")  # of somebody else
+    (tmp_path / "config.yaml").write_text("a: [")
+    warn_of_other_pixels(cfg, tmp_path / "w.pt")
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     warn_of_other_pixels(cfg, tmp_path / "w.pt")
     assert not caplog.messages
