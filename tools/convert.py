@@ -79,7 +79,7 @@ from yacs.config import CfgNode
 
 from models import build_framework, framework_options, online_backbone
 from models.weights import export
-from models.weights.architecture import describe, name_of
+from models.weights.architecture import describe, name_of, takes_img_size
 from models.weights.find import find_network, listed, tensors_of
 from models.weights.load import LoadReport, check_norm_eps, load_backbone
 from models.weights.pretraining_state import framework_state
@@ -271,13 +271,14 @@ def _hint(to: str, cfg: CfgNode) -> str:
         return HINTS[to]
     options = cfg.MODEL.BACKBONE
     name = TIMM_NAMES.get(options.NAME, options.NAME.removeprefix("timm/"))
-    if options.NAME == "resnet8" or options.STEM != "imagenet" or "conv" in options.NAME:
+    ours = options.NAME == "resnet8" or options.NAME.startswith("vit_conv")
+    if ours or options.STEM != "imagenet":
         return "models.parts.backbones.build_backbone: timm has no model of this kind by name"
     extra = ", num_heads=12" if options.NAME == "vit_small" else ""
     extra += f", reg_tokens={options.NUM_TOKENS - 1}" if options.NUM_TOKENS > 1 else ""
     extra += f", patch_size={options.PATCH_SIZE}" if options.PATCH_SIZE else ""
     extra += f", in_chans={cfg.DATA.CHANNELS}" if cfg.DATA.CHANNELS != 3 else ""
-    if not name.startswith("resnet") and cfg.DATA.IMG_SIZE != 224:
+    if cfg.DATA.IMG_SIZE != 224 and takes_img_size(name):
         extra += f", img_size={cfg.DATA.IMG_SIZE}"
     model = f"timm.create_model({name!r}, num_classes=0{extra})"
     return f"{model}.load_state_dict(torch.load(FILE, weights_only=True))"

@@ -1,5 +1,6 @@
 """Sources that read the image files of a folder."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from data.sources.folder_index import list_images
 from data.sources.scan import IMG_EXTENSIONS, OUTSIDE, PassedOver, is_folder, read_folder
 from utils.reading import read_bytes
 
+logger = logging.getLogger("synco")
+
 _BYTES_PER_PIXEL = 8  # of a file: no format that is read needs more
+_SPLITS = ("train", "val", "valid", "validation", "test")
+_NAMED = 5  # of what is left out
 _SAMPLED = 100  # images whose bytes are compared
 _BESIDE_PIXELS = 1 << 24  # bytes of colour profiles, previews and the like
 
@@ -117,6 +122,21 @@ def refuse_empty(folder: Path, remedy: str) -> None:
     )
 
 
+def _say_what_is_beside(split: Path) -> None:
+    """Warn of images and folders beside a split that are not read with it."""
+    # most will be other splits, which are beside it on purpose
+    entries = read_folder(split.parent, PassedOver())
+    others = [name for name in entries.folders + entries.linked if name not in _SPLITS]
+    found = sorted(others + entries.images)
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        shown = ", ".join(found[:_NAMED]) + more
+        logger.warning(
+            "DATA.PATH (--data-path): only %s is read; beside it are %s. To read all, rename %s",
+            *(split, shown, split.name),
+        )
+
+
 def folder(
     path: str,
     split: str,
@@ -133,6 +153,7 @@ def folder(
             "split"
         )
     if has_split:
+        _say_what_is_beside(inside)
         root = inside
     if not is_folder(root):
         raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -122,3 +124,14 @@ def is_sincos(positions: Tensor) -> bool:
     # [0, 1:]: without the class token
     fixed = sincos_positions(side, side, positions.shape[-1])[0, 1:].flatten()
     return bool(F.cosine_similarity(patches, fixed, dim=0) > 0.9)
+
+
+def takes_img_size(timm_name: str) -> bool:
+    """Tell whether a model of timm is built for one image size, as transformers are."""
+    known = timm.get_pretrained_cfg(timm_name)
+    try:
+        with torch.device("meta"):  # without memory for its weights
+            timm.create_model(timm_name, img_size=known.input_size[-1] if known else 224)
+    except TypeError:
+        return False
+    return True

@@ -433,3 +433,21 @@ def test_files_of_other_extensions_are_counted_by_extension(
     (line,) = said(caplog)
     assert line.endswith("files of other extensions: others 3, heic 2, txt 1")
     assert "images outside of the class folders: 1 (such as " in line
+
+
+def test_what_lies_beside_the_split_that_is_read_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for place in ("train/a", "val", "beach", ".hidden", "__MACOSX"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place / "0.png")
+    (tmp_path / "beach").rename(tmp_path / ".away")
+    assert len(build_source("folder", str(tmp_path), "train")) == 1
+    assert not caplog.messages
+    (tmp_path / ".away").rename(tmp_path / "beach")
+    Image.new("RGB", (4, 4)).save(tmp_path / "cover.png")
+    assert len(build_source("folder", str(tmp_path), "train")) == 1
+    assert caplog.messages == [
+        f"DATA.PATH (--data-path): only {tmp_path / 'train'} is read; beside it are beach, "
+        "cover.png. To read all, rename train"
+    ]

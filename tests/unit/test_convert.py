@@ -587,3 +587,32 @@ def test_a_strange_configuration_does_not_stop_inspect(
     torch.save(state, tmp_path / "a.pth")
     run("inspect", tmp_path / "a.pth")
     assert "method: ?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 96),
+        ("timm/efficientnet_b0", 96),
+        ("timm/convnext_atto", 96),
+        ("vit_small", 96),
+        ("swin_tiny", 256),
+        ("timm/test_vit", 96),
+    ],
+)
+def test_the_command_that_export_prints_makes_the_model(name: str, size: int) -> None:
+    opts = ["MODEL.BACKBONE.NAME", name, "DATA.IMG_SIZE", str(size)]
+    cfg = load_config(declare(convert_options()), [], ["NAME", "n", *opts], {})
+    hint = convert._hint("timm", cfg)
+    made = eval(hint.partition(".load_state_dict")[0], {"timm": timm})
+    ours = build_backbone(name, img_size=size)
+    assert {key: value.shape for key, value in made.state_dict().items()} == {
+        key: value.shape for key, value in ours.state_dict().items()
+    }
+
+
+def test_export_names_no_timm_model_for_a_backbone_that_timm_lacks() -> None:
+    for name in ("resnet8", "vit_conv_small"):
+        opts = ["NAME", "n", "MODEL.BACKBONE.NAME", name]
+        cfg = load_config(declare(convert_options()), [], opts, {})
+        assert "timm has no model of this kind by name" in convert._hint("timm", cfg)
