@@ -27,7 +27,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from tools import convert
-from utils.checkpoints.file import CheckpointError
+from utils.checkpoints.file import CheckpointError, load
 from utils.checkpoints.foreign import read_pickle, read_torch
 from utils.checkpoints.pickles import StandIn
 from utils.checkpoints.rebuild import ForeignFileError
@@ -83,6 +83,37 @@ def test_files_that_pickle_a_configuration_give_their_tensors(
     assert isinstance(config, StandIn)
     assert config.entries["TRAIN"].entries == {"EPOCHS": 300}
     assert "left out as data only: argparse.Namespace" in caplog.text
+
+
+@pytest.mark.parametrize("read", [read_torch, load])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_whole_pickled_module_is_named_with_the_remedy(
+    form: str, read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """What `torch.save(model)` writes is refused in the words of its user, not of this reader."""
+    file = tmp_path / "a.pth"
+    torch.save(nn.Sequential(nn.Linear(2, 3)), file, **FORMATS[form])
+    with pytest.raises(CheckpointError) as caught:
+        read(file)
+    said = str(caught.value)
+    assert said.startswith(f"{file} holds a whole pickled module (torch.nn.modules.container.Seq")
+    assert "torch.save(model.state_dict(), FILE)" in said
+    assert "StandIn" not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (argparse.Namespace(lr=0.1), "a pickled argparse.Namespace, not a dictionary of tensors"),
+        ([torch.ones(2)], "a list, not a dictionary of tensors"),
+        (torch.ones(2), "a Tensor, not a dictionary of tensors"),
+    ],
+)
+def test_what_is_no_dictionary_is_named(value: object, said: str, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"a.pth holds {said}$"):
+        read_torch(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["weights alone", "with a configuration"])

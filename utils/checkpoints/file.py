@@ -26,6 +26,7 @@ from utils.checkpoints.atomic import (
     write_synced,
     write_text,
 )
+from utils.checkpoints.pickles import StandIn
 from utils.checkpoints.rebuild import SAVE_TENSORS, CheckpointError
 from utils.checkpoints.torch_file import read_file
 from utils.logger import finite_json
@@ -204,8 +205,20 @@ def read(path: Path) -> tuple[Contents, list[str]]:
     # a sha256 that fits makes the checksums inside the file needless
     value, stand_ins = read_file(path, checksums=not recorded)
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a dictionary of tensors")
+        raise CheckpointError(f"{path} holds {_no_dictionary(value)}")
     return value, stand_ins
+
+
+def _no_dictionary(value: object) -> str:
+    """Say what a file holds in place of a dictionary of tensors, and what to do."""
+    if not isinstance(value, StandIn):
+        return f"a {type(value).__name__}, not a dictionary of tensors"
+    if value.is_module:  # what torch.save(model, FILE) writes
+        return (
+            f"a whole pickled module ({value.target}), which only its code can read: save its "
+            "weights once, where that code is: torch.save(model.state_dict(), FILE)"
+        )
+    return f"a pickled {value.target}, not a dictionary of tensors"
 
 
 def _verify(path: Path) -> Record:

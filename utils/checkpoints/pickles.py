@@ -32,6 +32,7 @@ class StandIn:
     """Stand for an object of a class that is not on the list; keep only its dictionary entries."""
 
     target = ""  # the dotted name; each name has its own subclass
+    is_module = False  # whether its state is that of a torch module, which is not kept
 
     def __init__(self, *arguments: object) -> None:
         self.entries: dict[object, object] = {}
@@ -177,7 +178,10 @@ class _Unpickler(pickle._Unpickler):
         elif isinstance(target, OrderedDict):
             if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
                 target._metadata = state["_metadata"]  # type: ignore[attr-defined]  # of a state_dict
-        elif not isinstance(target, StandIn):
+        elif isinstance(target, StandIn):
+            parts = {"_parameters", "_modules"}  # that every module has
+            target.is_module = isinstance(state, dict) and parts <= state.keys()
+        else:
             raise TypeError
 
     # ---- containers ---------------------------------------------------------------------------
@@ -243,10 +247,18 @@ class _Unpickler(pickle._Unpickler):
 
     # ---- tensors ------------------------------------------------------------------------------
 
-    def persistent_load(self, identity: object) -> Storage:
-        """Return the storage that ("storage", type, key, place, count, ...) names."""
+    def persistent_load(self, identity: object) -> object:
+        """Return the storage that ("storage", type, key, place, count, ...) names.
+
+        Torch before 1.6 names the class of a module so too: ("module", class, file, source).
+        """
         if not isinstance(identity, tuple) or len(identity) > 6 or self.locate is None:
             raise ForeignFileError("refers to something that is no storage of a tensor")
+        first, *rest = identity or (None,)
+        # a stand-in, as `find_class` returns it, and nothing else
+        if type(first) is str and first == "module" and len(rest) == 3:
+            if isinstance(rest[0], type) and issubclass(rest[0], StandIn):
+                return rest[0]
         mark, dtype, key, _, count, *view = identity
         # type before value: comparing or printing a hostile value can take for ever
         if type(mark) is not str or mark != "storage" or not isinstance(dtype, torch.dtype):
