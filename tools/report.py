@@ -107,6 +107,7 @@ class Images(NamedTuple):
     queries: Source
     labelled: bool
     words: str
+    in_train: bool = False  # the queries are training images too
 
 
 class Measured(NamedTuple):
@@ -185,7 +186,10 @@ def measure(run: Run) -> Measured:
     refuse_other_pixels(run.cfg.DATA)
     images = open_images(run.cfg)
     logger.info("%s: %s, %s", run.folder, found.path.name, images.words)
-    splits = representations(run, images.bank, images.queries, found.path)
+    splits, bank, queries = representations(
+        run, images.bank, images.queries, found.path, images.in_train
+    )
+    images = images._replace(bank=bank, queries=queries)
     scores = {}
     for name, split in splits.items() if images.labelled else ():
         logger.info("probing %s", name)
@@ -221,7 +225,7 @@ def _in_two(train: Source, seed: int) -> Images:
     )
     kind = "images" if labelled else "images without labels"
     words = f"{len(bank):,} training {kind}, {len(queries):,} others of them as queries"
-    return Images(bank, queries, labelled, words)
+    return Images(bank, queries, labelled, words, in_train=True)
 
 
 def write_report(measured: Measured) -> str:
@@ -246,7 +250,7 @@ def write_report(measured: Measured) -> str:
 def run_page(measured: Measured, rows: int) -> RunPage:
     """Return what the page shows of a run, with `rows` rows of each kind of picture."""
     run, splits, scores = measured.run, measured.splits, measured.scores
-    bank, queries, labelled, _ = measured.images
+    bank, queries, labelled = measured.images[:3]
     recipe, changed = changed_keys(run.cfg, measured.files)
     page = RunPage(measured.files, measured.title, recipe=recipe, changed=changed)
     if labelled:

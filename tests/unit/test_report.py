@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from yacs.config import CfgNode
 
 import main_pretrain
-from data.sources.base import ArraySource
+from data.sources.base import ArraySource, Subset
+from data.worker import BadImagesError
 from engine import precision as device
 from engine.run import Run
 from models import assemble_framework, framework_options
@@ -274,7 +277,7 @@ def test_the_trained_row_is_the_checkpoint(trained: Path) -> None:
     train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
     found = []
     for file in (path, trained.parent / "changed.pt"):
-        found.append(measure.representations(run, train, val, file))
+        found.append(measure.representations(run, train, val, file)[0])
     for name in ("raw pixels", "random backbone"):
         assert torch.equal(found[0][name].bank, found[1][name].bank)
         assert torch.equal(found[0][name].queries, found[1][name].queries)
@@ -313,6 +316,9 @@ def test_images_without_labels_or_test_split_get_a_report(
     Path("tiny.yaml").write_text(yaml)
     monkeypatch.setattr(sys, "argv", ["main_pretrain.py", *flags_of(Path("tiny.yaml"))])
     assert main_pretrain.main() == 0
+    for index in range(0, 30, 5):  # training would leave them out
+        path = Path(LAYOUTS[dataset].format("ab"[index % 2])) / f"{index}.png"
+        path.write_bytes(path.read_bytes()[:40])
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["report.py", "output/tiny/default", "--device", "cpu"])
     assert report.main() == 0
@@ -598,3 +604,28 @@ def test_an_unknown_precision_is_refused() -> None:
         ConfigError, match=r"PRECISION.*'bf15' is not one of auto, fp32, bf16, fp16"
     ):
         load_config(declare(framework_options()), (), ("TRAIN.PRECISION", "bf15"))
+
+
+def test_rows_and_images_stay_together_where_some_cannot_be_read(trained: Path) -> None:
+    run = open_run(trained)
+    path = checkpoint.newest_valid(run.folder).path
+    train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
+    whole, _, _ = measure.representations(run, train, val, path)
+
+    class Damaged(Subset):
+        def load(self, index: int) -> Tensor:
+            if index in (3, 7):
+                raise OSError("truncated")
+            return super().load(index)
+
+    damaged = Damaged(train, np.arange(len(train)))
+    splits, bank, queries = measure.representations(run, damaged, val, path)
+    kept = [index for index in range(len(train)) if index not in (3, 7)]
+    assert len(bank) == len(kept)
+    assert len(queries) == len(val)
+    assert torch.equal(bank.load(3), train.load(4))
+    for name in ("random backbone", "trained backbone"):
+        assert torch.allclose(splits[name].bank, whole[name].bank[kept], atol=1e-5)
+    assert torch.equal(splits["raw pixels"].bank_labels, train.labels[kept])
+    with pytest.raises(BadImagesError):  # a test image is not left out
+        measure.representations(run, train, Damaged(val, np.arange(len(val))), path)

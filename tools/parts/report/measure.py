@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data import evaluation_loader
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD
-from data.sources.base import Source
+from data.sources.base import Source, subset
 from engine.run import Run
 from evaluation.accuracy import few_label_accuracy, logistic_probe, topk_correct
 from evaluation.features import compute_features, counted
@@ -41,16 +41,27 @@ class Split(NamedTuple):
     query_labels: Tensor
 
 
-def representations(run: Run, train: Source, val: Source, path: Path) -> dict[str, Split]:
-    """Return raw pixels, features of the random and of the trained backbone, for both splits."""
+def representations(
+    run: Run, train: Source, val: Source, path: Path, in_train: bool = False
+) -> tuple[dict[str, Split], Source, Source]:
+    """Return raw pixels, features of the random and of the trained backbone, and both splits.
+
+    The splits are without the training images that cannot be read. `in_train`: val is a part of
+    the training images too.
+    """
     backbone = run.prepare(build_online(run.cfg))
-    random = extract(run, train, val, backbone, RANDOM)
+    random, *read = extract(run, train, val, backbone, RANDOM, (True, in_train))
+    train, val = (
+        source if len(source) == len(kept) else subset(source, kept)
+        for source, kept in zip((train, val), read, strict=True)
+    )
     load_network(backbone, read_torch(path), str(path))
-    return {
+    splits = {
         PIXELS: pixel_split(run, train, val),
         RANDOM: random,
-        TRAINED: extract(run, train, val, backbone, TRAINED),
+        TRAINED: extract(run, train, val, backbone, TRAINED)[0],
     }
+    return splits, train, val
 
 
 def build_online(cfg: CfgNode) -> nn.Module:
@@ -73,7 +84,7 @@ def raw_pixels(images: Tensor) -> Tensor:
 def pixel_split(run: Run, train: Source, val: Source) -> Split:
     """Return raw pixels minus the mean training image."""
     # the cosine of plain levels would compare little but brightness
-    split = extract(run, train, val, raw_pixels, PIXELS)
+    split = extract(run, train, val, raw_pixels, PIXELS)[0]
     # three equal channels would only cost time
     width = split.bank.shape[1] // 3 if _is_grey(split.bank) else split.bank.shape[1]
     bank, queries = split.bank[:, :width], split.queries[:, :width]
@@ -96,16 +107,29 @@ def _is_grey(levels: Tensor) -> bool:
 
 
 def extract(
-    run: Run, train: Source, val: Source, backbone: Callable[[Tensor], Tensor], name: str
-) -> Split:
-    """Return the features of both splits under the evaluation view; `name` is for people."""
+    run: Run,
+    train: Source,
+    val: Source,
+    backbone: Callable[[Tensor], Tensor],
+    name: str,
+    skip: tuple[bool, bool] = (False, False),
+) -> tuple[Split, Tensor, Tensor]:
+    """Return the features of both splits under the evaluation view, and which images they are of.
+
+    `name` is for people. `skip`: whether unreadable images of a split are left out, as training
+    leaves them out; else they are an error.
+    """
     parts: list[Tensor] = []
+    read: list[Tensor] = []
+    size = run.cfg.LINEAR.BATCH_SIZE
     with run.evaluating(backbone if isinstance(backbone, nn.Module) else nn.Identity()):
-        for source in (train, val):
-            batches = evaluation_loader(run.cfg, source, run.device, run.cfg.LINEAR.BATCH_SIZE)
+        for source, may_lack in zip((train, val), skip, strict=True):
+            batches = evaluation_loader(run.cfg, source, run.device, size, may_lack)
             shown = counted(f"features: {name}", batches, len(source))
-            parts += (tensor.cpu() for tensor in compute_features(backbone, shown).whole())
-    return Split(*parts)
+            features = compute_features(backbone, shown)
+            parts += (tensor.cpu() for tensor in features.whole())
+            read.append(features.indices)
+    return Split(*parts), read[0], read[1]
 
 
 def evaluate(split: Split, num_classes: int, seed: int, temperature: float) -> Scores:
