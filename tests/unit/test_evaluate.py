@@ -116,7 +116,7 @@ def test_extracting_keeps_no_graph() -> None:
 
 
 def test_no_batch_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no evaluation batch"):
+    with pytest.raises(ValueError, match="a process has no image"):
         extract_features(lambda x: x, [])
 
 
