@@ -278,7 +278,9 @@ def _hint(to: str, cfg: CfgNode) -> str:
     extra += f", reg_tokens={options.NUM_TOKENS - 1}" if options.NUM_TOKENS > 1 else ""
     extra += f", patch_size={options.PATCH_SIZE}" if options.PATCH_SIZE else ""
     extra += f", in_chans={cfg.DATA.CHANNELS}" if cfg.DATA.CHANNELS != 3 else ""
-    if cfg.DATA.IMG_SIZE != 224 and takes_img_size(name):
+    # those of timm may be made for another size than 224
+    usual = cfg.DATA.IMG_SIZE == 224 and not options.NAME.startswith("timm/")
+    if not usual and takes_img_size(name):
         extra += f", img_size={cfg.DATA.IMG_SIZE}"
     model = f"timm.create_model({name!r}, num_classes=0{extra})"
     return f"{model}.load_state_dict(torch.load(FILE, weights_only=True))"

@@ -125,7 +125,10 @@ def refuse_empty(folder: Path, remedy: str) -> None:
 def _say_what_is_beside(split: Path) -> None:
     """Warn of images and folders beside a split that are not read with it."""
     # most will be other splits, which are beside it on purpose
-    entries = read_folder(split.parent, PassedOver())
+    try:
+        entries = read_folder(split.parent, PassedOver())
+    except ValueError:  # only what is in the split is needed
+        return
     others = [name for name in entries.folders + entries.linked if name not in _SPLITS]
     found = sorted(others + entries.images)
     if found:

@@ -598,6 +598,7 @@ def test_a_strange_configuration_does_not_stop_inspect(
         ("vit_small", 96),
         ("swin_tiny", 256),
         ("timm/test_vit", 96),
+        ("timm/vit_tiny_patch16_384", 224),
     ],
 )
 def test_the_command_that_export_prints_makes_the_model(name: str, size: int) -> None:
