@@ -57,7 +57,9 @@ def warn_of_other_pixels(cfg: CfgNode, weights: Path | None) -> None:
             logger.warning(
                 "DATA.%s: the weights were trained with %s, now it is %s; give the values of that "
                 "run unless this is meant",
-                *(key, before[key], cfg.DATA[key]),
+                key,
+                before[key],
+                cfg.DATA[key],
             )
 
 

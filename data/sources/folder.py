@@ -1,6 +1,7 @@
 """Sources that read the image files of a folder."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from data.sources.base import PackedStrings, Source, compare_labels, digest
 from data.sources.folder_index import list_images
 from data.sources.scan import IMG_EXTENSIONS, OUTSIDE, PassedOver, is_folder, read_folder
+from utils.distributed import is_main
 from utils.reading import read_bytes
 
 logger = logging.getLogger("synco")
 
 _BYTES_PER_PIXEL = 8  # of a file: no format that is read needs more
-_SPLITS = ("train", "val", "valid", "validation", "test")
+_SPLIT = re.compile(r"(train|val|valid|validation|test)\d*", re.IGNORECASE)  # also val2017
 _NAMED = 5  # of what is left out
 _SAMPLED = 100  # images whose bytes are compared
 _BESIDE_PIXELS = 1 << 24  # bytes of colour profiles, previews and the like
@@ -122,21 +124,23 @@ def refuse_empty(folder: Path, remedy: str) -> None:
     )
 
 
-def _say_what_is_beside(split: Path) -> None:
+def _say_what_is_beside(split: Path, extensions: tuple[str, ...]) -> None:
     """Warn of images and folders beside a split that are not read with it."""
     # most will be other splits, which are beside it on purpose
     try:
-        entries = read_folder(split.parent, PassedOver())
+        entries = read_folder(split.parent, PassedOver(), extensions)
     except ValueError:  # only what is in the split is needed
         return
-    others = [name for name in entries.folders + entries.linked if name not in _SPLITS]
+    others = [name for name in entries.folders + entries.linked if not _SPLIT.fullmatch(name)]
     found = sorted(others + entries.images)
-    if found:
+    if found and is_main():
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         shown = ", ".join(found[:_NAMED]) + more
         logger.warning(
             "DATA.PATH (--data-path): only %s is read; beside it are %s. To read all, rename %s",
-            *(split, shown, split.name),
+            split,
+            shown,
+            split.name,
         )
 
 
@@ -156,7 +160,7 @@ def folder(
             "split"
         )
     if has_split:
-        _say_what_is_beside(inside)
+        _say_what_is_beside(inside, extensions)
         root = inside
     if not is_folder(root):
         raise ValueError(f"DATA.PATH (--data-path): folder {path!r} does not exist")

@@ -438,7 +438,7 @@ def test_files_of_other_extensions_are_counted_by_extension(
 def test_what_lies_beside_the_split_that_is_read_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for place in ("train/a", "val", "beach", ".hidden", "__MACOSX"):
+    for place in ("train/a", "val2017", "beach", ".hidden", "__MACOSX"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / place / "0.png")
     (tmp_path / "beach").rename(tmp_path / ".away")
@@ -451,3 +451,16 @@ def test_what_lies_beside_the_split_that_is_read_is_said(
         f"DATA.PATH (--data-path): only {tmp_path / 'train'} is read; beside it are beach, "
         "cover.png. To read all, rename train"
     ]
+
+
+def test_a_root_that_cannot_be_listed_ends_no_run_on_its_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "train" / "0.png")
+
+    def closed(*_: object) -> None:
+        raise ValueError("cannot be read")
+
+    monkeypatch.setattr(files, "read_folder", closed)
+    assert len(build_source("folder", str(tmp_path), "train")) == 1
