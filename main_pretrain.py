@@ -77,6 +77,7 @@ from engine.run import Run, start_run
 from engine.state import TrainState
 from evaluation.accuracy import held_out_names, measure_throughput
 from evaluation.online_probe import OnlineProbe, open_probe
+from evaluation.probe import images_of
 from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
 from models.weights.start import start_from
@@ -143,6 +144,7 @@ def main() -> int:
         tried = dry_run(cfg, origins, run, source, recipe, loader, framework, state, plan, step)
         sys.stdout.write(tried)
         return 0
+    run.checkpoints.watch(on_main(lambda: images_of(**evaluate.knn)))
     if not resumed:
         run.write_extra("views.png", lambda path: save_preview(path, source, recipe, cfg.SEED))
         show_restored(run, framework, source, recipe, state.step)

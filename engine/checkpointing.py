@@ -45,8 +45,9 @@ class Checkpoints:
         self._resumed_from: Path | None = None
         # the file of weights that the run began with: name, network, sha256; "" for random ones
         self.start = ""
-        # of a probe or fine-tuning: digests of its images by split, see `images_of`
+        # of what is evaluated: digests of the images by split, see `images_of`
         self.images: dict[str, str] = {}
+        self._images_before: dict[str, str] = {}  # of the checkpoint that the run resumed from
         self._origin: str | None = None  # the --resume file that the checkpoints descend from
         self._saved_step: int | None = None
         self._own: Path | None = None  # this folder's checkpoint that was saved or resumed last
@@ -180,8 +181,8 @@ class Checkpoints:
         )
         self.start = saved.get("start", self.start)  # older checkpoints lack it
         if self.training:  # an evaluation may look at other test images
-            before = saved.get("images", {})  # older checkpoints lack it
-            distributed.on_all(lambda: refuse_other_images(path, before, self.images))
+            self._images_before = saved.get("images", {})  # older checkpoints lack it
+            distributed.on_all(lambda: refuse_other_images(path, self._images_before, self.images))
         for change in changes:
             logger.warning("resuming with a changed %s", change)
         state.load_state_dict(saved)
@@ -202,6 +203,18 @@ class Checkpoints:
         # fit() logs the evaluation of this step again
         metrics.truncate_after(state.step, evaluation_too=True)
         return True
+
+    def watch(self, images: dict[str, str]) -> None:
+        """Note which images a pretraining is tested on; warn if the resumed run had others.
+
+        It is not refused as a probe is: the weights do not depend on these images.
+        """
+        for split in sorted(self._images_before.keys() & images.keys()):
+            if self._images_before[split] != images[split]:
+                logger.warning(
+                    "the %s images of the k-NN are other ones now: its best value is of both", split
+                )
+        self.images = images
 
 
 def find_checkpoint(folder: Path, resume: str, training: bool) -> tuple[Path, str | None] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import forked
 import pytest
 import runs
+from PIL import Image
 
 
 def pretrain(root: Path, **keys: Any) -> tuple[str, list[dict[str, Any]]]:
@@ -43,3 +44,17 @@ def test_a_damaged_test_image_is_left_out(tmp_path: Path) -> None:
     next((data / "val").rglob("*.png")).write_bytes(b"no picture")
     keys = {"DATA__DATASET": "imagefolder", "DATA__PATH": str(data), "TRAIN__BATCH_SIZE": 8}
     assert len(pretrain(tmp_path, **keys, DATA__IMG_SIZE=16)[1]) == 1
+
+
+def test_other_test_images_are_named_when_a_run_resumes(tmp_path: Path) -> None:
+    """Its best accuracy would be of both; it goes on, since the weights are not."""
+    data = tmp_path / "data"
+    runs.image_folder(data, train=16, val=8)
+    keys = {"DATA__DATASET": "imagefolder", "DATA__PATH": str(data), "TRAIN__BATCH_SIZE": 8}
+    for step in range(3):
+        if step == 2:
+            Image.new("RGB", (24, 24)).save(next((data / "val").rglob("*.png")))
+        text = pretrain(tmp_path, **keys, DATA__IMG_SIZE=16)[0]
+        assert ("resumed from" in text) == (step > 0)
+        assert ("the val images of the k-NN are other ones now" in text) == (step == 2)
+    assert "the train images of the k-NN" not in text
