@@ -106,8 +106,16 @@ class Images(NamedTuple):
     bank: Source
     queries: Source
     labelled: bool
-    words: str
     in_train: bool = False  # the queries are training images too
+
+    @property
+    def words(self) -> str:
+        """Say how many images these are."""
+        bank, queries = f"{len(self.bank):,} training", f"{len(self.queries):,}"
+        if not self.in_train:
+            return f"{bank} and {queries} test images"
+        kind = "images" if self.labelled else "images without labels"
+        return f"{bank} {kind}, {queries} others of them as queries"
 
 
 class Measured(NamedTuple):
@@ -207,8 +215,7 @@ def open_images(cfg: CfgNode) -> Images:
         train = open_split(cfg.DATA, "train")  # a wrong path ends here
         logger.warning("%s. The report takes some training images as queries", error)
         return _in_two(train, cfg.SEED)
-    words = f"{len(bank):,} training and {len(queries):,} test images"
-    return Images(bank, queries, True, words)
+    return Images(bank, queries, True)
 
 
 def _in_two(train: Source, seed: int) -> Images:
@@ -223,9 +230,7 @@ def _in_two(train: Source, seed: int) -> Images:
     bank, queries = (
         subset(train, part.sort().values) for part in (order[asked:last], order[:asked])
     )
-    kind = "images" if labelled else "images without labels"
-    words = f"{len(bank):,} training {kind}, {len(queries):,} others of them as queries"
-    return Images(bank, queries, labelled, words, in_train=True)
+    return Images(bank, queries, labelled, in_train=True)
 
 
 def write_report(measured: Measured) -> str:

@@ -606,7 +606,9 @@ def test_an_unknown_precision_is_refused() -> None:
         load_config(declare(framework_options()), (), ("TRAIN.PRECISION", "bf15"))
 
 
-def test_rows_and_images_stay_together_where_some_cannot_be_read(trained: Path) -> None:
+def test_rows_and_images_stay_together_where_some_cannot_be_read(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = open_run(trained)
     path = checkpoint.newest_valid(run.folder).path
     train, val = (report.open_split(run.cfg.DATA, split) for split in ("train", "val"))
@@ -627,5 +629,8 @@ def test_rows_and_images_stay_together_where_some_cannot_be_read(trained: Path) 
     for name in ("random backbone", "trained backbone"):
         assert torch.allclose(splits[name].bank, whole[name].bank[kept], atol=1e-5)
     assert torch.equal(splits["raw pixels"].bank_labels, train.labels[kept])
+    monkeypatch.setattr(report, "open_images", lambda cfg: report.Images(damaged, val, True))
+    counted = f"{len(train) - 2:,} training and {len(val):,} test images"
+    assert report.measure(run).title.endswith(counted)
     with pytest.raises(BadImagesError):  # a test image is not left out
         measure.representations(run, train, Damaged(val, np.arange(len(val))), path)

@@ -124,8 +124,9 @@ def test_a_commit_is_marked_where_code_differs_but_not_where_pages_do(
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     rows, code = tmp_path / "docs" / "rows.jsonl", tmp_path / "utils" / "cli" / "version.py"
-    for file in (rows, code):
-        file.parent.mkdir(parents=True)
+    readme = tmp_path / "README.md"
+    for file in (rows, code, readme):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1")
     git("init", "-q")
     git("add", ".")
@@ -133,6 +134,7 @@ def test_a_commit_is_marked_where_code_differs_but_not_where_pages_do(
     head = git("rev-parse", "--short=12", "HEAD")
     monkeypatch.setattr(version, "__file__", str(code))
     rows.write_text("2")
+    readme.write_text("2")
     assert commit() == head
     code.write_text("2")
     assert commit() == head + "+"

@@ -18,7 +18,7 @@ def commit() -> str:
     head = [*git, "rev-parse", "--short=12", "HEAD"]
     # Untracked files are not looked for: that takes seconds on a slow disk. Pages are no code, and
     # a study writes its rows among them while it runs.
-    differs = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!docs"]
+    differs = [*git, "diff", "--quiet", "HEAD", "--", ".", ":!docs", ":!*.md"]
     try:
         found = subprocess.run(head, capture_output=True, text=True, timeout=10, check=True)
         changed = subprocess.run(differs, capture_output=True, timeout=10).returncode
