@@ -75,7 +75,8 @@ def build_detector(
         logger.warning(
             "DETECTION.CANVAS: %d: at such a size %s is not the published network, since its "
             "windows wrap around the edges; set it to 0, unless an older run goes on",
-            *(canvas, cfg.MODEL.BACKBONE.NAME),
+            canvas,
+            cfg.MODEL.BACKBONE.NAME,
         )
     if rcnn.NECK not in _NECKS_OF[kind]:
         raise ValueError(

@@ -20,8 +20,13 @@ sys.path.insert(0, str(ROOT))
 from utils.cli import Parser, answer_at_once, run_main
 
 METHODS = (
-    *("random", "pixels", "lightly_moco", "lightly_byol", "lightly_simsiam"),
-    *("stable_pretraining_simclr", "stable_pretraining_byol"),
+    "random",
+    "pixels",
+    "lightly_moco",
+    "lightly_byol",
+    "lightly_simsiam",
+    "stable_pretraining_simclr",
+    "stable_pretraining_byol",
 )
 
 
