@@ -339,10 +339,7 @@ def _warn_of_cut(img_size: int, num_cut: int, multiple: int) -> None:
     logger.warning(
         "DATA.IMG_SIZE: %d is not a multiple of %d: the backbone never sees the last %d rows and "
         "columns of an image; use %s",
-        img_size,
-        multiple,
-        num_cut,
-        _nearest(img_size, multiple),
+        *(img_size, multiple, num_cut, _nearest(img_size, multiple)),
     )
 
 

@@ -44,6 +44,11 @@ def study_of(tmp_path: Path, text: str) -> Study:
 
 
 HEAD = "title: T\ndataset: mnist5k\nminutes: 1\nseeds: [0, 1]\n"
+CLAIM = (
+    HEAD
+    + "claims: [{first: a, second: b, measure: linear, gain: 0.4, source: a paper}]\n"
+    + "entries: {a: {cfg: c}, b: {cfg: c}}"
+)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -63,7 +68,7 @@ def test_the_studies_can_be_read_and_name_recipes_that_exist(path: Path) -> None
             "entries.a.lr is unknown; known keys: name, cfg",
         ),
         (HEAD + "entries: {a: {cfg: 3}}", "entries.a.cfg is 3, expected text"),
-        (HEAD + "measure: knn\nentries: {a: {cfg: c}}", "study.measure is 'knn'; known: knn20"),
+        (HEAD + "measure: knn\nentries: {a: {cfg: c}}", "there is no measure 'knn'; known: knn20"),
         (HEAD + "seed: 3\nentries: {a: {cfg: c.yaml}}", "study.seed is unknown"),
         (HEAD + "entries: {a: {cfg: c, epochs_of: b}}", "there is no entry 'b'; entries: a"),
         (
@@ -72,6 +77,9 @@ def test_the_studies_can_be_read_and_name_recipes_that_exist(path: Path) -> None
         ),
         (HEAD.replace("s: 1", "s: 0") + "entries: {a: {cfg: c}}", "entries.a has no length"),
         (HEAD + "differences: [[a, z]]\nentries: {a: {cfg: c}}", "there is no entry 'z'"),
+        (CLAIM.replace("b,", "z,"), "there is no entry 'z'"),
+        (CLAIM.replace("linear", "probe"), "there is no measure 'probe'"),
+        (CLAIM.replace("gain:", "gains:"), "claims[0].gains is unknown; known keys: first, second"),
     ],
 )
 def test_a_wrong_study_is_refused_with_its_key(tmp_path: Path, text: str, said: str) -> None:
@@ -122,6 +130,30 @@ def test_differences_are_of_equal_seeds_on_one_machine() -> None:
     results["b"][1]["epochs"] = 3
     results["a"][1]["machine"] = "another"
     assert gains(results, "a", "b", "knn20") == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("gain", "found", "said"),
+    [
+        (0.4, [0.4, 0.5, 0.3, 0.4], "open: too few seeds"),
+        (0.4, [0.4, 0.5, 0.3, 0.4, 0.4], "confirmed here |"),
+        (0.4, [1.4, 1.5, 1.3, 1.4, 1.4], "confirmed here in its direction; +0.4 lies outside"),
+        (0.4, [-1.4, -1.5, -1.3, -1.4, -1.4], "refuted here: the difference is the other way"),
+        (-0.4, [0.4, 0.5, 0.3, 0.4, 0.4], "refuted here: the difference is the other way"),
+        (0.4, [0.1, 0.9, -0.5, 0.6, -0.4], "open: the interval holds 0 and +0.4"),
+        (0.4, [0.1, -0.1, 0.1, -0.1, 0.0], "refuted here: the interval holds 0, not +0.4"),
+    ],
+)
+def test_a_claim_is_judged_by_the_interval_of_five_seeds(
+    gain: float, found: list[float], said: str, tmp_path: Path
+) -> None:
+    study = study_of(tmp_path, CLAIM.replace("0.4", str(gain)))
+    rows = [row("b", seed, 50.0) for seed in range(len(found))]
+    rows += [row("a", seed, 50.0 + gained) for seed, gained in enumerate(found)]
+    results = {name: rows_of(rows, name) for name in ("a", "b")}
+    page = markdown(study, results, "cpu", "p")
+    assert f"| a - b, linear: a paper | {gain:+.1f} | " in page
+    assert f" | {len(found)} | {said}" in page
 
 
 def test_a_difference_is_bold_where_its_interval_leaves_out_zero(tmp_path: Path) -> None:

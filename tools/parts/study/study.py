@@ -47,6 +47,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A published difference of two methods, which the study's rows can confirm or refute."""
+
+    first: str  # entry
+    second: str  # entry that it is compared with
+    measure: str
+    gain: float  # of the first one, in points
+    source: str  # who says so, of which network and data
+
+
+@dataclass(frozen=True)
 class Study:
     """Entries that are trained on one data set for one time, each with several seeds.
 
@@ -60,6 +71,7 @@ class Study:
     seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
     differences: tuple[tuple[str, str], ...] = ()  # (entry, entry): what the first one gains
+    claims: tuple[Claim, ...] = ()
     measure: str = "knn20"  # that its picture shows and that decides
     notes: tuple[str, ...] = ()  # what a reader of the table has to know
 
@@ -112,7 +124,12 @@ def read_study(path: Path) -> Study:
     entries = []
     for name, options in tree.pop("entries").items():
         entries.append(Entry(name, **_checked(path, f"entries.{name}", options, Entry)))
-    study = Study(path.stem, entries=tuple(entries), **_checked(path, "study", tree, Study))
+    claims = tuple(
+        Claim(**_checked(path, f"claims[{number}]", options, Claim))
+        for number, options in enumerate(tree.pop("claims", ()))
+    )
+    options = _checked(path, "study", tree, Study)
+    study = Study(path.stem, entries=tuple(entries), claims=claims, **options)
     for entry in study.entries:
         lengths = [key for key in ("minutes", "epochs", "epochs_of") if getattr(entry, key)]
         timed = study.minutes or entry.peer in UNTRAINED
@@ -121,18 +138,22 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f"{path}: entries.{entry.name} has {found}; give minutes, epochs or epochs_of"
             )
-    if study.measure not in MEASURES:
-        raise ValueError(
-            f"{path}: study.measure is {study.measure!r}; known: {', '.join(MEASURES)}"
-        )
+    for measure in (study.measure, *(claim.measure for claim in claims)):
+        if measure not in MEASURES:
+            raise ValueError(
+                f"{path}: there is no measure {measure!r}; known: {', '.join(MEASURES)}"
+            )
     names = {entry.name for entry in entries}
     asked = {entry.epochs_of for entry in entries if entry.epochs_of}
-    for name in sorted(asked.union(*study.differences) - names):
+    asked.update(*study.differences, *((claim.first, claim.second) for claim in claims))
+    for name in sorted(asked - names):
         raise ValueError(f"{path}: there is no entry {name!r}; entries: {', '.join(sorted(names))}")
     return study
 
 
-def _checked(path: Path, where: str, options: object, kind: type[Entry | Study]) -> dict[str, Any]:
+def _checked(
+    path: Path, where: str, options: object, kind: type[Entry | Claim | Study]
+) -> dict[str, Any]:
     """Return the options as arguments of `kind`; refuse unknown keys and values of another type."""
     known = {field.name: field.type for field in fields(kind)}
     if not isinstance(options, dict):

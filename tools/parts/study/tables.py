@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tools.parts.study.study import (
     MEASURES,
     UNTRAINED,
+    Claim,
     Results,
     Row,
     Study,
@@ -15,6 +16,7 @@ from tools.parts.study.study import (
 )
 from utils.config.datasets import DATASETS
 
+_SEEDS_OF_A_VERDICT = 5
 # Student's t for 95 % of the probability, by degrees of freedom: few seeds need wide intervals.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -57,6 +59,7 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
         found = list(results[entry.name].values())
         lines.append(_line([entry.name, *_cells(found, on_gpu)]))
     lines += _differences(study, results) if study.differences else []
+    lines += _claims(study, results) if study.claims else []
     lines += ["", *_reading(study, results, on_gpu)]
     return "\n".join(lines) + "\n"
 
@@ -165,6 +168,42 @@ def _differences(study: Study, results: Results) -> list[str]:
         cells = [_gain(values, bold=key == study.measure) for key, values in found.items()]
         lines.append(_line([f"{first} - {second}", str(len(found[study.measure])), *cells]))
     return lines
+
+
+def _claims(study: Study, results: Results) -> list[str]:
+    lines = [
+        "",
+        f"What is published about larger networks and data, and what these rows say to it. A "
+        f"verdict needs {_SEEDS_OF_A_VERDICT} seeds.",
+        "",
+        _line(["published", "gain", "here", "seeds", "verdict"]),
+        _line(["---"] * 5),
+    ]
+    for claim in study.claims:
+        found = gains(results, claim.first, claim.second, claim.measure)
+        said = f"{claim.first} - {claim.second}, {MEASURES[claim.measure]}: {claim.source}"
+        gain = _gain(found, bold=False)
+        lines.append(
+            _line([said, f"{claim.gain:+.1f}", gain, str(len(found)), verdict(claim, found)])
+        )
+    return lines
+
+
+def verdict(claim: Claim, found: Sequence[float]) -> str:
+    """Say what the gains of several seeds mean for a published one, by their 95 % interval."""
+    if len(found) < _SEEDS_OF_A_VERDICT:
+        return "open: too few seeds"
+    mean, half = statistics.mean(found), interval(found)
+    is_possible = abs(mean - claim.gain) <= half
+    if abs(mean) <= half:
+        if is_possible:
+            return f"open: the interval holds 0 and {claim.gain:+.1f}"
+        return f"refuted here: the interval holds 0, not {claim.gain:+.1f}"
+    if mean * claim.gain < 0:
+        return "refuted here: the difference is the other way round"
+    if is_possible:
+        return "confirmed here"
+    return f"confirmed here in its direction; {claim.gain:+.1f} lies outside the interval"
 
 
 def _cells(found: Sequence[Row], on_gpu: bool) -> list[str]:
