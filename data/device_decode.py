@@ -57,7 +57,7 @@ def check_decodable(recipe: Recipe, source: Source) -> None:
     if fast_jpeg() is None:
         remedy = "pip install simplejpeg, or use 'worker'"
         raise ValueError(f"DATA.DECODE 'device' needs simplejpeg: {remedy}")
-    if source.encoded(0) is None:
+    if not source.holds_files:
         raise ValueError("DATA.DECODE 'device' needs a data set of encoded images; use 'worker'")
 
 

@@ -148,13 +148,18 @@ def pack(args: argparse.Namespace) -> None:
     """Write `args.output`, going on with what an earlier call left."""
     pixels = _pixels(args)
     source = build_source(
-        args.dataset, args.data_path, args.split, index_cache="", arrays_too=not pixels.plain
+        args.dataset,
+        args.data_path,
+        args.split,
+        cache_mode="no",  # each image is read once
+        index_cache="",
+        arrays_too=not pixels.plain,
     )
     source.max_pixels, source.pixels = args.max_pixels or source.max_pixels, pixels
     settings = _settings(args, source)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.exists():
-        _finished(args.output, settings)
+        _finished(args.output, settings, args.skip_unreadable)
         return
     partial = Partial.open(args.output, settings, len(source), args.skip_unreadable)
     try:
@@ -173,8 +178,7 @@ def pack(args: argparse.Namespace) -> None:
         partial.close()
     size = args.output.stat().st_size
     print(f"{args.output}: {len(source) - len(left_out)} images, {_size(size)}")
-    for name in left_out:
-        print(f"left out, unreadable: {visible(name)}")
+    _name_left_out(left_out)
 
 
 def _pixels(args: argparse.Namespace) -> Pixels:
@@ -207,12 +211,25 @@ def _settings(args: argparse.Namespace, source: Source) -> Settings:
         )
     if not source.pixels.plain:
         settings |= {"channels": args.channels, "range": args.range}
-    return {**settings, "source": source.fingerprint()}
+    return {**settings, "source": source.fingerprint(), "content": source.content()}
 
 
-def _finished(output: Path, settings: Settings) -> None:
+def _name_left_out(names: Sequence[str]) -> None:
+    for name in names:
+        print(f"left out, unreadable: {visible(name)}")
+
+
+def _finished(output: Path, settings: Settings, skip_unreadable: bool) -> None:
     """Accept a pack of the same settings; `ValueError` for any other file."""
-    found = PackedSource(output).header.get("settings")
+    header = PackedSource(output).header
+    found, left_out = header.get("settings"), header.get("skipped", [])
+    if isinstance(found, dict):
+        found.setdefault("content", settings["content"])  # older packs lack it
+    if found == settings and left_out and not skip_unreadable:
+        raise ValueError(
+            f"--output {output} exists and lacks {len(left_out)} unreadable images: remove it to "
+            "pack all, or give --skip-unreadable"
+        )
     if found != settings:
         raise ValueError(
             f"--output {output} exists and was packed otherwise "
@@ -221,6 +238,7 @@ def _finished(output: Path, settings: Settings) -> None:
     # of a call that was killed after its last step
     Partial.journal_of(output).unlink(missing_ok=True)
     print(f"{output} is complete")
+    _name_left_out(left_out)
 
 
 def _encode_rest(partial: Partial, source: Source, args: argparse.Namespace) -> None:

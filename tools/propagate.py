@@ -53,7 +53,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -97,13 +97,15 @@ def main() -> int:
     settings += "-dino" * (args.frames == "dino")
     read = read_frame if args.frames == "smooth" else read_frame_of_dino
     folder = frozen.folder(f"propagation/{folder_name(settings, '--resolution')}")
+    pictures, annotations = (
+        root / kind / args.resolution for kind in ("JPEGImages", "Annotations")
+    )
+    # all, so that a video that cannot be used is found before anything is computed
+    videos = {name: open_video(pictures / name, annotations / name) for name in names}
     quality = {}
-    for name in names:
-        frames, truth = (
-            root / kind / args.resolution / name for kind in ("JPEGImages", "Annotations")
-        )
-        masks = carry(frozen, frames, truth, folder / name, args.short_side, read)
-        found = judge(masks, truth, args.void)
+    for name, video in videos.items():
+        masks = carry(frozen, video, folder / name, args.short_side, read)
+        found = judge(masks, annotations / name, args.void)
         quality.update({f"{name}/{label}": scores for label, scores in found.items()})
     summary = summarise(quality)
     content = {**summary, "void": args.void, "objects": quality}
@@ -126,18 +128,18 @@ def read_list(path: Path) -> list[str]:
     return [folder_name(name, str(path)) for name in names]
 
 
-def carry(
-    frozen: FrozenBackbone,
-    frames: Path,
-    truth: Path,
-    target: Path,
-    short_side: int,
-    read: ReadFrame,
-) -> list[Path]:
-    """Write a video's masks <frame>.png to `target`, the first as it is given; return their paths.
+class Video(NamedTuple):
+    """The frames of a video, and the objects of the first one."""
 
-    Raises `ValueError` if frames or the first mask are missing, or for a size that the backbone
-    cannot take.
+    paths: list[Path]
+    first: Tensor  # uint8 (H, W): the numbers of the objects, 0 is none
+    palette: list[int] | None
+
+
+def open_video(frames: Path, truth: Path) -> Video:
+    """List a video's frames and read its first mask.
+
+    Raises `ValueError` if frames or the mask are missing, or if it marks no object.
     """
     passed = PassedOver()
     names = read_folder(frames, passed).images if is_folder(frames) else []
@@ -146,9 +148,25 @@ def carry(
     if not paths or not (truth / f"{paths[0].stem}.png").is_file():
         missing = truth / (f"{paths[0].stem}.png" if paths else "")
         raise ValueError(f"a video needs frames in {frames} and the first one's mask, {missing}")
-    masks = [target / f"{path.stem}.png" for path in paths]
-    first, palette = read_mask(truth / masks[0].name)
+    mask = truth / f"{paths[0].stem}.png"
+    first, palette = read_mask(mask)
     first[first == 255] = 0  # void: DAVIS marks pixels so that belong to no object
+    if not first.any():
+        raise ValueError(
+            f"{mask} marks no object (255 is void): number its objects from 1, also a single one"
+        )
+    return Video(paths, first, palette)
+
+
+def carry(
+    frozen: FrozenBackbone, video: Video, target: Path, short_side: int, read: ReadFrame
+) -> list[Path]:
+    """Write a video's masks <frame>.png to `target`, the first as it is given; return their paths.
+
+    Raises `ValueError` for a size that the backbone cannot take.
+    """
+    paths, first, palette = video
+    masks = [target / f"{path.stem}.png" for path in paths]
     height, width = first.shape
     size = frame_size(height, width, short_side)
     step = size_multiple(frozen.backbone)

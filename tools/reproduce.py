@@ -64,6 +64,9 @@ from utils.checkpoints.atomic import write_text
 def main() -> int:
     """Run what is missing, then write the page; return the exit code."""
     args = _parser().parse_strictly(None)
+    # the programs that it starts run in another folder
+    args.work, args.results = args.work.resolve(), args.results.resolve()
+    args.data_path = args.data_path and str(Path(args.data_path).resolve())
     path = Path(args.study)
     study = read_study(path if path.suffix else ROOT / "benchmarks" / "studies" / f"{path}.yaml")
     if args.seeds:

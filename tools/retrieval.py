@@ -50,7 +50,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ from data.augment.pipeline import normalise_
 from data.dense import samples_in_order
 from data.sources.folder import FileSource
 from evaluation.accuracy import extract_features
-from evaluation.retrieval import Box, read_ground_truth, retrieval_scores
+from evaluation.retrieval import Box, GroundTruth, read_ground_truth, retrieval_scores
 from models.parts.backbones import Backbone
 from models.parts.resolution import at_size, dense_swin, size_multiple
 from tools.parts.frozen import FrozenBackbone, open_frozen
@@ -84,13 +84,15 @@ def main() -> int:
     frozen = open_frozen(args, flags)
     scales = MULTI_SCALE[args.protocol] if args.multi_scale else (1.0,)
     root = Path(frozen.run.cfg.DATA.PATH)
-    settings = [frozen.label, *names] + [f"dino{imsize}"] * (imsize > 0)
+    view = f"dino{imsize}" if imsize else f"view{frozen.run.cfg.DATA.IMG_SIZE}"
+    settings = [frozen.label, *names, view]
     settings += ["ms"] * args.multi_scale + ["crop"] * args.crop_queries
-    results = {
-        name: evaluate_set(frozen, root / name, scales, args.crop_queries, imsize) for name in names
-    }
+    # all, so that a missing file is found before anything is computed
+    sets = {name: open_set(root / name, args.crop_queries) for name in names}
+    results = {name: evaluate_set(frozen, found, scales, imsize) for name, found in sets.items()}
     file = frozen.folder("retrieval") / f"{'-'.join(settings)}.json"
-    record = {"weights": frozen.label, "protocol": args.protocol, "imsize": imsize}
+    record = {"weights": frozen.label, "protocol": args.protocol}
+    record |= {"imsize": imsize or frozen.run.cfg.DATA.IMG_SIZE}
     record |= {"scales": list(scales), "crop_queries": args.crop_queries}
     write_text(file, json.dumps({**record, "sets": results}, indent=1))
     print(table(results))
@@ -112,23 +114,32 @@ def image_size(protocol: str, imsize: int | None) -> int:
     return imsize or IMSIZE
 
 
-def evaluate_set(
-    frozen: FrozenBackbone, folder: Path, scales: Sequence[float], crop: bool, imsize: int
-) -> dict[str, float]:
-    """Return the scores of the set `folder.name`; `ValueError` where files are missing."""
+class RetrievalSet(NamedTuple):
+    """Images to be ranked, queries, and what is right for each query."""
+
+    images: "BoxedSource"
+    queries: "BoxedSource"
+    truth: GroundTruth
+
+
+def open_set(folder: Path, crop: bool) -> RetrievalSet:
+    """Open the set `folder.name`; `ValueError` where files are missing."""
     truth = read_ground_truth(folder / f"gnd_{folder.name}.pkl")
     boxes = truth.boxes if crop else [None] * len(truth.queries)
-    whole = [None] * len(truth.images)
-    # both, so that a missing file is found before anything is computed
-    sources = [
-        BoxedSource(folder / "jpg", names, cuts)
-        for names, cuts in ((truth.images, whole), (truth.queries, boxes))
-    ]
+    images = BoxedSource(folder / "jpg", truth.images, [None] * len(truth.images))
+    return RetrievalSet(images, BoxedSource(folder / "jpg", truth.queries, boxes), truth)
+
+
+def evaluate_set(
+    frozen: FrozenBackbone, found: RetrievalSet, scales: Sequence[float], imsize: int
+) -> dict[str, float]:
+    """Return the scores of a set."""
     bank, queries = (
-        normalize(image_features(frozen, source, scales, imsize), dim=1) for source in sources
+        normalize(image_features(frozen, source, scales, imsize), dim=1)
+        for source in (found.images, found.queries)
     )
     ranking = (bank @ queries.T).argsort(dim=0, descending=True, stable=True)
-    return retrieval_scores(ranking.cpu().numpy(), truth.lists)
+    return retrieval_scores(ranking.cpu().numpy(), found.truth.lists)
 
 
 def image_features(

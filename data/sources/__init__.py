@@ -104,7 +104,7 @@ def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
         index_cache=node.INDEX_CACHE,
         arrays_too=not pixels.plain,
     )
-    if not pixels.plain and (len(source) == 0 or source.encoded(0) is None):
+    if not pixels.plain and not source.holds_files:
         raise ValueError(
             f"DATA.CHANNELS, DATA.RANGE: DATA.DATASET {node.DATASET!r} holds 8-bit RGB pixels; "
             "remove the keys, or use a data set of files"

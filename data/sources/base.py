@@ -61,6 +61,11 @@ class Source:
         """Return the encoded bytes of one image, or None where only pixels are stored."""
         return None
 
+    @property
+    def holds_files(self) -> bool:
+        """Tell whether the images are encoded; no image is read for it, the first may be bad."""
+        return type(self).encoded is not Source.encoded
+
     def fingerprint(self) -> str:
         """Return the count and a digest that changes when the listing or the pixels change."""
         raise NotImplementedError
@@ -113,6 +118,11 @@ class Subset(Source):
     def encoded(self, index: int) -> bytes | None:
         """Read from the full source."""
         return self.source.encoded(int(self.indices[index]))
+
+    @property
+    def holds_files(self) -> bool:
+        """Tell it of the full source."""
+        return self.source.holds_files
 
     def fingerprint(self) -> str:
         """Digest the full source's fingerprint and the choice."""

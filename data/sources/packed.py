@@ -136,6 +136,11 @@ class PackedSource(Source):
             raise OSError(f"damaged record in a pack: {self.name(index)}")
         return data
 
+    @property
+    def holds_files(self) -> bool:
+        """Tell whether the records are files, not pixels."""
+        return not self.header["raw"]
+
     def encoded(self, index: int) -> bytes | None:
         """Return the encoded bytes of one image, None in a pack of pixels."""
         return None if self.header["raw"] else bytes(self.record(index))

@@ -50,7 +50,8 @@ class ZipSource(Source):
     def _hold(self, indices: range) -> None:
         """Keep the encoded bytes of images, within `_MOST_HELD` times the size of the archive."""
         room = _MOST_HELD * self.path.stat().st_size
-        kept: list[bytes] = []
+        # one array: the counters of many objects would copy their pages into every worker
+        kept, ends = bytearray(), [0]
         for index in indices:
             if room < self._sizes[index]:
                 continue  # it is read on demand
@@ -58,12 +59,12 @@ class ZipSource(Source):
                 data = self.read(index)
             except (OSError, zlib.error):
                 continue  # reported when the image is needed and read again
-            self._slot[index] = len(kept)
-            kept.append(data)
+            self._slot[index] = len(ends) - 1
+            kept += data
+            ends.append(len(kept))
             room -= len(data)
-        self._offsets = np.cumsum([0, *(len(data) for data in kept)], dtype=np.int64)
-        # one array: the counters of many objects would copy their pages into every worker
-        self._cache = np.frombuffer(b"".join(kept), dtype=np.uint8)
+        self._offsets = np.array(ends, dtype=np.int64)
+        self._cache = np.frombuffer(kept, dtype=np.uint8)
 
     def name(self, index: int) -> str:
         """Return "archive.zip@/inner/path"."""

@@ -72,6 +72,13 @@ def test_views_are_those_of_the_workers_to_one_level(mixed: Path) -> None:
     assert_same(batches(mixed, "device"), batches(mixed, "worker"), 1.0)
 
 
+def test_a_first_image_that_is_gone_is_one_bad_image(mixed: Path) -> None:
+    next(iter(sorted((mixed / "train" / "c0").iterdir()))).unlink()
+    (mixed / "train" / "c0" / "000.jpg").symlink_to("nowhere.jpg")
+    assert "000.jpg" in imagefolder(str(mixed), "train").name(0)
+    assert_same(batches(mixed, "device"), batches(mixed, "worker"), 1.0)
+
+
 def test_workers_and_groups_change_nothing(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = batches(mixed, "device")
     assert_same(batches(mixed, "device", num_workers=2), expected, 0.0)
@@ -191,7 +198,7 @@ def test_what_the_device_cannot_do_is_refused(mixed: Path, monkeypatch: pytest.M
     for view in (build_recipe("eval", 32)[0], (RandomResizedCrop(24), RandAugment("rand-m9"))):
         with pytest.raises(ValueError, match=r"DATA.DECODE 'device' runs views that start with"):
             check_decodable((view,), source)
-    monkeypatch.setattr(source, "encoded", lambda index: None)
+    monkeypatch.setattr(type(source), "holds_files", False)
     with pytest.raises(
         ValueError, match=r"DATA.DECODE 'device' needs a data set of encoded images"
     ):

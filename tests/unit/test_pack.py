@@ -142,7 +142,13 @@ def test_an_unreadable_image_is_refused_or_left_out_by_name(
     assert [source.encoded(i) for i in range(COUNT - 1)] == [folder.encoded(i) for i in kept]
     assert source.labels.tolist() == folder.labels[kept].tolist()
     assert source.header["skipped"] == [str(bad)]
+    assert pack.main(arguments(images, output, "--skip-unreadable")) == 0
+    assert f"is complete\nleft out, unreadable: {bad}" in capsys.readouterr().out
+    assert pack.main(arguments(images, output)) == 2
+    assert "lacks 1 unreadable images" in capsys.readouterr().err
     bad.write_bytes(good)  # mended: the pack without it is not made the whole one
+    assert pack.main(arguments(images, output, "--skip-unreadable")) == 2
+    assert "was packed otherwise (content" in capsys.readouterr().err
     output.unlink()
     assert packed(images) == whole
 

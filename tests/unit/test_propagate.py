@@ -377,7 +377,11 @@ def test_errors_name_the_file(davis: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match=r"--short-side 40: frames would be .*, not multiples of 16"
     ):
         run_tool(davis, monkeypatch, *flags)
-    Image.new("RGB", (128, 96)).save(davis / "DAVIS/Annotations/480p/squares/00000.png")
+    mask = davis / "DAVIS/Annotations/480p/squares/00000.png"
+    Image.fromarray(np.asarray(Image.open(mask)).astype(bool).astype(np.uint8) * 255).save(mask)
+    with pytest.raises(ValueError, match=r"squares/00000.png marks no object \(255 is void\)"):
+        run_tool(davis, monkeypatch)
+    Image.new("RGB", (128, 96)).save(mask)
     with pytest.raises(ValueError, match="is of mode RGB; a mask is an indexed or a grey PNG"):
         run_tool(davis, monkeypatch)
 

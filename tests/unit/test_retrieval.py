@@ -158,7 +158,7 @@ def test_the_tool_finds_the_scenes_of_cropped_queries(
     result = run_tool(oxford, monkeypatch, "--crop-queries", *flags)
     assert result["sets"]["toxford"]["medium/mAP"] == 100.0
     assert result["scales"] == (list(MULTI_SCALE[protocol]) if scales else [1.0])
-    assert result["imsize"] == (224 if protocol == "dino" else 0)
+    assert result["imsize"] == (224 if protocol == "dino" else 16)
     assert "toxford  medium      100.00" in capsys.readouterr().out
     whole = run_tool(oxford, monkeypatch, *flags)
     assert whole["sets"]["toxford"]["medium/mAP"] < 100.0  # mostly frame
@@ -278,6 +278,9 @@ def test_a_set_that_lies_elsewhere_is_refused_before_it_is_measured(
     with pytest.raises(ValueError, match=r"^--sets: '../toxford' is no name of a folder"):
         run_tool(oxford, monkeypatch, "--sets", "../toxford")
     assert not (oxford / "out/tiny/default/retrieval").exists()
+    monkeypatch.setattr(retrieval, "evaluate_set", None)  # the first set is not measured either
+    with pytest.raises((ValueError, OSError), match=r"gnd_other\.pkl"):
+        run_tool(oxford, monkeypatch, "--sets", "toxford", "other")
 
 
 @torch.no_grad()

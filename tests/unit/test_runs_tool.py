@@ -43,6 +43,10 @@ def test_a_list_shows_each_run_and_not_its_probes(tmp_path: Path) -> None:
     probe.mkdir(parents=True)
     (probe / "status.json").write_text('{"state": "done"}')
     (probe / "result.json").write_text('{"labels": "100pct", "best_top1": 71.25}')
+    for weights in ("random", "another_model"):  # neither says anything about this run
+        (folder / "linear" / weights).mkdir()
+        result = {"labels": "100pct", "weights": weights, "best_top1": 99.5}
+        (folder / "linear" / weights / "result.json").write_text(json.dumps(result))
     (found,) = find_runs(tmp_path)
     row = runs.described(found)
     expected = {"run": "demo/a", "method": "synco", "state": "done", "step": "20/40"}

@@ -66,9 +66,15 @@ class RunFiles:
         return max((y for _, y in self.curve(names[0])), default=None) if names else None
 
     def best_linear(self) -> float | None:
-        """Return the best linear probe on all labels, in percent."""
+        """Return the best linear probe of this run's checkpoints on all labels, in percent."""
         results = [read_json(path) for path in sorted(self.folder.glob("linear/*/result.json"))]
-        found = [r.get("best_top1") for r in results if r.get("labels", "100pct") == "100pct"]
+        found = [
+            result.get("best_top1")
+            for result in results
+            # not the random baseline, nor weights of another file
+            if str(result.get("weights", "ckpt_")).startswith("ckpt_")
+            and result.get("labels", "100pct") == "100pct"
+        ]
         return max((value for value in found if isinstance(value, float)), default=None)
 
     def speed(self) -> float | None:

@@ -12,6 +12,7 @@ from tools.parts.report.charts import Chart, Line, line_chart
 from tools.parts.report.looks import Strip, Tile
 from tools.parts.report.score_table import COLUMNS
 from tools.parts.run_files import RunFiles, differences, seconds_as_text
+from utils.checkpoints.atomic import write_text
 from utils.names import shown_name
 
 _TEMPLATE = "report.html.j2"
@@ -95,7 +96,8 @@ def write_page(path: Path, pages: Sequence[RunPage], notes: str) -> None:
         notes=notes,
         colors=_COLORS,
     )
-    path.write_text(content, encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, content)
 
 
 def charts(pages: Sequence[RunPage]) -> list[Chart]:
