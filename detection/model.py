@@ -22,6 +22,7 @@ from models.parts.trunks import build_trunk, family, pretrained_body, resize_pos
 logger = logging.getLogger("synco")
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in pretraining
+_PATCHES = (4, 8, 16, 32)  # regions are pooled at strides that are powers of two
 _NECKS_OF = {"resnet": ("fpn", "c4"), "swin": ("fpn",), "vit": ("pyramid",)}
 
 
@@ -84,7 +85,9 @@ def build_detector(
             f"use {' or '.join(_NECKS_OF[kind])}"
         )
     trunk, heads = _parts(cfg, body, kind, num_classes)
-    detector = Detector(trunk, build_proposals(rcnn, trunk.out_channels), heads, Canvas(canvas))
+    detector = Detector(
+        trunk, build_proposals(rcnn, trunk.out_channels, trunk.strides), heads, Canvas(canvas)
+    )
     if rcnn.NORM == "frozen":
         freeze_batch_norms(detector)
     elif rcnn.NORM == "sync":
@@ -117,6 +120,11 @@ def _fit_canvas(body: Backbone, name: str, canvas: int) -> None:
     patch = cast(VisionTransformer, body).patch_embed.patch_size[0]
     if not canvas:
         raise ValueError(f"DETECTION.CANVAS: {name} needs a fixed image size; set it, e.g. to 1024")
+    if patch not in _PATCHES:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: {name} has patches of {patch} pixels, and a pyramid needs one "
+            f"of {', '.join(map(str, _PATCHES))}; use a ViT that was pretrained with such patches"
+        )
     if canvas % (2 * patch):
         raise ValueError(
             f"DETECTION.CANVAS: {canvas} is no multiple of two patches ({2 * patch}), which the "

@@ -1,10 +1,13 @@
 """The region proposal network of every detector: torchvision's, with the published choices."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from yacs.config import CfgNode
 
@@ -25,6 +28,28 @@ class _Head(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return [level.float() for level in logits], [level.float() for level in deltas]
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's anchors, in float32 and at the maps' own `strides`.
+
+    torchvision divides the image's size by the map's: where that leaves a rest (a map of 13 cells
+    over 800 pixels), its anchors lie at 61 pixels instead of 64.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
+        super().__init__(tuple(map(tuple, sizes)), (_RATIOS,) * len(sizes))
+        self.strides = strides
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors (A,4) of each image, those of all its maps in one."""
+        # Maps are bfloat16 under autocast, in which numbers above 512 are multiples of 4.
+        device = feature_maps[0].device
+        self.set_cell_anchors(torch.float32, device)
+        grids = [list(level.shape[-2:]) for level in feature_maps]
+        steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors(grids, steps))
+        return [anchors] * len(image_list.image_sizes)
 
 
 class _Matcher(Matcher):
@@ -65,11 +90,17 @@ class Proposals(RegionProposalNetwork):
         return objectness_loss, box_loss / sampled.numel()
 
 
-def build_proposals(rcnn: CfgNode, width: int) -> Proposals:
-    """Build the network of a `MODEL.RCNN` section on maps of `width` channels."""
-    sizes = tuple(map(int, rcnn.ANCHOR_SIZES))
-    levels = (sizes,) if rcnn.NECK == "c4" else tuple((size,) for size in sizes)
-    anchors = AnchorGenerator(levels, (_RATIOS,) * len(levels))
+def build_proposals(rcnn: CfgNode, width: int, strides: Sequence[int]) -> Proposals:
+    """Build the network of a `MODEL.RCNN` section on maps of `width` channels.
+
+    `strides` are those of the trunk's maps. C4 has the last map only; a pyramid has one more map,
+    which is every second cell of the last.
+    """
+    sizes = list(map(int, rcnn.ANCHOR_SIZES))
+    if rcnn.NECK == "c4":
+        anchors = Anchors([sizes], [strides[-1]])
+    else:
+        anchors = Anchors([[size] for size in sizes], [*strides, 2 * strides[-1]])
     network = Proposals(
         anchors,
         _Head(width, anchors.num_anchors_per_location()[0]),

@@ -18,6 +18,7 @@ from models.parts.norm import SyncBatchNorm
 from models.parts.resolution import is_dense_swin
 from utils.config.load import ConfigError
 
+RECIPES = Path(__file__).parents[2] / "detection" / "configs"
 KINDS: dict[str, dict[str, Any]] = {
     "fpn": {"MODEL__BACKBONE__NAME": "timm/test_resnet", "MODEL__RCNN__NECK": "fpn"},
     "c4": {
@@ -265,6 +266,11 @@ def detector_error(kind: str, **changes: Any) -> str:
         ("swin", {"MODEL__RCNN__NECK": "c4"}, ["NECK", "swin_tiny", "use fpn"]),
         ("vit", {"DETECTION__CANVAS": 0}, ["CANVAS", "deit_tiny"]),
         ("vit", {"DETECTION__CANVAS": 112}, ["CANVAS", "112", "32"]),
+        (
+            "vit",
+            {"MODEL__BACKBONE__PATCH_SIZE": 14, "DATA__IMG_SIZE": 56, "DETECTION__CANVAS": 112},
+            ["NAME", "deit_tiny", "14 pixels", "8, 16"],
+        ),
         ("fpn", {"MODEL__BACKBONE__NAME": "resnet8"}, ["NAME", "three stages"]),
         ("fpn", {"MODEL__RCNN__NORM": "group"}, ["NORM", "'group'", "frozen"]),
         ("fpn", {"MODEL__RCNN__ANCHOR_SIZES": [8, 16]}, ["ANCHOR_SIZES", "give 5"]),
@@ -294,10 +300,9 @@ def test_keys_that_no_detector_reads_are_unknown(key: str) -> None:
 
 
 def test_every_recipe_builds_a_configuration() -> None:
-    folder = Path(__file__).parents[2] / "detection" / "configs"
     read = {
         path.stem: load_detection_config([str(path)], [], {})
-        for path in sorted(folder.glob("*.yaml"))
+        for path in sorted(RECIPES.glob("*.yaml"))
     }
     plans = {
         "coco_r50_c4_1x": (90000, [60000, 80000]),
@@ -320,9 +325,16 @@ def test_every_recipe_builds_a_configuration() -> None:
         assert (cfg.DETECTION.TEST_SIZE, cfg.DETECTION.MAX_SIZE) == (800, 1333)
 
 
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_builds_a_detector(recipe: str) -> None:
+    cfg = load_detection_config([str(RECIPES / f"{recipe}.yaml")], [], {})
+    with torch.device("meta"):  # no memory for weights
+        detector = build_detector(cfg, 3, None)
+    assert isinstance(detector, Detector)
+
+
 def test_the_rate_is_scaled_warmed_up_and_decays_by_iterations() -> None:
-    folder = Path(__file__).parents[2] / "detection" / "configs"
-    cfg = load_detection_config([str(folder / "voc_r50_c4_24k.yaml")], [], {})
+    cfg = load_detection_config([str(RECIPES / "voc_r50_c4_24k.yaml")], [], {})
     plan = iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=8)
     (rate,) = plan.rates
     assert (plan.total_steps, plan.epochs) == (24000, 3)

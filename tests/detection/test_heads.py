@@ -9,6 +9,7 @@ import torch
 from test_detectors import batch, config
 from torch import Tensor, nn
 from torchvision.models.detection import roi_heads
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from detection.defaults import load_detection_config
@@ -149,7 +150,7 @@ def encoded(box: Tensor, truth: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1"])
 def test_the_proposals_loss_is_that_of_its_key(kind: str) -> None:
-    network = build_proposals(rcnn(RPN_LOSS=kind), 32)
+    network = build_proposals(rcnn(RPN_LOSS=kind), 32, STRIDES)
     labels = [torch.tensor([1.0, 0, -1, 1]), torch.tensor([0.0, 0, 1, -1])]
     deltas, wanted, logits = torch.randn(8, 4), torch.randn(8, 4), torch.randn(8, 1)
     found = network.compute_loss(logits, deltas, labels, [wanted[:4], wanted[4:]])
@@ -163,11 +164,31 @@ def test_the_proposals_loss_is_that_of_its_key(kind: str) -> None:
     assert float(found[1]) == pytest.approx(float(far.sum()) / 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_anchors_lie_at_the_strides_of_their_maps(dtype: torch.dtype) -> None:
+    """Also where a map's size does not divide the image's, and on maps of half precision."""
+    network = build_proposals(rcnn(ANCHOR_SIZES=[32, 64, 128, 256, 512]), 32, STRIDES)
+    sides = (200, 100, 50, 25, 13)  # of 800 pixels
+    levels = [torch.zeros(1, 32, side, side, dtype=dtype) for side in sides]
+    images = ImageList(torch.zeros(1, 3, 800, 800), [(800, 800)])
+    (anchors,) = network.anchor_generator(images, levels)
+    assert anchors.dtype == torch.float32
+    parts = anchors.split([3 * side * side for side in sides])
+    for stride, level in zip([4, 8, 16, 32, 64], parts, strict=True):
+        squares = level.view(-1, 3, 4)[:, 1]
+        centres = (squares[:, :2] + squares[:, 2:]) / 2
+        side = round(len(squares) ** 0.5)
+        places = torch.arange(side) * float(stride)
+        assert torch.equal(centres[:side, 0], places)
+        assert torch.equal(centres[::side, 1], places)
+        assert (squares[:, 2:] - squares[:, :2]).unique().tolist() == [8 * stride]
+
+
 def test_an_object_that_no_anchor_overlaps_enough_stays_unmatched() -> None:
     quality = torch.tensor([[0.8, 0.5, 0.1, 0.0], [0.1, 0.0, 0.2, 0.0]])
-    any_overlap = build_proposals(rcnn(), 32).proposal_matcher
+    any_overlap = build_proposals(rcnn(), 32, STRIDES).proposal_matcher
     assert any_overlap(quality).tolist() == [0, -2, 1, -1]
-    published = build_proposals(rcnn(RPN_LEAST_IOU=0.3), 32).proposal_matcher
+    published = build_proposals(rcnn(RPN_LEAST_IOU=0.3), 32, STRIDES).proposal_matcher
     assert published(quality).tolist() == [0, -2, -1, -1]
     assert published(quality + 0.15).tolist() == [0, -2, 1, -1]
 
