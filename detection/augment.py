@@ -15,7 +15,7 @@ from utils.randomness import uniform
 # streams of draws, see utils.randomness
 _FLIP, _SIZE, _CROP, _CROP_SIZE, _HEIGHT, _WIDTH, _TOP, _LEFT = range(1, 9)
 _FINER = 3  # odd, so that a pixel's centre is one of the finer pixels' centre
-_LEAST_SIDE = 0.01  # pixels of a box's part in a crop; less may round to nothing when resized
+_LEAST_SIDE = 0.01  # pixels of a box; less may round to nothing, which torchvision refuses
 
 Target = dict[str, Tensor]
 
@@ -55,9 +55,15 @@ def resize(image: Tensor, shape: tuple[int, int]) -> Tensor:
 def resized_target(
     objects: Objects, old: tuple[int, int], new: tuple[int, int], flipped: bool, masks: bool
 ) -> Target:
-    """Return the target of an image resized from (height, width) `old` to `new`, maybe mirrored."""
+    """Return the target of an image resized from (height, width) `old` to `new`, maybe mirrored.
+
+    Objects that become thinner than a hundredth of a pixel are left out.
+    """
     scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, dtype=np.float32)
     boxes = objects.boxes * scale
+    sides = boxes[:, 2:] - boxes[:, :2]
+    keep = sides.min(axis=1) >= _LEAST_SIDE
+    objects, boxes = objects.chosen(keep), boxes[keep]
     if flipped:
         # mirrored, a right border is a left one
         boxes = np.stack(

@@ -23,7 +23,10 @@ RCNN = {
         "batch norms, the pretrained ones too: sync (over processes) | batch (local) | frozen",
         choices=("sync", "batch", "frozen"),
     ),
-    "EXTRA_NORM": Key(True, "c4: one more norm after stage 5, as MoCo's detectors have it"),
+    "EXTRA_NORM": Key(
+        True,
+        "c4: one more norm after stage 5, as MoCo's detectors have it; none where NORM is frozen",
+    ),
     "ANCHOR_SIZES": Key(
         [32, 64, 128, 256, 512], "pixels of the resized image; fpn, pyramid: one a level"
     ),

@@ -59,7 +59,13 @@ def main() -> int:
     network = network_of(weights, args.which)
     run.fingerprint = start_fingerprint(weights, network, train.fingerprint())
     run.checkpoints.images = {"test": test.fingerprint()}
-    plan = iteration_plan(cfg.OPTIM, detection, global_batch, cfg.TRAIN.ACCUMULATION_STEPS)
+    plan = iteration_plan(
+        cfg.OPTIM,
+        detection,
+        global_batch,
+        cfg.TRAIN.ACCUMULATION_STEPS,
+        section="DETECTION.",
+    )
     state = open_state(cfg, run, detector)
 
     def step(batch: DetectionBatch, progress: Progress) -> dict[str, Tensor]:

@@ -28,7 +28,10 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[Tenso
         rows = _weights(box[:, 1], box[:, 3], size[0], cells)
         # Bilinear interpolation is a product of one along x and one along y, so two matrix
         # products do it for all masks, without a loop over boxes that waits for their sizes.
-        yield columns @ own.transpose(1, 2) @ rows.transpose(1, 2) >= 0.5
+        # Half precision, which autocast would take for the products, moves borders by a pixel.
+        with torch.autocast(masks.device.type, enabled=False):
+            pasted = columns @ own.transpose(1, 2) @ rows.transpose(1, 2) >= 0.5
+        yield pasted
 
 
 def _weights(first: Tensor, last: Tensor, pixels: int, cells: int) -> Tensor:

@@ -98,8 +98,9 @@ def build_detector(
 def _parts(cfg: CfgNode, body: Backbone, kind: str, num_classes: int) -> tuple[Any, nn.Module]:
     """Return the trunk with its neck and the RoI heads; `kind` is the backbone's family."""
     rcnn = cfg.MODEL.RCNN
-    # The necks of transformers have no batch norm, as their backbones have none.
-    norm = nn.BatchNorm2d if kind == "resnet" else None
+    # The necks of transformers have no batch norm, as their backbones have none. And a fresh norm
+    # cannot be frozen: it has no statistics yet.
+    norm = nn.BatchNorm2d if kind == "resnet" and rcnn.NORM != "frozen" else None
     if rcnn.NECK == "c4":
         trunk: Any = C4Trunk(cast(ResNet, body))
         stage5 = Stage5(cast(ResNet, body), norm if rcnn.EXTRA_NORM else None)
@@ -109,9 +110,7 @@ def _parts(cfg: CfgNode, body: Backbone, kind: str, num_classes: int) -> tuple[A
         _fit_canvas(body, cfg.MODEL.BACKBONE.NAME, cfg.DETECTION.CANVAS)
         trunk = SimplePyramid(body, rcnn.PYRAMID_WIDTH)
     else:
-        # A fresh norm cannot be frozen: it has no statistics yet.
-        fpn_norm = norm if rcnn.NORM != "frozen" else None
-        trunk = Pyramid(build_trunk(body), rcnn.PYRAMID_WIDTH, fpn_norm)
+        trunk = Pyramid(build_trunk(body), rcnn.PYRAMID_WIDTH, norm)
     build_heads = build_cascade_heads if rcnn.CASCADE else build_pyramid_heads
     return trunk, build_heads(rcnn, trunk.strides, num_classes)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import timm.optim
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from utils.config.schema import KEYS
@@ -14,6 +15,7 @@ from utils.config.schema import KEYS
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and options of any type
 
 _TIMM = "timm/"
+_NORM_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table")
 
 
@@ -148,10 +150,12 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     the backbone; the published MoBY code (arXiv:2105.04553) decays them. `EXCLUDE_RULE` "norms" is
     the rule of Swin's detectors and segmenters (arXiv:2103.14030): names with "norm", tables and
     positions, but neither biases nor the batch norms of heads, whose names hold no "norm".
+    "norm_layers" is Detectron2's: what norm layers hold, whatever their names.
     """
-    by_name = node.EXCLUDE_RULE == "norms"
-    exempt_1d = (node.EXCLUDE_1D and not by_name) or node.NAME == "lars"
-    exempt_tokens = node.EXCLUDE_TOKENS or by_name
+    rule = node.EXCLUDE_RULE
+    exempt_1d = (node.EXCLUDE_1D and rule == "1d") or node.NAME == "lars"
+    exempt_tokens = (node.EXCLUDE_TOKENS and rule != "norm_layers") or rule == "norms"
+    in_norms = _in_norm_layers(module) if rule == "norm_layers" else set()
     decay: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     named_by_timm = _named_by_timm(module) if node.EXCLUDE_TOKENS else set()
@@ -159,7 +163,7 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
         is_1d = parameter.ndim <= 1 or name.endswith(".bias")
         is_token = name.rsplit(".", 1)[-1] in _TOKENS or name in named_by_timm
         no_decay = (exempt_1d and is_1d) or (exempt_tokens and is_token)
-        no_decay = no_decay or (by_name and "norm" in name)
+        no_decay = no_decay or (rule == "norms" and "norm" in name) or name in in_norms
         if parameter.requires_grad:
             (exempt if no_decay else decay).append(parameter)
     without: Group = {"params": exempt, "weight_decay": 0.0, "exempt": True}
@@ -167,6 +171,15 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
         without["adapt"] = False
     groups: list[Group] = [{"params": decay}, without]
     return [group for group in groups if group["params"]]
+
+
+def _in_norm_layers(module: nn.Module) -> set[str]:
+    """Return the names of the parameters of norm layers."""
+    names: set[str] = set()
+    for path, part in module.named_modules():
+        if isinstance(part, _NORM_LAYERS):
+            names |= {f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters()}
+    return names
 
 
 def _named_by_timm(module: nn.Module) -> set[str]:

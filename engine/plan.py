@@ -154,11 +154,14 @@ def iteration_plan(
     schedule: str = "milestones",
     power: float = 1.0,
     base_rates: Sequence[float] = (),
+    section: str = "",
 ) -> Plan:
     """Derive a plan that counts iterations, not epochs; the log's epoch is one `EVAL_PERIOD`.
 
-    `node` is the section `DETECTION` or `SEGMENTATION`; `base_rates` replace `BASE_LR`.
+    `node` is the section `DETECTION` or `SEGMENTATION`, `section` its name with a point, for
+    messages; `base_rates` replace `BASE_LR`.
     """
+    _say_what_comes_too_late(node, schedule, section)
     period = node.EVAL_PERIOD or node.MAX_ITER
     scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0
     rates = tuple(
@@ -187,3 +190,26 @@ def iteration_plan(
         weight_decay=optim.WEIGHT_DECAY,
         weight_decay_end=optim.WEIGHT_DECAY_END,
     )
+
+
+def _say_what_comes_too_late(node: CfgNode, schedule: str, section: str) -> None:
+    """Warn of a warm-up or a drop of the rate at or after the last iteration."""
+    # Likely a short trial of a long recipe, which should run, but is no short form of it.
+    if node.WARMUP_ITERS >= node.MAX_ITER:
+        logger.warning(
+            "%sWARMUP_ITERS: %d of %d iterations: the rate never reaches its peak; set it to e.g. "
+            "%d",
+            section,
+            node.WARMUP_ITERS,
+            node.MAX_ITER,
+            node.MAX_ITER // 10,
+        )
+    late = [step for step in node.STEPS if step >= node.MAX_ITER]
+    if late and schedule == "milestones":
+        logger.warning(
+            "%sSTEPS: %s: the training ends after %d iterations, without these drops of the rate; "
+            "choose smaller numbers",
+            section,
+            late,
+            node.MAX_ITER,
+        )

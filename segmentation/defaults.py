@@ -39,7 +39,7 @@ SEGMENTER = {
         "linear head the last block",
         least=1,
     ),
-    "FREEZE": Key(False, "the backbone does not learn, and stays in eval mode"),
+    "FREEZE": Key(False, "the pretrained backbone does not learn, and stays in eval mode"),
     "LOSS_OVER": Key(
         "all",
         "mean over all pixels, ignored ones counting 0 (published) | labelled, those with a class",

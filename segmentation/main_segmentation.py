@@ -88,6 +88,7 @@ def main() -> int:
         schedule=node.SCHEDULE,
         power=node.POWER,
         base_rates=node.LRS,
+        section="SEGMENTATION.",
     )
 
     def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:

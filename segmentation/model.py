@@ -42,25 +42,27 @@ class Segmenter(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = freeze(backbone) if frozen else backbone
+        self.backbone = backbone
         self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
         self.auxiliary_weight, self.loss_over = auxiliary_weight, loss_over
-        self.frozen = frozen
+        # What a trunk adds to a backbone has to learn, but a linear probe learns one layer.
+        linear = isinstance(decode_head, LinearHead | LinearGrid)
+        self.frozen_part = [backbone if linear else backbone.pretrained] if frozen else []
+        for part in self.frozen_part:
+            freeze(part)
         self.num_heads = len(decode_head.heads) if isinstance(decode_head, LinearGrid) else 1
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Set the mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         # else batch norms would move and drop path would drop
-        if self.frozen:
-            self.backbone.eval()
+        for part in self.frozen_part:
+            part.eval()
         return self
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return losses of labels (N,H,W), or logits (G*N,C,h,w) of G heads if there are none."""
-        # a frozen backbone needs no graph
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.backbone(images)
+        maps = self.backbone(images)
         logits = self.decode_head(maps)
         if labels is None:
             return logits
@@ -112,7 +114,7 @@ def build_segmenter(
 
 def _with_norms(segmenter: Segmenter, norm: str) -> Segmenter:
     if norm == "frozen":
-        freeze_batch_norms(segmenter.backbone)
+        freeze_batch_norms(segmenter.backbone.pretrained)
     if norm != "batch":  # a head's norms are fresh: they must learn
         convert_sync_batch_norm(segmenter)
     return segmenter

@@ -15,6 +15,12 @@ from data.sources.base import digest
 
 logger = logging.getLogger("synco")
 
+_MANY = 0.01  # of the images; a few boxes of any data set are wrong
+_AS_STORED = (
+    "Boxes must be drawn on the image as it is stored, without its EXIF orientation: turn or "
+    "resize the images, or correct the annotations"
+)
+
 Polygons = tuple[tuple[float, ...], ...]  # flat lists x, y, x, y, ... of one object
 
 
@@ -149,10 +155,8 @@ def check_files(files: Sequence[Path], source: Path) -> None:
 
 def check_sizes(files: Sequence[Path], expected: Sequence[tuple[int, int]], source: Path) -> None:
     """Compare every image's head with the width and height that its boxes were drawn for."""
-    with ThreadPoolExecutor(16) as pool:  # most of the time is waiting for the disk
-        sizes = list(pool.map(_stored_size, files))
     wrong = []
-    for file, size, drawn in zip(files, sizes, expected, strict=True):
+    for file, size, drawn in zip(files, _stored_sizes(files), expected, strict=True):
         if size is not None and size != drawn:
             wrong.append(
                 f"{file} has {size[0]} x {size[1]} pixels, its entry says {drawn[0]} x {drawn[1]}"
@@ -160,9 +164,38 @@ def check_sizes(files: Sequence[Path], expected: Sequence[tuple[int, int]], sour
     if wrong:
         raise AnnotationError(
             f"{source}: {len(wrong)} of {len(files)} images have another width and height than "
-            f"their entries, e.g. {wrong[0]}. Boxes must be drawn on the image as it is stored, "
-            "without its EXIF orientation: turn or resize the images, or correct the annotations"
+            f"their entries, e.g. {wrong[0]}. {_AS_STORED}"
         )
+
+
+def check_boxes(files: Sequence[Path], objects: Sequence[Objects], source: Path) -> None:
+    """Compare the boxes with the images' own sizes, where no entry can be trusted to tell them.
+
+    A few boxes that end outside are told, many are refused: they were drawn on other images.
+    """
+    outside = []
+    for file, size, item in zip(files, _stored_sizes(files), objects, strict=True):
+        if size is None or not len(item.boxes):
+            continue
+        right, bottom = item.boxes[:, 2:].max(axis=0).tolist()
+        if right > size[0] + 1 or bottom > size[1] + 1:
+            outside.append(
+                f"{file} has {size[0]} x {size[1]} pixels, and boxes up to {right:g} x {bottom:g}"
+            )
+    if not outside:
+        return
+    message = (
+        f"{source}: boxes of {len(outside)} of {len(files)} images end outside of their image, "
+        f"e.g. {outside[0]}. {_AS_STORED}"
+    )
+    if len(outside) >= _MANY * len(files):
+        raise AnnotationError(message)
+    logger.warning(message)
+
+
+def _stored_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+    with ThreadPoolExecutor(16) as pool:  # most of the time is waiting for the disk
+        return list(pool.map(_stored_size, files))
 
 
 def _stored_size(file: Path) -> tuple[int, int] | None:

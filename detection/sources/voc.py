@@ -11,9 +11,11 @@ from detection.sources.annotations import (
     AnnotationError,
     DetectionData,
     Objects,
+    check_boxes,
     check_files,
     make_objects,
 )
+from utils import distributed
 from utils.reading import read_bytes, read_text
 
 VOC_CLASSES = tuple(
@@ -49,6 +51,8 @@ def read_voc(root: Path, split: str, classes: Sequence[str] = ()) -> DetectionDa
             objects.append(_voc_objects(tree, xml, classes))
         years.append(year)
     check_files(files, home)
+    # one process looks into the images: their heads may be on a slow disk
+    distributed.on_main(lambda: check_boxes(files, objects, home))
     numbers = tuple(range(1, len(classes) + 1))
     return DetectionData(
         tuple(files), tuple(ids), tuple(objects), classes, numbers, years=tuple(years)

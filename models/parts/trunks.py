@@ -35,6 +35,11 @@ class Trunk(nn.Module):
         """Return the maps, the largest first."""
         raise NotImplementedError
 
+    @property
+    def pretrained(self) -> nn.Module:
+        """Return what a pretraining made; what a trunk adds to it starts at random."""
+        return cast(nn.Module, getattr(self, "body", self))
+
 
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (N,C,H,W)."""

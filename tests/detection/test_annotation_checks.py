@@ -13,6 +13,7 @@ import shapes
 from PIL import Image
 
 from detection.evaluation import _coco, coco_api
+from detection.sources import annotations
 from detection.sources.annotations import AnnotationError
 from detection.sources.coco import read_coco, uncompressed
 from detection.sources.voc import read_voc
@@ -297,3 +298,17 @@ def test_byte_order_marks_are_read_over(voc: Path, coco: Callable[[Change], Path
     file = coco(lambda tree: None) / "annotations" / FILE
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert len(read_coco(file.parents[1], "val2017")) == 4
+
+
+def test_voc_boxes_of_turned_images_are_refused_and_a_few_outside_are_told(
+    voc: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(voc)
+    assert not caplog.text
+    image = voc / "JPEGImages" / "test0.jpg"
+    Image.open(image).resize((60, 96)).save(image)
+    with pytest.raises(AnnotationError, match=r"1 of 2 .*test0\.jpg has 60 x 96 .*EXIF"):
+        read(voc)
+    monkeypatch.setattr(annotations, "_MANY", 0.6)
+    read(voc)
+    assert "boxes of 1 of 2 images" in caplog.text

@@ -10,7 +10,7 @@ import torch
 from test_detection_data import config, drawn, make_loader
 
 from data.augment.base import sample_keys
-from detection.augment import Augmentation, Cropping, Resizing, cropped, rasterise
+from detection.augment import Augmentation, Cropping, Resizing, cropped, rasterise, resized_target
 from detection.defaults import load_detection_config
 from detection.sources.annotations import Objects
 
@@ -91,6 +91,16 @@ def test_a_crop_without_objects_has_no_boxes_and_no_masks() -> None:
         assert target["masks"].shape == (counts[-1], 60, 60)
         assert target["labels"].shape == (counts[-1],)
     assert set(counts) == {0, 1}
+
+
+def test_an_object_that_a_resize_makes_too_thin_is_left_out() -> None:
+    """torchvision ends a run at a box without height."""
+    shown = objects((0, 0, 400, 0.1), (100, 0, 300, 40))
+    target = resized_target(shown, (400, 400), (20, 20), True, masks=True)
+    assert target["boxes"].tolist() == [[5, 0, 15, 2]]
+    assert target["labels"].tolist() == [2]
+    assert target["masks"].shape == (1, 20, 20)
+    assert target["masks"].sum() == 20
 
 
 def test_pixels_and_objects_of_a_crop_move_together(coco_root: Path) -> None:

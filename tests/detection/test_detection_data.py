@@ -277,6 +277,7 @@ def test_a_step_depends_neither_on_the_start_nor_on_the_ranks(
     assert all(torch.equal(image, whole[key][0]) for key, (image, _) in late.items())
     shares: dict[tuple[int, int], Any] = {}
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "on_main", lambda action: action())
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares |= drawn(make_loader(voc_root, **VOC))

@@ -197,6 +197,8 @@ def test_the_norm_is_what_the_key_says() -> None:
     extra = detectors["sync"].roi_heads.box_head.norm
     assert isinstance(extra, SyncBatchNorm)
     assert extra.num_features == 96
+    # frozen, a new norm would have no statistics
+    assert isinstance(detectors["frozen"].roi_heads.box_head.norm, nn.Identity)
     without = build_detector(config("c4", MODEL__RCNN__EXTRA_NORM=False), 3, None)
     assert isinstance(without.roi_heads.box_head.norm, nn.Identity)
 
@@ -318,6 +320,10 @@ def test_every_recipe_builds_a_configuration() -> None:
         assert (cfg.OPTIM.NAME, cfg.OPTIM.BASE_LR, cfg.OPTIM.LR_BATCH) == ("sgd", 0.02, 16)
         assert (cfg.OPTIM.MOMENTUM, cfg.OPTIM.WEIGHT_DECAY) == (0.9, 1e-4)
         assert cfg.MODEL.RCNN.NORM == "sync"
+        published = ("l1", "l1", True) if "c4" in name else ("smooth_l1", "smooth_l1", False)
+        rcnn = cfg.MODEL.RCNN
+        assert (rcnn.RPN_LOSS, rcnn.BOX_LOSS, rcnn.ALIGNED) == published
+        assert cfg.OPTIM.EXCLUDE_RULE == ("norm_layers" if "c4" in name else "1d")
         assert cfg.MODEL.RCNN.MASKS is name.startswith("coco")
         assert cfg.DETECTION.MIN_SIZES == list(
             range(640 if name.startswith("coco") else 480, 801, 32)
@@ -342,6 +348,24 @@ def test_the_rate_is_scaled_warmed_up_and_decays_by_iterations() -> None:
     assert rate.at(50) == pytest.approx(0.01 * (0.5 + 0.0005))
     expected = {100: 0.01, 17999: 0.01, 18000: 0.001, 21999: 0.001, 22000: 0.0001, 23999: 0.0001}
     assert {step: rate.at(step) for step in expected} == pytest.approx(expected)
+
+
+def test_a_warm_up_and_drops_after_the_end_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config("fpn", DETECTION__WARMUP_ITERS=20, DETECTION__STEPS=[50, 60, 70])
+    for iterations in (60, 61, 90):
+        cfg.defrost()
+        cfg.DETECTION.MAX_ITER = iterations
+        iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=2, section="DETECTION.")
+    assert [record.getMessage().split(" without")[0] for record in caplog.records] == [
+        f"DETECTION.STEPS: {steps}: the training ends after {iterations} iterations,"
+        for steps, iterations in (([60, 70], 60), ([70], 61))
+    ]
+    caplog.clear()
+    cfg.DETECTION.MAX_ITER = 20
+    iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=2, schedule="poly")
+    (record,) = caplog.records
+    assert "WARMUP_ITERS: 20 of 20 iterations" in record.getMessage()
+    assert "e.g. 2" in record.getMessage()
 
 
 def test_a_detector_is_what_the_engine_asks_for() -> None:

@@ -52,6 +52,13 @@ def test_a_full_mask_covers_the_pixels_whose_centres_are_in_the_box() -> None:
                 assert corner or bool(mask[row, column]) == inside
 
 
+def test_autocast_moves_no_border() -> None:
+    masks = torch.rand(4, 1, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = pasted(masks, BOXES, (24, 31))
+    assert torch.equal(half, pasted(masks, BOXES, (24, 31)))
+
+
 def test_many_masks_are_pasted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.rand(4, 1, 28, 28)
     whole = pasted(masks, BOXES, (24, 31))

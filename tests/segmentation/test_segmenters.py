@@ -210,6 +210,24 @@ def test_a_frozen_backbone_does_not_move_and_stays_in_eval_mode() -> None:
     assert segmenter.decode_head.training
 
 
+@pytest.mark.parametrize("kind", ["swin", "vit"])
+def test_what_a_trunk_adds_to_a_frozen_backbone_learns(kind: str) -> None:
+    """Convolutions and norms that no pretraining made would stay random numbers."""
+    segmenter = build(**KINDS[kind], MODEL__SEGMENTER__FREEZE=True).train()
+    sum(segmenter(*batch()).values()).backward()
+    trained = {n for n, p in segmenter.backbone.named_parameters() if p.grad is not None}
+    added = {n for n, _ in segmenter.backbone.named_parameters() if not n.startswith("body.")}
+    assert trained == added != set()
+    assert not any(part.training for part in segmenter.backbone.body.modules())
+    linear = build(**{**KINDS[kind], **LINEAR})
+    assert not any(p.requires_grad for p in linear.backbone.parameters())
+
+
+def test_frozen_norms_are_those_of_the_pretrained_backbone() -> None:
+    added = build(**VIT, MODEL__SEGMENTER__NORM="frozen").backbone.levels[0][1]
+    assert isinstance(added, SyncBatchNorm)
+
+
 def test_each_head_of_a_grid_learns_as_alone_at_its_rate() -> None:
     keys = {**VIT, **LINEAR, "SEGMENTATION__LRS": [0.1, 0.01]}
     cfg = load(**{**SMALL, **keys})

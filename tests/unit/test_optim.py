@@ -90,6 +90,13 @@ def test_exclude_tokens_exempts_tokens_positions_and_tables() -> None:
     assert not decays(swin, optim(EXCLUDE_1D=True, EXCLUDE_TOKENS=True))[table]
 
 
+def test_norm_layers_are_exempt_whatever_their_names_and_no_other_bias_is() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.LayerNorm(4))
+    found = decays(module, optim(EXCLUDE_1D=True, EXCLUDE_RULE="norm_layers"))
+    expected = {"0": True, "1": False, "2": True, "3": False}
+    assert found == {name: expected[name[0]] for name, _ in module.named_parameters()}
+
+
 def test_lars_exempts_one_dimensional_tensors_without_being_asked() -> None:
     backbone = build_backbone("resnet8", stem="cifar")
     found = decays(backbone, optim(NAME="lars"))
