@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from yacs.config import CfgNode
 
-from detection.sources.annotations import Objects
+from detection.sources.annotations import Objects, Polygons
 from utils.randomness import uniform
 
 # streams of draws, see utils.randomness
@@ -80,9 +80,7 @@ def resized_target(
     return target
 
 
-def rasterise(
-    polygons: tuple[tuple[float, ...], ...], scale: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
+def rasterise(polygons: Polygons, scale: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Fill polygons, x and y times `scale` (2,): uint8 (H,W), 1 where a pixel's centre is inside.
 
     Always PIL, whatever else is installed: the same run has the same masks on every machine. PIL
@@ -90,7 +88,7 @@ def rasterise(
     """
     mask = np.zeros(shape, dtype=np.uint8)
     for polygon in polygons:
-        corners = np.array(polygon).reshape(-1, 2) * scale
+        corners = polygon.reshape(-1, 2) * scale
         left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, shape[::-1])
         right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, 0, shape[::-1])
         if right <= left or bottom <= top:
@@ -153,8 +151,7 @@ def cropped(objects: Objects, top: int, left: int, height: int, width: int) -> O
     polygons = []
     # Corners outside the crop stay: what they span is cut off when it is filled.
     for parts in objects.polygons:
-        moved = [np.array(part).reshape(-1, 2) - (left, top) for part in parts]
-        polygons.append(tuple(tuple(corners.flatten().tolist()) for corners in moved))
+        polygons.append(tuple((part.reshape(-1, 2) - (left, top)).flatten() for part in parts))
     inside = Objects(boxes, objects.labels, objects.ignored, tuple(polygons))
     return inside.chosen((sides >= _LEAST_SIDE).all(axis=1))
 

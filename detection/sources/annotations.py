@@ -21,7 +21,9 @@ _AS_STORED = (
     "resize the images, or correct the annotations"
 )
 
-Polygons = tuple[tuple[float, ...], ...]  # flat lists x, y, x, y, ... of one object
+# Of one object, float64 x, y, x, y, ... of each. Arrays: COCO's corners as Python's numbers would
+# take a gigabyte in every process.
+Polygons = tuple[np.ndarray, ...]
 
 
 class AnnotationError(ValueError):
@@ -32,8 +34,8 @@ class AnnotationError(ValueError):
 class Objects:
     """The objects of an image: `boxes` float32 (n,4) as x1, y1, x2, y2, `labels` int64 (n,) from 1.
 
-    `ignored` (n,) marks crowds (COCO) and difficult objects (VOC); `polygons` holds, for each
-    object, flat lists x, y, x, y, ..., and is empty where there are no masks.
+    `ignored` (n,) marks crowds (COCO) and difficult objects (VOC); `polygons` holds those
+    of each object and is empty where there are no masks.
     """
 
     boxes: np.ndarray

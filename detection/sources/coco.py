@@ -161,7 +161,7 @@ def ground_truth(file: Path, masks: bool) -> dict[str, list[dict[str, object]]]:
         if isinstance(item.segmentation, Mapping):
             entry["segmentation"] = item.segmentation
         elif item.segmentation is not None:
-            entry["segmentation"] = [list(polygon) for polygon in item.segmentation]
+            entry["segmentation"] = [polygon.tolist() for polygon in item.segmentation]
         annotations.append(entry)
     images: list[dict[str, object]] = [
         {"id": ident, "file_name": p.name, "width": p.width, "height": p.height}
@@ -283,7 +283,7 @@ def _segmentation(entry: _Entry, picture: Picture, crowd: bool) -> Polygons | Ma
                 f"segmentation: a polygon needs x, y of at least three corners, not {corners!r}; "
                 f"correct it, {_NO_MASK}"
             )
-        polygons.append(polygon)
+        polygons.append(np.array(polygon))
     return tuple(polygons)
 
 

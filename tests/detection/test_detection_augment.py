@@ -22,7 +22,7 @@ def keys(count: int) -> list[np.ndarray]:
 
 
 def objects(*boxes: tuple[float, float, float, float]) -> Objects:
-    polygons = tuple(((x1, y1, x2, y1, x2, y2, x1, y2),) for x1, y1, x2, y2 in boxes)
+    polygons = tuple((np.array([x1, y1, x2, y1, x2, y2, x1, y2]),) for x1, y1, x2, y2 in boxes)
     labels = np.arange(1, len(boxes) + 1)
     return Objects(np.array(boxes, np.float32), labels, np.zeros(len(boxes), bool), polygons)
 
@@ -37,14 +37,16 @@ def test_boxes_and_polygons_are_cut_and_what_lies_outside_is_dropped() -> None:
     left = cropped(objects(inside, over, beside, touching), top=25, left=10, height=40, width=60)
     assert left.boxes.tolist() == [[10, 5, 30, 25], [0, 0, 20, 10]]
     assert left.labels.tolist() == [1, 2]
-    assert left.polygons[0] == ((10, 5, 30, 5, 30, 25, 10, 25),)
-    assert left.polygons[1] == ((-10, -25, 20, -25, 20, 10, -10, 10),)
+    assert [[part.tolist() for part in parts] for parts in left.polygons] == [
+        [[10, 5, 30, 5, 30, 25, 10, 25]],
+        [[-10, -25, 20, -25, 20, 10, -10, 10]],
+    ]
 
 
 @pytest.mark.parametrize("label", range(3))
 def test_the_mask_of_a_crop_is_the_crop_of_the_mask(label: int) -> None:
     corners = shapes.outline(label, 12.3, 7.8, 40.2)
-    polygons = (tuple(v for corner in corners for v in corner),)
+    polygons = (np.array(corners).flatten(),)
     box = np.array([[12.3, 7.8, 52.5, 48.0]], np.float32)
     whole = Objects(box, np.array([1]), np.zeros(1, bool), (polygons,))
     part = cropped(whole, top=20, left=25, height=25, width=40)

@@ -329,9 +329,7 @@ def test_a_pixel_is_in_the_mask_if_its_centre_is_in_the_polygon(label: int) -> N
     for _ in range(5):
         x, y, side = rng.uniform(0, 20, 3) + np.array([-6, -6, 10])  # some reach out of the image
         corners = shapes.outline(label, x, y, side)
-        ours = augment.rasterise(
-            (tuple(v for c in corners for v in c),), np.array([2.0, 1.5]), (48, 60)
-        )
+        ours = augment.rasterise((np.array(corners).flatten(),), np.array([2.0, 1.5]), (48, 60))
         scaled = [(2.0 * a, 1.5 * b) for a, b in corners]
         exact = np.array([[inside(scaled, c + 0.5, r + 0.5) for c in range(60)] for r in range(48)])
         assert (ours & exact).sum() / (ours | exact).sum() > 0.93
@@ -340,7 +338,9 @@ def test_a_pixel_is_in_the_mask_if_its_centre_is_in_the_polygon(label: int) -> N
 def test_polygons_are_filled_about_as_the_evaluator_fills_them() -> None:
     evaluator = pytest.importorskip("faster_coco_eval").mask
     corners = shapes.outline(1, 11.3, 7.8, 40.2)
-    polygon = [v for corner in corners for v in corner]
-    ours = augment.rasterise((tuple(polygon),), np.ones(2), (60, 70)).astype(bool)
-    theirs = evaluator.decode(evaluator.frPyObjects([polygon], 60, 70))[..., 0].astype(bool)
+    polygon = np.array(corners).flatten()
+    ours = augment.rasterise((polygon,), np.ones(2), (60, 70)).astype(bool)
+    theirs = evaluator.decode(evaluator.frPyObjects([polygon.tolist()], 60, 70))[..., 0].astype(
+        bool
+    )
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.95

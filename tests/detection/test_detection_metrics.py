@@ -143,7 +143,7 @@ def test_the_coco_evaluator_gives_full_marks_to_the_truth(coco_root: Path) -> No
         for box, label, polygons in zip(
             objects.boxes, objects.labels, objects.polygons, strict=True
         ):
-            (rle,) = mask.frPyObjects([list(polygons[0])], *size)
+            (rle,) = mask.frPyObjects([polygons[0].tolist()], *size)
             counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
             found.append(
                 {
