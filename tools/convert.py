@@ -79,11 +79,12 @@ from yacs.config import CfgNode
 
 from models import build_framework, framework_options, online_backbone
 from models.weights import export
-from models.weights.architecture import describe, name_of, takes_img_size
+from models.weights.architecture import describe, name_of
 from models.weights.find import find_network, listed, tensors_of
 from models.weights.load import LoadReport, check_norm_eps, load_backbone
 from models.weights.pretraining_state import framework_state
 from models.weights.segmenter import segmenter_state, to_mmseg
+from tools.parts.export_hints import HINTS, loading, norm_eps_note, pixels_note
 from tools.parts.model_card import write_huggingface
 from tools.parts.run_files import parsed_config, read_json, value_at
 from utils.checkpoints import file as checkpoints
@@ -92,25 +93,12 @@ from utils.checkpoints.foreign import read_torch
 from utils.config.load import load_config
 from utils.config.schema import declare
 
-TIMM_NAMES = {
-    "deit_tiny": "deit_tiny_patch16_224",
-    "deit_small": "deit_small_patch16_224",
-    "deit_base": "deit_base_patch16_224",
-    "vit_small": "vit_small_patch16_224",
-    "vit_base": "vit_base_patch16_224",
-    "swin_tiny": "swin_tiny_patch4_window7_224",
-    "swin_small": "swin_small_patch4_window7_224",
-    "swin_base": "swin_base_patch4_window7_224",
-}
-HINTS = {
-    "torchvision": "torchvision's model.load_state_dict(state, strict=False): no head in the file",
-    "detectron2": "MODEL.WEIGHTS, with PIXEL_STD and RGB as in detection/configs",
-    "mmdet": "init_cfg=dict(type='Pretrained', checkpoint=FILE) of the backbone",
-    "mmseg": "mmsegmentation's tools/test.py CONFIG FILE; a ViT's neck is its Feature2Pyramid",
-    "swin": "the 'model' entry, as Swin's own detection and segmentation codes read it",
-    "huggingface": "transformers.AutoModel.from_pretrained(FOLDER)",
-    "moco": "--pretrained FILE of MoCo's and SynCo's main_lincls.py",
-    "plain": "backbone.load_state_dict(torch.load(FILE, weights_only=True))",
+# these build a ResNet by its sizes alone
+PLAIN_RESNETS = {
+    "torchvision": "torchvision",
+    "detectron2": "Detectron2",
+    "mmdet": "MMDetection",
+    "huggingface": "transformers",
 }
 
 
@@ -192,6 +180,8 @@ def _held(value: object) -> str:
 
 def import_file(args: argparse.Namespace) -> None:
     """Write a foreign file as one of ours, after loading it into the configured model."""
+    if args.full and args.which:
+        raise ValueError(f"--which: {args.which!r} has no effect with --full; leave one out")
     cfg = _config(args)
     checkpoint = _read(args.source)
     if args.full:
@@ -220,6 +210,7 @@ def import_file(args: argparse.Namespace) -> None:
 
 def export_file(args: argparse.Namespace) -> None:
     """Write a checkpoint's backbone in another library's layout and say how to load it there."""
+    _refuse_unread(args)
     source = _checkpoint_of(args.source)
     if args.to == "mmseg":
         _export_segmenter(source, args.output)
@@ -232,6 +223,8 @@ def export_file(args: argparse.Namespace) -> None:
     args.which = network.taken  # what the model card and the head go by
     print(f"{load_backbone(backbone, network.state, str(source), network.beside)} ({network})")
     own = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    if args.to in PLAIN_RESNETS:
+        export.check_plain_resnet(backbone, PLAIN_RESNETS[args.to])
     if args.to == "huggingface":
         write_huggingface(args.output, backbone, cfg, checkpoint, args, source)
     elif args.to == "detectron2":
@@ -241,9 +234,20 @@ def export_file(args: argparse.Namespace) -> None:
         _write(args.output, lambda file: pickle.dump(content, file))
     else:
         _save(_converted(args.to, own, _moco_head(checkpoint, args.which), cfg), args.output)
-    print(f"wrote {args.output}; load it with {_hint(args.to, cfg)}")
+    print(f"wrote {args.output}; load it with {loading(args.to, cfg)}")
+    print(f"pixels: {pixels_note(args.to, cfg)}")
     if cfg.MODEL.BACKBONE.NORM_EPS:
         print(f"then {norm_eps_note(cfg.MODEL.BACKBONE.NORM_EPS)}")
+
+
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """Refuse options that `--to` does not read: a file without their effect is no answer."""
+    unread = {} if args.to == "huggingface" else {"--results": args.results}
+    if args.to == "mmseg":
+        unread |= {"--which": args.which, "--cfg": args.cfg, "--opts": args.opts}
+    for flag, value in unread.items():
+        if value:
+            raise ValueError(f"{flag}: has no effect with --to {args.to}; leave it out")
 
 
 def _export_segmenter(source: Path, output: Path) -> None:
@@ -264,32 +268,6 @@ def _converted(
     if to == "swin":
         return {"model": export.to_original_swin(own)}
     return export.to_torchvision(own) if to == "torchvision" else own
-
-
-def _hint(to: str, cfg: CfgNode) -> str:
-    if to != "timm":
-        return HINTS[to]
-    options = cfg.MODEL.BACKBONE
-    name = TIMM_NAMES.get(options.NAME, options.NAME.removeprefix("timm/"))
-    ours = options.NAME == "resnet8" or options.NAME.startswith("vit_conv")
-    if ours or options.STEM != "imagenet":
-        return "models.parts.backbones.build_backbone: timm has no model of this kind by name"
-    extra = ", num_heads=12" if options.NAME == "vit_small" else ""
-    extra += f", reg_tokens={options.NUM_TOKENS - 1}" if options.NUM_TOKENS > 1 else ""
-    extra += f", patch_size={options.PATCH_SIZE}" if options.PATCH_SIZE else ""
-    extra += f", in_chans={cfg.DATA.CHANNELS}" if cfg.DATA.CHANNELS != 3 else ""
-    # those of timm may be made for another size than 224
-    usual = cfg.DATA.IMG_SIZE == 224 and not options.NAME.startswith("timm/")
-    if not usual and takes_img_size(name):
-        extra += f", img_size={cfg.DATA.IMG_SIZE}"
-    model = f"timm.create_model({name!r}, num_classes=0{extra})"
-    return f"{model}.load_state_dict(torch.load(FILE, weights_only=True))"
-
-
-def norm_eps_note(eps: float) -> str:
-    """Say the layer norms' eps, which no layout holds; another one moves features by about 1e-5."""
-    norms = "every layer norm but those before the MLPs"
-    return f"set eps to {eps:g} in {norms}, to get the same features"
 
 
 def _moco_head(checkpoint: Mapping[str, object], which: str) -> dict[str, Tensor]:

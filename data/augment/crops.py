@@ -14,6 +14,7 @@ from data.augment.resample import crop_resize
 from utils.randomness import uniform, uniform_between
 
 _ATTEMPTS = 10  # of RandomResizedCrop, as in torchvision
+_THINNEST = 32  # a longer side counts up to so many shorter ones
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,11 @@ def _central(op: RandomResizedCrop, height: int, width: int) -> tuple[int, int, 
 
 @dataclass(frozen=True)
 class Resize(SpatialOp):
-    """Resize the shorter side to `size`."""
+    """Resize the shorter side to `size`.
+
+    Of an image thinner than 1:32 only the middle is resized: the whole of 1 x 3000 pixels would
+    need gigabytes.
+    """
 
     interpolation: str = "bilinear"
 
@@ -92,6 +97,7 @@ class Resize(SpatialOp):
 
     def on_batch(self, images: Tensor, boxes: np.ndarray | None) -> Tensor:
         """Resize the whole images."""
+        images = _middle(images)
         height, width = images.shape[-2:]
         size = self.shape(height, width)
         # a CIFAR image at its own size stays bit-exact
@@ -102,7 +108,16 @@ class Resize(SpatialOp):
 
     def on_image(self, image: Tensor, box: Box | None) -> Tensor:
         """Resize the whole image."""
+        image = _middle(image)
         return resize_one(image, self.shape(image.shape[1], image.shape[2]), self.interpolation)
+
+
+def _middle(images: Tensor) -> Tensor:
+    """Cut (...,H,W) to the middle of its longer side, if that is longer than any picture's."""
+    height, width = images.shape[-2:]
+    tall, wide = min(height, _THINNEST * width), min(width, _THINNEST * height)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return images[..., top : top + tall, left : left + wide]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Write backbones in the layouts of other libraries, from a state dict in our (timm's) names."""
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from models.weights.architecture import block_type, family, stages_of
 from models.weights.naming import (
@@ -39,6 +41,7 @@ def to_torchvision(state: Mapping[str, Tensor]) -> State:
         if "reg_token" in state:
             raise ValueError("torchvision's ViT has one class token, this one two; use --to timm")
         return TORCHVISION_VIT.to_theirs(state)
+    _refuse_mixed_windows(state, "torchvision")
     return _with_indices(TORCHVISION_SWIN.to_theirs(state), flat=True)
 
 
@@ -58,6 +61,7 @@ def to_mmdet(state: Mapping[str, Tensor]) -> State:
     """Return the state for MMDetection >= 2: a ResNet in torchvision's names, a Swin in its own."""
     if _known(state, "MMDetection", {"resnet", "swin"}) == "resnet":
         return _resnet(state, "MMDetection")
+    _refuse_mixed_windows(state, "MMDetection")
     renamed = _with_indices(MMDET_SWIN.to_theirs(state))
     return {f"backbone.{key}": tensor for key, tensor in renamed.items()}
 
@@ -92,6 +96,10 @@ def to_huggingface(backbone: nn.Module, img_size: int) -> tuple[State, dict[str,
             key.endswith("conv2.weight") and t.shape[0] != t.shape[1] for key, t in plain.items()
         ):
             raise ValueError("transformers' ResNets have no groups (ResNeXt); use --to timm")
+        if block_type(state) == "bottleneck":
+            inner, outer = (len(state[f"layer1.0.conv{number}.weight"]) for number in (1, 3))
+            if outer != 4 * inner:
+                raise ValueError("transformers' ResNets are not wide; use --to timm")
         return HF_RESNET.to_theirs(plain), _resnet_config(state)
     naming: Naming = HF_VIT if kind == "vit" else HF_SWIN
     renamed = naming.to_theirs(state)
@@ -134,6 +142,58 @@ def _refuse_variants(state: Mapping[str, Tensor], library: str) -> None:
     for key in state:
         if not _RESNET_KEY.match(key):
             raise ValueError(f"{library}'s ResNets have no {key}; use --to timm")
+    if "bn1.running_mean" not in state:
+        raise ValueError(f"{library}'s ResNets have batch norms, this one has none; use --to timm")
+
+
+@torch.no_grad()
+def check_plain_resnet(backbone: nn.Module, library: str) -> None:
+    """Refuse a ResNet that computes something else than the plain one of the same tensors.
+
+    timm has such relatives, e.g. with a blur before each stride (resnetaa50), and only their
+    features tell. Other backbones, and a ResNet of three stages, pass.
+    """
+    state = {k: v for k, v in backbone.state_dict().items() if not k.startswith("fc.")}
+    if family(state) != "resnet" or "layer4.0.conv1.weight" not in state:
+        return
+    _refuse_variants(state, library)
+    ours, plain = copy.deepcopy(backbone).eval(), _plain_resnet(state).eval()
+    # stems for small images are no other network
+    plain.conv1, plain.maxpool = ours.conv1, ours.maxpool
+    try:
+        plain.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{library}'s ResNets have other widths; use --to timm") from error
+    images = torch.rand(2, _channels(state), 64, 64, generator=torch.Generator().manual_seed(0))
+    # in float64 no unusual weights overflow
+    features, expected = (model.double()(images.double()) for model in (ours, plain))
+    if not torch.allclose(features, expected, rtol=0, atol=1e-3 * float(expected.abs().max())):
+        raise ValueError(
+            f"{library} would load this ResNet as the plain one, which has other features; use "
+            "--to timm"
+        )
+
+
+def _plain_resnet(state: Mapping[str, Tensor]) -> ResNet:
+    """Build torchvision's ResNet whose tensors a state fits, without its class layer."""
+    middle = state["layer1.0.conv2.weight"]
+    groups, width = len(middle) // middle.shape[1], middle.shape[1]
+    if block_type(state) == "bottleneck":
+        model = ResNet(Bottleneck, stages_of(state)[0], groups=groups, width_per_group=width)
+    else:
+        model = ResNet(BasicBlock, stages_of(state)[0])
+    model.fc = nn.Identity()
+    return model
+
+
+def _refuse_mixed_windows(state: Mapping[str, Tensor], library: str) -> None:
+    """Refuse a Swin with windows of several sizes, which timm builds where a map is smaller."""
+    sizes = {(math.isqrt(len(t)) + 1) // 2 for key, t in state.items() if key.endswith(_TABLE)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{library}'s Swin has one window size, this one {sorted(sizes)}, since its last "
+            "stages are smaller than its window: use --to timm, or another DATA.IMG_SIZE"
+        )
 
 
 def _with_indices(state: State, flat: bool = False) -> State:

@@ -11,7 +11,14 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Draws, View, sample_keys
-from data.augment.crops import CenterCrop, RandomResizedCrop, Resize, crop_batch, crop_one
+from data.augment.crops import (
+    CenterCrop,
+    RandomResizedCrop,
+    Resize,
+    crop_batch,
+    crop_one,
+    resize_one,
+)
 from data.augment.ops import (
     JITTER_OPS,
     ColorJitter,
@@ -123,6 +130,21 @@ def test_evaluation_resize_is_within_a_level_of_torchvision(
             difference.max() <= 2
         )  # 45 -> 40 gives many exact halves, which fixed-point weights round their own way
         assert (difference > 1).mean() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 2)])
+def test_of_a_very_thin_image_only_the_middle_is_resized(shape: tuple[int, int]) -> None:
+    """The whole of 1 x 3000 pixels at 256 pixels would be 600 MB; one of 1:32 is resized whole."""
+    image = torch.arange(3 * shape[0] * shape[1]).view(3, *shape).remainder(251).to(torch.uint8)
+    thin = Resize(40).on_image(image, None)
+    assert sorted(thin.shape) == [3, 40, 32 * 40]
+    assert torch.equal(Resize(40).on_batch(image[None], None)[0], thin)
+    part = 32 * min(shape)
+    start = (max(shape) - part) // 2
+    cut = image.narrow(1 + shape.index(max(shape)), start, part)
+    assert torch.equal(resize_one(cut, tuple(thin.shape[1:]), "bilinear"), thin)
+    whole = Resize(40).on_image(cut, None)
+    assert torch.equal(whole, thin)
 
 
 def test_small_evaluation_view_of_a_square_is_a_straight_resize(photos: np.ndarray) -> None:

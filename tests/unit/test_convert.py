@@ -26,6 +26,7 @@ from models.parts.backbones import build_backbone
 from models.weights.find import find_network
 from models.weights.load import load_backbone
 from tools import compare_checkpoints, convert
+from tools.parts.export_hints import loading, pixels_note
 from utils.checkpoints import file as checkpoint
 from utils.checkpoints.foreign import read_pickle, read_torch
 from utils.config.load import load_config, to_yaml
@@ -505,6 +506,18 @@ def test_errors_are_one_line_that_names_the_file(tmp_path: Path) -> None:
             "is a file",
         ),
         (["inspect", "empty"], "holds no checkpoint"),
+        (
+            ["import", "a.pth", "--output", "b.pth", "--full", "--which", "target"],
+            "--which: 'target' has no effect with --full",
+        ),
+        (
+            ["export", "a.pth", "--output", "b.pth", "--to", "timm", "--results", "r.json"],
+            "--results: has no effect with --to timm",
+        ),
+        (
+            ["export", "a.pth", "--output", "b.pth", "--to", "mmseg", "--which", "online"],
+            "--which: has no effect with --to mmseg",
+        ),
     ],
 )
 def test_wrong_uses_are_explained(
@@ -604,7 +617,7 @@ def test_a_strange_configuration_does_not_stop_inspect(
 def test_the_command_that_export_prints_makes_the_model(name: str, size: int) -> None:
     opts = ["MODEL.BACKBONE.NAME", name, "DATA.IMG_SIZE", str(size)]
     cfg = load_config(declare(convert_options()), [], ["NAME", "n", *opts], {})
-    hint = convert._hint("timm", cfg)
+    hint = loading("timm", cfg)
     made = eval(hint.partition(".load_state_dict")[0], {"timm": timm})
     ours = build_backbone(name, img_size=size)
     assert {key: value.shape for key, value in made.state_dict().items()} == {
@@ -616,4 +629,27 @@ def test_export_names_no_timm_model_for_a_backbone_that_timm_lacks() -> None:
     for name in ("resnet8", "vit_conv_small"):
         opts = ["NAME", "n", "MODEL.BACKBONE.NAME", name]
         cfg = load_config(declare(convert_options()), [], opts, {})
-        assert "timm has no model of this kind by name" in convert._hint("timm", cfg)
+        assert "timm has no model of this kind by name" in loading("timm", cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "expected"),
+    [
+        ("resnet18", [], "mean 0.485 0.456 0.406 and deviation 0.229 0.224 0.225"),
+        (
+            "vit_small",
+            [],
+            "mean 0.485 0.456 0.406 and deviation 0.229 0.224 0.225, not with mean 0.5 and "
+            "deviation 0.5 as timm would for vit_small_patch16_224",
+        ),
+        (
+            "vit_small",
+            ["DATA.MEAN", "[0.5,0.5,0.5]", "DATA.STD", "[0.5,0.5,0.5]"],
+            "mean 0.5 and deviation 0.5",
+        ),
+    ],
+)
+def test_export_says_how_pixels_are_normalised(name: str, opts: list[str], expected: str) -> None:
+    opts = ["NAME", "n", "MODEL.BACKBONE.NAME", name, *opts]
+    cfg = load_config(declare(convert_options()), [], opts, {})
+    assert pixels_note("timm", cfg) == f"normalise images with {expected}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.parts.backbones import BACKBONES, build_backbone
 from models.weights.architecture import describe, family, name_of
 from models.weights.export import (
+    check_plain_resnet,
     moco_head,
     relative_position_index,
     to_detectron2,
@@ -138,6 +139,30 @@ def test_what_torchvision_does_not_have_is_refused() -> None:
         to_detectron2(vit().state_dict())
 
 
+@pytest.mark.parametrize("library", ["torchvision", "MMDetection"])
+def test_windows_of_several_sizes_are_refused_where_a_library_has_one(library: str) -> None:
+    export = {"torchvision": to_torchvision, "MMDetection": to_mmdet}[library]
+    with pytest.raises(ValueError, match=rf"{library}'s Swin has one window size.*\[2, 4\]"):
+        export(swin(img_size=32).state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26", "resnext50_32x4d", "wide_resnet50_2"])
+def test_only_plain_resnets_pass_for_plain_ones(name: str) -> None:
+    """Also wide ones, and those with groups; a backbone's mode stays."""
+    backbone = resnet(name).train()
+    check_plain_resnet(backbone, "torchvision")
+    assert backbone.training
+    check_plain_resnet(build_backbone("resnet8"), "torchvision")
+    check_plain_resnet(vit(), "torchvision")
+
+
+@pytest.mark.parametrize("name", ["resnetaa50", "resnetblur18", "resnet50_gn"])
+def test_relatives_of_the_resnet_with_its_names_are_refused(name: str) -> None:
+    """Their tensors would load into the plain one, which has other features."""
+    with pytest.raises(ValueError, match=r"^Detectron2('s ResNets have batch norms| would load)"):
+        check_plain_resnet(resnet(name), "Detectron2")
+
+
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
@@ -171,6 +196,13 @@ def test_transformers_load_the_folder_and_give_the_same_features(kind: str, tmp_
 def test_a_swin_smaller_than_its_window_is_not_forced_into_transformers() -> None:
     with pytest.raises(ValueError, match="one window size; this model's last stages are smaller"):
         to_huggingface(swin(img_size=32), 32)
+
+
+def test_wide_resnets_are_not_forced_into_transformers() -> None:
+    with torch.device("meta"):
+        wide = timm.create_model("wide_resnet50_2", num_classes=0)
+    with pytest.raises(ValueError, match="transformers' ResNets are not wide"):
+        to_huggingface(wide, 64)
 
 
 # ---- Detectron2: exact names and shapes ----------------------------------------------------------
