@@ -653,3 +653,15 @@ def test_export_says_how_pixels_are_normalised(name: str, opts: list[str], expec
     opts = ["NAME", "n", "MODEL.BACKBONE.NAME", name, *opts]
     cfg = load_config(declare(convert_options()), [], opts, {})
     assert pixels_note("timm", cfg) == f"normalise images with {expected}"
+
+
+def test_a_relative_of_the_resnet_is_exported_for_timm_only(tmp_path: Path) -> None:
+    cfg = tmp_path / "blur.yaml"
+    cfg.write_text(YAML.format(method="moco_v2", name="timm/resnetblur18", size=64))
+    torch.save(fresh("timm/resnetblur18", 64).state_dict(), tmp_path / "a.pth")
+    words = ["export", tmp_path / "a.pth", "--cfg", cfg, "--output", tmp_path / "b.pth", "--to"]
+    for to in ("torchvision", "mmdet", "detectron2", "huggingface"):
+        with pytest.raises(ValueError, match="as the plain one, which has other features"):
+            run(*words, to)
+        assert not (tmp_path / "b.pth").exists()
+    run(*words, "timm")
