@@ -47,7 +47,7 @@ class Anchors(AnchorGenerator):
         device = feature_maps[0].device
         self.set_cell_anchors(torch.float32, device)
         grids = [list(level.shape[-2:]) for level in feature_maps]
-        steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
+        steps = [[torch.full((), stride, device=device)] * 2 for stride in self.strides]
         anchors = torch.cat(self.grid_anchors(grids, steps))
         return [anchors] * len(image_list.image_sizes)
 
