@@ -151,12 +151,17 @@ def check_plain_resnet(backbone: nn.Module, library: str) -> None:
     """Refuse a ResNet that computes something else than the plain one of the same tensors.
 
     timm has such relatives, e.g. with a blur before each stride (resnetaa50), and only their
-    features tell. Other backbones, and a ResNet of three stages, pass.
+    features tell. So is a ResNet of three stages refused, but by transformers, which can have any
+    number. Other backbones pass.
     """
     state = {k: v for k, v in backbone.state_dict().items() if not k.startswith("fc.")}
-    if family(state) != "resnet" or "layer4.0.conv1.weight" not in state:
+    if family(state) != "resnet":
         return
     _refuse_variants(state, library)
+    if "layer4.0.conv1.weight" not in state:
+        if library == "transformers":
+            return
+        raise ValueError(f"{library}'s ResNets have four stages, this one three; use --to timm")
     ours, plain = copy.deepcopy(backbone).eval(), _plain_resnet(state).eval()
     # stems for small images are no other network
     plain.conv1, plain.maxpool = ours.conv1, ours.maxpool

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -98,7 +99,9 @@ def small(name: str, **_: Any) -> Any:
         "num_heads": (1, 2, 4, 8),
     }
     return (
-        build_backbone("resnet8") if name == "resnet18" else SwinTransformer(**swin, num_classes=0)
+        ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0)
+        if name == "resnet18"
+        else SwinTransformer(**swin, num_classes=0)
     )
 
 

@@ -152,7 +152,9 @@ def test_only_plain_resnets_pass_for_plain_ones(name: str) -> None:
     backbone = resnet(name).train()
     check_plain_resnet(backbone, "torchvision")
     assert backbone.training
-    check_plain_resnet(build_backbone("resnet8"), "torchvision")
+    check_plain_resnet(build_backbone("resnet8"), "transformers")
+    with pytest.raises(ValueError, match="torchvision's ResNets have four stages, this one three"):
+        check_plain_resnet(build_backbone("resnet8"), "torchvision")
     check_plain_resnet(vit(), "torchvision")
 
 
