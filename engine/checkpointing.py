@@ -212,7 +212,9 @@ class Checkpoints:
         for split in sorted(self._images_before.keys() & images.keys()):
             if self._images_before[split] != images[split]:
                 logger.warning(
-                    "the %s images of the k-NN are other ones now: its best value is of both", split
+                    "the %s images of the k-NN are other ones now: its best value may be of those "
+                    "before",
+                    split,
                 )
         self.images = images
 

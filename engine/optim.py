@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import timm.optim
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from utils.config.schema import KEYS
@@ -15,7 +14,6 @@ from utils.config.schema import KEYS
 Group: TypeAlias = dict[str, Any]  # a parameter group: "params", and options of any type
 
 _TIMM = "timm/"
-_NORM_LAYERS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table")
 
 
@@ -150,7 +148,7 @@ def parameter_groups(module: nn.Module, node: CfgNode) -> list[Group]:
     the backbone; the published MoBY code (arXiv:2105.04553) decays them. `EXCLUDE_RULE` "norms" is
     the rule of Swin's detectors and segmenters (arXiv:2103.14030): names with "norm", tables and
     positions, but neither biases nor the batch norms of heads, whose names hold no "norm".
-    "norm_layers" is Detectron2's: what norm layers hold, whatever their names.
+    "norm_layers" is Detectron2's: what norm layers hold, whatever it is called.
     """
     rule = node.EXCLUDE_RULE
     exempt_1d = (node.EXCLUDE_1D and rule == "1d") or node.NAME == "lars"
@@ -177,8 +175,10 @@ def _in_norm_layers(module: nn.Module) -> set[str]:
     """Return the names of the parameters of norm layers."""
     names: set[str] = set()
     for path, part in module.named_modules():
-        if isinstance(part, _NORM_LAYERS):
-            names |= {f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters()}
+        # by the name of the class: timm has norms of its own
+        if "norm" in type(part).__name__.lower():
+            own = part.named_parameters(recurse=False)
+            names |= {f"{path}.{name}".lstrip(".") for name, _ in own}
     return names
 
 

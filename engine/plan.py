@@ -153,8 +153,8 @@ def iteration_plan(
     *,
     schedule: str = "milestones",
     power: float = 1.0,
+    section: str,
     base_rates: Sequence[float] = (),
-    section: str = "",
 ) -> Plan:
     """Derive a plan that counts iterations, not epochs; the log's epoch is one `EVAL_PERIOD`.
 

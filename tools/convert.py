@@ -99,6 +99,7 @@ PLAIN_RESNETS = {
     "detectron2": "Detectron2",
     "mmdet": "MMDetection",
     "huggingface": "transformers",
+    "moco": "MoCo's code",
 }
 
 
@@ -241,7 +242,7 @@ def export_file(args: argparse.Namespace) -> None:
 
 
 def _refuse_unread(args: argparse.Namespace) -> None:
-    """Refuse options that `--to` does not read: a file without their effect is no answer."""
+    """Refuse options that `--to` does not read, since the file would be without their effect."""
     unread = {} if args.to == "huggingface" else {"--results": args.results}
     if args.to == "mmseg":
         unread |= {"--which": args.which, "--cfg": args.cfg, "--opts": args.opts}

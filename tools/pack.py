@@ -101,7 +101,7 @@ import torch
 from PIL import Image, features
 from torch.utils.data import Dataset
 
-from data.augment.crops import Resize
+from data.augment.crops import shorter_side_to
 from data.loader import LoaderError, fetch_in_order
 from data.pixels import Pixels, parse_range
 from data.sampler import Request
@@ -339,7 +339,7 @@ class Encoder(Dataset[list[Record]]):
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
         height, width = pixels.shape[:2]
         if self.short_side and min(height, width) > self.short_side:
-            height, width = Resize(self.short_side).shape(height, width)
+            height, width = shorter_side_to(self.short_side, height, width)
             smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
             pixels = np.asarray(smaller)
             if not self.raw:

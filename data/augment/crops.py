@@ -14,7 +14,7 @@ from data.augment.resample import crop_resize
 from utils.randomness import uniform, uniform_between
 
 _ATTEMPTS = 10  # of RandomResizedCrop, as in torchvision
-_THINNEST = 32  # a longer side counts up to so many shorter ones
+_THINNEST = 32  # the longest side that is resized, in shorter sides
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,8 @@ class Resize(SpatialOp):
     interpolation: str = "bilinear"
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) that an image gets, rounded down as in torchvision."""
-        if height <= width:
-            return self.size, int(self.size * width / height)
-        return int(self.size * height / width), self.size
+        """Return the (height, width) that an image gets."""
+        return shorter_side_to(self.size, *_kept(height, width))
 
     def on_batch(self, images: Tensor, boxes: np.ndarray | None) -> Tensor:
         """Resize the whole images."""
@@ -112,10 +110,22 @@ class Resize(SpatialOp):
         return resize_one(image, self.shape(image.shape[1], image.shape[2]), self.interpolation)
 
 
+def shorter_side_to(size: int, height: int, width: int) -> tuple[int, int]:
+    """Return (height, width) with the shorter side `size`, rounded down as in torchvision."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def _kept(height: int, width: int) -> tuple[int, int]:
+    """Return the (height, width) of what `Resize` keeps of an image."""
+    return min(height, _THINNEST * width), min(width, _THINNEST * height)
+
+
 def _middle(images: Tensor) -> Tensor:
-    """Cut (...,H,W) to the middle of its longer side, if that is longer than any picture's."""
+    """Cut images (...,H,W) thinner than 1:32 to the middle of their longer side."""
     height, width = images.shape[-2:]
-    tall, wide = min(height, _THINNEST * width), min(width, _THINNEST * height)
+    tall, wide = _kept(height, width)
     top, left = (height - tall) // 2, (width - wide) // 2
     return images[..., top : top + tall, left : left + wide]
 

@@ -121,7 +121,7 @@ class Subset(Source):
 
     @property
     def holds_files(self) -> bool:
-        """Tell it of the full source."""
+        """Return the answer of the full source."""
         return self.source.holds_files
 
     def fingerprint(self) -> str:

@@ -33,8 +33,8 @@ class _Head(RPNHead):
 class Anchors(AnchorGenerator):
     """torchvision's anchors, in float32 and at the maps' own `strides`.
 
-    torchvision divides the image's size by the map's: where that leaves a rest (a map of 13 cells
-    over 800 pixels), its anchors lie at 61 pixels instead of 64.
+    torchvision divides the image's size by the map's. Where that leaves a remainder (a map of 13
+    cells over 800 pixels), its anchors lie at 61 pixels instead of 64.
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:

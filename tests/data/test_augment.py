@@ -13,10 +13,12 @@ from torchvision.transforms import functional as tv
 from data.augment.base import IMAGENET_MEAN, IMAGENET_STD, Draws, View, sample_keys
 from data.augment.crops import (
     CenterCrop,
+    RandomCropPad,
     RandomResizedCrop,
     Resize,
     crop_batch,
     crop_one,
+    draw_boxes,
     resize_one,
 )
 from data.augment.ops import (
@@ -143,8 +145,16 @@ def test_of_a_very_thin_image_only_the_middle_is_resized(shape: tuple[int, int])
     start = (max(shape) - part) // 2
     cut = image.narrow(1 + shape.index(max(shape)), start, part)
     assert torch.equal(resize_one(cut, tuple(thin.shape[1:]), "bilinear"), thin)
-    whole = Resize(40).on_image(cut, None)
-    assert torch.equal(whole, thin)
+    assert torch.equal(Resize(40).on_image(cut, None), thin)
+    # a random window after it lies in what is left
+    view = (Resize(8), RandomCropPad(8))
+    keys = sample_keys(0, 0, np.arange(64), 0)
+    boxes = draw_boxes(view, keys, shape)
+    assert boxes is not None
+    views = crop_batch(image.expand(64, *image.shape), view, boxes)
+    assert views.shape == (64, 3, 8, 8)
+    for box, expected in zip(boxes.tolist(), views, strict=True):
+        assert torch.equal(crop_one(image, view, tuple(box)), expected)
 
 
 def test_small_evaluation_view_of_a_square_is_a_straight_resize(photos: np.ndarray) -> None:

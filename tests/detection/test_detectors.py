@@ -341,7 +341,7 @@ def test_every_recipe_builds_a_detector(recipe: str) -> None:
 
 def test_the_rate_is_scaled_warmed_up_and_decays_by_iterations() -> None:
     cfg = load_detection_config([str(RECIPES / "voc_r50_c4_24k.yaml")], [], {})
-    plan = iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=8)
+    plan = iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=8, section="DETECTION.")
     (rate,) = plan.rates
     assert (plan.total_steps, plan.epochs) == (24000, 3)
     assert rate.at(0) == pytest.approx(0.01 * 0.001)
@@ -362,7 +362,7 @@ def test_a_warm_up_and_drops_after_the_end_are_told(caplog: pytest.LogCaptureFix
     ]
     caplog.clear()
     cfg.DETECTION.MAX_ITER = 20
-    iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=2, schedule="poly")
+    iteration_plan(cfg.OPTIM, cfg.DETECTION, global_batch=2, schedule="poly", section="")
     (record,) = caplog.records
     assert "WARMUP_ITERS: 20 of 20 iterations" in record.getMessage()
     assert "e.g. 2" in record.getMessage()

@@ -133,7 +133,9 @@ def test_norms_tables_and_positions_of_swin_do_not_decay_and_biases_do() -> None
 def test_the_rate_of_swin_is_the_published_one() -> None:
     cfg = load(CONFIGS / "ade20k_upernet_swin_tiny.yaml")
     node = cfg.SEGMENTATION
-    (rate,) = iteration_plan(cfg.OPTIM, node, 16, schedule=node.SCHEDULE, power=node.POWER).rates
+    (rate,) = iteration_plan(
+        cfg.OPTIM, node, 16, schedule=node.SCHEDULE, power=node.POWER, section="SEGMENTATION."
+    ).rates
     expected = {0: 6e-11, 750: 2.98594e-5, 1500: 5.94375e-5, 80_000: 3e-5, 159_999: 3.75e-10}
     assert {step: rate.at(step) for step in expected} == pytest.approx(expected, rel=1e-5)
 
@@ -155,7 +157,9 @@ def test_a_recipe_builds_plans_and_names_its_command(file: Path) -> None:
     assert f"{processes} GPUs x {cfg.TRAIN.BATCH_SIZE} images = {total} a step" in text or (
         "MoCo" in text and total == 16
     )
-    plan = iteration_plan(cfg.OPTIM, node, total, schedule=node.SCHEDULE, power=node.POWER)
+    plan = iteration_plan(
+        cfg.OPTIM, node, total, schedule=node.SCHEDULE, power=node.POWER, section="SEGMENTATION."
+    )
     assert plan.total_steps == node.MAX_ITER
     assert plan.rates[0].base == cfg.OPTIM.BASE_LR
 
@@ -244,7 +248,9 @@ def test_each_head_of_a_grid_learns_as_alone_at_its_rate() -> None:
             torch.testing.assert_close(ours.grad, theirs.grad)
     groups = optimizer_groups(grid, cfg)
     assert [group["rate"] for group in groups] == [0, 1]
-    plan = iteration_plan(cfg.OPTIM, cfg.SEGMENTATION, 16, base_rates=cfg.SEGMENTATION.LRS)
+    plan = iteration_plan(
+        cfg.OPTIM, cfg.SEGMENTATION, 16, base_rates=cfg.SEGMENTATION.LRS, section="SEGMENTATION."
+    )
     assert [rate.base for rate in plan.rates] == [0.1, 0.01]
 
 

@@ -655,7 +655,12 @@ def test_export_names_no_timm_model_for_a_backbone_that_timm_lacks() -> None:
 def test_export_says_how_pixels_are_normalised(name: str, opts: list[str], expected: str) -> None:
     opts = ["NAME", "n", "MODEL.BACKBONE.NAME", name, *opts]
     cfg = load_config(declare(convert_options()), [], opts, {})
-    assert pixels_note("timm", cfg) == f"normalise images with {expected}"
+    assert pixels_note("timm", cfg) == f"normalise pixels of 0 to 1 with {expected}"
+    if name == "resnet18":
+        assert pixels_note("mmdet", cfg) == (
+            "normalise levels of 0 to 255 with mean 123.675 116.28 103.53 and deviation 58.395 "
+            "57.12 57.375"
+        )
 
 
 def test_a_relative_of_the_resnet_is_exported_for_timm_only(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import timm.optim
 import torch
 import training
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -91,7 +92,7 @@ def test_exclude_tokens_exempts_tokens_positions_and_tables() -> None:
 
 
 def test_norm_layers_are_exempt_whatever_their_names_and_no_other_bias_is() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.LayerNorm(4))
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4), RmsNorm(4))
     found = decays(module, optim(EXCLUDE_1D=True, EXCLUDE_RULE="norm_layers"))
     expected = {"0": True, "1": False, "2": True, "3": False}
     assert found == {name: expected[name[0]] for name, _ in module.named_parameters()}

@@ -18,9 +18,10 @@ TIMM_NAMES = {
     "swin_small": "swin_small_patch4_window7_224",
     "swin_base": "swin_base_patch4_window7_224",
 }
+_OF_LEVELS = ("detectron2", "mmdet")  # these normalise 0 to 255
 HINTS = {
     "torchvision": "torchvision's model.load_state_dict(state, strict=False): no head in the file",
-    "detectron2": "MODEL.WEIGHTS, with PIXEL_STD and RGB as in detection/configs",
+    "detectron2": "MODEL.WEIGHTS, with INPUT.FORMAT RGB as in detection/configs/detectron2",
     "mmdet": "init_cfg=dict(type='Pretrained', checkpoint=FILE) of the backbone",
     "mmseg": "mmsegmentation's tools/test.py CONFIG FILE; a ViT's neck is its Feature2Pyramid",
     "swin": "the 'model' entry, as Swin's own detection and segmentation codes read it",
@@ -60,7 +61,10 @@ def norm_eps_note(eps: float) -> str:
 def pixels_note(to: str, cfg: CfgNode) -> str:
     """Say the mean and deviation of the pixels that the backbone expects, which no layout holds."""
     pixels = pixels_of(cfg.DATA)
-    note = f"normalise images with {_words(pixels.mean, pixels.std)}"
+    if to in _OF_LEVELS:
+        mean, std = ([255 * value for value in values] for values in (pixels.mean, pixels.std))
+        return f"normalise levels of 0 to 255 with {_words(mean, std)}"
+    note = f"normalise pixels of 0 to 1 with {_words(pixels.mean, pixels.std)}"
     name = TIMM_NAMES.get(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NAME.removeprefix("timm/"))
     known = timm.get_pretrained_cfg(name) if to == "timm" and timm.is_model(name) else None
     if known and (tuple(known.mean), tuple(known.std)) != (tuple(pixels.mean), tuple(pixels.std)):

@@ -143,6 +143,9 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f"{path}: there is no measure {measure!r}; known: {', '.join(MEASURES)}"
             )
+    for number, claim in enumerate(claims):
+        if not claim.gain:
+            raise ValueError(f"{path}: claims[{number}].gain is 0; a claim says which entry gains")
     names = {entry.name for entry in entries}
     asked = {entry.epochs_of for entry in entries if entry.epochs_of}
     asked.update(*study.differences, *((claim.first, claim.second) for claim in claims))

@@ -173,7 +173,7 @@ def _differences(study: Study, results: Results) -> list[str]:
 def _claims(study: Study, results: Results) -> list[str]:
     lines = [
         "",
-        f"What is published about larger networks and data, and what these rows say to it. A "
+        "What is published, with larger networks and more data, and whether these rows agree. A "
         f"verdict needs {_SEEDS_OF_A_VERDICT} seeds.",
         "",
         _line(["published", "gain", "here", "seeds", "verdict"]),
