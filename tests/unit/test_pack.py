@@ -153,6 +153,19 @@ def test_an_unreadable_image_is_refused_or_left_out_by_name(
     assert packed(images) == whole
 
 
+def test_after_a_repair_the_stopped_command_goes_on(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = images / "train" / "c0" / "04.png"
+    good, whole = bad.read_bytes(), packed(images)
+    bad.write_bytes(good[:200])
+    output = images / "p" / "train.pack"
+    assert pack.main(arguments(images, output)) == 2
+    bad.write_bytes(good)
+    assert pack.main(arguments(images, output)) == 0, capsys.readouterr().err
+    assert output.read_bytes() == whole
+
+
 def test_what_was_begun_leaving_images_out_is_not_finished_as_if_whole(
     images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_the_studies_can_be_read_and_name_recipes_that_exist(path: Path) -> None
         (HEAD + "differences: [[a, z]]\nentries: {a: {cfg: c}}", "there is no entry 'z'"),
         (CLAIM.replace("b,", "z,"), "there is no entry 'z'"),
         (CLAIM.replace("linear", "probe"), "there is no measure 'probe'"),
+        (CLAIM.replace("0.4", "0.0"), "claims[0].gain is 0"),
         (CLAIM.replace("gain:", "gains:"), "claims[0].gains is unknown; known keys: first, second"),
     ],
 )
