@@ -61,8 +61,7 @@ def resized_target(
     """
     scale = np.array([new[1] / old[1], new[0] / old[0]] * 2, dtype=np.float32)
     boxes = objects.boxes * scale
-    sides = boxes[:, 2:] - boxes[:, :2]
-    keep = sides.min(axis=1) >= _LEAST_SIDE
+    keep = _has_size(boxes)
     objects, boxes = objects.chosen(keep), boxes[keep]
     if flipped:
         # mirrored, a right border is a left one
@@ -78,6 +77,11 @@ def resized_target(
         stacked = stacked[:, :, ::-1] if flipped else stacked
         target["masks"] = torch.from_numpy(np.ascontiguousarray(stacked))
     return target
+
+
+def _has_size(boxes: np.ndarray) -> np.ndarray:
+    """Tell which boxes (n,4) have a width and a height."""
+    return (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= _LEAST_SIDE
 
 
 def rasterise(polygons: Polygons, scale: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -147,13 +151,12 @@ def cropped(objects: Objects, top: int, left: int, height: int, width: int) -> O
     """Return the objects in a crop, which may be none, in its pixels; boxes end at its border."""
     boxes = objects.boxes - np.array([left, top, left, top], dtype=np.float32)
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
-    sides = boxes[:, 2:] - boxes[:, :2]
     polygons = []
     # Corners outside the crop stay: what they span is cut off when it is filled.
     for parts in objects.polygons:
         polygons.append(tuple((part.reshape(-1, 2) - (left, top)).flatten() for part in parts))
     inside = Objects(boxes, objects.labels, objects.ignored, tuple(polygons))
-    return inside.chosen((sides >= _LEAST_SIDE).all(axis=1))
+    return inside.chosen(_has_size(boxes))
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _in_norm_layers(module: nn.Module) -> set[str]:
     """Return the names of the parameters of norm layers."""
     names: set[str] = set()
     for path, part in module.named_modules():
-        # by the name of the class: timm has norms of its own
+        # timm has norm classes of its own, so the name of the class tells
         if "norm" in type(part).__name__.lower():
             own = part.named_parameters(recurse=False)
             names |= {f"{path}.{name}".lstrip(".") for name, _ in own}

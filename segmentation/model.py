@@ -45,7 +45,8 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
         self.auxiliary_weight, self.loss_over = auxiliary_weight, loss_over
-        # What a trunk adds to a backbone has to learn, but a linear probe learns one layer.
+        # What a trunk adds to a backbone has to learn, but a linear probe learns one layer. In a
+        # list, torch does not take the part for a second child.
         linear = isinstance(decode_head, LinearHead | LinearGrid)
         self.frozen_part = [backbone if linear else backbone.pretrained] if frozen else []
         for part in self.frozen_part:
@@ -200,7 +201,7 @@ def optimizer_groups(segmenter: Segmenter, cfg: CfgNode) -> list[Group]:
     decay = cfg.SEGMENTATION.LAYER_DECAY
     if decay == 1.0:
         return groups
-    body = getattr(segmenter.backbone, "body", None)
+    body = segmenter.backbone.pretrained
     if not isinstance(body, VisionTransformer):
         raise ValueError(
             f"SEGMENTATION.LAYER_DECAY: {decay} is for ViTs, and {cfg.MODEL.BACKBONE.NAME} is "

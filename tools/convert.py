@@ -99,7 +99,7 @@ PLAIN_RESNETS = {
     "detectron2": "Detectron2",
     "mmdet": "MMDetection",
     "huggingface": "transformers",
-    "moco": "MoCo's code",
+    "moco": "MoCo",
 }
 
 

@@ -83,8 +83,8 @@ def _central(op: RandomResizedCrop, height: int, width: int) -> tuple[int, int, 
 class Resize(SpatialOp):
     """Resize the shorter side to `size`.
 
-    Of an image thinner than 1:32 only the middle is resized: the whole of 1 x 3000 pixels would
-    need gigabytes.
+    Of an image thinner than 1:32 only the middle is resized: at 256 pixels the whole of 1 x 3000
+    pixels would have 590 million values.
     """
 
     interpolation: str = "bilinear"

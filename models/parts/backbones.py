@@ -37,7 +37,7 @@ _RESNETS = {
     "resnet50": _ResNetShape(Bottleneck, (3, 4, 6, 3)),
     "resnet101": _ResNetShape(Bottleneck, (3, 4, 23, 3)),
 }
-_TIMM_NAMES = {
+TIMM_NAMES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
@@ -45,7 +45,7 @@ _TIMM_NAMES = {
     "swin_small": "swin_small_patch4_window7_224",
     "swin_base": "swin_base_patch4_window7_224",
 }
-BACKBONES = (*_RESNETS, *_TIMM_NAMES, *MOCOV3_VITS)
+BACKBONES = (*_RESNETS, *TIMM_NAMES, *MOCOV3_VITS)
 STEMS = ("imagenet", "cifar", "cifar_stride2")
 
 
@@ -227,8 +227,8 @@ def _transformer(name: str, options: Options) -> nn.Module:
         _check_patches(options["img_size"], options.get("patch_size", 16), stem="conv" in name)
         vit = mocov3_vit(name, **options)
         return _with_deit_tokens(vit) if "reg_tokens" in options else vit
-    timm_name = _TIMM_NAMES.get(name, name.removeprefix("timm/"))
-    if name not in _TIMM_NAMES and not (name.startswith("timm/") and timm.is_model(timm_name)):
+    timm_name = TIMM_NAMES.get(name, name.removeprefix("timm/"))
+    if name not in TIMM_NAMES and not (name.startswith("timm/") and timm.is_model(timm_name)):
         known = [*BACKBONES, *(f"timm/{model}" for model in timm.list_models())]
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -236,7 +236,7 @@ def _transformer(name: str, options: Options) -> nn.Module:
             f"MODEL.BACKBONE.NAME: {name!r} is unknown{hint} Known: {', '.join(BACKBONES)}, or "
             "timm/<name>"
         )
-    if name in _TIMM_NAMES:
+    if name in TIMM_NAMES:
         _check_patches(options["img_size"], options.get("patch_size", 4 if "swin" in name else 16))
         return _with_deit_tokens(
             timm.create_model(timm_name, pretrained=False, num_classes=0, **options)

@@ -6,17 +6,14 @@ import timm
 from yacs.config import CfgNode
 
 from data.pixels import pixels_of
+from models.parts.backbones import TIMM_NAMES
 from models.weights.architecture import takes_img_size
 
-TIMM_NAMES = {
-    "deit_tiny": "deit_tiny_patch16_224",
-    "deit_small": "deit_small_patch16_224",
-    "deit_base": "deit_base_patch16_224",
+# the shapes of MoCo v3's ViTs, which are built by name here and not by timm
+_TIMM_NAMES = {
+    **TIMM_NAMES,
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
-    "swin_tiny": "swin_tiny_patch4_window7_224",
-    "swin_small": "swin_small_patch4_window7_224",
-    "swin_base": "swin_base_patch4_window7_224",
 }
 _OF_LEVELS = ("detectron2", "mmdet")  # these normalise 0 to 255
 HINTS = {
@@ -36,7 +33,7 @@ def loading(to: str, cfg: CfgNode) -> str:
     if to != "timm":
         return HINTS[to]
     options = cfg.MODEL.BACKBONE
-    name = TIMM_NAMES.get(options.NAME, options.NAME.removeprefix("timm/"))
+    name = _timm_name(options.NAME)
     ours = options.NAME == "resnet8" or options.NAME.startswith("vit_conv")
     if ours or options.STEM != "imagenet":
         return "models.parts.backbones.build_backbone: timm has no model of this kind by name"
@@ -65,11 +62,15 @@ def pixels_note(to: str, cfg: CfgNode) -> str:
         mean, std = ([255 * value for value in values] for values in (pixels.mean, pixels.std))
         return f"normalise levels of 0 to 255 with {_words(mean, std)}"
     note = f"normalise pixels of 0 to 1 with {_words(pixels.mean, pixels.std)}"
-    name = TIMM_NAMES.get(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NAME.removeprefix("timm/"))
+    name = _timm_name(cfg.MODEL.BACKBONE.NAME)
     known = timm.get_pretrained_cfg(name) if to == "timm" and timm.is_model(name) else None
     if known and (tuple(known.mean), tuple(known.std)) != (tuple(pixels.mean), tuple(pixels.std)):
         note += f", not with {_words(known.mean, known.std)} as timm would for {name}"
     return note
+
+
+def _timm_name(name: str) -> str:
+    return _TIMM_NAMES.get(name, name.removeprefix("timm/"))
 
 
 def _words(mean: Sequence[float], std: Sequence[float]) -> str:

@@ -71,7 +71,7 @@ class RunFiles:
         found = [
             result.get("best_top1")
             for result in results
-            # not the random baseline, nor a file that is named otherwise than checkpoints
+            # neither the random baseline nor a file that is not named as a checkpoint
             if str(result.get("weights", "ckpt_")).startswith("ckpt_")
             and result.get("labels", "100pct") == "100pct"
         ]

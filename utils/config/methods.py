@@ -47,7 +47,7 @@ def backbone_names() -> list[str]:
     # Their text is read too: to import these modules would import torch and timm.
     places = (
         ("models/parts/backbones.py", "_RESNETS"),
-        ("models/parts/backbones.py", "_TIMM_NAMES"),
+        ("models/parts/backbones.py", "TIMM_NAMES"),
         ("models/parts/mocov3_vit.py", "MOCOV3_VITS"),
     )
     names = []

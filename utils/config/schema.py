@@ -105,8 +105,8 @@ def _optimizer(weight_decay: float = 1e-4) -> dict[str, Key]:
         "EXCLUDE_RULE": Key(
             "1d",
             "1d: the two keys above decide | norms: no decay for names with `norm`, tokens and "
-            "positions, but for biases (Swin's detectors) | norm_layers: none for what norm layers "
-            "hold, but for all else (Detectron2)",
+            "positions, but for biases (Swin's detectors) | norm_layers: no decay for norm layers "
+            "alone (Detectron2)",
             choices=("1d", "norms", "norm_layers"),
         ),
         "MOMENTUM": Key(0.9, "momentum of SGD and LARS, and of one of timm that has it", most=1.0),
