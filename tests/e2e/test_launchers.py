@@ -196,11 +196,27 @@ def test_the_launcher_names_the_error_and_all_ranks_say_it_once(place: Place) ->
     assert "TRAIN.BATCH_SIZE" in report
 
 
-def test_a_worker_that_fails_ends_the_launcher_and_leaves_no_process(place: Place) -> None:
-    process = place.start(*torchrun(PRETRAIN, *place.flags("bad", 4, "--epochs", "0")))
+LATE = """\
+import os, runpy, sys, time
+sys.path.insert(0, {root!r})
+time.sleep(2.0 * (os.environ["LOCAL_RANK"] == "{late}"))
+runpy.run_path({main!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("late", "flag", "words"),
+    [(0, "--epochs", "TRAIN.EPOCHS"), (1, "--epochs", "TRAIN.EPOCHS"), (0, "--epoch", "unknown")],
+)
+def test_workers_that_fail_end_the_launcher_say_why_once_and_leave_no_process(
+    place: Place, late: int, flag: str, words: str
+) -> None:
+    script = place.root / f"late{late}.py"
+    script.write_text(LATE.format(root=str(forked.ROOT), main=PRETRAIN, late=late))
+    process = place.start(*torchrun(str(script), *place.flags("bad", 4, flag, "0")))
     text, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
-    assert re.search(r"^(\[\S+\]:)?error: .*TRAIN.EPOCHS", text, re.MULTILINE), text
+    assert len(re.findall(rf"^(?:\[\S+\]:)?error.*: {words}", text, re.MULTILINE)) == 1, text
     assert vanishes(process.pid), "a process of the launcher's group lives on"
 
 

@@ -369,10 +369,13 @@ def test_one_rank_says_what_all_ranks_read(
     from utils.config.load import ConfigError
 
     monkeypatch.setenv("RANK", "1")
-    for error, expected in (
-        (ConfigError("common"), ""),
-        (ValueError("own"), "error (rank 1): own\n"),
+    waits: list[float] = []
+    monkeypatch.setattr(cli.reporter.time, "sleep", waits.append)
+    for error, expected, silent in (
+        (ConfigError("common"), "", 1),
+        (ValueError("own"), "error (rank 1): own\n", 0),
     ):
+        waits.clear()
 
         def main(error: Exception = error) -> int:
             raise error
@@ -380,6 +383,7 @@ def test_one_rank_says_what_all_ranks_read(
         with pytest.raises(SystemExit):
             cli.run_main(main)
         assert capsys.readouterr().err == expected
+        assert len(waits) == silent  # a launcher ends all once this one has gone
 
 
 def test_the_exit_code_is_the_mains() -> None:

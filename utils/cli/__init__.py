@@ -20,6 +20,7 @@ from utils.cli.parser import (
     make_transfer_parser,
     names_nothing,
 )
+from utils.cli.reporter import first_of_machine, let_another_report
 from utils.cli.streams import guard_streams
 from utils.config.key import Program, Value
 from utils.config.programs import answer_from_config
@@ -75,8 +76,9 @@ def _end_of_import(
         sys.__excepthook__(kind, error, trace)
         return
     code, message = explained
-    # all processes of a machine read the same files and the same command line: one says it
-    if not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") in ("0", ""):
+    if isinstance(error, ValueError) and not first_of_machine():
+        let_another_report()
+    else:
         _report(error, message)
     # Python takes the exit code of a SystemExit that the hook raises
     sys.exit(code)
@@ -200,7 +202,9 @@ def _report(error: BaseException, message: str) -> None:
     reporter = (
         "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
     )
-    if rank == reporter and _first_to_say(message):
+    if rank != reporter or not _first_to_say(message):
+        let_another_report()
+    else:
         text = visible(message, keep="\n").replace("\n", "\n  ")  # no name begins a line of its own
         with contextlib.suppress(OSError):  # a log on a full disk must not change the exit code
             sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {text}\n")

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from utils.cli.lists import LISTS, listing
 from utils.cli.published import our_spelling
+from utils.cli.reporter import first_of_machine, let_another_report
 from utils.cli.version import version_line
 from utils.config.flags import FLAGS, GROUPS, MACHINE, OF_PRETRAINING, RUN, SPECIAL, Flag
 
@@ -66,9 +67,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2; the usage, which may fill a page, is left to --help."""
-        # under torchrun all processes of a machine have the same command line: one says it
-        told = os.environ.get("LOCAL_RANK", "0") in ("0", "")
-        self.exit(2, f"error: {message}\nSee {self.prog} --help\n" if told else None)
+        if not first_of_machine():
+            let_another_report()
+            self.exit(2)
+        self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
 
     def parse_strictly(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse; refuse unknown words, each with what it is called here."""
