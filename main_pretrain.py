@@ -68,7 +68,6 @@ from data.augment.preview import first_batch, save_grid, save_preview
 from data.loader import GlobalLoader
 from data.sources import is_labelled, open_split
 from data.sources.base import Source
-from dry_run import dry_run
 from engine.loop import Outcome, fit
 from engine.optim import build_optimizer, parameter_groups
 from engine.plan import Plan, global_batch_size, make_plan
@@ -81,6 +80,8 @@ from evaluation.probe import images_of
 from models import build_framework, framework_options
 from models.parts.momentum import MomentumFramework
 from models.weights.start import start_from
+from pretraining.dry_run import dry_run
+from pretraining.evaluations import Evaluations
 from utils.batch import Batch
 from utils.checkpoints.file import sha256_of
 from utils.cli.closing import command
@@ -90,7 +91,6 @@ from utils.config.programs import check_graphs
 from utils.config.schema import declare
 from utils.distributed import on_main, world_size
 from utils.schedules import Progress
-from while_training import Evaluations
 
 logger = logging.getLogger("synco")
 

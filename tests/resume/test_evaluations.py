@@ -61,12 +61,12 @@ def kill_in_evaluation(rank: int, *, epoch: int, where: str) -> None:
 
 
 def fail_to_evaluate(rank: int) -> None:
-    import while_training
+    from pretraining import evaluations
 
     def fails(*_: Any) -> None:
         raise ValueError("a validation image cannot be read")
 
-    while_training.features_knn = fails
+    evaluations.features_knn = fails
 
 
 @pytest.fixture(scope="module")

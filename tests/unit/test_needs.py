@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import needs
-from dry_run import count_traffic, queues_of, shared_numbers
 from models import FRAMEWORKS, assemble_framework
 from models.parts.momentum import MomentumFramework
-from needs import Queue, Shared
+from pretraining import needs
+from pretraining.dry_run import count_traffic, queues_of, shared_numbers
+from pretraining.needs import Queue, Shared
 from utils.schedules import Progress
 
 WORLD, IMAGES, SIZE = 4, 4, 32

@@ -7,9 +7,9 @@ import runs
 import torch
 
 import main_pretrain
-import while_training
 from engine.state import TrainState
 from evaluation.accuracy import held_out_names
+from pretraining import evaluations
 from utils.checkpoints.file import committed, save, step_of
 from utils.checkpoints.folder import best, improves, prune
 from utils.logger import close_logger
@@ -89,7 +89,7 @@ def train(
 ) -> Path:
     """Run with evaluations that give ``values``, one an epoch; no checkpoint is due but by the evaluation."""
     given = iter(values)
-    monkeypatch.setattr(while_training, "features_knn", lambda *args, **keys: {METRIC: next(given)})
+    monkeypatch.setattr(evaluations, "features_knn", lambda *args, **keys: {METRIC: next(given)})
     keys = {
         "KNN__EVERY_EPOCHS": 1,
         "KNN__K": (5,),

@@ -28,7 +28,7 @@ from engine.plan import Plan
 from engine.run import Run
 from engine.state import TrainState
 from models.parts.momentum import KeyQueue, MomentumFramework
-from needs import Queue, Shared, cores, describe
+from pretraining.needs import Queue, Shared, cores, describe
 from utils.batch import Batch
 from utils.config.load import leaves
 from utils.distributed import count_shared

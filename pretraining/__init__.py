@@ -1,0 +1,1 @@
+"""Parts of main_pretrain.py: `--dry-run`, and what is measured between epochs."""
