@@ -109,25 +109,31 @@ def build(name: str, options: dict[str, object]) -> MomentumFramework:
     return assemble_framework(name, options, {"name": "resnet8"}, img_size=SIZE)
 
 
-def step(framework: MomentumFramework) -> None:
+def step(framework: MomentumFramework, local: int = 0) -> None:
+    """Take a step on two views and `local` small ones."""
     progress = Progress(0, 10, 100)
-    views = [torch.randn(IMAGES, 3, SIZE, SIZE) for _ in range(2)]
+    sizes = [SIZE] * 2 + [SIZE // 2] * local
+    views = [torch.randn(IMAGES, 3, size, size) for size in sizes]
     framework(views, progress)["loss"].backward()
     framework.after_step(progress)
 
 
-CASES = [(name, {}) for name in FRAMEWORKS]
-CASES += [("moco_v2", {"symmetric": True}), ("moco_v2", {"batch_norm": "sync"})]
+CASES = [(name, {}, 0) for name in FRAMEWORKS]
+CASES += [("moco_v2", {"symmetric": True}, 0), ("moco_v2", {"batch_norm": "sync"}, 0)]
+CASES += [(name, {}, 2) for name, made in FRAMEWORKS.items() if made.can_take_local_views]
+CASES += [("moco_v2", {"batch_norm": "sync"}, 2)]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_one_process_counts_what_several_share(name: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(("name", "options", "local"), CASES)
+def test_one_process_counts_what_several_share(
+    name: str, options: dict[str, object], local: int
+) -> None:
     alone = build(name, options)
     with count_traffic(alone) as counted:
-        step(alone)
+        step(alone, local)
     pretended = Pretended()
     with mock.patch.multiple(dist, **pretended.patches()):
-        step(build(name, options))
+        step(build(name, options), local)
     shared = shared_numbers(alone, counted)
     assert (shared.keys, shared.images) == (pretended.gathered, pretended.shuffled)
     # a CPU averages statistics in both directions: (C + 1) and C values, and their gradients
