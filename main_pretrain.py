@@ -131,6 +131,8 @@ def main() -> int:
     if args.eval:
         evaluate_once(run, state, plan, evaluate, resumed)
         return 0
+    if left_out := framework.left_out(plan.progress(plan.total_steps - 1)):
+        logger.warning("%s", left_out)
 
     # The one place where model and data meet; the engine knows neither.
     def step(batch: Batch, progress: Progress) -> dict[str, Tensor]:

@@ -41,3 +41,12 @@ class SynCo(MoCoV2):
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
         """Return the configured synthetics once the warm-up is over."""
         return self.synthetic_config if progress.epoch >= self.warmup_epochs else None
+
+    def left_out(self, last: Progress) -> str:
+        """Say whether a run ends before synthetic negatives begin."""
+        if self.synthetics(last):
+            return ""
+        return (
+            f"MODEL.SYNCO.WARMUP_EPOCHS {self.warmup_epochs}: the run ends before synthetic "
+            "negatives begin, so it trains MoCo v2"
+        )

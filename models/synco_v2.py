@@ -45,9 +45,19 @@ class SynCoV2(MoBY):
 
     def synthetics(self, progress: Progress) -> SyntheticConfig | None:
         """Return the configured synthetics inside the window."""
-        epoch = progress.epoch
-        if self.legacy_window:
-            epoch = (progress.step + 1) // (progress.steps_per_epoch * self.legacy_window)
+        is_open = self.warmup_epochs <= self._epoch(progress) <= self.cooldown_epochs
+        return self.synthetic_config if is_open else None
+
+    def left_out(self, last: Progress) -> str:
+        """Say whether a run ends before synthetic negatives begin."""
+        if self._epoch(last) >= self.warmup_epochs:
+            return ""
         return (
-            self.synthetic_config if self.warmup_epochs <= epoch <= self.cooldown_epochs else None
+            f"MODEL.SYNCO_V2.WARMUP_EPOCHS {self.warmup_epochs}: the run ends before synthetic "
+            "negatives begin, so it trains MoBY"
         )
+
+    def _epoch(self, progress: Progress) -> int:
+        if self.legacy_window:
+            return (progress.step + 1) // (progress.steps_per_epoch * self.legacy_window)
+        return progress.epoch

@@ -49,6 +49,10 @@ class MomentumFramework(nn.Module):
         """Update target and queue after an optimiser step, without gradient."""
         raise NotImplementedError
 
+    def left_out(self, last: Progress) -> str:
+        """Say what of the method a run with this `last` step never reaches; "" if nothing."""
+        return ""
+
     def health(self, *contrasts: Contrast, queue_age: Tensor | None = None) -> dict[str, Tensor]:
         """Return scalars that tell how hard a contrast is and how old its keys; none in eval."""
         if not self.training:

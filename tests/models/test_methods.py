@@ -199,6 +199,28 @@ def test_synthetics_change_the_loss_only_in_their_window(method: str) -> None:
         assert windows == [False, True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "steps", "said"),
+    [
+        ("synco", {"warmup_epochs": 3}, 30, "MODEL.SYNCO.WARMUP_EPOCHS 3: the run ends before"),
+        ("synco", {"warmup_epochs": 3}, 31, ""),
+        ("synco_v2", {"warmup_epochs": 3}, 30, "MODEL.SYNCO_V2.WARMUP_EPOCHS 3: the run ends"),
+        ("synco_v2", {"warmup_epochs": 3}, 31, ""),
+        ("synco_v2", {"warmup_epochs": 3, "legacy_window": 4}, 119, "so it trains MoBY"),
+        ("synco_v2", {"warmup_epochs": 3, "legacy_window": 4}, 120, ""),
+        ("synco_v2", {"warmup_epochs": 1, "cooldown_epochs": 2}, 60, ""),  # begun and ended
+        ("byol", {}, 1, ""),
+    ],
+)
+def test_a_run_that_ends_before_its_synthetics_begin_says_so(
+    method: str, options: dict[str, int], steps: int, said: str
+) -> None:
+    framework = FRAMEWORKS[method](Tiny(), **(SMALL[method] | options))
+    found = framework.left_out(Progress(steps - 1, 10, steps))
+    assert said in found
+    assert bool(said) == bool(found)
+
+
 def test_legacy_window_divides_by_the_published_world() -> None:
     """On 4 GPUs the published window opened at epoch 120 and never closed within 300 epochs."""
     framework = FRAMEWORKS["synco_v2"](

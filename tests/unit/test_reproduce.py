@@ -133,6 +133,16 @@ def test_differences_are_of_equal_seeds_on_one_machine() -> None:
     assert gains(results, "a", "b", "knn20") == [2.0]
 
 
+def test_a_difference_says_whether_both_had_the_same_time(tmp_path: Path) -> None:
+    rows = [row("a", seed, 50.0) for seed in (0, 1)] + [row("b", seed, 48.0) for seed in (0, 1)]
+    rows[0]["cpu_seconds"], rows[1]["cpu_seconds"] = 48.0, 54.0  # b: 60
+    study = study_of(tmp_path, HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}}")
+    results = {name: rows_of(rows, name) for name in ("a", "b")}
+    assert "| a - b | 2 | 0.85 | **+2.00 ± 0.00**" in markdown(study, results, "cpu", "p")
+    results["b"][1]["epochs"] = 0
+    assert "| a - b | 2 |  | **+2.00 ± 0.00**" in markdown(study, results, "cpu", "p")
+
+
 @pytest.mark.parametrize(
     ("gain", "found", "said"),
     [
@@ -163,10 +173,10 @@ def test_a_difference_is_bold_where_its_interval_leaves_out_zero(tmp_path: Path)
     rows += [row("b", seed, 58.0 + 1.1 * seed) for seed in range(3)]
     results = {name: rows_of(rows, name) for name in ("a", "b")}
     page = markdown(study, results, "cpu", "p")
-    assert "| a - b | 3 | **+1.90 ± 0.25** | +1.90 ± 0.25 |" in page
+    assert "| a - b | 3 | 1.00 | **+1.90 ± 0.25** | +1.90 ± 0.25 |" in page
     # only what was chosen beforehand: of many measures one is beyond chance by chance
     page = markdown(replace(study, measure="knn200"), results, "cpu", "p")
-    assert "| a - b | 3 | +1.90 ± 0.25 | **+1.90 ± 0.25** |" in page
+    assert "| a - b | 3 | 1.00 | +1.90 ± 0.25 | **+1.90 ± 0.25** |" in page
     assert ">61.0<" in picture(study, results, "cpu")
     assert ">60.0<" in picture(replace(study, measure="knn200"), results, "cpu")
 
@@ -185,7 +195,7 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
         in page
     )
     assert "| never |  |  |  |  |  |  |  |  |  |  |  |" in page
-    assert "| a - b | 2 | +1.50 ± 6.35 |" in page
+    assert "| a - b | 2 | 1.00 | +1.50 ± 6.35 |" in page
     assert "* M, torch ?, ?, commits abc\n" in page
     assert "* differs in rate" in page
     assert "chosen on the test images" in page  # its data set has no held-out images

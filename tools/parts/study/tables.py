@@ -29,20 +29,29 @@ def interval(values: Sequence[float]) -> float:
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
-    """Return by how much `first` is above `second` with each seed that both have on one machine.
+def pairs(results: Results, first: str, second: str) -> list[tuple[Row, Row]]:
+    """Return the rows of both entries with each seed that both have on one machine.
 
     Two machines may differ in precision, and a pair of them would show that too. What is not
     trained is the same on all.
     """
     one, other = results[first], results[second]
-    found = []
-    for seed in sorted(one.keys() & other.keys()):
-        pair = one[seed], other[seed]
-        trained = all(number(row, "epochs") for row in pair)
-        if pair[0]["machine"] == pair[1]["machine"] or not trained:
-            found.append(number(pair[0], measure) - number(pair[1], measure))
-    return found
+    found = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
+    return [
+        pair
+        for pair in found
+        if pair[0]["machine"] == pair[1]["machine"] or not all(map(_is_trained, pair))
+    ]
+
+
+def gains(results: Results, first: str, second: str, measure: str) -> list[float]:
+    """Return by how much `first` is above `second` in each of their pairs."""
+    found = pairs(results, first, second)
+    return [number(one, measure) - number(other, measure) for one, other in found]
+
+
+def _is_trained(row: Row) -> bool:
+    return bool(number(row, "epochs"))
 
 
 def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
@@ -58,7 +67,7 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
     for entry in study.entries:
         found = list(results[entry.name].values())
         lines.append(_line([entry.name, *_cells(found, on_gpu)]))
-    lines += _differences(study, results) if study.differences else []
+    lines += _differences(study, results, on_gpu) if study.differences else []
     lines += _claims(study, results) if study.claims else []
     lines += ["", *_reading(study, results, on_gpu)]
     return "\n".join(lines) + "\n"
@@ -85,8 +94,8 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
         f"{study.dataset}; {length} on {place}; evaluation is not counted. An empty cell was not "
         "run.",
         "",
-        f"`{command}` runs what has no row of your machine yet. `--work NEW --results NEW` (a new "
-        "folder) runs all again, `--machine` adds to this table. "
+        f"`{command}` runs the entries that your machine has not run. `--work NEW --results NEW` "
+        "(a new folder) runs all again, `--machine` adds to this table. "
         "[How to read the table](#how-to-read-the-table).",
         "",
         *said,
@@ -101,10 +110,10 @@ def _moved(rows: Sequence[Row]) -> list[str]:
             place = str(row["machine"]), str(row["length_of"])
             places.setdefault(place, []).append(number(row, "cpu_seconds") / 60)
     return [
-        f"* Seeds `2 + 1`: one more seed trained on {here}, for as many epochs as {there} trains "
-        "in the time, in float32 if the processor has no bfloat16. That took "
+        f"* Seeds `a + b`: b seeds trained on {here}, for as many epochs as {there} trains in the "
+        "time, in float32 if the processor has no bfloat16. That took "
         f"{min(minutes):.0f} to {max(minutes):.0f} CPU minutes. Time and memory in the table are "
-        f"of {there}."
+        f"those of {there}."
         for (here, there), minutes in sorted(places.items())
     ]
 
@@ -138,7 +147,7 @@ def _reading(study: Study, results: Results, on_gpu: bool) -> list[str]:
         "**linear**: one linear layer on frozen features of images that are not augmented. Its "
         f"rate is chosen on {choice}.",
         "**linear, 1 %**: the same with 1 % of the labels, drawn for each seed. Its rate is "
-        "chosen on the same images, which are more than it learns from.",
+        "chosen on the same tenth, which has more labels than the probe learns from.",
         "**±**: mean over the seeds and standard deviation. Bars in the picture: 95 % interval of "
         "the mean; a hollow point is one seed.",
         "**epochs**: we measure the speed first, and compute from it how many epochs the time "
@@ -146,35 +155,51 @@ def _reading(study: Study, results: Results, on_gpu: bool) -> list[str]:
         "so ± and intervals do not contain its error.",
         "**wall min**: other jobs shared the machine.",
         "**commit**: the code that trained. A + means that some of its files were changed. In rows "
-        "before 1363883 this may be the file of rows only.",
+        "before 1363883 perhaps only studies.jsonl was changed.",
     ]
     if not on_gpu:
         lines.append("**CPU s/epoch**: with the start of the program.")
     return ["## How to read the table", "", *(f"* {line}" for line in lines)]
 
 
-def _differences(study: Study, results: Results) -> list[str]:
+def _differences(study: Study, results: Results, on_gpu: bool) -> list[str]:
+    clock, name = ("wall_seconds", "time") if on_gpu else ("cpu_seconds", "CPU time")
     lines = [
         "",
-        "Difference of two rows of the same seed and machine, with its 95 % interval over seeds. "
+        "Difference of two rows of the same seed and machine (what is not trained may be of "
+        "another machine), with its 95 % interval over seeds. "
         f"{MEASURES[study.measure]} is the measure that decides; it is bold where 0 lies outside "
-        "the interval.",
+        f"the interval. **{name}**: that of the first row divided by that of the second, mean of "
+        "the pairs; 1.00 is equal time.",
         "",
-        _line(["", "seeds", *MEASURES.values()]),
-        _line(["---"] * (2 + len(MEASURES))),
+        _line(["", "seeds", name, *MEASURES.values()]),
+        _line(["---"] * (3 + len(MEASURES))),
     ]
     for first, second in study.differences:
         found = {measure: gains(results, first, second, measure) for measure in MEASURES}
         cells = [_gain(values, bold=key == study.measure) for key, values in found.items()]
-        lines.append(_line([f"{first} - {second}", str(len(found[study.measure])), *cells]))
+        count = str(len(found[study.measure]))
+        ratio = _ratio(pairs(results, first, second), clock)
+        lines.append(_line([f"{first} - {second}", count, ratio, *cells]))
     return lines
+
+
+def _ratio(found: Sequence[tuple[Row, Row]], clock: str) -> str:
+    """Return by how much longer the first rows trained, or "" where a row is not trained."""
+    if not found or not all(_is_trained(row) for pair in found for row in pair):
+        return ""
+    return (
+        f"{statistics.mean(number(one, clock) / number(other, clock) for one, other in found):.2f}"
+    )
 
 
 def _claims(study: Study, results: Results) -> list[str]:
     lines = [
         "",
-        "What is published, with larger networks and more data, and whether these rows agree. A "
-        f"verdict needs {_SEEDS_OF_A_VERDICT} seeds.",
+        "What is published, with larger networks and more data, and whether these rows agree. "
+        "`refuted here` speaks of this network, these images and these epochs, not of the "
+        "published number. The measure is that of the publication. A verdict needs "
+        f"{_SEEDS_OF_A_VERDICT} seeds.",
         "",
         _line(["published", "gain", "here", "seeds", "verdict"]),
         _line(["---"] * 5),
