@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import loader as batches
 from data.augment.base import sample_keys
 from data.decode import fast_jpeg
 from data.sampler import BatchPlan, Request, RequestSampler
 from data.worker import BadImages, BadImagesError, Loaded, Named, load_or_replace, loaded_as
+from data.worker_pool import fetch_in_order
 from utils import distributed
 
 A = TypeVar("A")  # annotation of an image
@@ -89,9 +89,7 @@ class DenseLoader(ABC, Generic[T, B_co]):
     def from_step(self, step: int, total_steps: int) -> Iterator[tuple[int, list[B_co]]]:
         """Yield (step, micro-batches) from `step` up to (not including) `total_steps`."""
         requests = RequestSampler(self.plan, distributed.rank(), step, total_steps)
-        with contextlib.closing(
-            batches.fetch_in_order(self.samples, requests, *self.how)
-        ) as fetched:
+        with contextlib.closing(fetch_in_order(self.samples, requests, *self.how)) as fetched:
             for current in range(step, total_steps):
                 parts = []
                 for _ in range(self.plan.accumulation):
@@ -139,9 +137,7 @@ def samples_in_order(
     mine = range(first, min(count or len(source), len(source)), step)
     requests = [Request(0, 0, np.array([index])) for index in mine]
     samples = _TestSamples(source, prepare)
-    with contextlib.closing(
-        batches.fetch_in_order(samples, requests, workers, timeout, device)
-    ) as fetched:
+    with contextlib.closing(fetch_in_order(samples, requests, workers, timeout, device)) as fetched:
         for index, sample in fetched:
             if isinstance(sample, str):
                 raise BadImagesError(sample)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from data.loader import fetch_in_order
+from data.worker_pool import fetch_in_order
 from detection.loader import TestImage, batches_of_test
 from detection.masks import Detection, ImageResult, MaskEncoder
 from detection.metrics import Found, voc_metrics

@@ -102,13 +102,13 @@ from PIL import Image, features
 from torch.utils.data import Dataset
 
 from data.augment.crops import shorter_side_to
-from data.loader import LoaderError, fetch_in_order
 from data.pixels import Pixels, parse_range
 from data.sampler import Request
 from data.sources import build_source
 from data.sources.base import PackedStrings, Source
 from data.sources.folder import FileSource
 from data.sources.packed import HEAD, PackedSource, PackIndex
+from data.worker_pool import LoaderError, fetch_in_order
 from tools.parts.packing import SKIPPED, Partial, Settings, difference
 from utils.checkpoints.atomic import sync_folder
 from utils.logger import setup_logger

@@ -49,6 +49,11 @@ def local_rank() -> int:
     return _announced("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """Return the number of this run's processes on this machine, as torchrun exports it."""
+    return max(1, _announced("LOCAL_WORLD_SIZE", 1))
+
+
 def _announced(name: str, default: int) -> int:
     """Return a number of the launcher's environment."""
     # empty counts as not given

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data import worker_pool
 from data.augment.recipes import build_recipe
-from data.loader import BadImagesError, Batch, GlobalLoader, LoaderError, evaluation_batches
+from data.loader import BadImagesError, Batch, GlobalLoader, evaluation_batches
 from data.sources import Source, build_source, open_split, subset
 from data.worker import BadImages
+from data.worker_pool import LoaderError
 from utils.config.schema import declare
 
 CPU = torch.device("cpu")
@@ -174,7 +177,7 @@ class _Faulty(Source):
 def test_dead_and_hung_workers_give_a_clear_error(
     fault: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.loader._PATIENCE", 0.5)
+    monkeypatch.setattr("data.worker_pool._PATIENCE", 0.5)
     recipe = build_recipe("linear", 8)
     loader = GlobalLoader(
         _Faulty(fault), recipe, global_batch=8, seed=0, device=CPU, num_workers=1, timeout=3
@@ -202,7 +205,7 @@ def test_a_batch_that_cannot_be_sent_is_noticed_before_the_time_is_out() -> None
 def test_shared_memory_too_small_for_the_workers_is_refused_before_they_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("data.loader._SHM", "/")
+    monkeypatch.setattr("data.worker_pool._SHM", "/")
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * 3 * 8 * 8 * 8))
     recipe = build_recipe("linear", 8)
     for workers, steps, fits in ((2, 9, True), (3, 9, False), (3, 4, True), (0, 9, True)):
@@ -307,3 +310,24 @@ def test_images_above_max_pixels_are_named_and_replaced(
         seen = torch.cat([batch.indices for batch in epoch(subset(source, range(len(source))))])
         assert (number not in seen) == refused
     assert caplog.text.count("400 x 300 pixels are more than DATA.MAX_PIXELS (119999)") == 1
+
+
+def test_more_workers_than_cores_are_named_once_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = []
+    worker_pool._warn_of_few_cores.cache_clear()
+    for workers in (1, 2, 2):
+        loader = GlobalLoader(
+            _Faulty("none"), build_recipe("linear", 8), global_batch=8, seed=0, device=CPU,
+            num_workers=workers,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as torchs:
+            warnings.simplefilter("always")
+            assert len(list(loader.from_step(0, 1))) == 1
+        said.append([record.getMessage() for record in caplog.records])
+        assert not [found for found in torchs if "DataLoader" in str(found.message)]
+    assert said[0] == []
+    assert said[1] == said[2] == ["4 loader workers share 2 cores; --workers 1 starts one for each"]

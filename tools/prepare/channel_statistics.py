@@ -39,10 +39,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from data.loader import fetch_in_order
 from data.sampler import Request
 from data.sources import open_split
 from data.sources.base import Source
+from data.worker_pool import fetch_in_order
 from models import framework_options
 from utils.checkpoints.atomic import removed_on_error, sync_folder, tmp_path
 from utils.config.load import load_config
