@@ -27,6 +27,7 @@ logger = logging.getLogger("synco")
 
 T = TypeVar("T")
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHM = "/dev/shm"  # where batches travel from the workers
 _PREFETCHED = 2  # batches that each worker prepares ahead
 _PATIENCE = 6.0  # seconds for workers to end by themselves
@@ -39,8 +40,9 @@ class LoaderError(RuntimeError):
 def _init_worker(_worker: int) -> None:
     """Give a worker one thread, and leave signals to the main process."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals the whole group
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     # multiprocessing only prints that a batch could not be sent: the run would wait for it forever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
@@ -123,6 +125,8 @@ def _start(
 ) -> tuple[Iterator[T], list[BaseProcess]]:
     """Start the workers; return torch's iterator over their results, and their processes."""
     before = set(multiprocessing.active_children())
+    # Held back until a worker ignores them: one that dies of a signal would end the run.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         with warnings.catch_warnings():
             # two long warnings; `_warn_of_few_cores` says it in one line
@@ -141,6 +145,8 @@ def _start(
     except BaseException:  # no further process or thread: those that have started would stay
         _kill([child for child in multiprocessing.active_children() if child not in before])
         raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return iterator, [child for child in multiprocessing.active_children() if child not in before]
 
 

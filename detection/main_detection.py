@@ -36,6 +36,7 @@ from engine.state import TrainState
 from evaluation.accuracy import measure_throughput
 from evaluation.transfer import Transfer, run_transfer, start_fingerprint, starting_weights
 from models.weights.load import network_of
+from utils.distributed import refuse_different
 from utils.schedules import Progress
 
 
@@ -119,6 +120,8 @@ def open_splits(cfg: CfgNode) -> tuple[DetectionData, DetectionData]:
             f"DETECTION.TEST_SPLIT: {detection.TEST_SPLIT} has other classes than "
             f"{detection.TRAIN_SPLIT}"
         )
+    for data in (train, test):
+        refuse_different(data.fingerprint, f"DATA.PATH (--data-path) {cfg.DATA.PATH!r}")
     return train, test
 
 

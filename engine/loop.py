@@ -59,7 +59,8 @@ def fit(
     """
     guard = FiniteGuard(scaler=state.scaler is not None)
     checkpoints = run.checkpoints
-    with run.reporting(state, plan), kept_for_replay(run, state, plan), StopFlag() as stop:
+    # The flag first: the others write files, also about an error, and a signal must not end that.
+    with StopFlag() as stop, run.reporting(state, plan), kept_for_replay(run, state, plan):
         first = state.step
         # A run that was killed between a checkpoint and its evaluation finishes the evaluation now.
         if evaluate is not None and first and plan.ends_epoch(first):

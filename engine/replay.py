@@ -56,12 +56,17 @@ def kept_for_replay(run: Run, state: TrainState, plan: Plan) -> Iterator[None]:
 
 
 def _keep(run: Run, state: TrainState, plan: Plan, error: NonFiniteError) -> Path | None:
-    """Write the file on rank 0 and return its path there; `None` if there is nothing to replay."""
+    """Let rank 0 write the file; return its path, `None` if there is nothing to replay."""
     if run.task != "pretrain":
         return None
     parts = _gather(_own_part(error))
-    if not distributed.is_main():
-        return None
+    # The others wait: torchrun ends rank 0 soon after the first of them has gone.
+    return distributed.on_main(lambda: _write(run, state, plan, error, parts))
+
+
+def _write(
+    run: Run, state: TrainState, plan: Plan, error: NonFiniteError, parts: list[State]
+) -> Path:
     progress = plan.progress(error.step)
     # All that the step depended on: its batch, draws, weights and place in the schedule.
     payload = {

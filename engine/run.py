@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -70,6 +70,7 @@ class Run(Precision):
         self._lock: IO[str] | None = None
         self._next_status = 0.0
         self._began = (time.monotonic(), 0)  # when the training began, and at which step
+        self._failed = False  # an error ends the run, and is being told
         self._done_at = ""  # when an earlier start completed the run
         self.next_commands: list[str] = []  # what a person may want to start then
         self.checkpoints = Checkpoints(
@@ -158,6 +159,7 @@ class Run(Precision):
         try:
             yield
         except BaseException as error:
+            self._failed = True
             lost = f" ({heartbeat.missing()})" if lost_processes(error) else ""
             self.finish("failed", state.step, f"{type(error).__name__}: {error}{lost}")
             raise
@@ -178,12 +180,23 @@ class Run(Precision):
         else:
             outcome = "NOT saved, it will go on from the checkpoint before"
         self.finish("preempted", step, f"asked to stop ({signal_name}), {outcome}")
+        # torchrun signals the others as soon as one has gone: they must find the status written
+        distributed.on_main(lambda: None)
         message = "asked to stop (%s) at step %d: %s; start the same command again to go on"
         logger.warning(message, signal_name, step, outcome)
 
-    def stop_before_training(self, number: int, frame: FrameType | None) -> NoReturn:
-        """Leave as preempted: before the first step nothing is lost."""
+    def stop_before_training(self, number: int, frame: FrameType | None) -> None:
+        """Leave as preempted: before the first step nothing is lost.
+
+        torchrun sends the same signal to all processes when one has failed. A process that tells
+        its own error goes on with that; one that has none names the error of the other.
+        """
+        if self._failed:
+            return
         status = self._status()
+        if told := heartbeat.error_of_another():
+            self.start_failed(told)
+            raise SystemExit(5)
         if status.get("state") == "starting":
             self.finish(
                 "preempted", status["step"], f"{signal.Signals(number).name} before the first step"
@@ -192,6 +205,7 @@ class Run(Precision):
 
     def start_failed(self, reason: str) -> None:
         """Keep why a run ended before its first step: in `status.json` and in the log."""
+        self._failed = True
         status = self._status()
         if not self.training or status.get("state") != "starting":
             return
@@ -313,8 +327,7 @@ def start_run(
     run = Run(cfg, folder, device, task, training)
     if training:
         run.open_folder()
-        if distributed.is_main():
-            at_failure.append(run.start_failed)
+        at_failure.append(run.start_failed)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):  # until fit() takes them
                 signal.signal(number, run.stop_before_training)

@@ -56,6 +56,7 @@ from segmentation.loader import build_train_loader
 from segmentation.model import Segmenter, build_segmenter, optimizer_groups
 from segmentation.pictures import draw_rows
 from utils.batch import Batch
+from utils.distributed import refuse_different
 from utils.schedules import Progress
 
 
@@ -126,6 +127,8 @@ def open_splits(cfg: CfgNode) -> tuple[SegmentationData, SegmentationData]:
         raise ValueError(
             f"SEGMENTATION.TEST_SPLIT: {node.TEST_SPLIT} has other classes than {node.TRAIN_SPLIT}"
         )
+    for data in (train, test):
+        refuse_different(data.fingerprint, f"DATA.PATH (--data-path) {cfg.DATA.PATH!r}")
     return train, test
 
 

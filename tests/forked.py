@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -56,10 +57,16 @@ def context() -> ForkServerContext:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that nothing listens on.
+
+    Of those below 32768: the system gives the ones above to whoever asks for any, perhaps before
+    the caller binds it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # ---- the mains -----------------------------------------------------------------------------------
@@ -139,6 +146,19 @@ def ends(jobs: Sequence[Job], limit: float = LIMIT) -> tuple[list[int], float]:
             first = first or time.monotonic()
     seconds = time.monotonic() - (first or time.monotonic())
     return [job.wait(1.0) for job in jobs], seconds
+
+
+def as_torchrun(jobs: Sequence[Job], limit: float = LIMIT) -> list[int]:
+    """Do what torchrun does: the first failure sends SIGTERM to the others. Return the exit codes."""
+    deadline, told = time.monotonic() + limit, False
+    while any(job.process.exitcode is None for job in jobs) and time.monotonic() < deadline:
+        if not told and any(job.process.exitcode for job in jobs):
+            told = True
+            for job in jobs:
+                if job.process.exitcode is None:
+                    job.send(signal.SIGTERM)
+        time.sleep(0.1)
+    return [job.wait(1.0) for job in jobs]
 
 
 def _run_main(main: str, argv: list[str], log: str, env: dict[str, str], prepare: Any) -> None:

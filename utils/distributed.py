@@ -175,6 +175,21 @@ def all_objects(value: T) -> list[T]:
     return values
 
 
+def refuse_different(digest: Callable[[], str], what: str) -> None:
+    """Raise `ValueError` on every rank unless all have the same `digest` of `what`."""
+    if world_size() == 1:
+        return
+    values = all_objects(digest())
+    other = next((number for number, found in enumerate(values) if found != values[0]), 0)
+    if other:
+        error = ValueError(
+            f"{what}: rank 0 sees {values[0]}, rank {other} sees {values[other]}. Give all "
+            "processes the same files, and start again when nothing is being copied"
+        )
+        error.reporter = 0  # type: ignore[attr-defined]  # all ranks know it, one says it
+        raise error
+
+
 def to_main(value: T, src: int) -> T | None:
     """Return rank `src`'s `value` (picklable) on rank 0, `None` on the others."""
     if rank() == src == 0:

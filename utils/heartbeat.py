@@ -16,6 +16,7 @@ from utils.randomness import keyed_seed
 
 T = TypeVar("T")
 
+_ERROR = "synco/error"  # in the store: what a process said before it ended
 _GRACE = 1.0  # seconds that the others have to notice too
 # seconds for the store to answer: the process that holds it may be the one that hangs
 _PATIENCE = 3.0
@@ -59,8 +60,24 @@ def first_to_say(message: str) -> bool:
     return first
 
 
+def error_of_another() -> str:
+    """Return the error that another process has said, "" if there is none or no answer."""
+    if distributed.world_size() == 1:
+        return ""
+    return _within(_PATIENCE, _read_error, "")
+
+
+def _read_error() -> str:
+    try:
+        store = _store()
+        return store.get(_ERROR).decode() if store.check([_ERROR]) else ""
+    except Exception:  # the store is gone with the process that held it
+        return ""
+
+
 def _mark(message: str) -> bool:
     try:
+        _store().set(_ERROR, message)
         return _store().add(f"synco/said/{keyed_seed(message)}", 1) == 1
     except Exception:  # the store is gone with the process that held it
         return True

@@ -15,6 +15,7 @@ from data.sources import zip as archives
 from data.sources.base import ArraySource, Source, Subset, is_labelled, subset
 from data.sources.scan import IMG_EXTENSIONS
 from utils.config.datasets import BUNDLED, DOWNLOADABLE, check_place
+from utils.distributed import refuse_different
 
 __all__ = [
     "SOURCES",
@@ -91,7 +92,8 @@ def build_source(
 def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
     """Open a split of the data set that a `DATA` section names; `labelled`: for a probe.
 
-    Raises `ValueError` where labels are asked for and there are none.
+    Raises `ValueError` where labels are asked for and there are none, and where the processes of
+    a run see different images.
     """
     pixels = pixels_of(node)
     name = _LABELLED.get(node.DATASET, node.DATASET) if labelled else node.DATASET
@@ -112,6 +114,8 @@ def open_split(node: CfgNode, split: str, labelled: bool = False) -> Source:
     source.max_pixels, source.pixels = node.MAX_PIXELS, pixels
     if labelled:
         _check_labels(source, node.DATASET)
+    # else each would draw other batches: some images twice, others never
+    refuse_different(source.fingerprint, f"DATA.PATH (--data-path) {node.PATH!r}, {split}")
     return source
 
 

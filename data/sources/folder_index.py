@@ -9,6 +9,7 @@ scanned again.
 import hashlib
 import json
 import logging
+import math
 import os
 import struct
 import time
@@ -239,9 +240,16 @@ def _parts(asked: str, tree: Tree, listing: Listing) -> tuple[bytes, bytes, byte
 
 def _prune(place: Path) -> None:
     """Leave the last used indexes, and no temporary file of a process that was killed."""
-    indexes = sorted(place.glob("*.index"), key=lambda path: path.stat().st_mtime, reverse=True)
+    indexes = sorted(place.glob("*.index"), key=_changed_at, reverse=True)
     before = time.time() - _ABANDONED
-    abandoned = [path for path in place.glob("*.tmp") if path.stat().st_mtime < before]
+    abandoned = [path for path in place.glob("*.tmp") if _changed_at(path) < before]
     for path in [*indexes[_KEPT:], *abandoned]:
         with suppress(OSError):
             path.unlink()
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another run has just renamed or removed it
+        return math.inf

@@ -371,11 +371,14 @@ def test_one_rank_says_what_all_ranks_read(
     monkeypatch.setenv("RANK", "1")
     waits: list[float] = []
     monkeypatch.setattr(cli.reporter.time, "sleep", waits.append)
-    for error, expected, silent in (
-        (ConfigError("common"), "", 1),
-        (ValueError("own"), "error (rank 1): own\n", 0),
+    for error, local, expected, silent in (
+        (ConfigError("common"), "1", "", 1),
+        (ConfigError("common"), "", "", 1),  # a launcher that does not say it
+        (ConfigError("of its machine"), "0", "error (rank 1): of its machine\n", 0),
+        (ValueError("own"), "1", "error (rank 1): own\n", 0),
     ):
         waits.clear()
+        monkeypatch.setenv("LOCAL_RANK", local)
 
         def main(error: Exception = error) -> int:
             raise error

@@ -198,11 +198,11 @@ def _report(error: BaseException, message: str) -> None:
         with contextlib.suppress(OSError):  # as below
             traceback.print_exception(error)
     rank = os.environ.get("RANK") or "0"
-    # An error that all ranks share has one reporter; and all read the same configuration.
-    reporter = (
-        "0" if type(error).__name__ == "ConfigError" else str(getattr(error, "reporter", rank))
-    )
-    if rank != reporter or not _first_to_say(message):
+    if type(error).__name__ == "ConfigError":  # all of a machine read the same configuration
+        reports = first_of_machine()
+    else:  # an error that all ranks share has one reporter
+        reports = rank == str(getattr(error, "reporter", rank))
+    if not reports or not _first_to_say(message):
         let_another_report()
     else:
         text = visible(message, keep="\n").replace("\n", "\n  ")  # no name begins a line of its own

@@ -9,7 +9,8 @@ _SECONDS = 5.0  # more than the start of one process lags behind that of another
 
 def first_of_machine() -> bool:
     """Tell whether this process reports what all of this machine read: a command line or a file."""
-    return os.environ.get("LOCAL_RANK", "0") in ("0", "")
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or "0"
+    return number == "0"
 
 
 def let_another_report() -> None:
