@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +150,28 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def hold(folder: Path, ready: Any) -> None:
+def hold(folder: Path, ready: Any, enough: Any) -> None:
     with evaluation.feature_cache._alone(folder):
         ready.set()
-        time.sleep(0.5)
+        enough.wait(60)
 
 
 def test_a_second_run_waits_for_the_first(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation.feature_cache, "_POLL", 0.05)
-    ready = forked.context().Event()
-    other = forked.context().Process(target=hold, args=(tmp_path, ready))
+    ready, enough = forked.context().Event(), forked.context().Event()
+    other = forked.context().Process(target=hold, args=(tmp_path, ready, enough))
     other.start()
     assert ready.wait(60)
+    said = evaluation.feature_cache.logger.info
+
+    def say(*args: Any) -> None:
+        said(*args)
+        if "waiting" in args[0]:
+            enough.set()
+
+    monkeypatch.setattr(evaluation.feature_cache.logger, "info", say)
     with caplog.at_level(logging.INFO, logger="synco"):
         load(tmp_path)
     other.join(60)

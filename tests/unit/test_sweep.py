@@ -85,7 +85,7 @@ def sweep_process(place: Path, sleep: float) -> tuple[list[str], dict[str, str]]
 
 def wait_for(place: Path, state: str, count: int) -> None:
     """Wait until so many runs are in a state."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         texts = [path.read_text() for path in place.rglob("status.json")]
         if sum(f'"{state}"' in text for text in texts) == count:
@@ -309,7 +309,7 @@ def test_a_sweep_that_is_killed_takes_its_runs_with_it_and_the_next_one_waits(pl
 
 
 def test_a_run_of_an_earlier_sweep_is_waited_for(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(place) == 0
     folder = folders(place, "search-")[0]
@@ -318,14 +318,24 @@ def test_a_run_of_an_earlier_sweep_is_waited_for(
         [
             sys.executable,
             "-c",
-            "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); "
-            "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(2)",
+            "import fcntl, sys; f = open(sys.argv[1], 'a+'); "
+            "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
             str(folder / ".lock"),
         ],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    assert held.stdin is not None
     assert held.stdout is not None
     assert held.stdout.readline() == b"held\n"
+    said, holds = sweep_runs.logger.info, held.stdin
+
+    def say(*args: object) -> None:
+        said(*args)
+        if "waiting for" in str(args[0]):
+            holds.close()  # it ends
+
+    monkeypatch.setattr(sweep_runs.logger, "info", say)
     assert run(place) == 0
     out = capsys.readouterr().err
     assert out.count(f"waiting for {folder.name}") == 1
