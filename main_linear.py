@@ -126,7 +126,9 @@ def main() -> int:
     if args.throughput:
         run = start_run(cfg, task="linear", training=False)
         backbone, _ = frozen_backbone(cfg, run, weights, args.which)
-        measure_throughput(backbone, cfg.DATA.IMG_SIZE, cfg.LINEAR.BATCH_SIZE, run.device)
+        with run.evaluating(backbone):
+            size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
+            measure_throughput(backbone, size, cfg.LINEAR.BATCH_SIZE, run.device, channels)
         return 0
     results = []
     for start in [weights, None] if args.random_baseline else [weights]:

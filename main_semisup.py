@@ -121,9 +121,10 @@ def main() -> int:
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     if args.throughput:
         run = start_run(cfg, task="semisup", training=False)
-        backbone = run.prepare(starting_backbone(cfg, weights, args.which)[0]).eval()
-        size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
-        measure_throughput(backbone, size, cfg.FINETUNE.BATCH_SIZE, run.device, channels)
+        backbone = run.prepare(starting_backbone(cfg, weights, args.which)[0])
+        with run.evaluating(backbone):
+            size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
+            measure_throughput(backbone, size, cfg.FINETUNE.BATCH_SIZE, run.device, channels)
         return 0
     results = []
     for start in [weights, None] if args.random_baseline and weights else [weights]:

@@ -37,7 +37,15 @@ class FeatureLoader:
         fitting = min(global_batch, max(len(labels) // share, 1) * share)
         self.at, self.labels, self.indices = at, labels, indices
         self.rank = distributed.rank()
-        self.plan = BatchPlan(len(labels), fitting, seed, world, accumulation, drop_last=False)
+        self.plan = BatchPlan(
+            len(labels),
+            fitting,
+            seed,
+            world,
+            accumulation,
+            drop_last=False,
+            size_key="LINEAR.BATCH_SIZE",
+        )
 
     @property
     def steps_per_epoch(self) -> int:

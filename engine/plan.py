@@ -107,7 +107,8 @@ def make_plan(
     warmup = schedule.WARMUP_EPOCHS * steps_per_epoch
     if warmup >= total_steps:
         # a trial of an epoch or two (--epochs 1) of a recipe of hundreds
-        warmup = total_steps // 10
+        # (the rate of a whole epoch is that of its first step, which a warm-up would keep at zero)
+        warmup = 0 if schedule.PER_EPOCH else total_steps // 10
         message = "%sSCHEDULE.WARMUP_EPOCHS: %d leaves nothing of %d epochs; shortened to %d steps"
         logger.warning(message, section, schedule.WARMUP_EPOCHS, epochs, warmup)
     scale = global_batch / optim.LR_BATCH if optim.LR_BATCH else 1.0

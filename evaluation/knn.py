@@ -136,6 +136,8 @@ def features_knn(
     holds of both, a process needs at most about 0.5 GiB, whatever their sizes, and max(ks) numbers
     a query.
     """
+    if not ks:
+        return {}
     found = ranking([features for features, _ in queries], bank, num_classes, ks, temperature)
     right = torch.zeros(2 * len(ks) + 1, dtype=torch.int64, device=bank.device)
     for top, (_, labels) in zip(found, queries, strict=True):

@@ -17,6 +17,7 @@ from models.parts.backbones import Backbone, build_backbone
 from models.parts.batchformer import BatchFormer
 from models.parts.momentum import MomentumFramework
 from models.parts.norm import convert_sync_batch_norm
+from models.parts.resolution import evaluate_as_trained
 from models.sit import SiT
 from models.synco import SynCo
 from models.synco_v2 import SynCoV2
@@ -115,7 +116,10 @@ def online_backbone(cfg: CfgNode, **changes: Any) -> Backbone:
     images = {"img_size": cfg.DATA.IMG_SIZE, "channels": cfg.DATA.CHANNELS}
     options = section_options(cfg.MODEL.BACKBONE) | images | changes
     options.pop("target_drop_path", None)  # of the target network, which is not built here
-    return build_backbone(**options)
+    backbone = build_backbone(**options)
+    if cfg.AUG.VIEW_SIZE or cfg.AUG.LOCAL_CROPS.NUMBER:
+        evaluate_as_trained(backbone)
+    return backbone
 
 
 def pretrained_backbone(

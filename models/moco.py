@@ -49,6 +49,11 @@ class MoCoV2(MomentumFramework):
     ) -> None:
         if batch_norm not in ("shuffle", "sync", "local"):
             raise ValueError(f"BATCH_NORM: {batch_norm!r} is not one of shuffle, sync, local")
+        if batch_norm == "sync" and bn_groups > 1:
+            raise ValueError(
+                f"BATCH_NORM sync normalises over all processes, BN_GROUPS {bn_groups} over parts "
+                "of one; set BN_GROUPS to 1, or BATCH_NORM to shuffle"
+            )
         width = backbone.num_features
         super().__init__(
             Encoder(backbone, mlp(width, width, out_dim, num_mlp_layers, batch_norm=False)),

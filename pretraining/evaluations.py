@@ -1,6 +1,7 @@
 """What main_pretrain.py measures between epochs: k-NN, on-line probe, losses on held-out images."""
 
 import logging
+from dataclasses import replace
 
 from yacs.config import CfgNode
 
@@ -126,8 +127,10 @@ class Evaluations:
         views = (
             [self.run.views(v) for v in batch.views] for _, batches in steps for batch in batches
         )
+        # the loss of the epoch that ends here: SynCo's next one may have synthetic negatives
+        last = replace(progress, step=max(progress.step - 1, 0))
         with self.run.evaluating(self.framework) as framework:
-            return held_out_losses(lambda seen: framework(seen, progress), views, self.cfg.SEED)
+            return held_out_losses(lambda seen: framework(seen, last), views, self.cfg.SEED)
 
 
 def labelled_splits(node: CfgNode, source: Source) -> dict[str, Source]:

@@ -25,6 +25,12 @@ def mlp(
     the projector. The initialisation is PyTorch's default, as in the originals.
     """
     if num_layers == 0:
+        if in_dim != out_dim:
+            raise ValueError(
+                f"a head of 0 layers (NUM_MLP_LAYERS, PROJ_NUM_LAYERS, PRED_NUM_LAYERS) keeps the "
+                f"{in_dim} numbers it is given, but OUT_DIM is {out_dim}; set OUT_DIM to {in_dim}, "
+                "or take 1 layer or more"
+            )
         return nn.Sequential(nn.Identity())
     layers: list[nn.Module] = []
     for index in range(num_layers):

@@ -1,8 +1,9 @@
 """Use a backbone at other image sizes than the one it was built for."""
 
 import copy
-from collections.abc import Mapping
-from functools import lru_cache
+import logging
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -14,6 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.parts.backbones import Backbone, feature_map
+
+logger = logging.getLogger("synco")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,6 +55,7 @@ def take_sizes(backbone: Backbone, sizes: Mapping[str, int], channels: int = 3) 
     cannot.
     """
     if isinstance(backbone, SwinTransformer):
+        _warn_of_cut_windows(backbone)
         dense_swin(backbone, always_shift=False)
     elif isinstance(backbone, (VisionTransformer, Eva)):
         backbone.dynamic_img_size = True  # type: ignore[misc]  # timm means TorchScript by "final"
@@ -61,6 +65,32 @@ def take_sizes(backbone: Backbone, sizes: Mapping[str, int], channels: int = 3) 
         patches.strict_img_size = False
     for key, size in sizes.items():
         _try(backbone, key, (channels, size, size))
+
+
+def evaluate_as_trained(backbone: Backbone) -> None:
+    """Let a backbone compute for its own size what one does that `take_sizes` has trained."""
+    if isinstance(backbone, SwinTransformer):
+        dense_swin(backbone, always_shift=False)
+
+
+def _warn_of_cut_windows(swin: SwinTransformer) -> None:
+    """Say where weights trained by `take_sizes` are another network in timm's own Swin."""
+    for stage in swin.layers:
+        for block in cast("Iterable[SwinTransformerBlock]", stage.blocks):
+            height, width = cast("tuple[int, int]", block.input_resolution)
+            rows, cols = cast("tuple[int, int]", block.window_size)
+            if any(block.shift_size) and (height % rows or width % cols):
+                _say_cut(height, width, rows, cols)
+                return
+
+
+@cache  # once for the online and the target network
+def _say_cut(*sides: int) -> None:
+    logger.warning(
+        "DATA.IMG_SIZE: a map of %d x %d is not made of whole windows of %d x %d. In timm these "
+        "weights will give slightly other features than here; images of 224 have whole windows",
+        *sides,
+    )
 
 
 @torch.no_grad()

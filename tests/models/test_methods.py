@@ -325,6 +325,24 @@ def test_queue_that_does_not_divide_is_refused() -> None:
         queue.flush()
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("moco_v2", {"num_mlp_layers": 0}, "a head of 0 layers .* keeps the 6 .* OUT_DIM is 128"),
+        ("byol", {"pred_num_layers": 0, "out_dim": 8}, None),  # in and out are alike
+        ("moco_v2", {"batch_norm": "sync", "bn_groups": 2}, "set BN_GROUPS to 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    method: str, options: dict[str, object], message: str | None
+) -> None:
+    if message is None:
+        FRAMEWORKS[method](Tiny(), **options)
+        return
+    with pytest.raises(ValueError, match=message):
+        FRAMEWORKS[method](Tiny(), **options)
+
+
 def test_drop_path_rates_differ_between_online_and_target() -> None:
     framework = assemble_framework(
         "moby",
@@ -539,7 +557,7 @@ def test_mlp_shapes() -> None:
     assert [type(layer).__name__ for layer in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert head[0].bias is not None
     assert [type(layer).__name__ for layer in mlp(6, 8, 4, 1)] == ["Linear"]
-    assert [type(layer).__name__ for layer in mlp(6, 8, 4, 0)] == ["Identity"]
+    assert [type(layer).__name__ for layer in mlp(6, 8, 6, 0)] == ["Identity"]
     v3 = mlp(6, 8, 4, 3, bias=False, last_batch_norm=True)
     assert v3[0].bias is None
     assert not v3[-1].affine

@@ -93,6 +93,11 @@ def test_a_larger_bank_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert peaks[1] < (1 << 16) * 16 * 4 / 2**20 / 4  # MiB: a quarter of the bank
 
 
+def test_no_k_gives_no_accuracy() -> None:
+    bank = WholeFeatures.of(torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
+    assert features_knn(bank, [(torch.randn(2, 4), torch.zeros(2))], 1, ks=()) == {}
+
+
 def test_one_processes_bad_queries_are_refused() -> None:
     bank = WholeFeatures.of(torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
     with pytest.raises(ValueError, match="diverged"):

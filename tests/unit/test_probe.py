@@ -272,6 +272,8 @@ def test_few_features_make_smaller_batches() -> None:
         whole.at, whole.labels, whole.indices, global_batch=64, accumulation=2, seed=0
     )
     assert (loader.plan.global_batch, loader.steps_per_epoch) == (10, 2)
+    with pytest.raises(ValueError, match=r"LINEAR.BATCH_SIZE"):
+        FeatureLoader(whole.at, whole.labels, whole.indices, global_batch=3, accumulation=2, seed=0)
 
 
 def test_too_many_unreadable_images_stop_a_probe() -> None:

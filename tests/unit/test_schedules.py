@@ -169,6 +169,12 @@ def test_a_warm_up_that_leaves_nothing_is_shortened_and_said(
     assert f"WARMUP_EPOCHS: {warmup} leaves nothing of {epochs} epochs" in caplog.text
 
 
+def test_a_warm_up_that_leaves_nothing_of_whole_epochs_is_left_out() -> None:
+    options = ("SCHEDULE.PER_EPOCH", "true", "SCHEDULE.WARMUP_EPOCHS", "5")
+    plan = plan_of(*options, epochs=1)  # one epoch has one rate: that of its first step
+    assert [plan.rates[0].at(step) for step in (0, 9)] == [1e-3, 1e-3]
+
+
 def test_a_warm_up_that_leaves_something_stays(caplog: pytest.LogCaptureFixture) -> None:
     assert plan_of("SCHEDULE.WARMUP_EPOCHS", "4", epochs=5).rates[0].warmup_steps == 40
     assert not caplog.text
