@@ -104,6 +104,7 @@ from evaluation.probe import (
 from models import framework_options, pretrained_backbone
 from models.classifier import LinearHeads, freeze, grid_loss
 from models.parts.backbones import Backbone
+from models.parts.resolution import is_dense_swin
 from utils.batch import Batch
 from utils.config.load import load_config
 from utils.config.schema import declare
@@ -125,8 +126,7 @@ def main() -> int:
     weights = find_weights(cfg, args.pretrained)
     if args.throughput:
         run = start_run(cfg, task="linear", training=False)
-        backbone, _ = frozen_backbone(cfg, run, weights, args.which)
-        with run.evaluating(backbone):
+        with run.evaluating(frozen_backbone(cfg, run, weights, args.which)[0]) as backbone:
             size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
             measure_throughput(backbone, size, cfg.LINEAR.BATCH_SIZE, run.device, channels)
         return 0
@@ -219,6 +219,8 @@ def split_features(
     # left out for 8-bit RGB, whose features may be there from before the key was
     if source.pixels != PLAIN:
         key["pixels"] = repr(source.pixels)
+    if is_dense_swin(backbone):  # its features may be there as those of timm's Swin
+        key["windows"] = "padded"
     place, write = run.folder.parents[1] / folder, run.training
     return cached_features(place, split, key, source.labels, run.device, compute, write=write)
 
@@ -238,7 +240,6 @@ def probe(
     if cfg.KNN.K and bank is not None:
         classes = source.num_classes
         knn = features_knn(bank, inputs.queries, classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
-
     loader = open_loader(cfg, run, source, bank)
     heads = draw_heads(cfg, run, inputs, len(points))
     plan = plan_of(cfg, loader)

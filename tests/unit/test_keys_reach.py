@@ -37,7 +37,9 @@ ALL_KEYS = {key for key, _ in leaves(DEFAULTS)}
 # What belongs to the other main; together they leave out nothing.
 NOT_PRETRAINING = {key for key in ALL_KEYS if key.startswith(("LINEAR.", "FINETUNE."))}
 _PRETRAINING_ONLY = (
-    *("OPTIM.", "SCHEDULE.", "AUG.RECIPE", "AUG.CROP_MIN", "AUG.VIEW_SIZE", "AUG.LOCAL_CROPS"),
+    *("OPTIM.", "SCHEDULE.", "AUG.RECIPE", "AUG.CROP_MIN"),
+    # VIEW_SIZE and NUMBER say how a Swin was trained
+    *("AUG.LOCAL_CROPS.SIZE", "AUG.LOCAL_CROPS.SCALE"),
     *(f"MODEL.{name.upper()}." for name in FRAMEWORKS),
 )
 NOT_PROBING = {key for key in ALL_KEYS if key.startswith((*_PRETRAINING_ONLY, "FINETUNE."))} | {
