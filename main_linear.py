@@ -107,6 +107,7 @@ from models.parts.backbones import Backbone
 from models.parts.resolution import is_dense_swin
 from utils.batch import Batch
 from utils.config.load import load_config
+from utils.config.programs import config_files
 from utils.config.schema import declare
 from utils.config.sections import section_options
 from utils.randomness import keyed_seed
@@ -114,21 +115,19 @@ from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
 
-PROTOCOLS = Path(__file__).parent / "configs" / "_base_"
-
 
 def main() -> int:
     """Probe the pretrained weights, and random ones if asked; return the exit code."""
     args, flags = parse(_parser())
-    protocol = PROTOCOLS / f"linear_{args.protocol}.yaml" if args.protocol else None
-    cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
+    files = config_files("linear", args)
+    cfg = load_config(declare(framework_options()), files, args.opts, flags)
     check_linear(cfg.LINEAR)
     weights = find_weights(cfg, args.pretrained)
     if args.throughput:
         run = start_run(cfg, task="linear", training=False)
-        with run.evaluating(frozen_backbone(cfg, run, weights, args.which)[0]) as backbone:
-            size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
-            measure_throughput(backbone, size, cfg.LINEAR.BATCH_SIZE, run.device, channels)
+        backbone, _ = frozen_backbone(cfg, run, weights, args.which)
+        size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
+        measure_throughput(run, backbone, size, cfg.LINEAR.BATCH_SIZE, channels)
         return 0
     results = []
     for start in [weights, None] if args.random_baseline else [weights]:
@@ -240,6 +239,7 @@ def probe(
     if cfg.KNN.K and bank is not None:
         classes = source.num_classes
         knn = features_knn(bank, inputs.queries, classes, cfg.KNN.K, cfg.KNN.TEMPERATURE)
+
     loader = open_loader(cfg, run, source, bank)
     heads = draw_heads(cfg, run, inputs, len(points))
     plan = plan_of(cfg, loader)

@@ -122,10 +122,9 @@ def main() -> int:
         start_from(framework, cfg, Path(args.pretrained), args.which)
     run.describe(framework, plan, len(source))
     if args.throughput:
-        with run.evaluating(framework.online.backbone) as backbone:
-            for size in dict.fromkeys(view_size(view) for view in recipe):
-                batch, channels = cfg.TRAIN.BATCH_SIZE, cfg.DATA.CHANNELS
-                measure_throughput(backbone, size, batch, run.device, channels)
+        backbone, batch = framework.online.backbone, cfg.TRAIN.BATCH_SIZE
+        for size in dict.fromkeys(view_size(view) for view in recipe):
+            measure_throughput(run, backbone, size, batch, cfg.DATA.CHANNELS)
         return 0
     evaluate = Evaluations(cfg, run, framework, source, recipe, args.eval, probe)
     if args.eval:

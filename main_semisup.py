@@ -101,6 +101,7 @@ from models.classifier import Classifier, freeze, layer_ids, soft_loss
 from models.parts.backbones import Backbone
 from utils.batch import Batch
 from utils.config.load import load_config
+from utils.config.programs import config_files
 from utils.config.schema import declare
 from utils.config.sections import section_options
 from utils.distributed import world_size
@@ -109,22 +110,19 @@ from utils.schedules import Progress
 
 logger = logging.getLogger("synco")
 
-PROTOCOLS = Path(__file__).parent / "configs" / "_base_"
-
 
 def main() -> int:
     """Train on the pretrained weights, and on random ones if asked; return the exit code."""
     args, flags = parse(_parser())
-    protocol = PROTOCOLS / f"finetune_{args.protocol}.yaml" if args.protocol else None
-    cfg = load_config(declare(framework_options()), [args.cfg, protocol], args.opts, flags)
+    files = config_files("semisup", args)
+    cfg = load_config(declare(framework_options()), files, args.opts, flags)
     check_finetune(cfg.FINETUNE)
     weights = None if args.pretrained == "none" else find_weights(cfg, args.pretrained)
     if args.throughput:
         run = start_run(cfg, task="semisup", training=False)
         backbone = run.prepare(starting_backbone(cfg, weights, args.which)[0])
-        with run.evaluating(backbone):
-            size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
-            measure_throughput(backbone, size, cfg.FINETUNE.BATCH_SIZE, run.device, channels)
+        size, channels = cfg.DATA.IMG_SIZE, cfg.DATA.CHANNELS
+        measure_throughput(run, backbone, size, cfg.FINETUNE.BATCH_SIZE, channels)
         return 0
     results = []
     for start in [weights, None] if args.random_baseline and weights else [weights]:

@@ -57,10 +57,8 @@ def refuse_small_shm(batch_bytes: int, num_batches: int) -> None:
     if not os.path.isdir(_SHM):
         return
     # all ranks of a machine share its /dev/shm
-    needed, free = (
-        batch_bytes * num_batches * distributed.local_world_size(),
-        shutil.disk_usage(_SHM).free,
-    )
+    needed = batch_bytes * num_batches * distributed.local_world_size()
+    free = shutil.disk_usage(_SHM).free
     if needed > free:
         raise ValueError(
             f"{_SHM} has {free / 2**20:.1f} MiB free, and the loader workers may fill "

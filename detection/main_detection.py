@@ -82,9 +82,8 @@ def main() -> int:
         return dict(measured)
 
     def throughput() -> None:
-        with run.evaluating(detector.backbone) as backbone:
-            size = detection.CANVAS or detection.TEST_SIZE // 32 * 32
-            measure_throughput(backbone, size, cfg.TRAIN.BATCH_SIZE, run.device)
+        size = detection.CANVAS or detection.TEST_SIZE // 32 * 32
+        measure_throughput(run, detector.backbone, size, cfg.TRAIN.BATCH_SIZE)
 
     task = Transfer(
         state=state,

@@ -106,8 +106,8 @@ def make_plan(
     total_steps = steps or epochs * steps_per_epoch
     warmup = schedule.WARMUP_EPOCHS * steps_per_epoch
     if warmup >= total_steps:
-        # a trial of an epoch or two (--epochs 1) of a recipe of hundreds
-        # (the rate of a whole epoch is that of its first step, which a warm-up would keep at zero)
+        # A trial of an epoch or two (--epochs 1) of a recipe of hundreds. Under PER_EPOCH an epoch
+        # keeps the rate of its first step, which would be that of the warm-up's start.
         warmup = 0 if schedule.PER_EPOCH else total_steps // 10
         message = "%sSCHEDULE.WARMUP_EPOCHS: %d leaves nothing of %d epochs; shortened to %d steps"
         logger.warning(message, section, schedule.WARMUP_EPOCHS, epochs, warmup)

@@ -1,4 +1,4 @@
-"""Judge features: exact top-k counts and few-label probes; k-NN: `evaluation.knn`.
+"""Judge networks: exact top-k counts, losses on held-out images, throughput.
 
 Accuracies are percentages. Counts are summed before they are divided, so that the number of ranks,
 the size of the last batch and the chunking change nothing.
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.precision import Precision
 from evaluation.features import compute_features
 from utils.batch import Batch
 from utils.distributed import all_reduce_sum, rank, world_size
@@ -179,24 +180,27 @@ def _fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Te
 
 
 def measure_throughput(
-    backbone: Callable[[Tensor], Tensor],
+    run: Precision,
+    backbone: nn.Module,
     img_size: int,
     batch_size: int,
-    device: torch.device,
     channels: int = 3,
     seconds: float = 5.0,
 ) -> float:
-    """Log and return the images/s of `backbone` on random images, after a warm-up, in inference."""
-    images = torch.randn(batch_size, channels, img_size, img_size, device=device)
+    """Log and return the images/s of `backbone` on random images, after a warm-up, in inference.
+
+    In the precision of `run`.
+    """
+    images = torch.randn(batch_size, channels, img_size, img_size, device=run.device)
     rate = 0.0
-    with torch.inference_mode():
+    with run.evaluating(backbone), torch.inference_mode():
         for budget in (seconds / 5, seconds):  # the first round warms up
             batches, start = 0, time.perf_counter()
             while time.perf_counter() - start < budget:
                 backbone(images)
                 # Kernels are only queued: without this their launch would be timed.
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize(run.device)
                 batches += 1
             rate = batches * batch_size / (time.perf_counter() - start)
     logger.info("throughput: %.1f images/s at batch size %d, %d px", rate, batch_size, img_size)

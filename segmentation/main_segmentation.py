@@ -98,8 +98,7 @@ def main() -> int:
         return {**losses, "loss": sum(losses.values())}
 
     def throughput() -> None:
-        with run.evaluating(segmenter.backbone) as backbone:
-            measure_throughput(backbone, node.CROP[0], cfg.TRAIN.BATCH_SIZE, run.device)
+        measure_throughput(run, segmenter.backbone, node.CROP[0], cfg.TRAIN.BATCH_SIZE)
 
     state = open_state(cfg, run, segmenter)
     judge = Judge(run, segmenter, test, args.multi_scale)

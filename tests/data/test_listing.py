@@ -504,3 +504,14 @@ def test_file_systems_are_known_by_device() -> None:
     if not systems:
         pytest.skip("no /proc/self/mountinfo")
     assert systems[os.stat("/proc").st_dev] == "proc"
+
+
+def test_a_file_that_another_run_removes_does_not_end_the_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned = tmp_path / "old.tmp"
+    abandoned.touch()
+    os.utime(abandoned, (0, 0))
+    monkeypatch.setattr(Path, "glob", lambda _, kind: [tmp_path / f"gone{kind[1:]}", abandoned])
+    listing._prune(tmp_path)
+    assert not abandoned.exists()

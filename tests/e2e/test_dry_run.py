@@ -34,3 +34,11 @@ def test_a_dry_run_answers_on_one_screen_and_leaves_no_run(tmp_path: Path) -> No
     assert Image.open(folder / "schedule.png").height == 3 * 160  # rate, decay, momentum
     # nothing of the run's own folder, nor a checkpoint
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dry_run"]
+
+
+def test_a_run_that_ends_before_its_synthetics_says_so(tmp_path: Path) -> None:
+    keys = {"MODEL__SYNCO__WARMUP_EPOCHS": 2, "TRAIN__EPOCHS": 2}
+    argv = runs.arguments("synco", tmp_path / "out", "t", "--dry-run", **keys)
+    (job,) = forked.start("main_pretrain", argv, tmp_path / "log", ranks=1)
+    assert job.wait() == 0, job.text()
+    assert "MODEL.SYNCO.WARMUP_EPOCHS 2: the run ends before" in job.text()

@@ -86,9 +86,12 @@ def refuse_training_mode(rank: int) -> None:
 
     measure = evaluate.measure_throughput
 
-    def wrapper(backbone: torch.nn.Module, *args: Any) -> float:
+    def refuse(backbone: torch.nn.Module, _: Any) -> None:
         assert not backbone.training
-        return measure(backbone, *args, seconds=0.2)
+
+    def wrapper(run: Any, backbone: torch.nn.Module, *args: Any) -> float:
+        backbone.register_forward_pre_hook(refuse)
+        return measure(run, backbone, *args, seconds=0.2)
 
     evaluate.measure_throughput = wrapper
 

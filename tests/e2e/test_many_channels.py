@@ -109,6 +109,21 @@ def test_pretraining_learns_what_only_the_fourth_channel_shows(whole: Path) -> N
     assert (whole / "views.png").is_file()
 
 
+@pytest.mark.parametrize("main", ["main_linear", "main_semisup"])
+def test_the_throughput_is_that_of_all_channels(main: str, root: Path, whole: Path) -> None:
+    argv = ["--throughput", *arguments(root, "whole")]
+    (job,) = forked.start(main, argv, root / f"{main}.log", prepare=short)
+    assert job.wait() == 0, job.text()
+    assert "images/s at batch size" in job.text()
+
+
+def short(_rank: int) -> None:
+    """Measure for a moment."""
+    from evaluation import accuracy
+
+    accuracy.measure_throughput.__defaults__ = (3, 0.1)  # type: ignore[attr-defined]
+
+
 def test_a_killed_run_resumes_bit_identically(root: Path, whole: Path) -> None:
     trained(root, "killed", prepare=partial(runs.kill_at, step=8))
     assert runs.resumed_at(trained(root, "killed")) == 6

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -13,8 +14,13 @@ import torch
 from torch import Tensor
 
 import evaluation.feature_cache
+import main_linear
+from data.sources.base import ArraySource
 from evaluation.feature_cache import cached_features
 from evaluation.features import Features, SharedFeatures
+from models import framework_options
+from utils.config.load import load_config
+from utils.config.schema import declare
 
 LABELS = torch.arange(10) % 3
 KEY = {
@@ -214,3 +220,20 @@ def test_features_that_are_cut_while_in_use_end_no_process(tmp_path: Path) -> No
     with forked.pool(1) as pool:
         assert pool.run(read_after_a_cut, str(tmp_path)) == [["10", *["refused"] * 4]]
     assert load(tmp_path)[1] == 1  # computed anew
+
+
+@pytest.mark.parametrize("sizes", [(), ("AUG.VIEW_SIZE=48",)])
+def test_features_of_a_swin_of_several_sizes_are_not_those_of_timms(
+    sizes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opts = ["DATA.IMG_SIZE=56", "MODEL.BACKBONE.NAME=swin_tiny", *sizes]
+    cfg = load_config(declare(framework_options()), [], [*opts, "LINEAR.CACHED_FEATURES=True"])
+    keys: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        main_linear, "cached_features", lambda place, split, key, *_, **__: keys.append(key)
+    )
+    run = SimpleNamespace(folder=tmp_path, training=False, precision="fp32", device=None)
+    source = ArraySource("x", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1), ["a"])
+    backbone, _ = main_linear.pretrained_backbone(cfg, None)
+    main_linear.split_features(cfg, run, backbone, source, "val", weights="w", folder="f")  # type: ignore[arg-type]
+    assert ("windows" in keys[0]) == bool(sizes)

@@ -1,10 +1,13 @@
 """The checkpoint that an evaluation liked best stays; which one it is follows from the folder alone."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
+from yacs.config import CfgNode
 
 import main_pretrain
 from engine.state import TrainState
@@ -13,6 +16,7 @@ from pretraining import evaluations
 from utils.checkpoints.file import committed, save, step_of
 from utils.checkpoints.folder import best, improves, prune
 from utils.logger import close_logger
+from utils.schedules import Progress
 
 METRIC = "knn5_top1"
 
@@ -139,3 +143,23 @@ def test_a_metric_that_nobody_measures_is_refused(
             main_pretrain.main()
     finally:
         close_logger()
+
+
+def test_held_out_losses_are_of_the_epoch_that_ends() -> None:
+    """SynCo's next epoch may have synthetic negatives: its losses would be others."""
+    seen: list[Progress] = []
+
+    def framework(_: list[torch.Tensor], progress: Progress) -> dict[str, torch.Tensor]:
+        seen.append(progress)
+        return {"loss": torch.tensor(1.0)}
+
+    measured = object.__new__(evaluations.Evaluations)
+    batch = SimpleNamespace(views=[torch.zeros(2, 3, 4, 4)])
+    measured.cfg = CfgNode({"SEED": 0})
+    measured.held_out = SimpleNamespace(steps_per_epoch=1, from_step=lambda *_: [(0, [batch])])
+    measured.run = SimpleNamespace(
+        views=lambda view: view, evaluating=lambda _: nullcontext(framework)
+    )
+    measured.framework = None
+    assert measured._losses(Progress(20, 10, 40))["held_out_loss"] == 1.0
+    assert [progress.epoch for progress in seen] == [1]  # of 0, 1, 2, 3: the second

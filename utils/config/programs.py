@@ -29,11 +29,8 @@ def answer_from_config(
     """Check the configuration of a command line; return what `--show-config` prints, else ""."""
     if getattr(args, "replay", None):  # the file holds its configuration
         return ""
-    files: list[str | Path | None] = [args.cfg]
-    if getattr(args, "protocol", None):
-        files.append(CONFIGS / "_base_" / f"{_PROTOCOLS[program]}_{args.protocol}.yaml")
     schema = declare(method_options())
-    cfg, origins = load_with_origins(schema, files, args.opts, flags)
+    cfg, origins = load_with_origins(schema, config_files(program, args), args.opts, flags)
     if args.show_config:
         return show_config(cfg, origins, program)
     if program == "pretrain" and cfg.TRAIN.STEPS and "TRAIN.EPOCHS" in flags:
@@ -43,6 +40,14 @@ def answer_from_config(
         )
     check_program(program, args, cfg)
     return ""
+
+
+def config_files(program: Program, args: argparse.Namespace) -> list[str | Path | None]:
+    """Return the yaml files that a command line names: --cfg, then --protocol."""
+    files: list[str | Path | None] = [args.cfg]
+    if getattr(args, "protocol", None):
+        files.append(CONFIGS / "_base_" / f"{_PROTOCOLS[program]}_{args.protocol}.yaml")
+    return files
 
 
 def check_program(program: Program, args: argparse.Namespace, cfg: CfgNode) -> None:
