@@ -13,7 +13,7 @@ import pytest
 from utils.cli.lists import listing
 from utils.config import programs
 from utils.config.datasets import DATASETS
-from utils.config.key import Key, Limits, Value
+from utils.config.key import Key, Limits, Program, Value
 from utils.config.load import ConfigError, load_config, load_with_origins
 from utils.config.methods import backbone_names, method_options, method_titles
 from utils.config.schema import declare
@@ -244,3 +244,18 @@ def test_an_error_of_yaml_points_at_its_place(text: str, words: list[str], tmp_p
         load_config(declare(method_options()), [file])
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "file"),
+    [("linear", "moby", "linear_moby.yaml"), ("semisup", "deit", "finetune_deit.yaml")],
+)
+def test_a_protocol_comes_after_the_configuration(program: Program, name: str, file: str) -> None:
+    found = programs.config_files(program, argparse.Namespace(cfg="c.yaml", protocol=name))
+    assert found[0] == "c.yaml"
+    assert isinstance(found[1], Path)
+    assert found[1].name == file
+    assert found[1].is_file()
+    assert programs.config_files(program, argparse.Namespace(cfg="c.yaml", protocol=None)) == [
+        "c.yaml"
+    ]
