@@ -12,7 +12,8 @@ NAME.svg again.
 
 A faster machine trains more epochs in the same time, so the time of one machine fixes the epochs of
 a table. --machine AMD adds rows to the table of the machine that is called so: each entry trains as
-many epochs as that machine's time holds, which its earlier rows tell.
+many epochs as that machine's time holds, which its earlier rows tell. Where it has no row of an
+entry, the study's `speed_like` names another entry, and the speeds of both here tell it.
 """
 
 import sys
@@ -45,8 +46,9 @@ if __name__ == "__main__":
 
 from dataclasses import replace
 
+from tools.parts.study.lengths import Lengths
 from tools.parts.study.pictures import picture
-from tools.parts.study.runs import Trainer, this_machine
+from tools.parts.study.runs import Runs, this_machine
 from tools.parts.study.study import (
     Entry,
     Study,
@@ -58,6 +60,7 @@ from tools.parts.study.study import (
     results_of,
 )
 from tools.parts.study.tables import markdown
+from tools.parts.study.trainer import Trainer
 from utils.checkpoints.atomic import write_text
 
 
@@ -83,7 +86,7 @@ def main() -> int:
         machine = machine or next(iter(machines_of(study, rows, args.tier)), "")
     else:
         machine = machine or this_machine(args.tier)
-        trainer = Trainer(study, args.work, args.data_path, args.tier, machine)
+        trainer = Trainer(Runs(study, args.work, args.data_path, args.tier, machine))
         # Seed by seed: a study that is not finished compares all entries.
         for seed in study.seeds:
             for entry in study.entries:
@@ -98,12 +101,13 @@ def run_entry(trainer: Trainer, entry: Entry, seed: int, file: Path) -> None:
     with trainer.only_here(entry, seed) as free:
         # read under the lock: another driver may have finished it meanwhile
         rows = read_rows(file)
-        if not free or seed in trainer.rows(entry, rows):
+        runs = trainer.runs
+        if not free or seed in runs.rows(entry, rows):
             return
-        if trainer.knows_length(entry, rows):
+        if Lengths(runs).is_known(entry, rows):
             append_row(file, trainer.measure(entry, seed, rows))
         else:
-            print(f"{entry.name}: left out; {trainer.machine} has no row of it", file=sys.stderr)
+            print(f"{entry.name}: left out; {runs.machine} has no row of it", file=sys.stderr)
 
 
 def render(study: Study, tier: str, file: Path, machine: str) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.parts.study.runs import Trainer, this_machine
+from tools.parts.study.runs import Runs, this_machine
 from tools.parts.study.study import UNTRAINED, Entry, read_study
 from tools.parts.study.tables import markdown
+from tools.parts.study.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def test_a_row_of_each_entry_is_made_by_its_command(name: str, title: str, tmp_p
     if library and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     study = replace(study, entries=(entry,), differences=())
-    row = Trainer(study, tmp_path, "", "cpu", this_machine("cpu")).measure(entry, 0, [])
+    row = Trainer(Runs(study, tmp_path, "", "cpu", this_machine("cpu"))).measure(entry, 0, [])
     row = json.loads(json.dumps(row))  # a row is a line of JSON
     for measure in ("knn20", "knn200", "linear", "linear_1pct", "linear_10pct"):
         assert 10 < row[measure] < 100  # chance is 10

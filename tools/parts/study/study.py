@@ -43,6 +43,9 @@ class Entry:
     minutes: float = 0.0  # of training, as in the study; 0: the study's
     epochs: float = 0.0  # train so many, not for a time
     epochs_of: str = ""  # train as many epochs as this entry did, not for a time
+    # to add it to the table of a machine that never ran it: the entry whose speed here and there
+    # tells what the time of that machine is worth here
+    speed_like: str = ""
     line: str = ""  # in the picture of accuracy over time: the line that this entry is a point of
 
 
@@ -147,7 +150,7 @@ def read_study(path: Path) -> Study:
         if not claim.gain:
             raise ValueError(f"{path}: claims[{number}].gain is 0; a claim says which entry gains")
     names = {entry.name for entry in entries}
-    asked = {entry.epochs_of for entry in entries if entry.epochs_of}
+    asked = {name for entry in entries for name in (entry.epochs_of, entry.speed_like) if name}
     asked.update(*study.differences, *((claim.first, claim.second) for claim in claims))
     for name in sorted(asked - names):
         raise ValueError(f"{path}: there is no entry {name!r}; entries: {', '.join(sorted(names))}")

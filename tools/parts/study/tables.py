@@ -57,11 +57,10 @@ def _is_trained(row: Row) -> bool:
 def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
     """Return the page of a study: picture, what was run, the table, the differences."""
     on_gpu = tier == "gpu"
-    rows = [row for found in results.values() for row in found.values()]
     per_epoch, memory = ("s/epoch", "GPU memory") if on_gpu else ("CPU s/epoch", "memory")
     head = ["", "seeds", "epochs", "CPU min", "wall min", per_epoch, memory, *MEASURES.values()]
     lines = [f"# {study.title}", "", f"![{study.title}]({picture})", ""]
-    lines += [*_conditions(study, rows, on_gpu), ""]
+    lines += [*_conditions(study, results, on_gpu), ""]
     lines += [*(f"* {note}" for note in study.notes), *([""] if study.notes else [])]
     lines += [_line(head), _line(["---"] * len(head))]
     for entry in study.entries:
@@ -73,15 +72,20 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
+def _all_rows(results: Results) -> list[Row]:
+    return [row for found in results.values() for row in found.values()]
+
+
+def _conditions(study: Study, results: Results, on_gpu: bool) -> list[str]:
     """Say how long was trained, where and when, and how to do it again."""
+    rows = _all_rows(results)
     commits: dict[str, set[str]] = {}
     for row in rows:
         place = f"{row['machine']}, torch {row.get('torch', '?')}, {row.get('date', '?')}"
         commits.setdefault(place, set()).add(str(row["commit"]))
     said = [f"* {place}, commits {', '.join(sorted(commits[place]))}" for place in sorted(commits)]
     said = said or ["Nothing was run."]
-    said += _moved(rows)
+    said += _moved(study, results)
     libraries = sorted({str(row["library"]) for row in rows if "library" in row})
     if libraries:
         said.append(f"* {', '.join(libraries)}")
@@ -102,10 +106,10 @@ def _conditions(study: Study, rows: Sequence[Row], on_gpu: bool) -> list[str]:
     ]
 
 
-def _moved(rows: Sequence[Row]) -> list[str]:
+def _moved(study: Study, results: Results) -> list[str]:
     """Say which rows trained on another machine than the one whose time fixed their epochs."""
     places: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
+    for row in _all_rows(results):
         if "length_of" in row:
             place = str(row["machine"]), str(row["length_of"])
             places.setdefault(place, []).append(number(row, "cpu_seconds") / 60)
@@ -115,7 +119,23 @@ def _moved(rows: Sequence[Row]) -> list[str]:
         f"{min(minutes):.0f} to {max(minutes):.0f} CPU minutes. Time and memory in the table are "
         f"those of {there}."
         for (here, there), minutes in sorted(places.items())
-    ]
+    ] + _guessed(study, results)
+
+
+def _guessed(study: Study, results: Results) -> list[str]:
+    """Say which entries the machine of the table never ran."""
+    lines = []
+    for entry in study.entries:
+        found = list(results[entry.name].values())
+        if not any("length_like" in row for row in found) or measured_time(found):
+            continue
+        row = next(row for row in found if "length_like" in row)
+        lines.append(
+            f"* {row['length_of']} never ran `{entry.name}`. How many epochs it would train was "
+            f"computed: {row['machine']} measured the speed of this entry and that of "
+            f"`{row['length_like']}`, of which {row['length_of']} has the epochs."
+        )
+    return lines
 
 
 def _used(study: Study, results: Results, on_gpu: bool) -> str:
