@@ -184,7 +184,7 @@ def test_the_probe_under_torchrun_and_plain_python(launched: Place) -> None:
 
 @pytest.mark.slow
 def test_the_launcher_names_the_error_and_all_ranks_say_it_once(place: Place) -> None:
-    process = place.start(*torchrun(PRETRAIN, *place.flags("many", 400)))
+    process = place.start(*torchrun(PRETRAIN, *place.flags("many", 32)))
     text, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert (
@@ -192,7 +192,7 @@ def test_the_launcher_names_the_error_and_all_ranks_say_it_once(place: Place) ->
         == 1
     )
     report = text[text.index("FAILED") :]  # torchrun's own
-    assert "ValueError: the data set has 32 images, fewer than one global batch of 800" in report
+    assert "ValueError: the data set has 32 images, fewer than one global batch of 64" in report
     assert "TRAIN.BATCH_SIZE" in report
 
 
