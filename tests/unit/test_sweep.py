@@ -366,6 +366,23 @@ def test_a_run_that_finished_while_it_was_waited_for_is_not_run_again(place: Pat
     assert len((folder / "calls").read_text().splitlines()) == 1
 
 
+def test_two_equal_sweeps_at_once_share_the_points(place: Path) -> None:
+    command, env = sweep_process(place, sleep=1.5)
+    command += ["--seeds", "0", "1", "2"]
+    both = [
+        subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    said = [job.communicate(timeout=240) for job in both]
+    assert [job.returncode for job in both] == [0, 0], said
+    # each point once: a second reading of the test split among them
+    assert len(folders(place, "search-")) == 6
+    assert len(folders(place, "chosen-")) == 3
+    assert len(calls(place)) == 9
+    assert said[0][0] == said[1][0]  # the same table
+    assert not any(b"FAILED" in err for _, err in said)
+
+
 def test_a_run_whose_sweep_died_before_it_began_does_not_begin() -> None:
     script = "import os, sys; sys.path.insert(0, sys.argv[1]); from tools.parts import children; "
     script += "children.end_with_parent(os.getppid() + int(sys.argv[2])); print('began')"

@@ -1,4 +1,7 @@
-"""Run the points of a sweep: one process a point, one point a device at a time."""
+"""Run the points of a sweep: one process a point, one point a device at a time.
+
+Two sweeps with a point in common do not run it twice: who holds the lock of its log runs it.
+"""
 
 import json
 import logging
@@ -10,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tools.parts.children import ending_with_this_process
 from tools.parts.run_files import seconds_as_text
@@ -34,6 +37,7 @@ class _Job(NamedTuple):
     process: subprocess.Popen[bytes]
     device: str
     start: float
+    log: IO[bytes]  # locked: no other sweep runs this point
 
 
 @dataclass
@@ -55,11 +59,13 @@ class Runner:
     _total: int = 0
     _done: int = 0  # finished or failed, earlier sweeps included
     _seconds: list[float] = field(default_factory=list)  # of the runs that ended
+    _waited_for: set[str] = field(default_factory=set)  # names, each said once
 
     def run(self, points: Sequence[Point]) -> dict[Point, Result]:
         """Return the results of all points that finish, each once, in their order."""
-        waiting, free = list(dict.fromkeys(points)), list(self.devices)
-        self._total, self._done = len(waiting), sum(self.result(p) is not None for p in waiting)
+        wanted, free = list(dict.fromkeys(points)), list(self.devices)
+        waiting = [point for point in wanted if self.result(point) is None]
+        self._total, self._done = len(wanted), len(wanted) - len(waiting)
         if self._total > self._done:
             before = f" ({self._done} are there already)" if self._done else ""
             side = f", {len(free)} at a time" if len(free) > 1 else ""
@@ -68,21 +74,16 @@ class Runner:
         line.start()
         try:
             while waiting or self._running:
-                while waiting and free:
-                    point = waiting.pop(0)
-                    if self.result(point) is None:
-                        self._wait_for_earlier(self.command(point)[0])
-                    # asked again: the run that was waited for may have finished the point
-                    if self.result(point) is None:
-                        self._start(point, free.pop())
+                while free and self._start_one_of(waiting, free[-1]):
+                    free.pop()
                 free += self._ended()
-                time.sleep(0.05)
+                time.sleep(_POLL)
         except BaseException:
             self._stop()
             raise
         finally:
             line.close()
-        found = {point: self.result(point) for point in dict.fromkeys(points)}
+        found = {point: self.result(point) for point in wanted}
         return {point: result for point, result in found.items() if result is not None}
 
     def _left(self) -> str:
@@ -111,35 +112,53 @@ class Runner:
         except (OSError, ValueError, KeyError):
             return None
 
-    def _start(self, point: Point, device: str) -> None:
+    def _start_one_of(self, waiting: list[Point], device: str) -> bool:
+        """Start the first point that no other sweep runs; return whether there was one.
+
+        Takes it from `waiting`, and also those that another sweep has finished meanwhile.
+        """
+        for point in list(waiting):
+            name = self.command(point)[0]
+            log = self._claim(name)
+            if log is None:
+                continue
+            waiting.remove(point)
+            # looked for under the lock: another sweep may have finished it a moment ago
+            if self.result(point) is None:
+                self._start(point, device, log)
+                return True
+            log.close()
+            self._done += 1
+        return False
+
+    def _claim(self, name: str) -> IO[bytes] | None:
+        """Return the log of a run, locked, or None while another process is running it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self._log(name).open("ab")
+        # a run whose sweep was killed holds the lock of its folder until it has saved
+        if try_lock(log, self.folder) and not _is_locked(self.folder / name / ".lock"):
+            return log
+        log.close()
+        if name not in self._waited_for:
+            logger.info("waiting for %s: another process is running it", name)
+            self._waited_for.add(name)
+        return None
+
+    def _start(self, point: Point, device: str, log: IO[bytes]) -> None:
         name, command = self.command(point)
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=device) if device else dict(os.environ)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._log(name).open("ab") as log:
-            log.write(f"{_PROMPT}{shlex.join(command)}\n".encode(errors="backslashreplace"))
-            log.flush()
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                # Ctrl-C does not reach a session of its own: the sweep passes it on, once.
-                start_new_session=True,
-                preexec_fn=ending_with_this_process(),
-            )
-        self._running[name] = _Job(point, process, device, time.monotonic())
-
-    def _wait_for_earlier(self, name: str) -> None:
-        """Wait for a run of an earlier sweep, which holds the lock of its folder until it ends."""
-        path, said = self.folder / name / ".lock", False
-        while path.exists():
-            with path.open("a+") as file:
-                if try_lock(file, path.parent):
-                    return
-            if not said:
-                logger.info("waiting for %s: another process is running it", name)
-            said = True
-            time.sleep(_POLL)
+        log.write(f"{_PROMPT}{shlex.join(command)}\n".encode(errors="backslashreplace"))
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # Ctrl-C does not reach a session of its own: the sweep passes it on, once.
+            start_new_session=True,
+            preexec_fn=ending_with_this_process(),
+        )
+        self._running[name] = _Job(point, process, device, time.monotonic(), log)
 
     def _ended(self) -> Iterator[str]:
         """Yield the devices of the runs that have ended since the last call."""
@@ -156,6 +175,7 @@ class Runner:
                 self._say(job.point, score(result))
                 if not self.keep:
                     self._discard(name)
+            job.log.close()
             yield job.device
 
     def _note_failure(self, name: str, job: "_Job") -> None:
@@ -197,6 +217,14 @@ class Runner:
             for process in processes:
                 process.kill()
                 process.wait()
+
+
+def _is_locked(path: Path) -> bool:
+    """Return whether another process holds the lock of a file."""
+    if not path.exists():
+        return False
+    with path.open("a+") as file:
+        return not try_lock(file, path.parent)
 
 
 def score(result: Result) -> str:
