@@ -107,7 +107,8 @@ def run_entry(trainer: Trainer, entry: Entry, seed: int, file: Path) -> None:
         if Lengths(runs).is_known(entry, rows):
             append_row(file, trainer.measure(entry, seed, rows))
         else:
-            print(f"{entry.name}: left out; {runs.machine} has no row of it", file=sys.stderr)
+            said = f"{runs.machine} has no row of it, nor of an entry that is its speed_like"
+            print(f"{entry.name}: left out; {said}", file=sys.stderr)
 
 
 def render(study: Study, tier: str, file: Path, machine: str) -> None:
