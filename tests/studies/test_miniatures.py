@@ -44,7 +44,7 @@ def test_a_row_of_each_entry_is_made_by_its_command(name: str, title: str, tmp_p
     library = entry.peer.rpartition("_")[0]
     if library and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    study = replace(study, entries=(entry,), differences=())
+    study = replace(study, entries=(entry,), differences=(), claims=())
     row = Trainer(Runs(study, tmp_path, "", "cpu", this_machine("cpu"))).measure(entry, 0, [])
     row = json.loads(json.dumps(row))  # a row is a line of JSON
     for measure in ("knn20", "knn200", "linear", "linear_1pct", "linear_10pct"):
