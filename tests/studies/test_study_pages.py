@@ -148,6 +148,11 @@ def test_accuracy_over_time_is_drawn_by_lines(tmp_path: Path) -> None:
     assert 'middle">60<' not in drawn  # nothing was run for so long
     assert ">CPU minutes of training; each point" in drawn
     assert ">minutes of training; each point" in picture(study, results, "gpu")
+    # trained on another machine, for as many epochs as 97 minutes hold
+    results["later"] = {0: row("later", 0, 70.0) | {"cpu_seconds": 9999.0, "length_of": "M"}}
+    drawn = picture(study, results, "cpu")
+    assert ">us 70.0<" in drawn
+    assert 'middle">60<' in drawn
 
 
 def test_a_page_has_the_machine_with_the_most_rows_or_the_one_that_is_named(tmp_path: Path) -> None:

@@ -81,6 +81,10 @@ def over_time(study: Study, results: Results, tier: str) -> str:
         point = _point(list(results[entry.name].values()), tier, study.measure)
         if point and entry.peer in UNTRAINED:
             untrained[entry.line or entry.name] = point
+        elif point and math.isnan(point.minutes) and not (entry.epochs or entry.epochs_of):
+            # trained elsewhere, for as many epochs as this time holds
+            planned = point._replace(minutes=entry.minutes or study.minutes)
+            lines.setdefault(entry.line or entry.name, []).append(planned)
         elif point and math.isfinite(point.minutes):
             lines.setdefault(entry.line or entry.name, []).append(point)
     points = [point for line in lines.values() for point in line]
