@@ -62,7 +62,7 @@ def arguments(
         "TRAIN.BATCH_SIZE": 128 // world,
         "TRAIN.EPOCHS": 1,
         "TRAIN.PRECISION": "fp32",
-        # gloo misses about one death of a process in a hundred: end before `forked.LIMIT` then
+        # gloo now and then misses the death of a process: end before `forked.LIMIT` then
         "TRAIN.RANK_TIMEOUT": 100.0,
         "CHECKPOINT.EVERY_STEPS": 3,
         "LOG.PRINT_FREQ": 2,

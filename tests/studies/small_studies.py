@@ -2,11 +2,7 @@
 
 from pathlib import Path
 
-from tools.parts.study.study import (
-    EVALUATION,
-    Study,
-    read_study,
-)
+from tools.parts.study.study import EVALUATION, Study, read_study
 
 HEAD = "title: T\ndataset: mnist5k\nminutes: 1\nseeds: [0, 1]\n"
 CLAIM = (

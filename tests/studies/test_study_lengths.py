@@ -14,9 +14,7 @@ from tools.parts.study import costs, lengths, pictures
 from tools.parts.study import trainer as trainer_module
 from tools.parts.study.lengths import Lengths
 from tools.parts.study.runs import Length, Runs, this_machine
-from tools.parts.study.study import (
-    Row,
-)
+from tools.parts.study.study import Row
 from tools.parts.study.tables import markdown
 from tools.parts.study.trainer import Trainer
 

@@ -154,7 +154,7 @@ class Runner:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            # Ctrl-C does not reach a session of its own: the sweep passes it on, once.
+            # In a session of its own the run gets no Ctrl-C; the sweep sends it one SIGTERM.
             start_new_session=True,
             preexec_fn=ending_with_this_process(),
         )

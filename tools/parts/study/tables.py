@@ -119,10 +119,10 @@ def _moved(study: Study, results: Results) -> list[str]:
         f"{min(minutes):.0f} to {max(minutes):.0f} CPU minutes. Time and memory in the table are "
         f"those of {there}."
         for (here, there), minutes in sorted(places.items())
-    ] + _guessed(study, results)
+    ] + _computed(study, results)
 
 
-def _guessed(study: Study, results: Results) -> list[str]:
+def _computed(study: Study, results: Results) -> list[str]:
     """Say which entries the machine of the table never ran."""
     lines = []
     for entry in study.entries:
