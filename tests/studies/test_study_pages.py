@@ -44,9 +44,34 @@ def test_a_difference_says_whether_both_had_the_same_time(tmp_path: Path) -> Non
     rows[0]["cpu_seconds"], rows[1]["cpu_seconds"] = 48.0, 54.0  # b: 60
     study = study_of(tmp_path, HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}}")
     results = {name: rows_of(rows, name) for name in ("a", "b")}
-    assert "| a - b | 2 | 0.85 | **+2.00 ± 0.00**" in markdown(study, results, "cpu", "p")
+    assert "| a - b | 2 | 0.85 (0.80 to 0.90) | **+2.00 ± 0.00**" in markdown(
+        study, results, "cpu", "p"
+    )
     results["b"][1]["epochs"] = 0
     assert "| a - b | 2 |  | **+2.00 ± 0.00**" in markdown(study, results, "cpu", "p")
+
+
+def test_a_difference_names_the_seeds_that_are_no_pairs(tmp_path: Path) -> None:
+    rows = [row("a", seed, 50.0) for seed in (0, 1)] + [row("b", seed, 48.0) for seed in (0, 1, 2)]
+    study = study_of(tmp_path, HEAD + "differences: [[a, b]]\nentries: {a: {cfg: c}, b: {cfg: c}}")
+    results = {name: rows_of(rows, name) for name in ("a", "b")}
+    assert "no pair" not in markdown(study, results, "cpu", "p")
+    results["b"][1]["machine"] = "another"
+    page = markdown(study, results, "cpu", "p")
+    assert "| a - b | 1 |" in page
+    assert "\n* a - b: no pair, trained on two machines: seed 1.\n" in page
+
+
+def test_the_page_names_what_is_worse_than_pixels(tmp_path: Path) -> None:
+    text = HEAD + "entries: {a: {cfg: c}, b: {cfg: c}, none: {cfg: c}, p: {cfg: c, peer: pixels}}"
+    study = study_of(tmp_path, text)
+    rows = [row("a", 0, 50.0), row("b", 0, 48.0), row("p", 0, 49.0)]
+    results = {name: rows_of(rows, name) for name in ("a", "b", "none", "p")}
+    assert "\nBelow p in k-NN 20: b.\n" in markdown(study, results, "cpu", "p")
+    results["b"][0]["knn20"] = 49.5
+    assert "Below" not in markdown(study, results, "cpu", "p")
+    results["p"][0]["knn20"] = 60.0
+    assert "\nBelow p in k-NN 20: all that was trained.\n" in markdown(study, results, "cpu", "p")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +129,7 @@ def test_the_page_has_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     assert "| a - b | 2 | 1.00 | +1.50 ± 6.35 |" in page
     assert "* M, torch ?, ?, commits abc\n" in page
     assert "* differs in rate" in page
-    assert "chosen on the test images" in page  # its data set has no held-out images
+    assert "of the recipe on the test images" in page  # its data set has no held-out images
     assert "on a tenth of the training images" in markdown(
         replace(study, dataset="cifar10"), results, "cpu", "p"
     )

@@ -66,6 +66,7 @@ def markdown(study: Study, results: Results, tier: str, picture: str) -> str:
     for entry in study.entries:
         found = list(results[entry.name].values())
         lines.append(_line([entry.name, *_cells(found, on_gpu)]))
+    lines += _below_pixels(study, results)
     lines += _differences(study, results, on_gpu) if study.differences else []
     lines += _claims(study, results) if study.claims else []
     lines += ["", *_reading(study, results, on_gpu)]
@@ -138,6 +139,23 @@ def _computed(study: Study, results: Results) -> list[str]:
     return lines
 
 
+def _below_pixels(study: Study, results: Results) -> list[str]:
+    """Name the trained entries that are worse than the pixels themselves."""
+    means = {}
+    for entry in study.entries:
+        values = [number(row, study.measure) for row in results[entry.name].values()]
+        if values and all(map(math.isfinite, values)):
+            means[entry.name] = statistics.mean(values)
+    lines = []
+    for pixels in (entry.name for entry in study.entries if entry.peer == "pixels"):
+        trained = [e.name for e in study.entries if e.peer not in UNTRAINED and e.name in means]
+        below = [name for name in trained if means[name] < means.get(pixels, -math.inf)]
+        if below:
+            which = "all that was trained" if below == trained else "; ".join(below)
+            lines += ["", f"Below {pixels} in {MEASURES[study.measure]}: {which}."]
+    return lines
+
+
 def _used(study: Study, results: Results, on_gpu: bool) -> str:
     """Say which share of the planned time the runs used."""
     clock = "wall_seconds" if on_gpu else "cpu_seconds"
@@ -165,17 +183,17 @@ def _reading(study: Study, results: Results, on_gpu: bool) -> list[str]:
         "**k-NN 20**: accuracy (%) on the test images by the vote of the 20 nearest training "
         "images, all with labels (cosine, weights exp(similarity / 0.07)).",
         "**linear**: one linear layer on frozen features of images that are not augmented. Its "
-        f"rate is chosen on {choice}.",
-        "**linear, 1 %**: the same with 1 % of the labels, drawn for each seed. Its rate is "
-        "chosen on the same tenth, which has more labels than the probe learns from.",
+        f"rate is chosen from `LINEAR.LRS` of the recipe on {choice}.",
+        "**linear, 10 %** and **1 %**: the same with so many of the labels, drawn for each seed. "
+        "Their rate is chosen on the same images, so with more labels than the probe learns from.",
         "**±**: mean over the seeds and standard deviation. Bars in the picture: 95 % interval of "
         "the mean; a hollow point is one seed.",
         "**epochs**: we measure the speed first, and compute from it how many epochs the time "
         f"holds. {_used(study, results, on_gpu)}Most seeds of an entry share one measured speed, "
         "so ± and intervals do not contain its error.",
-        "**wall min**: other jobs shared the machine.",
-        "**commit**: the code that trained. A + means that some of its files were changed. In rows "
-        "before 1363883 perhaps only studies.jsonl was changed.",
+        "**wall min**: minutes by the clock; other jobs shared the machine.",
+        "**commit**: the code that trained. A + means that some of its files were changed. Which "
+        "ones is not known.",
     ]
     if not on_gpu:
         lines.append("**CPU s/epoch**: with the start of the program.")
@@ -190,7 +208,7 @@ def _differences(study: Study, results: Results, on_gpu: bool) -> list[str]:
         "another machine), with its 95 % interval over seeds. "
         f"{MEASURES[study.measure]} is the measure that decides; it is bold where 0 lies outside "
         f"the interval. **{name}**: that of the first row divided by that of the second, mean of "
-        "the pairs; 1.00 is equal time.",
+        "the pairs (lowest to highest); 1.00 is equal time.",
         "",
         _line(["", "seeds", name, *MEASURES.values()]),
         _line(["---"] * (3 + len(MEASURES))),
@@ -201,16 +219,30 @@ def _differences(study: Study, results: Results, on_gpu: bool) -> list[str]:
         count = str(len(found[study.measure]))
         ratio = _ratio(pairs(results, first, second), clock)
         lines.append(_line([f"{first} - {second}", count, ratio, *cells]))
-    return lines
+    return lines + _unpaired(study, results)
+
+
+def _unpaired(study: Study, results: Results) -> list[str]:
+    """Name the seeds that both entries of a difference have, but not on one machine."""
+    lines = []
+    for first, second in study.differences:
+        paired = {one["seed"] for one, _ in pairs(results, first, second)}
+        seeds = sorted((results[first].keys() & results[second].keys()) - paired)
+        if seeds:
+            named = ", ".join(map(str, seeds))
+            lines.append(f"* {first} - {second}: no pair, trained on two machines: seed {named}.")
+    return ["", *lines] if lines else []
 
 
 def _ratio(found: Sequence[tuple[Row, Row]], clock: str) -> str:
     """Return by how much longer the first rows trained, or "" where a row is not trained."""
     if not found or not all(_is_trained(row) for pair in found for row in pair):
         return ""
-    return (
-        f"{statistics.mean(number(one, clock) / number(other, clock) for one, other in found):.2f}"
+    ratios = [number(one, clock) / number(other, clock) for one, other in found]
+    mean, low, high = (
+        f"{value:.2f}" for value in (statistics.mean(ratios), min(ratios), max(ratios))
     )
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _claims(study: Study, results: Results) -> list[str]:
@@ -263,7 +295,7 @@ def _cells(found: Sequence[Row], on_gpu: bool) -> list[str]:
 
 def _costs(found: Sequence[Row], on_gpu: bool) -> list[str]:
     """Return the cells of time and memory, from the rows that were measured on the machine."""
-    timed = measured_time(found)
+    timed = [row for row in measured_time(found) if _is_trained(row)]
     if not timed:
         return ["", "", "", ""]
     minutes = [
