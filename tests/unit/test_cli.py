@@ -430,6 +430,21 @@ def test_a_limit_of_the_machine_is_told_with_its_remedy(
     assert "\n" not in explained[1]
 
 
+def test_an_operation_without_a_reproducible_form_names_the_key() -> None:
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cli._explain(raised.value) == (
+        2,
+        "TRAIN.DETERMINISTIC: put_ has no reproducible form; set it to False",
+    )
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shape (24)"), KeyError("x"), AssertionError("28")])
 def test_numbers_in_a_fault_of_ours_are_no_limit_of_the_machine(error: Exception) -> None:
     assert cli._explain(error) is None

@@ -172,6 +172,10 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
     # torch's batch norm, at the first step
     if text.startswith("Expected more than 1 value per channel"):
         return 2, "--batch-size 1: batch norm needs at least 2 images on each process; raise it"
+    # torch, on a GPU, for example where a map is resized in training (segmentation, local crops)
+    operation, found, _ = text.partition(" does not have a deterministic implementation")
+    if found:
+        return 2, f"TRAIN.DETERMINISTIC: {operation} has no reproducible form; set it to False"
     if isinstance(error, (ValueError, ImportError)):
         return 2, text
     if isinstance(error, OSError) and number in (0, errno.ENOSPC):
