@@ -152,7 +152,23 @@ def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
     decode_files = torch_jpegs(device if device.type == "cuda" else torch.device("cpu"))
     if decode_files is None:
         raise RuntimeError(f"neither torchcodec nor torchvision decodes JPEGs on {device}")
-    return decode_files(files)
+    if device.type != "cuda":
+        return decode_files(files)
+    # A stream of its own. torchcodec waits for its stream, which must not be that of the training.
+    # torchvision does not wait for the current stream, and would write into memory that a running
+    # step still reads: the pool of this stream holds none.
+    current, stream = torch.cuda.current_stream(device), _decoding_stream(device)
+    with torch.cuda.stream(stream):
+        images = decode_files(files)
+    current.wait_stream(stream)
+    for image in images:
+        image.record_stream(current)  # not to be reused before the crops are cut
+    return images
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def decode_in_order(

@@ -110,7 +110,7 @@ DETECTION = {
 }
 # Shared sections and keys that detection does not read.
 _UNREAD = """
-    AUG SCHEDULE KNN HELD_OUT LINEAR FINETUNE OPTIM.MIN_LR MODEL.STACK_VIEWS
+    AUG SCHEDULE KNN PROBE HELD_OUT LINEAR FINETUNE OPTIM.MIN_LR MODEL.STACK_VIEWS
     MODEL.BACKBONE.TARGET_DROP_PATH DATA.REPEATED_AUG DATA.DECODE DATA.CACHE_MODE DATA.INDEX_CACHE
     DATA.DOWNLOAD TRAIN.EPOCHS TRAIN.STEPS TRAIN.COMPILE TRAIN.CUDA_GRAPHS
     DATA.CHANNELS DATA.RANGE DATA.MEAN DATA.STD
@@ -137,11 +137,6 @@ def detection_schema() -> Schema:
     for name, key in DETECTION.items():
         schema[f"DETECTION.{name}"] = key
     return schema
-
-
-def detection_config() -> CfgNode:
-    """Return the tree of defaults."""
-    return detection_schema().defaults()
 
 
 def load_detection_config(

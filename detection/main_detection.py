@@ -11,18 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from detection.defaults import detection_schema, load_detection_config
 from utils.cli import answer_at_once, make_transfer_parser, parse, run_main
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    answer_at_once(make_transfer_parser(__doc__))
+    answer_at_once(make_transfer_parser(__doc__), program="detection", schema=detection_schema())
 
 from dataclasses import replace
 
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from detection.defaults import load_detection_config
 from detection.evaluation import coco_api, detections, evaluate
 from detection.loader import DetectionBatch, DetectionLoader
 from detection.model import Detector, build_detector

@@ -43,7 +43,8 @@ class CollapseMonitor:
 
     def note(self, embedding: Tensor) -> None:
         """Remember a step's embeddings (N, D), without waiting for the device."""
-        self._rows.append(embedding.detach())
+        # a copy: with CUDA graphs the next step writes into the same memory
+        self._rows.append(embedding.detach().clone())
         most = min(_ROWS, _ELEMENTS // max(embedding.shape[1], 1))
         while len(self._rows) > 1 and sum(map(len, self._rows)) - len(self._rows[0]) >= most:
             self._rows.popleft()

@@ -78,6 +78,7 @@ def fit(
             # After the checkpoint: an evaluation that fails costs no epoch.
             is_best = False
             if evaluate is not None and plan.ends_epoch(state.step):
+                guard.flush()  # no figure of a network that the last step has spoilt
                 heartbeat.beat(f"the evaluation after {state.step} steps")
                 is_best = checkpoints.evaluated(state, plan, evaluate(progress.next))
             # All ranks leave at the same step: the others would wait in the next collective.

@@ -2,7 +2,7 @@
 
 Wu et al. 2018, arXiv:1805.01978. Pieces are cut by the width of the features alone, and of equally
 similar neighbours the earlier in the bank comes first, so neither processes nor memory change a
-vote.
+vote. On a GPU votes are equal only to the last bits, unless `TRAIN.DETERMINISTIC` is set.
 """
 
 from collections.abc import Iterable, Sequence

@@ -206,7 +206,6 @@ def _right_and_total(heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]]) 
     return all_reduce_sum(counts).tolist()
 
 
-@torch.no_grad()
 def head_groups(
     optim: CfgNode,
     pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
@@ -224,6 +223,7 @@ def head_groups(
     return groups
 
 
+@torch.no_grad()
 def head_accuracies(
     heads: nn.Module, blocks: Sequence[tuple[Tensor, Tensor]], points: Mapping[int, GridPoint]
 ) -> dict[str, float]:

@@ -128,5 +128,6 @@ class MoCoV2(MomentumFramework):
             return keys
         keys = unit(self.target(exchange_rows(images, order)))
         # the inverse permutation, of this process's rows
-        back = order.argsort()[rank() * num : (rank() + 1) * num].to(keys.device)
+        back = order.argsort()[rank() * num : (rank() + 1) * num]
+        back = back.to(keys.device, non_blocking=True)
         return torch.cat([gather_rows(stream)[back] for stream in keys.split(num)])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from segmentation.defaults import load_segmentation_config, segmentation_schema
 from utils.cli import Parser, answer_at_once, make_transfer_parser, parse, run_main
 
 
@@ -32,7 +33,7 @@ def _parser() -> Parser:
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    answer_at_once(_parser())
+    answer_at_once(_parser(), program="segmentation", schema=segmentation_schema())
 
 from collections.abc import Iterator
 
@@ -49,7 +50,6 @@ from evaluation.accuracy import measure_throughput
 from evaluation.transfer import Transfer, run_transfer, start_fingerprint, starting_weights
 from models.weights.load import network_of
 from segmentation.datasets import SegmentationData, open_dataset
-from segmentation.defaults import load_segmentation_config
 from segmentation.evaluation import Judgement, evaluate, predictions
 from segmentation.heads import LinearGrid
 from segmentation.loader import build_train_loader

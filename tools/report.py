@@ -8,7 +8,6 @@ side by side. The few-label columns are where pretraining shows: all rows see th
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -32,8 +31,6 @@ def _parser() -> Parser:
 
 # The command line is read before torch is, which takes seconds to import.
 if __name__ == "__main__":
-    # read when torch is loaded: on a busy machine spinning threads make this ten times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     answer_at_once(_parser())
 
 import json
@@ -147,8 +144,10 @@ class Measured(NamedTuple):
 def main() -> int:
     """Report on the runs that the command line names; return the exit code."""
     args, flags = parse(_parser())
-    if args.eval or args.throughput:
-        raise ValueError("--eval and --throughput belong to the mains; a report takes neither")
+    if args.eval or args.throughput or args.show_config:
+        raise ValueError(
+            "--eval, --throughput and --show-config belong to the mains; a report takes none"
+        )
     setup_logger(None, is_main=True)
     runs = open_runs(args.runs, args.cfg, args.opts, flags)
     # the results, so standard output: the log shows a line break as an escape

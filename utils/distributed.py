@@ -294,12 +294,13 @@ def exchange_rows(tensor: Tensor, order: Tensor) -> Tensor:
     wanted = order.view(world_size(), -1)
     owner = torch.div(wanted, tensor.shape[0], rounding_mode="floor")
     mine = owner == rank()
-    sent = rows[(wanted[mine] - rank() * tensor.shape[0]).to(tensor.device)]
+    # Without `non_blocking` the host would wait for all that the device has still to do.
+    sent = rows[(wanted[mine] - rank() * tensor.shape[0]).to(tensor.device, non_blocking=True)]
     if world_size() > 1:
         arriving = owner[rank()].bincount(minlength=world_size()).tolist()
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, sent.contiguous(), arriving, mine.sum(1).tolist())
         place = owner[rank()].argsort(stable=True)  # rows come sorted by their owner
         # the inverse permutation: back into the order of `wanted`
-        sent = received[place.argsort().to(tensor.device)]
+        sent = received[place.argsort().to(tensor.device, non_blocking=True)]
     return sent.permute(0, 3, 1, 2) if channels_last else sent

@@ -149,7 +149,9 @@ def framework_of(
     given = dict(options or {})
     if method.startswith("synco"):
         given["warmup_epochs"] = 0  # it makes no synthetic negatives while it warms up
-    named = {"name": backbone, "stem": stem_of(size)}
+    named: dict[str, object] = {"name": backbone, "stem": stem_of(size)}
+    if method == "sit" and backbone.startswith(("deit_", "vit_")):
+        named["num_tokens"] = 2  # one for contrast, one for the rotation
     return assemble_framework(method, given, named, img_size=size)
 
 

@@ -8,6 +8,7 @@ import torch
 from plain_loss import queue_contrast_plain
 
 from data.augment.recipes import build_recipe
+from data.device_decode import _decode_jpegs
 from data.loader import GlobalLoader
 from data.sources import ArraySource
 from data.sources.folder import imagefolder
@@ -165,6 +166,26 @@ def test_jpegs_decoded_on_the_device_give_nearly_the_same_views(tmp_path: Path) 
         )
         views.append(next(iter(loader.from_step(0, 1)))[1][0].views[0])
     assert (views[0] - views[1]).abs().mean() < 0.02
+
+
+def test_decoding_does_not_write_where_a_running_step_reads() -> None:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (224, 224), (9, 90, 200)).save(buffer, "JPEG")
+    files = [torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)] * 16
+    device = torch.device("cuda", torch.cuda.current_device())
+    for _ in range(10):
+        read = [torch.full((3, 224, 224), 7, dtype=torch.uint8, device=device) for _ in files]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(100_000_000)  # the step is still running
+        sums = [image.sum() for image in read]
+        del read  # its memory is free for the host
+        decoded = _decode_jpegs(files, device)
+        assert [int(total) for total in sums] == [7 * 3 * 224 * 224] * len(files)
+        assert all(abs(float(image[0].float().mean()) - 9) < 3 for image in decoded)
 
 
 def _options(method: str) -> dict[str, object]:

@@ -311,6 +311,28 @@ def poison_loss(
         engine.forward_and_backward = wrapper
 
 
+def poison_the_last_step_as_on_a_gpu(rank: int, *, step: int) -> None:
+    """Let the loss of ``step`` be NaN, and the guard read the norm of a step one step late."""
+    from engine.guards import FiniteGuard
+
+    poison_loss(rank, step=step)
+
+    def check(self: Any, norm: Any, *about: Any) -> None:
+        self.flush()
+        self._pending = (norm, *about)
+
+    FiniteGuard.check = check  # type: ignore[method-assign]
+
+
+def test_a_spoilt_network_is_not_evaluated(tmp_path: Path) -> None:
+    keys = {"CHECKPOINT__EVERY_STEPS": 0, "CHECKPOINT__EVERY_EPOCHS": 2, "KNN__EVERY_EPOCHS": 1}
+    argv = runs.arguments("moco_v2", tmp_path, "t", TRAIN__EPOCHS=2, **keys)
+    fault = partial(poison_the_last_step_as_on_a_gpu, step=runs.STEPS - 1)
+    said = f"step {runs.STEPS - 1}: the gradient norm is"
+    assert_fails(3, argv, said, tmp_path, prepare=fault)
+    assert "knn" not in (tmp_path / "moco_v2" / "t" / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_not_finite_stops_before_the_update(

@@ -225,7 +225,7 @@ def test_each_value_has_an_origin(tmp_path: Path) -> None:
     }
     expected |= {"TAG": "--tag", "HELD_OUT.EVERY_EPOCHS": "command line", "DEVICE": "default"}
     assert {key: origins[key] for key in expected} == expected
-    shown = programs.show_config(cfg, origins, "pretrain").splitlines()
+    shown = programs.show_config(cfg, origins, schema, "pretrain").splitlines()
     assert any(line.split()[:3] == ["OPTIM.BASE_LR", "2.0", str(file)] for line in shown)
     assert not any(line.startswith(("LINEAR.", "MODEL.MOBY.")) for line in shown)
 
@@ -259,3 +259,39 @@ def test_a_protocol_comes_after_the_configuration(program: Program, name: str, f
     assert programs.config_files(program, argparse.Namespace(cfg="c.yaml", protocol=None)) == [
         "c.yaml"
     ]
+
+
+@pytest.mark.parametrize(
+    ("room", "method", "other"),
+    [("detection", "RCNN", "SIT"), ("segmentation", "SEGMENTER", "SIT")],
+)
+def test_a_transfer_shows_its_configuration_and_starts_nothing(
+    tmp_path: Path, room: str, method: str, other: str
+) -> None:
+    main = f"{room}/main_{room}.py"
+    words = ("--show-config", "--output", str(tmp_path / "o"), "--opts", "TRAIN.BATCH_SIZE", "3")
+    done = answered(tmp_path, *words, main=main)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert shown["TRAIN.BATCH_SIZE"] == ["3", "--opts"]
+    assert shown[f"{room.upper()}.MAX_ITER"][1] == "default"
+    assert any(key.startswith(f"MODEL.{method}.") for key in shown)
+    assert not any(key.startswith((f"MODEL.{other}.", "PROBE.", "KNN.")) for key in shown)
+    assert not (tmp_path / "o").exists()
+    wrong = answered(tmp_path, "--output", "o", "--opts", "PROBE.ONLINE", "True", main=main)
+    assert wrong.returncode == 2
+    assert "there is no key 'PROBE.ONLINE'" in wrong.stderr
+
+
+def test_what_torch_reads_when_it_loads_is_set_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from utils.cli import Parser, answer_at_once
+
+    for name in ("OMP_WAIT_POLICY", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    parser = Parser()
+    parser.add_argument("--size")
+    answer_at_once(parser, ["--size", "3"])
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"

@@ -13,6 +13,7 @@ from PIL import Image
 
 import benchmarks.__main__ as program
 from benchmarks.training import peers, start
+from benchmarks.training.step import framework_of
 from models import FRAMEWORKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,11 @@ def test_throughput_has_a_line_for_each_method(
         assert found[f"resnet8_{method}_images_per_s"] > 0
         assert 0 <= found[f"resnet8_{method}_wait_share"] < 1
         assert found[f"resnet8_{method}_peak_gib"] > 0
+
+
+@pytest.mark.parametrize("backbone", ["vit_small", "swin_tiny", "resnet50"])  # of the GPU check
+def test_sit_trains_with_each_backbone_of_the_throughput(backbone: str) -> None:
+    assert isinstance(framework_of("sit", backbone, 224), FRAMEWORKS["sit"])
 
 
 @pytest.mark.slow

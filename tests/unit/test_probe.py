@@ -214,6 +214,14 @@ def test_accuracies_are_exact_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+def test_accuracies_record_no_graph() -> None:
+    heads, recorded = LinearHeads(6, 3, 1), []
+    heads.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    block = torch.randn(8, 6), torch.arange(8) % 3
+    head_accuracies(heads, [block], dict(enumerate(grid_points(section(LRS=[1.0])))))
+    assert recorded == [False]
+
+
 def result_of(folder: Path, **keys: Any) -> dict[str, Any]:
     points = grid_points(section(**keys))
     final = {f"{p.name}/top{k}": 10.0 * i + k for i, p in enumerate(points) for k in (1, 5)} | {

@@ -24,6 +24,7 @@ from utils.cli.reporter import first_of_machine, let_another_report
 from utils.cli.streams import guard_streams
 from utils.config.key import Program, Value
 from utils.config.programs import answer_from_config
+from utils.config.schema import Schema
 from utils.limits import LIMITS, error_number, first_line, worker_failure
 from utils.names import visible
 
@@ -44,11 +45,13 @@ def answer_at_once(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
     program: Program | None = None,
+    schema: Schema | None = None,
 ) -> None:
     """Answer --help and a mistyped flag, before the program imports anything slow.
 
-    With `program` the configuration is checked too, or shown. `argv` are the words, by default
-    those of the command line. An error here or in the imports that follow, Ctrl-C too, ends as one
+    With `program` the configuration is checked too, or shown; its keys are those of `schema`, by
+    default those of pretraining and evaluation. `argv` are the words, by default those of the
+    command line. An error here or in the imports that follow, Ctrl-C too, ends as one
     in `run_main` does.
     """
     guard_streams()
@@ -59,13 +62,12 @@ def answer_at_once(
         sys.exit(2)
     if not isinstance(parser, Parser):
         parser.parse_args(argv)
-    elif program is None:
-        parser.parse_strictly(argv)
-    else:
-        answer = answer_from_config(program, *parse(parser, argv))
-        if answer:
-            sys.stdout.write(answer)
-            sys.exit()
+        return
+    args, flags = parse(parser, argv)
+    answer = program and answer_from_config(program, args, flags, schema)
+    if answer:
+        sys.stdout.write(answer)
+        sys.exit()
 
 
 def _end_of_import(

@@ -14,7 +14,7 @@ from utils.config.datasets import CLASS_FOLDERS, UNLABELLED, check_place
 from utils.config.key import Program, Value
 from utils.config.load import ConfigError, leaves, load_with_origins
 from utils.config.methods import method_options
-from utils.config.schema import declare
+from utils.config.schema import Schema, declare
 from utils.config.sections import method_section
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -24,15 +24,23 @@ _NO_KNN = "--opts KNN.EVERY_EPOCHS 0"
 
 
 def answer_from_config(
-    program: Program, args: argparse.Namespace, flags: Mapping[str, Value]
+    program: Program,
+    args: argparse.Namespace,
+    flags: Mapping[str, Value],
+    schema: Schema | None = None,
 ) -> str:
-    """Check the configuration of a command line; return what `--show-config` prints, else ""."""
+    """Check the configuration of a command line; return what `--show-config` prints, else "".
+
+    `schema`: the keys of a transfer, whose main knows what must be checked.
+    """
     if getattr(args, "replay", None):  # the file holds its configuration
         return ""
-    schema = declare(method_options())
-    cfg, origins = load_with_origins(schema, config_files(program, args), args.opts, flags)
+    keys = schema or declare(method_options())
+    cfg, origins = load_with_origins(keys, config_files(program, args), args.opts, flags)
     if args.show_config:
-        return show_config(cfg, origins, program)
+        return show_config(cfg, origins, keys, program)
+    if schema:
+        return ""
     if program == "pretrain" and cfg.TRAIN.STEPS and "TRAIN.EPOCHS" in flags:
         raise ConfigError(
             f"--epochs {flags['TRAIN.EPOCHS']}: has no effect, since TRAIN.STEPS is "
@@ -143,9 +151,8 @@ def _check_queue(cfg: CfgNode) -> None:
     )
 
 
-def show_config(cfg: CfgNode, origins: Mapping[str, str], program: Program) -> str:
+def show_config(cfg: CfgNode, origins: Mapping[str, str], schema: Schema, program: Program) -> str:
     """Return each key that the program reads, its value and where the value comes from."""
-    schema = declare(method_options())
     method = method_section(cfg.MODEL.NAME)
     values = dict(leaves(cfg))
     rows = []
