@@ -213,7 +213,9 @@ def _evaluate(
                 continue  # a network need not take an empty batch: Swin does not
             indices = item["indices"][keep]
             (crops,) = item["views"]
-            views = [photometric(_to(crops[keep], device), recipe[0], {}, pixels=source.pixels)]
+            if not keep.all():  # indexing copies
+                crops = crops[keep]
+            views = [photometric(_to(crops, device), recipe[0], {}, pixels=source.pixels)]
             yield Batch(views, _to(source.labels[indices], device), indices)
 
 

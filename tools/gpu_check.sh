@@ -2,9 +2,20 @@
 # What only a GPU can show, the most important first: bash tools/gpu_check.sh | tee docs/results/gpu.md
 # Ends after BUDGET seconds (default 450) and names what is left out. SHARED_DATA (default ../shared/data)
 # may hold the image packs; without them random images stand in.
+# Where no package can be installed, bring them along before:
+#   pip install --target .gpu_packages --no-deps --only-binary :all: --python-version 3.12 yacs termcolor simplejpeg
 set -uo pipefail
+exec 2>&1 # a traceback belongs to the results
 cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 # else what a command printed is lost when its time is up
+if [ -d .gpu_packages ]; then export PYTHONPATH=$PWD/.gpu_packages${PYTHONPATH:+:$PYTHONPATH}; fi
 python=${PYTHON:-python3}
+for package in torch torchvision timm yacs termcolor simplejpeg pytest; do
+  if ! "$python" -c "import $package"; then
+    echo "error: $package is missing; $python -m pip install -r requirements-dev.txt"
+    exit 2
+  fi
+done
 packs=${SHARED_DATA:-../shared/data}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -25,7 +36,7 @@ bench() { run "$python" -m benchmarks --device cuda "$@"; }
 echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(date -u +%F)"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 "$python" -c "import torch, torchvision, timm; print('torch', torch.__version__, 'torchvision', torchvision.__version__, 'timm', timm.__version__)"
-LIMIT=180 run "$python" -m pytest tests/gpu tests/parity tests/models -p no:cacheprovider
+LIMIT=150 run "$python" -m pytest tests/gpu tests/data/test_device_decode.py -p no:cacheprovider
 bench --rounds 20 augment --batch 256
 bench --rounds 20 loss
 bench --rounds 10 step

@@ -258,12 +258,7 @@ _TRAIN: Tree = {
     "STEPS": Key(0, "length in optimiser steps; 0: EPOCHS", programs=PRETRAIN),
     "BATCH_SIZE": Key(64, "per process and micro-batch", least=1, role="tunable"),
     "ACCUMULATION_STEPS": Key(1, "micro-batches of a step", least=1, role="tunable"),
-    "PRECISION": Key(
-        "fp32",
-        "auto: the device's fastest; fp32: on a GPU convolutions in TF32",
-        choices=PRECISIONS,
-        role="tunable",
-    ),
+    "PRECISION": Key("fp32", "auto: the device's fastest", choices=PRECISIONS, role="tunable"),
     # the optimiser's state has the layout of the weights
     "CHANNELS_LAST": Key(True, "memory layout of convolutions", programs=LAYOUT),
     "USE_CHECKPOINT": Key(False, "recompute activations to save memory", role="tunable"),
